@@ -1,0 +1,1 @@
+"""The kernels of the engine and their torch reference (`reference.py`)."""
