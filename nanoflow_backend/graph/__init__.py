@@ -1,0 +1,1 @@
+"""The model as data: operations, the values between them, and the split into nano-batches."""

@@ -1,0 +1,1 @@
+"""KV pages: who owns them (ints) and the tensors that hold them."""

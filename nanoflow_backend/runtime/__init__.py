@@ -1,0 +1,1 @@
+"""Programs: a schedule compiled for a device."""

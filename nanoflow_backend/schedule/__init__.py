@@ -1,0 +1,1 @@
+"""The schedule as data: ordered launches, their file, and the built-in plans."""

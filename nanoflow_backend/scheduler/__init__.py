@@ -1,0 +1,1 @@
+"""Continuous batching in ints: who runs, which tokens, which pages. No torch here."""

@@ -1,0 +1,83 @@
+"""Batch: the frozen decision of one step, in ints. It crosses the socket to every rank as it is.
+
+Rows of a batch: first one token for each decode, then the tokens of each prefill chunk, request by request in
+ascending position. The rows that are sampled are, in this order, all decodes and the prefills with `sample`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from nanoflow_backend.scheduler.sampling_params import SamplingParams
+
+
+class Admission(msgspec.Struct, frozen=True, array_like=True):
+    """A request takes a slot: the row of the page table, of the sample buffer and of the sampling state."""
+
+    slot: int
+    prompt_tokens: int  # output token k is sampled at position prompt_tokens + k - 1
+    params: SamplingParams  # its seed is set: the scheduler draws one where the client gave none
+
+
+class Prefill(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive prompt tokens of one request, at positions start .. start + len(token_ids) - 1."""
+
+    slot: int
+    start: int
+    token_ids: list[int]
+    sample: bool  # the chunk ends its prompt: sample from its last row
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """What one step computes. Decode inputs are not here: they are gathered on the device from the slot's last sample."""
+
+    step: int
+    decode_slots: list[int]
+    decode_positions: list[int]  # of the token that is read, whose K and V this step writes
+    prefills: list[Prefill]
+    page_table: list[tuple[int, int, int]]  # entries that are new in this step: (slot, index, page)
+    admitted: list[Admission]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.decode_slots) + sum(len(p.token_ids) for p in self.prefills)
+
+    @property
+    def sampled_slots(self) -> list[int]:
+        return self.decode_slots + [p.slot for p in self.prefills if p.sample]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of one sampled token: itself first, then the most likely ones, best first."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    sampled_rank: int  # 1 is the most likely
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """What a step sampled, one entry for each of the batch's `sampled_slots`."""
+
+    step: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}  # by index into token_ids, for requests that asked
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # EOS, a stop token id or a stop string
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+class Delta(msgspec.Struct, array_like=True):
+    """A request's news of one step. The last one carries `finish_reason`; every request gets exactly one such."""
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token id; None for EOS
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
