@@ -1,0 +1,206 @@
+"""ModelConfig and EngineConfig: read once at the edge, strict, frozen, never mutated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+Dtype = Literal["float32", "float16", "bfloat16"]
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MixtralForCausalLM": "mixtral"}
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used: the message names the file, the key and what was expected."""
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding. `llama3` scaling stretches low frequencies by `factor` (Llama-3.1), `linear` all of them."""
+
+    theta: float = 10000.0
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of a model, from the config.json and generation_config.json of a Hugging Face folder."""
+
+    architecture: Literal["llama", "qwen2", "mixtral"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_model_tokens: int
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    dtype: Dtype = "bfloat16"  # of the checkpoint's tensors
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> ModelConfig:
+        """Read a Hugging Face folder; keys may be spelled as before or since transformers 5.
+
+        Raises:
+            ConfigError: a missing file or key, or a feature this engine does not compute.
+        """
+        return cls.from_hf(
+            _read_json(folder / "config.json"),
+            _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {},
+            origin=str(folder / "config.json"),
+        )
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
+        def need(key: str) -> Any:
+            if hf.get(key) is None:
+                raise ConfigError(f"{origin}: key {key!r} is missing")
+            return hf[key]
+
+        def refuse(used: object, what: str) -> None:
+            if used:
+                raise ConfigError(f"{origin}: {what} is not supported")
+
+        names = need("architectures")
+        if not isinstance(names, list) or not names or names[0] not in ARCHITECTURES:
+            raise ConfigError(f"{origin}: architectures: expected one of {', '.join(ARCHITECTURES)}, got {names!r}")
+        architecture = ARCHITECTURES[names[0]]
+        refuse(hf.get("hidden_act", "silu") != "silu", f"hidden_act {hf.get('hidden_act')!r} (only silu)")
+        refuse(hf.get("attention_bias"), "attention_bias")
+        refuse(hf.get("mlp_bias"), "mlp_bias")
+        refuse(hf.get("quantization_config"), "quantization_config")
+        sliding = hf.get("use_sliding_window", architecture != "qwen2") and hf.get("sliding_window")
+        refuse(sliding, f"sliding_window {hf.get('sliding_window')!r}")
+        eos = generation.get("eos_token_id", hf.get("eos_token_id"))
+        moe = architecture == "mixtral"
+        fields = {
+            "architecture": architecture,
+            "vocab_size": need("vocab_size"),
+            "hidden_size": need("hidden_size"),
+            "intermediate_size": need("intermediate_size"),
+            "num_layers": need("num_hidden_layers"),
+            "num_heads": need("num_attention_heads"),
+            "num_kv_heads": hf.get("num_key_value_heads") or need("num_attention_heads"),
+            "head_dim": hf.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
+            "rms_norm_eps": need("rms_norm_eps"),
+            "rope": _rope(hf, origin),
+            "max_model_tokens": need("max_position_embeddings"),
+            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            "qkv_bias": architecture == "qwen2",
+            "num_experts": need("num_local_experts") if moe else 0,
+            "experts_per_token": need("num_experts_per_tok") if moe else 0,
+            "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",  # what transformers assumes
+            "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
+        }
+        config = _convert(fields, cls, origin)
+        if config.num_heads % config.num_kv_heads:
+            raise ConfigError(
+                f"{origin}: num_attention_heads {config.num_heads} is not a multiple of "
+                f"num_key_value_heads {config.num_kv_heads}"
+            )
+        return config
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """engine.json, field for field. Paths are absolute here; in the file they may be relative to it."""
+
+    model: str  # Hugging Face folder
+    schedule: str = "sequential"  # a preset ("sequential", "nano-batched-3") or a schedule file
+    python: str | None = None  # the engine process's interpreter; None: the one that runs the server's stub
+    device: Literal["cpu"] = "cpu"
+    dtype: Dtype = "float32"  # of weights, activations and KV pages
+    tensor_parallel: int = 1  # ranks
+    dense_batch_tokens: int = 512  # B_dense: tokens of one step
+    chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
+    max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
+    max_waiting: int = 4096  # requests queued beyond those; more are refused
+    max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
+    page_tokens: int = 16  # KV page size
+    kv_cache_tokens: int = 65536  # size of the KV cache on each rank's share of heads
+    prefix_caching: bool = True
+    async_scheduling: bool = True  # launch step i+1 before the results of step i are read
+    seed: int = 0  # draws the seeds of requests that come without one
+
+    def __post_init__(self) -> None:
+        for field in ("dense_batch_tokens", "max_waiting", "page_tokens", "kv_cache_tokens"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}: expected an integer >= 1, got {getattr(self, field)}")
+        for field in ("chunk_tokens", "max_running", "max_model_tokens"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
+        if self.tensor_parallel not in (1, 2, 4, 8):
+            raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
+        if self.max_running is not None and self.max_running > self.dense_batch_tokens:
+            raise ConfigError(
+                f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
+                f"since every running request decodes in every step; got {self.max_running}"
+            )
+
+    @classmethod
+    def load(cls, path: Path, parameters: Mapping[str, Any] | None = None) -> EngineConfig:
+        """Read an engine.json; `parameters` (numbers may be strings, as in config.pbtxt) win over it.
+
+        Raises:
+            ConfigError: naming the file, the key and what was expected.
+        """
+        fields = _read_json(path)
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+        return cls.resolve({**fields, **(parameters or {})}, relative_to=path.parent, origin=str(path))
+
+    @classmethod
+    def resolve(cls, fields: Mapping[str, Any], relative_to: Path, origin: str = "engine config") -> EngineConfig:
+        """Check `fields` and make their paths absolute."""
+        def rooted(key: str, value: Any) -> Any:
+            is_path = key == "model" or (key == "python" and "/" in str(value)) or str(value).endswith(".json")
+            # Not resolve(): the python of a virtual environment is a link that must stay one.
+            return os.path.normpath(relative_to / value) if is_path and isinstance(value, str) else value
+
+        absolute = {key: rooted(key, value) for key, value in fields.items()}
+        return _convert(absolute, cls, origin, strict=False)
+
+
+def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:
+    """`rope_parameters` since transformers 5; before, `rope_theta` beside `rope_scaling` (whose `type` was renamed)."""
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise ConfigError(f"{origin}: rope scaling {kind!r} is not supported (default, linear and llama3 are)")
+    fields = {
+        "theta": scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0,
+        "scaling": kind,
+        "factor": scaling.get("factor", 1.0),
+        "low_freq_factor": scaling.get("low_freq_factor", 1.0),
+        "high_freq_factor": scaling.get("high_freq_factor", 4.0),
+        "original_max_positions": scaling.get("original_max_position_embeddings", 8192),
+    }
+    return _convert(fields, RopeConfig, f"{origin}: rope")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+
+
+def _convert(fields: Mapping[str, Any], kind: type[T], origin: str, strict: bool = True) -> T:
+    try:
+        return msgspec.convert(fields, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {error.__cause__ or error}") from None

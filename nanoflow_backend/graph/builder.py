@@ -1,0 +1,151 @@
+"""GraphBuilder: write a layer as calls, get a Graph."""
+
+from __future__ import annotations
+
+from nanoflow_backend.graph.operation import Graph, Kind, Operation, Parameter, Resource, Source, Value
+
+
+class GraphBuilder:
+    """Each method appends one operation and returns the names of the values it writes.
+
+    Widths are of one rank out of `tp`.
+    """
+
+    def __init__(self, tp: int = 1) -> None:
+        self.tp = tp
+        self._operations: list[Operation] = []
+        self._values: dict[str, Value] = {}
+        self._inputs: list[str] = []
+        self._parameters: dict[str, Parameter] = {}
+
+    def input(self, name: str, width: int = 1, dtype: str = "activation", kind: Kind = Kind.TOKENS) -> str:
+        self._inputs.append(name)
+        return self._value(name, width, dtype, kind)
+
+    def batch(self) -> tuple[str, str, str]:
+        """positions [T], slots [T] and page_table [slots, pages]: where each token stands and keeps its K and V."""
+        return (
+            self.input("positions", dtype="int32"),
+            self.input("slots", dtype="int32"),
+            self.input("page_table", dtype="int32", kind=Kind.BATCH),
+        )
+
+    def build(self, *outputs: str) -> Graph:
+        return Graph(
+            tuple(self._operations), self._values, tuple(self._inputs), outputs, tuple(self._parameters.values())
+        )
+
+    # parameters
+
+    def weight(self, name: str, *sources: Source, matrices: int = 1) -> str:
+        """A parameter read from the checkpoint: its sources' shards, stacked as `matrices` of equal height."""
+        shapes = [local_shape(source, self.tp) for source in sources]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if matrices > 1:
+            shape = (matrices, shape[0] // matrices, *shape[1:])
+        self._parameters[name] = Parameter(name, shape, sources)
+        return name
+
+    def constant(self, name: str, values: tuple[float, ...]) -> str:
+        self._parameters[name] = Parameter(name, (len(values),), constant=values)
+        return name
+
+    # operations
+
+    def embed(self, name: str, token_ids: str, table: str) -> tuple[str, str]:
+        """The residual stream starts at zero: the embedding is its first update."""
+        width = self._parameters[table].shape[-1]
+        outputs = (self._value("residual", width), self._value("update", width))
+        self._append(name, "embed", Resource.MEMORY, (token_ids,), outputs, (table,))
+        return outputs
+
+    def add_rms_norm(self, name: str, residual: str, update: str, weight: str, eps: float) -> tuple[str, str]:
+        """(residual + update, its RMS norm times weight): the two reads of the stream in one pass."""
+        width = self._values[residual].width
+        outputs = (self._value(f"{name}.residual", width), self._value(name, width))
+        self._append(name, "add_rms_norm", Resource.MEMORY, (residual, update), outputs, (weight,), eps=eps)
+        return outputs
+
+    def linear(self, name: str, x: str, weight: str, bias: str | None = None, dtype: str = "activation") -> str:
+        y = self._value(name, self._parameters[weight].shape[0], dtype)
+        parameters = (weight,) if bias is None else (weight, bias)
+        return self._append(name, "linear", Resource.COMPUTE, (x,), (y,), parameters)
+
+    def rope_append(
+        self, name: str, qkv: str, batch: tuple[str, str, str], frequencies: str, kv_heads: int
+    ) -> tuple[str, str]:
+        """Rotate queries and keys; append K and V to the pages, which is what later tokens depend on."""
+        head_dim = 2 * self._parameters[frequencies].shape[0]
+        q = self._value(name, self._values[qkv].width - 2 * kv_heads * head_dim)
+        pages = self._value("pages", 2 * kv_heads * head_dim, kind=Kind.PAGES)
+        self._append(name, "rope_append", Resource.MEMORY, (qkv, *batch), (q, pages), (frequencies,))
+        return q, pages
+
+    def attention(self, name: str, q: str, pages: str, batch: tuple[str, str, str]) -> str:
+        """Causal attention of each token over its request's pages up to its own position."""
+        output = self._value(name, self._values[q].width)
+        return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,))
+
+    def swiglu(self, name: str, gate_up: str, groups: int = 1) -> str:
+        """silu(gate) * up, for each of `groups` adjacent [gate, up] pairs of a row."""
+        h = self._value(name, self._values[gate_up].width // 2)
+        return self._append(name, "swiglu", Resource.MEMORY, (gate_up,), (h,), groups=groups)
+
+    def route(self, name: str, logits: str, experts_per_token: int) -> tuple[str, str]:
+        """The chosen experts of each token and their weights: softmax over all, top k, renormalised."""
+        outputs = (
+            self._value(f"{name}.experts", experts_per_token, "int32"),
+            self._value(f"{name}.weights", experts_per_token, "float32"),
+        )
+        self._append(name, "route", Resource.MEMORY, (logits,), outputs)
+        return outputs
+
+    def grouped_linear(self, name: str, x: str, experts: str, weight: str) -> str:
+        """Each token times the matrices of its chosen experts, side by side in its row."""
+        y = self._value(name, self._values[experts].width * self._parameters[weight].shape[1])
+        return self._append(name, "grouped_linear", Resource.COMPUTE, (x, experts), (y,), (weight,))
+
+    def grouped_combine(self, name: str, x: str, experts: str, weights: str, weight: str) -> str:
+        """Each chosen expert's part of the row times its matrix, summed with the router's weights."""
+        y = self._value(name, self._parameters[weight].shape[1])
+        return self._append(name, "grouped_combine", Resource.COMPUTE, (x, experts, weights), (y,), (weight,))
+
+    def all_reduce(self, name: str, x: str) -> str:
+        y = self._value(name, self._values[x].width, self._values[x].dtype)
+        return self._append(name, "all_reduce", Resource.NETWORK, (x,), (y,))
+
+    def all_gather(self, name: str, x: str) -> str:
+        """The ranks' columns side by side."""
+        y = self._value(name, self._values[x].width * self.tp, self._values[x].dtype)
+        return self._append(name, "all_gather", Resource.NETWORK, (x,), (y,))
+
+    def _value(self, name: str, width: int = 1, dtype: str = "activation", kind: Kind = Kind.TOKENS) -> str:
+        if name in self._values:
+            raise ValueError(f"value {name!r} is written twice")
+        self._values[name] = Value(name, width, dtype, kind)
+        return name
+
+    def _append(
+        self,
+        name: str,
+        kernel: str,
+        resource: Resource,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        parameters: tuple[str, ...] = (),
+        **attributes: int | float,
+    ) -> str:
+        self._operations.append(Operation(name, kernel, resource, inputs, outputs, parameters, attributes))
+        return outputs[0]
+
+
+def local_shape(source: Source, tp: int) -> tuple[int, ...]:
+    """The shape of one rank's shard. Units that do not divide evenly are padded with zeros on the last ranks;
+    fewer units than ranks (kv heads) are copied, each to tp / units neighbours."""
+    if source.shard is None or tp == 1:
+        return source.shape
+    units = source.units or source.shape[source.shard]
+    here = -(-units // tp)
+    shape = list(source.shape)
+    shape[source.shard] = shape[source.shard] // units * here
+    return tuple(shape)

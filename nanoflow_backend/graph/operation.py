@@ -1,0 +1,107 @@
+"""Operation, Value, Parameter, Graph: a model's forward pass as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Resource(StrEnum):
+    """What bounds an operation, and so the lane it prefers (paper section 3)."""
+
+    COMPUTE = "compute"
+    MEMORY = "memory"
+    NETWORK = "network"
+
+
+class Kind(StrEnum):
+    """How a value relates to the tokens of a batch."""
+
+    TOKENS = "tokens"  # one row a token: a nano-batch reads and writes its own rows
+    PAGES = "pages"  # the KV pages: what one token appends, every later token of its request may read
+    BATCH = "batch"  # the same for the whole batch, such as the page table
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that flows between operations: [T tokens, width], or state of its own shape."""
+
+    name: str
+    width: int = 1  # elements a token
+    dtype: str = "activation"  # or "int32", "float32"
+    kind: Kind = Kind.TOKENS
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor that becomes part of a parameter.
+
+    `shard` is the dimension that tensor parallelism cuts (None: a copy on every rank); it holds `units` whole
+    pieces (heads, for one) that are never cut, and that ranks share where there are fewer units than ranks.
+    """
+
+    tensor: str  # with {layer} where it has one
+    shape: tuple[int, ...]  # in the checkpoint
+    shard: int | None = None
+    units: int = 0  # 0: single rows or columns
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight as one rank holds it: the ranks' shards of its sources, one after the other along dimension 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...] = ()
+    constant: tuple[float, ...] | None = None  # computed from the config, fp32, instead of read
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel call: `kernel(*inputs, *parameters, **attributes)` writes `outputs`."""
+
+    name: str
+    kernel: str
+    resource: Resource
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    attributes: Mapping[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Operations in a legal order, and the values between them.
+
+    `inputs` come from outside. A layer's graph is applied again and again: output i is the next layer's input i
+    (`carried`); its other inputs are the same for every layer.
+    """
+
+    operations: tuple[Operation, ...]
+    values: Mapping[str, Value]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+
+    def __getitem__(self, name: str) -> Operation:
+        return next(op for op in self.operations if op.name == name)
+
+    @property
+    def carried(self) -> dict[str, str]:
+        """Layer input -> the output of the layer before that becomes it."""
+        return dict(zip(self.inputs, self.outputs, strict=False))
+
+    def producer(self, value: str) -> Operation | None:
+        """The operation that writes `value`; None where it comes from outside (pages: the append)."""
+        return next((op for op in self.operations if value in op.outputs), None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The three graphs of one step: `embed` once, `layer` num_layers times, `head` on the rows that are sampled."""
+
+    embed: Graph
+    layer: Graph
+    head: Graph
+    num_layers: int

@@ -1,0 +1,108 @@
+"""Llama-2, Llama-3, Llama-3.1, DeepSeek-67B; with QKV bias it is Qwen2, with another MLP Mixtral.
+
+Shapes: D hidden, H heads, K kv heads, d head_dim, F intermediate, V vocabulary; all but D and V of one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from nanoflow_backend.config import ModelConfig, RopeConfig
+from nanoflow_backend.graph.builder import GraphBuilder
+from nanoflow_backend.graph.operation import Graph, Source
+
+Mlp = Callable[[GraphBuilder, ModelConfig, str], str]
+
+
+def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
+    """One decoder layer: (residual, update) -> (residual, update); the sum of both is the hidden state."""
+    g = GraphBuilder(tp)
+    residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
+    batch = g.batch()
+    eps, kv_heads = config.rms_norm_eps, -(-config.num_kv_heads // tp)
+
+    residual, x = g.add_rms_norm("attention_norm", residual, update, norm(g, "input_layernorm", config), eps)
+    qkv = g.linear("qkv", x, *qkv_parameters(g, config))
+    q, pages = g.rope_append("rope_append", qkv, batch, frequencies(g, config), kv_heads)
+    attended = g.attention("attention", q, pages, batch)
+    update = g.linear("o", attended, o_parameter(g, config))
+    update = g.all_reduce("attention_reduce", update)
+
+    residual, x = g.add_rms_norm("mlp_norm", residual, update, norm(g, "post_attention_layernorm", config), eps)
+    update = (mlp or dense_mlp)(g, config, x)
+    update = g.all_reduce("mlp_reduce", update)
+    return g.build(residual, update)
+
+
+def dense_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    gate = Source("model.layers.{layer}.mlp.gate_proj.weight", (inner, hidden), shard=0)
+    up = Source("model.layers.{layer}.mlp.up_proj.weight", (inner, hidden), shard=0)
+    down = Source("model.layers.{layer}.mlp.down_proj.weight", (hidden, inner), shard=1)
+    gate_up = g.linear("gate_up", x, g.weight("gate_up.weight", gate, up))
+    h = g.swiglu("swiglu", gate_up)
+    return g.linear("down", h, g.weight("down.weight", down))
+
+
+def embed(config: ModelConfig) -> Graph:
+    """Token ids to the residual stream. Every rank holds the whole table: a gather costs less than its all-reduce."""
+    g = GraphBuilder()
+    table = g.weight("embed.weight", Source("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+    return g.build(*g.embed("embed", g.input("token_ids", dtype="int32"), table))
+
+
+def head(config: ModelConfig, tp: int = 1) -> Graph:
+    """The rows that are sampled to logits [R, V padded to a multiple of tp], fp32."""
+    g = GraphBuilder(tp)
+    residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
+    final_norm = g.weight("norm.weight", Source("model.norm.weight", (config.hidden_size,)))
+    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    lm_head = g.weight("lm_head.weight", Source(name, (config.vocab_size, config.hidden_size), shard=0))
+    _, x = g.add_rms_norm("final_norm", residual, update, final_norm, config.rms_norm_eps)
+    logits = g.linear("lm_head", x, lm_head, dtype="float32")
+    return g.build(g.all_gather("logits", logits))
+
+
+def norm(g: GraphBuilder, name: str, config: ModelConfig) -> str:
+    return g.weight(f"{name}.weight", Source(f"model.layers.{{layer}}.{name}.weight", (config.hidden_size,)))
+
+
+def qkv_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:
+    """Q, K and V as one matrix, cut by whole heads."""
+
+    def source(projection: str, heads: int, *columns: int) -> Source:
+        kind = "weight" if columns else "bias"
+        tensor = f"model.layers.{{layer}}.self_attn.{projection}_proj.{kind}"
+        return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads)
+
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    weight = g.weight("qkv.weight", *(source(p, n, config.hidden_size) for p, n in heads.items()))
+    bias = g.weight("qkv.bias", *(source(p, n) for p, n in heads.items())) if config.qkv_bias else None
+    return weight, bias
+
+
+def o_parameter(g: GraphBuilder, config: ModelConfig) -> str:
+    shape = (config.hidden_size, config.num_heads * config.head_dim)
+    source = Source("model.layers.{layer}.self_attn.o_proj.weight", shape, shard=1, units=config.num_heads)
+    return g.weight("o.weight", source)
+
+
+def frequencies(g: GraphBuilder, config: ModelConfig) -> str:
+    """The d/2 rotary frequencies in radians a position."""
+    half = config.head_dim // 2
+    plain = (config.rope.theta ** (-i / half) for i in range(half))
+    return g.constant("rope.frequencies", tuple(scale_frequency(f, config.rope) for f in plain))
+
+
+def scale_frequency(frequency: float, rope: RopeConfig) -> float:
+    """Llama-3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    if rope.scaling == "default":
+        return frequency
+    if rope.scaling == "linear":
+        return frequency / rope.factor
+    turns = rope.original_max_positions * frequency / (2 * math.pi)  # in the context the model was trained on
+    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = min(max(keep, 0.0), 1.0)
+    return keep * frequency + (1 - keep) * frequency / rope.factor

@@ -1,0 +1,73 @@
+"""Launch and Schedule: which operation runs on which tokens, in which lane, on how many SMs, after what."""
+
+from __future__ import annotations
+
+import msgspec
+
+from nanoflow_backend.graph.nano_batch import NanoOperation
+
+
+class ScheduleError(ValueError):
+    """A schedule that would compute something else than the model: the message names the launch and the rule."""
+
+
+class Wait(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Start only when launch number `launch` has ended, of the same layer or of `layers_back` layers before."""
+
+    launch: int
+    layers_back: int = 0
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One operation on the tokens start .. stop - 1. Launches of a lane run one after the other."""
+
+    operation: str
+    start: int
+    stop: int
+    lane: str
+    layers_ahead: int = 0  # how far this launch runs ahead of the others of its period
+    sms: int | None = None  # a cap; None: all of the device
+    waits: tuple[Wait, ...] = ()
+
+    @property
+    def nano(self) -> NanoOperation:
+        return NanoOperation(self.operation, self.start, self.stop)
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The launches of one layer on a batch of `tokens`, repeated for every layer (a cyclic plan, paper section 4.1).
+
+    Two lanes may run apart from each other as far as waits let them, from one layer into the next.
+    """
+
+    tokens: int
+    launches: tuple[Launch, ...]
+    granularity: int = 1  # boundaries are multiples of it
+    split_all_reduces: tuple[str, ...] = ()  # run as reduce-scatter and all-gather
+    partition: dict[str, int] = {}  # lane -> SMs that are its own; empty: all lanes share the device
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(launch.lane for launch in self.launches))
+
+    def unroll(self, num_layers: int) -> list[tuple[int, int]]:
+        """(layer, launch number) in the order of issue, for a model of `num_layers`."""
+        ahead = max((launch.layers_ahead for launch in self.launches), default=0)
+        return [
+            (period + launch.layers_ahead, number)
+            for period in range(-ahead, num_layers)
+            for number, launch in enumerate(self.launches)
+            if 0 <= period + launch.layers_ahead < num_layers
+        ]
+
+    def fit(self, tokens: int) -> list[tuple[int, int]]:
+        """The launches' token ranges when a batch has fewer `tokens`: every boundary scaled, some ranges empty.
+
+        Scaling is monotone, so ranges that had no token in common still have none: what was valid stays valid.
+        """
+
+        def scaled(boundary: int) -> int:
+            grains = (2 * boundary * tokens + self.tokens * self.granularity) // (2 * self.tokens * self.granularity)
+            return tokens if boundary == self.tokens else min(grains * self.granularity, tokens)
+
+        return [(scaled(launch.start), scaled(launch.stop)) for launch in self.launches]

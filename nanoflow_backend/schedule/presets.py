@@ -1,0 +1,62 @@
+"""The built-in plans: sequential, and n nano-batches in lanes that overlap."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from msgspec.structs import replace
+
+from nanoflow_backend.graph.nano_batch import dependencies
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
+from nanoflow_backend.schedule.validate import describe
+
+
+def sequential(graph: Graph, tokens: int) -> Schedule:
+    """One operation after the other on the whole batch: the plan without a search, and the base of comparisons."""
+    launches = tuple(Launch(operation=op.name, start=0, stop=tokens, lane="compute") for op in graph.operations)
+    return Schedule(tokens=tokens, launches=launches)
+
+
+def nano_batched(graph: Graph, tokens: int, parts: int, granularity: int = 1) -> Schedule:
+    """`parts` nano-batches of nearly equal size; each resource is a lane, and lanes overlap where values let them."""
+    grains = -(-tokens // granularity)
+    if not 1 <= parts <= grains:
+        raise ValueError(f"parts: expected 1..{grains} nano-batches of {tokens} tokens, got {parts}")
+    boundaries = [min(grains * part // parts * granularity, tokens) for part in range(parts + 1)]
+    launches = [
+        Launch(operation=op.name, start=start, stop=stop, lane=op.resource.value)
+        for op in graph.operations
+        for start, stop in pairwise(boundaries)
+    ]
+    return synchronise(Schedule(tokens=tokens, launches=tuple(launches), granularity=granularity), graph)
+
+
+def synchronise(schedule: Schedule, graph: Graph) -> Schedule:
+    """The same launches with just the waits they need: none that lanes or other waits already imply."""
+    needed = dependencies(graph, [launch.nano for launch in schedule.launches])
+    # Four layers show every way in which a launch meets those of the layer before, at both ends of the model too;
+    # launches that run ahead meet further ones.
+    steps = schedule.unroll(4 + 2 * max((launch.layers_ahead for launch in schedule.launches), default=0))
+    index = {step: k for k, step in enumerate(steps)}
+    waits: list[set[Wait]] = [set() for _ in schedule.launches]
+    ended: list[int] = []  # for each step the mask of itself and of what has ended before it
+    last_in_lane: dict[str, int] = {}
+
+    for k, (layer, number) in enumerate(steps):
+        launch = schedule.launches[number]
+        mask = 1 << k | (ended[last_in_lane[launch.lane]] if launch.lane in last_in_lane else 0)
+        targets = {index[layer - d.layers_back, d.writer]: d for d in needed[number] if d.layers_back <= layer}
+        known = [t for t, d in targets.items() if Wait(d.writer, d.layers_back) in waits[number]]
+        for target in known + sorted(targets.keys() - set(known), reverse=True):  # the latest one implies the most
+            if target >= k:
+                raise ScheduleError(f"{describe(number, launch)} is issued before what it reads is written")
+            if not mask >> target & 1:
+                waits[number].add(Wait(targets[target].writer, targets[target].layers_back))
+                mask |= ended[target]
+        ended.append(mask)
+        last_in_lane[launch.lane] = k
+    launches = (
+        replace(launch, waits=tuple(sorted(needs))) for launch, needs in zip(schedule.launches, waits, strict=True)
+    )
+    return replace(schedule, launches=tuple(launches))

@@ -1,0 +1,82 @@
+"""validate: does a schedule compute what the graph says, whatever the speed of its lanes?"""
+
+from __future__ import annotations
+
+from nanoflow_backend.graph.nano_batch import dependencies
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.order import PartialOrder
+from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError
+
+
+def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int | None = None) -> None:
+    """Check `schedule` against a layer's `graph` (its all-reduces already in the schedule's form).
+
+    Raises:
+        ScheduleError: naming the launch and the rule: an operation covers every token once, ranges keep to the
+            granularity, every dependency (by token range, and through the KV pages) is ordered by lanes and waits,
+            and SM shares keep inside a declared partition.
+    """
+    for number, launch in enumerate(schedule.launches):
+        _check_launch(number, launch, schedule, graph)
+    _check_coverage(schedule, graph)
+    _check_partition(schedule, device_sms)
+    _check_dependencies(schedule, graph, num_layers)
+
+
+def describe(number: int, launch: Launch) -> str:
+    return f"launch {number} ({launch.operation} {launch.start}..{launch.stop})"
+
+
+def _check_launch(number: int, launch: Launch, schedule: Schedule, graph: Graph) -> None:
+    where = describe(number, launch)
+    if launch.operation not in {op.name for op in graph.operations}:
+        raise ScheduleError(f"{where}: the model has no such operation; it has {[op.name for op in graph.operations]}")
+    if not 0 <= launch.start < launch.stop <= schedule.tokens:
+        raise ScheduleError(f"{where}: expected a non-empty range inside 0..{schedule.tokens}")
+    for boundary in (launch.start, launch.stop):
+        if boundary % schedule.granularity and boundary != schedule.tokens:
+            raise ScheduleError(f"{where}: {boundary} is not a multiple of the granularity {schedule.granularity}")
+    if launch.layers_ahead < 0:
+        raise ScheduleError(f"{where}: layers_ahead is {launch.layers_ahead}, expected >= 0")
+    for wait in launch.waits:
+        if not 0 <= wait.launch < len(schedule.launches) or wait.layers_back < 0:
+            raise ScheduleError(f"{where}: there is no launch {wait.launch}, {wait.layers_back} layers back, to wait for")
+
+
+def _check_coverage(schedule: Schedule, graph: Graph) -> None:
+    for op in graph.operations:
+        covered = 0
+        for start, stop in sorted((x.start, x.stop) for x in schedule.launches if x.operation == op.name):
+            if start != covered:
+                fault = "covered twice" if start < covered else "never computed"
+                raise ScheduleError(f"{op.name}: tokens {min(start, covered)}..{max(start, covered)} are {fault}")
+            covered = stop
+        if covered != schedule.tokens:
+            raise ScheduleError(f"{op.name}: tokens {covered}..{schedule.tokens} are never computed")
+
+
+def _check_partition(schedule: Schedule, device_sms: int | None) -> None:
+    if unknown := schedule.partition.keys() - set(schedule.lanes):
+        raise ScheduleError(f"partition: no launch is in lane {sorted(unknown)}")
+    if schedule.partition and (missing := set(schedule.lanes) - schedule.partition.keys()):
+        raise ScheduleError(f"partition: lane {sorted(missing)} has no SMs of its own")
+    owned = sum(schedule.partition.values())
+    if device_sms is not None and owned > device_sms:
+        raise ScheduleError(f"partition: its lanes own {owned} SMs, the device has {device_sms}")
+    for number, launch in enumerate(schedule.launches):
+        limit = schedule.partition.get(launch.lane, device_sms)
+        if launch.sms is not None and not 1 <= launch.sms <= (limit or launch.sms):
+            raise ScheduleError(f"{describe(number, launch)}: sms is {launch.sms}, expected 1..{limit}")
+
+
+def _check_dependencies(schedule: Schedule, graph: Graph, num_layers: int) -> None:
+    order = PartialOrder(schedule, num_layers)
+    needed = dependencies(graph, [launch.nano for launch in schedule.launches])
+    for k, (layer, number) in enumerate(order.steps):
+        for writer, layers_back in needed[number]:
+            if layers_back <= layer and not order.precedes(order.index[layer - layers_back, writer], k):
+                raise ScheduleError(
+                    f"{describe(number, schedule.launches[number])} in layer {layer} may start before "
+                    f"{describe(writer, schedule.launches[writer])} of layer {layer - layers_back} has ended: "
+                    f"it reads what that one writes"
+                )
