@@ -164,6 +164,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], relative_to: Path, origin: str = "engine config") -> EngineConfig:
         """Check `fields` and make their paths absolute."""
+
         def rooted(key: str, value: Any) -> Any:
             is_path = key == "model" or (key == "python" and "/" in str(value)) or str(value).endswith(".json")
             # Not resolve(): the python of a virtual environment is a link that must stay one.

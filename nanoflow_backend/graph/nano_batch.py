@@ -45,6 +45,4 @@ def dependencies(graph: Graph, nanos: Sequence[NanoOperation]) -> list[list[Depe
             if nanos[i].start < reader.stop and first < nanos[i].stop
         ]
 
-    return [
-        sorted({d for value in graph[nano.operation].inputs for d in depends(nano, value)}) for nano in nanos
-    ]
+    return [sorted({d for value in graph[nano.operation].inputs for d in depends(nano, value)}) for nano in nanos]

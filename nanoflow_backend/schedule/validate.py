@@ -40,7 +40,9 @@ def _check_launch(number: int, launch: Launch, schedule: Schedule, graph: Graph)
         raise ScheduleError(f"{where}: layers_ahead is {launch.layers_ahead}, expected >= 0")
     for wait in launch.waits:
         if not 0 <= wait.launch < len(schedule.launches) or wait.layers_back < 0:
-            raise ScheduleError(f"{where}: there is no launch {wait.launch}, {wait.layers_back} layers back, to wait for")
+            raise ScheduleError(
+                f"{where}: there is no launch {wait.launch}, {wait.layers_back} layers back, to wait for"
+            )
 
 
 def _check_coverage(schedule: Schedule, graph: Graph) -> None:
