@@ -101,8 +101,8 @@ def offline(
 def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError
-    from nanoflow_backend.scheduler.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
+    from nanoflow_backend.scheduler.sampling_params import InvalidRequest
     from nanoflow_backend.serving.embedded import ServerError
 
     try:

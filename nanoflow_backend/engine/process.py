@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -75,10 +76,8 @@ class EngineProcess:
         if self._stopping:
             return
         self._stopping = True
-        try:
+        with contextlib.suppress(ChildDied):
             self._child.send(Stop())
-        except ChildDied:
-            pass
         self._child.stop()
         self._reader.join()
         self._child.close()
