@@ -23,15 +23,15 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def extend(self, digests: list[bytes], token_ids: list[int], pages: int) -> None:
+    def extend(self, digests: list[bytes], token_ids: array[int], pages: int) -> None:
         """Append to `digests`, those of the leading pages of `token_ids`, until there are `pages` of them."""
         size = self.page_tokens
         for index in range(len(digests), pages):
             parent = digests[-1] if digests else b""
-            content = array("I", token_ids[index * size : (index + 1) * size]).tobytes()
+            content = token_ids[index * size : (index + 1) * size].tobytes()
             digests.append(blake2b(parent + content, digest_size=DIGEST_BYTES).digest())
 
-    def lookup(self, digests: list[bytes], token_ids: list[int]) -> list[int]:
+    def lookup(self, digests: list[bytes], token_ids: array[int]) -> list[int]:
         """The longest known run of leading pages. At least the last token is left over: it has to be computed, to
         be sampled from. `digests` is extended to the pages that were looked for.
         """

@@ -78,7 +78,7 @@ class FinishReason(StrEnum):
     DEADLINE = "deadline"
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, and no cycle to collect
     """A request's news of one step. The last one carries `finish_reason`; every request gets exactly one such."""
 
     request_id: int

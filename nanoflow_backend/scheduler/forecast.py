@@ -50,8 +50,8 @@ class LengthForecast:
         if self._recorded > self._total / 32:  # 3 % more data does not change an answer; a new table takes time
             self._make_tables()
         s = np.minimum(produced, len(self._longer) - 1)  # nobody ended after more than the last entry
-        expected = (self._longer_tokens[s] + max_tokens) / (self._longer[s] + 1) - produced
-        return np.clip(expected, 0, max_tokens - produced)
+        expected: NDArray[np.float64] = (self._longer_tokens[s] + max_tokens) / (self._longer[s] + 1) - produced
+        return np.minimum(expected, max_tokens - produced)
 
     def _make_tables(self) -> None:
         lengths = np.arange(len(self._ended))

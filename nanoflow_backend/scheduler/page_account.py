@@ -76,7 +76,7 @@ class PageAccount:
         self._prefix.check()
         holders = [0] * self.pool.num_pages
         for s in sequences:
-            name = f"request {s.request.id}"
+            name = f"request {s.id}"
             assert len(set(s.pages)) == len(s.pages), f"{name} holds a page twice"
             assert s.computed <= s.room == len(s.pages) * self.page_tokens, f"{name} has computed beyond its pages"
             for page in s.pages:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import heapq
-import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-import msgspec
-
 from nanoflow_backend.scheduler.batch import Admission, Batch, Delta, FinishReason, Prefill, Sampled
 from nanoflow_backend.scheduler.forecast import Forecast, LengthForecast
+from nanoflow_backend.scheduler.intake import Intake
 from nanoflow_backend.scheduler.outlook import Outlook
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.sequence import Sequence, State, rank
+from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue
 
@@ -67,12 +66,9 @@ class Scheduler:
             )
         self._dense_batch_tokens = dense_batch_tokens
         self._chunk_tokens = chunk_tokens
-        self._max_running = max_running
         self._max_waiting = max_waiting
-        self._max_model_tokens = max_model_tokens
-        self._cache_tokens = num_pages * page_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._seeds = random.Random(seed)
+        self._intake = Intake(max_model_tokens, num_pages * page_tokens, self._eos_token_ids, seed)
         self._clock = clock
         self._forecast = forecast or LengthForecast()
         self._account = PageAccount(num_pages, page_tokens, prefix_caching)
@@ -81,17 +77,13 @@ class Scheduler:
         self._live: dict[int, Sequence] = {}  # by request id, until the last delta is handed over
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
         self._waiting = WaitingQueue()
-        self._free_slots = list(range(max_running - 1, -1, -1))
-        self._prefilling: dict[int, Sequence] = {}  # by slot, as the next two; in order of admission
-        self._decoding: dict[int, Sequence] = {}
-        self._leaving: dict[int, Sequence] = {}
+        self._slots = Slots(max_running)
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, with the sequences that they sample
         self._news: list[Delta] = []  # last deltas of requests that ended between steps
 
         self._step = 0
         self._returned_step = 0
-        self._arrivals = 0
         self._finished = 0
         self._preemptions = 0
         self._overshoot_tokens = 0
@@ -105,24 +97,11 @@ class Scheduler:
             InvalidRequest: it could never run; the message names the field and what was expected.
             QueueFull: too many are waiting.
         """
-        self._validate(request)
+        if request.id in self._live:
+            raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
+        sequence = self._intake.accept(request)
         if len(self._waiting) >= self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} requests are waiting, as many as max_waiting allows")
-        params, prompt_tokens = request.params, len(request.prompt)
-        if params.seed is None:  # sampling is a function of (seed, position): a preempted request repeats its tokens
-            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
-        eos_ids = frozenset() if params.ignore_eos else self._eos_token_ids
-        sequence = Sequence(
-            request=request,
-            params=params,
-            arrival=self._arrivals,
-            prompt_tokens=prompt_tokens,
-            # nobody reads K and V of the last token: it needs no room in the cache
-            max_total_tokens=min(prompt_tokens + params.max_tokens, self._max_model_tokens, self._cache_tokens + 1),
-            stop_ids=eos_ids.union(params.stop_token_ids),
-            tokens=list(request.prompt),
-        )
-        self._arrivals += 1
         self._live[request.id] = sequence
         self._waiting.push(sequence)
         if request.deadline is not None:
@@ -135,7 +114,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Some request has not ended, or its last delta was not handed over, or its pages are not free yet."""
-        return bool(self._live or self._leaving)
+        return bool(self._live or self._slots)
 
     def schedule(self) -> Batch | None:
         """Decide the next step. None: nothing can run before a request is added or a batch comes back."""
@@ -158,7 +137,7 @@ class Scheduler:
         prefills: list[Prefill] = []
         admitted: list[Admission] = []
         budget = self._dense_batch_tokens - len(sampled)
-        prompts = chain(list(self._prefilling.values()), self._admit(page_table, admitted))
+        prompts = chain(list(self._slots.prefilling.values()), self._admit(page_table, admitted))
         while budget > 0 and (sequence := next(prompts, None)) is not None:
             prefill = self._prefill(sequence, step, budget)
             prefills.append(prefill)
@@ -186,7 +165,7 @@ class Scheduler:
                 self._overshoot_tokens += 1
                 continue
             s.tokens.append(token)
-            delta = Delta(s.request.id, [token], None, None, None, s.cached_tokens)
+            delta = Delta(s.id, [token], None, None, None, s.cached_tokens)
             if sampled.logprobs and index in sampled.logprobs:
                 delta.logprobs = [sampled.logprobs[index]]
             if token in s.stop_ids and s.output_tokens >= s.params.min_tokens:
@@ -197,10 +176,10 @@ class Scheduler:
                 delta.finish_reason = FinishReason.LENGTH
             deltas.append(delta)
             if delta.finish_reason is not None:
-                del self._live[s.request.id]
+                del self._live[s.id]
                 self._forecast.record(s.output_tokens)
                 self._finish(s, delta.finish_reason)
-        for s in [s for s in self._leaving.values() if s.last_step <= self._returned_step]:
+        for s in [s for s in self._slots.leaving.values() if s.last_step <= self._returned_step]:
             self._release(s)
         return deltas
 
@@ -208,7 +187,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             waiting_requests=len(self._waiting),
-            running_requests=len(self._prefilling) + len(self._decoding) + len(self._leaving),
+            running_requests=len(self._slots),
             num_pages=self._pool.num_pages,
             used_pages=self._pool.used,
             cached_pages=self._pool.cached,
@@ -222,27 +201,16 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError if a request, a slot or a page is lost or in two places, or a clock is wrong."""
-        places = (
-            (State.WAITING, {s.arrival: s for s in self._waiting}),
-            (State.PREFILLING, self._prefilling),
-            (State.DECODING, self._decoding),
-            (State.LEAVING, self._leaving),
-        )
-        for state, sequences in places:
-            for s in sequences.values():
-                assert s.state is state, f"request {s.request.id} is {s.state}, in the place of {state}"
-        holders = [s for _, sequences in places[1:] for s in sequences.values()]
-        slots = [s.slot for s in holders]
-        assert sorted(slots + self._free_slots) == list(range(self._max_running)), "a slot is lost or taken twice"
-        placed = {s.request.id for _, sequences in places for s in sequences.values() if s.finish_reason is None}
-        unfinished = {request_id for request_id, s in self._live.items() if s.finish_reason is None}
-        assert placed == unfinished, f"requests {placed ^ unfinished} are lost, or run and are not known"
-        assert self._live.keys() - unfinished == {d.request_id for d in self._news}, "a last delta is lost"
         self._waiting.check()
-        self._account.check(holders)
+        self._slots.check()
+        self._account.check(self._slots)
+        placed = [s for s in chain(self._waiting, self._slots) if s.finish_reason is None]
+        ids = Counter(s.id for s in placed) + Counter(delta.request_id for delta in self._news)
+        assert ids == Counter(self._live.keys()), f"requests are lost or in two places: {ids} and {self._live.keys()}"
+        assert all(s.state is State.WAITING and s.finish_reason is None for s in self._waiting), "the ended do not wait"
         in_flight = Counter(s.arrival for _, sampled in self._in_flight for s in sampled)
-        for s in holders:
-            name = f"request {s.request.id}"
+        for s in self._slots:
+            name = f"request {s.id}"
             assert s.last_step <= self._step, f"{name} is in a step that was not formed"
             assert s.state is not State.LEAVING or s.last_step > self._returned_step, f"{name} has left and holds pages"
             assert len(s.tokens) + in_flight[s.arrival] <= s.max_total_tokens, f"{name} runs beyond its length"
@@ -252,26 +220,12 @@ class Scheduler:
                 assert s.computed < len(s.tokens), f"{name}: nothing is left to prefill"
                 assert not in_flight[s.arrival], f"{name} is sampled before its prompt ends"
 
-    def _validate(self, request: Request) -> None:
-        prompt_tokens, longest = len(request.prompt), min(self._max_model_tokens - 1, self._cache_tokens)
-        if request.id in self._live:
-            raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
-        if not prompt_tokens:
-            raise InvalidRequest("prompt: expected at least one token, got none")
-        if min(request.prompt) < 0 or max(request.prompt) >= 2**31:
-            raise InvalidRequest(f"prompt: expected ids in 0..2^31-1, got {min(request.prompt)}..{max(request.prompt)}")
-        if prompt_tokens > longest:
-            raise InvalidRequest(
-                f"prompt: expected at most {longest} tokens (max_model_tokens {self._max_model_tokens} with one of "
-                f"output; {self._cache_tokens} tokens of KV cache), got {prompt_tokens}"
-            )
-
     def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
             s = self._live.get(request_id)
-            if s is not None and s.request.deadline == deadline:  # the id may be in its second life
+            if s is not None and s.deadline == deadline:  # the id may be in its second life
                 self._end_early(request_id, FinishReason.DEADLINE)
 
     def _grow(self, page_table: list[tuple[int, int, int]]) -> list[Sequence]:
@@ -279,11 +233,11 @@ class Scheduler:
 
         Pages of a request that is still in a step in flight come one step later; who needs them waits for that step.
         """
-        needy = {s.slot: s for s in self._decoding.values() if s.computed == s.room}
+        needy = {s.slot: s for s in self._slots.decoding.values() if s.computed == s.room}
         if not needy:
-            return list(self._decoding.values())
-        while len(needy) > self._pool.available + self._account.freed_by(self._leaving.values()):
-            victim = max(chain(self._prefilling.values(), self._decoding.values()), key=rank)
+            return list(self._slots.decoding.values())
+        while len(needy) > self._pool.available + self._account.freed_by(self._slots.leaving.values()):
+            victim = max(self._slots.running, key=rank)
             needy.pop(victim.slot, None)
             victim.preemptions += 1
             self._preemptions += 1
@@ -291,27 +245,23 @@ class Scheduler:
         for s in sorted(needy.values(), key=rank)[: self._pool.available]:
             page_table.append((s.slot, len(s.pages), self._account.grow(s)))
             del needy[s.slot]
-        return [s for s in self._decoding.values() if s.slot not in needy]
+        return [s for s in self._slots.decoding.values() if s.slot not in needy]
 
     def _admit(self, page_table: list[tuple[int, int, int]], admitted: list[Admission]) -> Iterator[Sequence]:
         """Let waiting requests in, in order, while the predicted peak of page use fits; one always may run."""
         outlook = None
-        while self._free_slots and (s := self._waiting.head) is not None:
+        while self._slots.free and (s := self._waiting.head) is not None:
             known = self._account.known_prefix(s)
             cost_pages = self._account.cost(s, known)
             if cost_pages > self._pool.available:
                 return
-            if self._prefilling or self._decoding:
-                if outlook is None:
-                    holders = chain(self._prefilling.values(), self._decoding.values(), self._leaving.values())
-                    outlook = Outlook(holders, self._account, self._forecast)
+            if self._slots.prefilling or self._slots.decoding:
+                outlook = outlook or Outlook(self._slots, self._account, self._forecast)
                 if outlook.add(s, cost_pages) > self._pool.num_pages:
                     return
             self._waiting.remove(s)
             self._account.open(s, known)
-            s.slot = self._free_slots.pop()
-            s.state = State.PREFILLING
-            self._prefilling[s.slot] = s
+            self._slots.enter(s)
             if not s.preemptions:
                 s.cached_tokens = s.computed
                 self._prefix_query_tokens += s.prompt_tokens
@@ -328,12 +278,10 @@ class Scheduler:
         self._filled.append(s)
         complete = s.computed == len(s.tokens)
         if complete:
-            del self._prefilling[s.slot]
-            s.state = State.DECODING
-            self._decoding[s.slot] = s
+            self._slots.start_decoding(s)
             if s.computed + 1 >= s.max_total_tokens:
                 self._leave(s)
-        return Prefill(s.slot, start, s.tokens[start : s.computed], complete)
+        return Prefill(s.slot, start, s.tokens[start : s.computed].tolist(), complete)
 
     def _returning(self, sampled: Sampled) -> list[Sequence]:
         """The sequences of the oldest step in flight, which has come back."""
@@ -365,18 +313,16 @@ class Scheduler:
 
     def _leave(self, s: Sequence) -> None:
         """No further step for this sequence; its pages go when nothing in flight writes them."""
-        del (self._decoding if s.state is State.DECODING else self._prefilling)[s.slot]
-        s.state = State.LEAVING
-        self._leaving[s.slot] = s
+        self._slots.start_leaving(s)
         if s.last_step <= self._returned_step:
             self._release(s)
 
     def _release(self, s: Sequence) -> None:
         """Take back slot and pages. A sequence that has not ended was preempted, and goes on later."""
-        del self._leaving[s.slot]
+        self._slots.leave(s)
         self._account.close(s)
-        self._free_slots.append(s.slot)
-        s.state = State.ENDED
         if s.finish_reason is None:
             s.state = State.WAITING
             self._waiting.push(s)
+        else:
+            s.state = State.ENDED

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from nanoflow_backend.scheduler.batch import FinishReason
-from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
@@ -24,13 +24,15 @@ class Sequence:
     prompt's and those that came back. While decoding, computed + 1 - len(tokens) samples are in flight.
     """
 
-    request: Request
-    params: SamplingParams  # the request's, with a seed
+    id: int
+    params: SamplingParams  # with a seed
+    priority: int
     arrival: int  # a running number
+    deadline: float | None
     prompt_tokens: int
     max_total_tokens: int  # prompt and output, by max_tokens and by what the model and the cache can hold
     stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
-    tokens: list[int]
+    tokens: array[int]  # of C ints: a list would cost nine times the memory, and the collector would walk it
 
     state: State = State.WAITING
     finish_reason: FinishReason | None = None
@@ -54,4 +56,4 @@ class Sequence:
 
 def rank(sequence: Sequence) -> tuple[int, int]:
     """Lower ranks are served first and preempted last."""
-    return sequence.request.priority, sequence.arrival
+    return sequence.priority, sequence.arrival

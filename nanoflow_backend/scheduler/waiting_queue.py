@@ -38,7 +38,7 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         index = bisect_left(self._sequences, rank(sequence), key=rank)
         if index == len(self._sequences) or self._sequences[index] is not sequence:
-            raise ValueError(f"request {sequence.request.id} is not waiting")
+            raise ValueError(f"request {sequence.id} is not waiting")
         del self._sequences[index]
 
     def check(self) -> None:

@@ -45,9 +45,9 @@ class History:
         self.now = 0.0
         self.asynchronous = rng.random() < 0.7
         self.page_tokens = rng.choice((1, 2, 3, 4))
-        self.num_pages = rng.randint(2, 14)
-        self.max_model_tokens = rng.randint(2, 40)
-        max_running = rng.randint(1, 5)
+        self.num_pages = rng.randint(2, 12)
+        self.max_model_tokens = rng.choice((rng.randint(2, 20), 60))
+        max_running = rng.randint(1, 6)
         self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
         self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
         self.scheduler = Scheduler(
@@ -61,7 +61,7 @@ class History:
             eos_token_ids=[EOS],
             prefix_caching=rng.random() < 0.8,
             clock=lambda: self.now,
-            forecast=rng.choice((LengthForecast, LengthForecast, ReserveNothing, ReserveMaxTokens))(),
+            forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
         )
         self.worker = LedgerWorker(self.num_pages, self.page_tokens)
         self.lives: dict[int, Life] = {}
@@ -88,11 +88,11 @@ class History:
     def add(self) -> None:
         rng = self.rng
         known = [life.story.tokens for life in self.lives.values()]
-        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 12))]
+        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 8))]
         if known and rng.random() < 0.6:  # a common beginning, or the next round of a conversation
             earlier = rng.choice(known)
             prompt = earlier[: rng.randint(1, len(earlier))] + prompt[: rng.randint(0, 4)]
-        max_tokens = rng.randint(1, 14)
+        max_tokens = rng.randint(1, 20)
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
