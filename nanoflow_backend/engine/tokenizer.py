@@ -142,7 +142,7 @@ class Tokenizer:
 
 
 class _File(msgspec.Struct):
-    decoder: dict[str, Any] | None
+    decoder: dict[str, Any] | None = None
 
 
 class _Token(msgspec.Struct, frozen=True):
