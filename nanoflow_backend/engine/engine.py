@@ -46,7 +46,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
             seed=config.seed,
         )
-        self.ranks = Ranks(config, on_rank_death) if config.tensor_parallel > 1 else None
+        self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
         self.worker = Worker(config, self.model_config, self.max_model_tokens)
         if self.ranks:
             self.ranks.wait_until_ready()
@@ -78,7 +78,7 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """The queue takes one more request."""
-        return self.scheduler.num_waiting < self.config.max_waiting
+        return self.scheduler.stats.waiting_requests < self.config.max_waiting
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 
 import msgspec
@@ -11,7 +12,7 @@ from nanoflow_backend.engine.child import Parent
 from nanoflow_backend.engine.engine import Engine
 from nanoflow_backend.engine.messages import Cancel, Failed, News, Ready, Refusal, Start, Stop, Submit, ToEngine
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
-from nanoflow_backend.scheduler.scheduler import QueueFull
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 
 def main() -> None:
@@ -20,13 +21,19 @@ def main() -> None:
     decoder = msgspec.msgpack.Decoder(ToEngine)
     try:
         start: Start = parent.receive(decoder)
-        engine = Engine(start.config)
+        engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how))
         parent.send(ready(engine))
         run(engine, parent, decoder)
     except Exception as error:
         logging.getLogger(__name__).error("%s", traceback.format_exc())
         parent.send(Failed(f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from None
+
+
+def fail(parent: Parent, why: str) -> None:
+    """From another thread: this one may wait for the dead rank in a collective."""
+    parent.send(Failed(why))
+    os._exit(1)
 
 
 def ready(engine: Engine) -> Ready:
@@ -52,8 +59,7 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
             handle(message, engine, parent)
         deltas = engine.step()
         if deltas:
-            stats = engine.scheduler
-            parent.send(News(deltas, stats.num_running, stats.num_waiting, stats.pages_used))
+            parent.send(News(deltas, engine.scheduler.stats))
     engine.close()
 
 

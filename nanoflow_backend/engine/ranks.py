@@ -27,6 +27,7 @@ class StartRank(msgspec.Struct, frozen=True):
     """The first message to a rank; every later one is a Batch."""
 
     config: EngineConfig
+    max_model_tokens: int
     rank: int
     rendezvous: str  # the file in which the group's members find each other
 
@@ -39,7 +40,7 @@ class Ranks:
     """Ranks 1 .. tp - 1. Where one dies, `on_death` is called from another thread, so that an idle engine knows too;
     a collective that waits for it fails."""
 
-    def __init__(self, config: EngineConfig, on_death: Callable[[str], None]) -> None:
+    def __init__(self, config: EngineConfig, max_model_tokens: int, on_death: Callable[[str], None]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
         rendezvous = os.path.join(self._folder.name, "rendezvous")
         self._on_death = on_death
@@ -48,7 +49,7 @@ class Ranks:
         self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, config.tensor_parallel)]
         self._ready: list[Future[None]] = [Future() for _ in self._children]
         for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
-            child.send(StartRank(config, rank, rendezvous))
+            child.send(StartRank(config, max_model_tokens, rank, rendezvous))
             threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
         join_group(rendezvous, 0, config.tensor_parallel)
 
@@ -100,7 +101,7 @@ def main() -> None:
     try:
         join_group(start.rendezvous, start.rank, start.config.tensor_parallel)
         model_config = ModelConfig.from_pretrained(Path(start.config.model))
-        worker = Worker(start.config, model_config, rank=start.rank)
+        worker = Worker(start.config, model_config, start.max_model_tokens, start.rank)
     except Exception as error:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))
         raise

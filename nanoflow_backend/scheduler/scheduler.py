@@ -116,6 +116,11 @@ class Scheduler:
         """Some request has not ended, or its last delta was not handed over, or its pages are not free yet."""
         return bool(self._live or self._slots)
 
+    @property
+    def live_ids(self) -> list[int]:
+        """The requests whose last delta was not handed over yet."""
+        return list(self._live)
+
     def schedule(self) -> Batch | None:
         """Decide the next step. None: nothing can run before a request is added or a batch comes back."""
         self._expire()
