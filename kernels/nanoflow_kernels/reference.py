@@ -138,7 +138,7 @@ def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
     logits [T, E] -> experts [T, k] int32, weights [T, k] fp32.
     """
     experts, weights = out
-    best, order = logits.float().softmax(-1).sort(-1, descending=True, stable=True)
+    best, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
     chosen = best[:, : weights.shape[1]]
     experts.copy_(order[:, : experts.shape[1]])
     weights.copy_(chosen / chosen.sum(-1, keepdim=True))
