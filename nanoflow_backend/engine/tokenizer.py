@@ -183,12 +183,13 @@ class _Config(msgspec.Struct):
 
     def named_tokens(self) -> dict[str, str]:
         tokens = {field: getattr(self, field) for field in self.__struct_fields__ if field.endswith("_token")}
+        if isinstance(self.extra_special_tokens, dict):
+            tokens |= self.extra_special_tokens
         return {name: _content(token) for name, token in tokens.items() if isinstance(token, str | _Token)}
 
     def unnamed_tokens(self) -> list[str]:
-        extra = self.extra_special_tokens or []
-        tokens = [*(self.additional_special_tokens or []), *(extra.values() if isinstance(extra, dict) else extra)]
-        return [_content(token) for token in tokens]
+        extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
+        return [_content(token) for token in [*(self.additional_special_tokens or []), *extra]]
 
 
 def _content(token: str | _Token) -> str:
@@ -196,15 +197,13 @@ def _content(token: str | _Token) -> str:
 
 
 def _add_tokens(backend: Backend, config: _Config) -> None:
-    """Make the tokens of the config known, and those with a name special: a tokenizer.json may say less."""
+    """Make the tokens of the config known, and those with a name special, where tokenizer.json says less."""
     for _, token in sorted((config.added_tokens_decoder or {}).items()):
         backend.add_tokens([AddedToken(**msgspec.structs.asdict(token))])
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     unknown = [content for content in config.unnamed_tokens() if content not in known]
     for content in [*config.named_tokens().values(), *unknown]:
-        token = known.get(content) or AddedToken(content, normalized=False)
-        token.special = True
-        backend.add_special_tokens([token])
+        backend.add_special_tokens([known.get(content) or AddedToken(content, normalized=False)])
 
 
 def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:

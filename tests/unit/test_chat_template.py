@@ -102,7 +102,12 @@ TOOL_CHAT: list[dict[str, Any]] = [
     {"role": "end", "content": "yes"},
     {"role": "user", "content": "never shown"},
 ]
-TOOL = {"type": "function", "function": {"name": "less", "parameters": {"type": "object", "z": "<&>", "a": "é"}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "less", "parameters": {"type": "object", "z": "<&>", "a": "é"}},
+}
+
+TOOL_LISTS: list[Any] = [None, [], [TOOL]]
 
 
 def _load(folder: Path, template: object) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
@@ -141,7 +146,7 @@ def test_renders_as_transformers(
 def test_named_templates(tmp_path: Path) -> None:
     templates = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]
     tokenizer, reference = _load(tmp_path, templates)
-    for tools in (None, [], [TOOL]):
+    for tools in TOOL_LISTS:
         expected = reference.apply_chat_template(TOOL_CHAT[:1], tools=tools, tokenize=False)
         assert tokenizer.apply_chat_template(TOOL_CHAT[:1], tools, add_generation_prompt=False) == expected
 
@@ -152,7 +157,7 @@ def test_template_files_go_before_the_config(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOLS)
     tokenizer, reference = _load(tmp_path, CHATML)
-    for tools in (None, [TOOL]):
+    for tools in TOOL_LISTS:
         expected = reference.apply_chat_template(CHAT, tools=tools, tokenize=False)
         assert tokenizer.apply_chat_template(CHAT, tools, add_generation_prompt=False) == expected
 

@@ -183,7 +183,7 @@ def test_other_decoders(tmp_path: Path, decoder: decoders.Decoder | None, tokens
 
 
 def oracle(tokenizer: Tokenizer, sampling: SamplingParams, ids: Sequence[int]) -> tuple[str, int, str | None]:
-    """(text, tokens, stop string) by decoding every prefix in full and looking for every stop string at its every end."""
+    """(text, tokens, stop string) by decoding every prefix in full and looking for each stop string at each end."""
     texts = [text_of(tokenizer, ids[:n], True).rstrip("\ufffd") for n in range(len(ids) + 1)]
     unchecked = len(texts[min(sampling.min_tokens, len(ids))])
     for end in range(unchecked + 1, len(texts[-1]) + 1):

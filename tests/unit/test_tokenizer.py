@@ -85,7 +85,7 @@ def test_exactly_one_bos(tmp_path: Path, shape: object) -> None:
     bos, bos_id = tokenizer.special_tokens["bos_token"], tokenizer.bos_id
     for text in ("Hello", "", bos + "Hello", bos):
         ids = tokenizer.encode(text)
-        assert (ids[0], ids.count(bos_id)) == (bos_id, 1)
+        assert [index for index, token_id in enumerate(ids) if token_id == bos_id] == [0]
     assert bos_id not in tokenizer.encode("Hello", add_special_tokens=False)
     assert tokenizer.encode(bos + "Hello", add_special_tokens=False) == tokenizer.encode(bos + "Hello")
 
@@ -127,12 +127,20 @@ def test_tokens_of_the_config(tmp_path: Path, list_name: str) -> None:
     assert tokenizer.special_tokens == {"eos_token": "<tool_call>", "bos_token": "<|im_start|>"}
 
 
-def test_a_named_token_is_special(tmp_path: Path) -> None:
-    (qwen2(tmp_path) / "tokenizer_config.json").write_text('{"eos_token": "<tool_call>"}')
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"eos_token": "<tool_call>"}, "ab"),
+        ({"extra_special_tokens": {"image_token": "<tool_call>"}}, "ab"),
+        ({"additional_special_tokens": ["<tool_call>"]}, "a<tool_call>b"),  # tokenizer.json says it is not special
+    ],
+)
+def test_a_name_makes_a_token_special(tmp_path: Path, config: dict[str, object], text: str) -> None:
+    (qwen2(tmp_path) / "tokenizer_config.json").write_text(json.dumps(config))
     reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode("a<tool_call>b")
-    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True) == "ab"
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True) == text
 
 
 def test_a_lone_surrogate_is_the_callers_fault(tokenizer: Tokenizer) -> None:
