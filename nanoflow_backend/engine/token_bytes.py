@@ -80,13 +80,18 @@ class Decoding(msgspec.Struct, frozen=True):
 class TokenBytes(dict[int, bytes]):
     """Token id -> its bytes, looked up when first asked for; no bytes for `hidden` ids and those without a token."""
 
-    def __init__(self, backend: Backend, decoding: Decoding, hidden: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, backend: Backend, decoding: Decoding, vocab_size: int, hidden: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
         self.decoding = decoding
         self._backend = backend
+        self._vocab_size = vocab_size
         self._hidden = hidden
 
     def __missing__(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self._vocab_size:  # not remembered: clients can send any number
+            return b""
         token = None if token_id in self._hidden else self._backend.id_to_token(token_id)
         piece = self[token_id] = b"" if token is None else self.decoding.to_bytes(token)
         return piece

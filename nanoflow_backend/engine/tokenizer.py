@@ -43,8 +43,8 @@ class Tokenizer:
         # A post-processor that adds BOS does so whatever add_bos_token says, as in transformers 5.
         post_processor_adds_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
         self._starts_with_bos = self.bos_id is not None and (config.add_bos_token or post_processor_adds_bos)
-        self._bytes = TokenBytes(backend, decoding)
-        self._bytes_without_special = TokenBytes(backend, decoding, hidden=self.special_ids)
+        self._bytes = TokenBytes(backend, decoding, self.vocab_size)
+        self._bytes_without_special = TokenBytes(backend, decoding, self.vocab_size, hidden=self.special_ids)
         self._templates = {name: ChatTemplate(source, self.special_tokens) for name, source in templates.items()}
 
     @classmethod

@@ -149,6 +149,12 @@ def test_a_prompt_may_end_within_a_character(tokenizer: Tokenizer) -> None:
         assert "".join(delta.text for delta in stream(tokenizer, params(), ids[:cut], ids[cut:])) == expected
 
 
+def test_numbers_that_no_token_has_add_nothing_and_are_not_remembered(plain: Tokenizer) -> None:
+    strays = [-1, 10**6, 2**40]
+    assert "".join(delta.text for delta in stream(plain, params(), strays, [*strays, *plain.encode("a", False)])) == "a"
+    assert not set(strays) & set(plain.token_bytes(skip_special_tokens=True))
+
+
 def test_a_space_after_special_tokens_is_kept(tmp_path: Path) -> None:
     """Where a sliding window that holds only skipped tokens would take the next token for the first of the text."""
     tokenizer = Tokenizer.from_pretrained(llama2(tmp_path))
