@@ -43,7 +43,7 @@ class Worker:
         schedule, model = source.plan(
             config.schedule, build(model_config, tp), config.dense_batch_tokens, tensor_parallel=tp, device=config.device
         )
-        self._program = CpuProgram(
+        self.program = CpuProgram(
             model,
             schedule,
             weights.load(Path(config.model), model_config, model, rank=rank, tp=tp, dtype=dtype),
@@ -79,13 +79,13 @@ class Worker:
         token_ids = torch.empty(len(slots), dtype=torch.int32)
         token_ids[:decodes] = self._last_sampled[slot_of_row[:decodes]]
         token_ids[decodes:] = torch.tensor(prompt_ids, dtype=torch.int32)
-        self._program.forward(token_ids, torch.tensor(positions, dtype=torch.int32), slot_of_row, self._page_table)
+        self.program.forward(token_ids, torch.tensor(positions, dtype=torch.int32), slot_of_row, self._page_table)
         return Launched(batch, rows, [positions[row] for row in rows])
 
     def launch_tail(self, launched: Launched) -> None:
         """LM head and sampling on the R rows that decode or end a prompt."""
         slots = launched.batch.sampled_slots
-        logits = self._program.head(torch.tensor(launched.rows, dtype=torch.int64))
+        logits = self.program.head(torch.tensor(launched.rows, dtype=torch.int64))
         launched.token_ids, launched.logprobs = self._sampler.sample(logits, slots, launched.positions)
         self._last_sampled[torch.tensor(slots, dtype=torch.int64)] = launched.token_ids
 
