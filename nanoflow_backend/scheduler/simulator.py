@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ from nanoflow_backend.scheduler.batch import Batch, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.scheduler import Scheduler
-from nanoflow_backend.scheduler.trace import TraceRequest
+from nanoflow_backend.scheduler.trace import Trace
 
 EOS = 0
 WORD = 1
@@ -43,8 +42,8 @@ class SimulationResult:
 class PretendProgram:
     """Samples EOS where a request has reached its output length, and a word before. It knows a request by its seed."""
 
-    def __init__(self, requests: Sequence[TraceRequest], slots: int) -> None:
-        self._output_tokens = [r.output_tokens for r in requests]
+    def __init__(self, output_tokens: list[int], slots: int) -> None:
+        self._output_tokens = output_tokens
         self._eos_positions = np.zeros(slots, np.int64)  # by slot: the position whose row gives the EOS
 
     def run(self, batch: Batch) -> Sampled:
@@ -57,7 +56,7 @@ class PretendProgram:
 
 
 def simulate(
-    requests: Sequence[TraceRequest],
+    trace: Trace,
     scheduler: Scheduler,
     *,
     dense_batch_tokens: int,
@@ -73,8 +72,8 @@ def simulate(
     Raises:
         RuntimeError: a request did not end by its EOS, or the scheduler has work and runs nothing.
     """
-    program = PretendProgram(requests, max_running)
-    arrivals = deque(sorted(range(len(requests)), key=lambda i: requests[i].arrival_s))
+    program = PretendProgram([output for _, output in trace.lengths], max_running)
+    arrivals = deque(sorted(range(len(trace.lengths)), key=trace.arrivals_s.__getitem__))
     in_flight: deque[Sampled] = deque()
     fills: list[int] = []
     left_waiting: list[bool] = []
@@ -83,9 +82,9 @@ def simulate(
     now_s, ended = 0.0, 0
     start_s = time.perf_counter()
     while arrivals or scheduler.has_work:
-        while arrivals and (step_s == 0 or requests[arrivals[0]].arrival_s <= now_s):
+        while arrivals and (step_s == 0 or trace.arrivals_s[arrivals[0]] <= now_s):
             index = arrivals.popleft()
-            prompt = [WORD] * requests[index].input_tokens
+            prompt = [WORD] * trace.lengths[index][0]
             scheduler.add(Request(index, prompt, SamplingParams(max_tokens=max_tokens, seed=index)))
         batch = scheduler.schedule()
         if batch is not None:
@@ -99,7 +98,7 @@ def simulate(
         elif not in_flight:
             if scheduler.has_work or not arrivals:
                 raise RuntimeError(f"{scheduler.stats}: there is work, and nothing runs")
-            now_s = requests[arrivals[0]].arrival_s
+            now_s = trace.arrivals_s[arrivals[0]]
         wait = len(in_flight) > (batch is not None)
         for delta in scheduler.retire(in_flight.popleft() if wait else None):
             if delta.finish_reason is not None:
@@ -107,9 +106,8 @@ def simulate(
                 if delta.finish_reason != FinishReason.STOP:
                     raise RuntimeError(f"request {delta.request_id} ended by {delta.finish_reason}, expected its EOS")
     stats = scheduler.stats
-    input_tokens = sum(r.input_tokens for r in requests)
-    output_tokens = sum(r.output_tokens for r in requests)
-    needed_tokens = input_tokens + output_tokens - len(requests)  # nobody reads the last one
+    input_tokens, output_tokens = (sum(tokens) for tokens in zip(*trace.lengths, strict=True))
+    needed_tokens = input_tokens + output_tokens - len(trace.lengths)  # nobody reads the last one
     fill = np.array(fills) / dense_batch_tokens
     return SimulationResult(
         requests=ended,

@@ -9,29 +9,26 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class TraceRequest:
-    input_tokens: int
-    output_tokens: int
-    arrival_s: float = 0.0  # since the first request of the trace
-
-
-@dataclass(frozen=True)
 class Trace:
-    requests: tuple[TraceRequest, ...]
+    """One entry for each request, in the file's order."""
+
+    lengths: tuple[tuple[int, int], ...]  # input and output tokens
+    arrivals_s: tuple[float, ...]  # since the first row
     dropped_rows: int = 0  # without input or without output
-    clipped_rows: int = 0  # longer than the context
+    clipped_rows: int = 0  # longer than the model allows
 
 
-def read_azure_trace(path: Path, context_tokens: int) -> Trace:
+def read_trace(path: Path, max_model_tokens: int) -> Trace:
     """Read a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens (Azure LLM inference traces).
 
-    Rows with a count below 1 are dropped. A row that is longer than the context loses prompt tokens until one output
-    token fits, and output tokens beyond that.
+    Rows with a count below 1 are dropped. A row of more than `max_model_tokens` loses prompt tokens until one
+    output token fits, and output tokens beyond that.
 
     Raises:
         ValueError: naming the file and the column or line.
     """
-    requests: list[TraceRequest] = []
+    lengths: list[tuple[int, int]] = []
+    arrivals_s: list[float] = []
     dropped = clipped = 0
     start: datetime | None = None
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -50,8 +47,9 @@ def read_azure_trace(path: Path, context_tokens: int) -> Trace:
             if input_tokens < 1 or output_tokens < 1:
                 dropped += 1
                 continue
-            kept_input = min(input_tokens, context_tokens - 1)
-            kept_output = min(output_tokens, context_tokens - kept_input)
+            kept_input = min(input_tokens, max_model_tokens - 1)
+            kept_output = min(output_tokens, max_model_tokens - kept_input)
             clipped += (kept_input, kept_output) != (input_tokens, output_tokens)
-            requests.append(TraceRequest(kept_input, kept_output, (arrival - start).total_seconds()))
-    return Trace(tuple(requests), dropped, clipped)
+            lengths.append((kept_input, kept_output))
+            arrivals_s.append((arrival - start).total_seconds())
+    return Trace(tuple(lengths), tuple(arrivals_s), dropped, clipped)
