@@ -111,8 +111,9 @@ class History:
             self.seen["queue full"] += 1
         else:
             most = min(len(prompt) + max_tokens, self.max_model_tokens, self.num_pages * self.page_tokens + 1)
-            # the masks of a sampler; two tokens more than anyone can see, for overshoot
-            story = Story.of(prompt, request.id, max_tokens + 2, frozenset({EOS, 1}), params.min_tokens)
+            # a sampler masks them; the scheduler does not rely on it. Two tokens more than anyone can see: overshoot
+            masked = rng.choice((frozenset({EOS, 1}), frozenset[int]()))
+            story = Story.of(prompt, request.id, max_tokens + 2, masked, params.min_tokens)
             self.lives[request.id] = Life(request, story, most)
             self.worker.stories[request.id] = story
         self.scheduler.check()

@@ -1,0 +1,55 @@
+"""Trace: the lengths and arrivals of real requests, without their text."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One entry for each request, in the file's order."""
+
+    lengths: tuple[tuple[int, int], ...]  # input and output tokens
+    arrivals_s: tuple[float, ...]  # since the first row
+    dropped_rows: int = 0  # without input or without output
+    clipped_rows: int = 0  # longer than the model allows
+
+
+def read_trace(path: Path, max_model_tokens: int) -> Trace:
+    """Read a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens (Azure LLM inference traces).
+
+    Rows with a count below 1 are dropped. A row of more than `max_model_tokens` loses prompt tokens until one
+    output token fits, and output tokens beyond that.
+
+    Raises:
+        ValueError: naming the file and the column or line.
+    """
+    lengths: list[tuple[int, int]] = []
+    arrivals_s: list[float] = []
+    dropped = clipped = 0
+    start: datetime | None = None
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        missing = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path}: expected the columns {', '.join(sorted(missing))}, found {rows.fieldnames}")
+        for row in rows:
+            try:
+                # the seventh decimal of the seconds is more than Python reads
+                arrival = datetime.fromisoformat(row["TIMESTAMP"][:26])
+                input_tokens, output_tokens = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {rows.line_num}: expected a time and two counts, got {row}") from error
+            start = start or arrival
+            if input_tokens < 1 or output_tokens < 1:
+                dropped += 1
+                continue
+            kept_input = min(input_tokens, max_model_tokens - 1)
+            kept_output = min(output_tokens, max_model_tokens - kept_input)
+            clipped += (kept_input, kept_output) != (input_tokens, output_tokens)
+            lengths.append((kept_input, kept_output))
+            arrivals_s.append((arrival - start).total_seconds())
+    return Trace(tuple(lengths), tuple(arrivals_s), dropped, clipped)
