@@ -1,0 +1,107 @@
+"""Schedules to test with, and the interleavings of their lanes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+
+from msgspec.structs import replace
+from nanoflow_backend.graph.nano_batch import dependencies
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.order import PartialOrder
+from nanoflow_backend.schedule.plan import Launch, Schedule
+from nanoflow_backend.schedule.presets import synchronise
+
+
+def in_lanes(schedule: Schedule, graph: Graph, lanes: dict[str, str]) -> Schedule:
+    """The same launches with the operations named in `lanes` moved there."""
+    moved = tuple(replace(x, lane=lanes.get(x.operation, x.lane), waits=()) for x in schedule.launches)
+    return synchronise(replace(schedule, launches=moved), graph)
+
+
+def rotated(graph: Graph, schedule: Schedule, ahead: tuple[str, ...], stop: int) -> Schedule:
+    """The operations `ahead`, on tokens before `stop`, run at the end of the layer before."""
+
+    def leads(launch: Launch) -> bool:
+        return launch.operation in ahead and launch.stop <= stop
+
+    rest = [x for x in schedule.launches if not leads(x)]
+    leading = [replace(x, layers_ahead=1) for x in schedule.launches if leads(x)]
+    # Behind the last launch that they read from: the first rows of the layer's outputs.
+    last = max(i for i, x in enumerate(rest) if x.start < stop and set(graph[x.operation].outputs) & set(graph.outputs))
+    launches = tuple(replace(x, waits=()) for x in (*rest[: last + 1], *leading, *rest[last + 1 :]))
+    return synchronise(replace(schedule, launches=launches), graph)
+
+
+def random_schedule(graph: Graph, tokens: int, rng: random.Random, max_parts: int = 3, max_lanes: int = 4) -> Schedule:
+    """Every operation cut at its own places, in a random legal order and random lanes, some of it a layer ahead."""
+    launches = []
+    lanes = [f"lane {i}" for i in range(rng.randint(1, max_lanes))]
+    for op in graph.operations:
+        cuts = sorted(rng.sample(range(1, tokens), rng.randint(0, min(max_parts, tokens) - 1)))
+        for start, stop in pairwise([0, *cuts, tokens]):
+            launches.append(Launch(operation=op.name, start=start, stop=stop, lane=rng.choice(lanes)))
+    needed = dependencies(graph, [x.nano for x in launches])
+    same_layer = [{d.writer for d in deps if not d.layers_back} for deps in needed]
+    layer_before = [{d.writer for d in deps if d.layers_back} for deps in needed]
+    leading = set(shuffled(same_layer, rng)[: rng.choice([0, 0, rng.randint(0, len(launches) // 2)])])
+    # One period: what leads is of the next layer, so it follows the rest of the layer before.
+    period = [
+        (deps & leading) | (before - leading) if i in leading else deps - leading
+        for i, (deps, before) in enumerate(zip(same_layer, layer_before, strict=True))
+    ]
+    for i in set(range(len(launches))) - leading:
+        period[i] |= layer_before[i] & set()  # the layer before was issued in an earlier period
+    ordered = [replace(launches[i], layers_ahead=int(i in leading)) for i in shuffled(period, rng)]
+    return synchronise(Schedule(tokens=tokens, launches=tuple(ordered)), graph)
+
+
+def shuffled(after: list[set[int]], rng: random.Random) -> list[int]:
+    """0 .. n - 1 in a random order in which each i follows all of after[i]."""
+    done: list[int] = []
+    while len(done) < len(after):
+        done.append(rng.choice([i for i in range(len(after)) if i not in done and after[i] <= set(done)]))
+    return done
+
+
+def direct_predecessors(order: PartialOrder) -> list[set[int]]:
+    return [set(direct) for direct in order.direct]
+
+
+def interleavings(order: PartialOrder) -> Iterator[list[int]]:
+    """Every order of the steps that lanes and waits allow."""
+
+    def extend(done: list[int], left: list[int]) -> Iterator[list[int]]:
+        if not left:
+            yield list(done)
+        for step in left:
+            if after[step] <= set(done):
+                yield from extend([*done, step], [other for other in left if other != step])
+
+    after = direct_predecessors(order)
+    return extend([], list(range(len(after))))
+
+
+def count_interleavings(order: PartialOrder) -> int:
+    after = direct_predecessors(order)
+
+    @cache
+    def count(done: frozenset[int]) -> int:
+        if len(done) == len(after):
+            return 1
+        return sum(count(done | {i}) for i in range(len(after)) if i not in done and after[i] <= done)
+
+    return count(frozenset())
+
+
+def random_interleaving(order: PartialOrder, rng: random.Random) -> list[int]:
+    return shuffled(direct_predecessors(order), rng)
+
+
+def hurried(order: PartialOrder, step: int) -> list[int]:
+    """The interleaving in which `step` starts as early as it may."""
+    steps = range(len(order.steps))
+    early = [k for k in steps if order.precedes(k, step)] + [step]
+    return early + [k for k in steps if k not in early]
