@@ -8,10 +8,11 @@ from functools import cache
 from itertools import pairwise
 
 from msgspec.structs import replace
+
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.order import PartialOrder
-from nanoflow_backend.schedule.plan import Launch, Schedule
+from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
 from nanoflow_backend.schedule.presets import synchronise
 
 
@@ -35,6 +36,12 @@ def rotated(graph: Graph, schedule: Schedule, ahead: tuple[str, ...], stop: int)
     return synchronise(replace(schedule, launches=launches), graph)
 
 
+def without_wait(schedule: Schedule, number: int, wait: Wait) -> Schedule:
+    launch = schedule.launches[number]
+    launch = replace(launch, waits=tuple(other for other in launch.waits if other != wait))
+    return replace(schedule, launches=(*schedule.launches[:number], launch, *schedule.launches[number + 1 :]))
+
+
 def random_schedule(graph: Graph, tokens: int, rng: random.Random, max_parts: int = 3, max_lanes: int = 4) -> Schedule:
     """Every operation cut at its own places, in a random legal order and random lanes, some of it a layer ahead."""
     launches = []
@@ -47,13 +54,12 @@ def random_schedule(graph: Graph, tokens: int, rng: random.Random, max_parts: in
     same_layer = [{d.writer for d in deps if not d.layers_back} for deps in needed]
     layer_before = [{d.writer for d in deps if d.layers_back} for deps in needed]
     leading = set(shuffled(same_layer, rng)[: rng.choice([0, 0, rng.randint(0, len(launches) // 2)])])
-    # One period: what leads is of the next layer, so it follows the rest of the layer before.
+    # In one period what leads is of the next layer, and follows the rest of the layer before; all else that a launch
+    # needs was issued in an earlier period.
     period = [
         (deps & leading) | (before - leading) if i in leading else deps - leading
         for i, (deps, before) in enumerate(zip(same_layer, layer_before, strict=True))
     ]
-    for i in set(range(len(launches))) - leading:
-        period[i] |= layer_before[i] & set()  # the layer before was issued in an earlier period
     ordered = [replace(launches[i], layers_ahead=int(i in leading)) for i in shuffled(period, rng)]
     return synchronise(Schedule(tokens=tokens, launches=tuple(ordered)), graph)
 
@@ -66,10 +72,6 @@ def shuffled(after: list[set[int]], rng: random.Random) -> list[int]:
     return done
 
 
-def direct_predecessors(order: PartialOrder) -> list[set[int]]:
-    return [set(direct) for direct in order.direct]
-
-
 def interleavings(order: PartialOrder) -> Iterator[list[int]]:
     """Every order of the steps that lanes and waits allow."""
 
@@ -80,12 +82,12 @@ def interleavings(order: PartialOrder) -> Iterator[list[int]]:
             if after[step] <= set(done):
                 yield from extend([*done, step], [other for other in left if other != step])
 
-    after = direct_predecessors(order)
+    after = [set(direct) for direct in order.direct]
     return extend([], list(range(len(after))))
 
 
 def count_interleavings(order: PartialOrder) -> int:
-    after = direct_predecessors(order)
+    after = [set(direct) for direct in order.direct]
 
     @cache
     def count(done: frozenset[int]) -> int:
@@ -97,7 +99,7 @@ def count_interleavings(order: PartialOrder) -> int:
 
 
 def random_interleaving(order: PartialOrder, rng: random.Random) -> list[int]:
-    return shuffled(direct_predecessors(order), rng)
+    return shuffled([set(direct) for direct in order.direct], rng)
 
 
 def hurried(order: PartialOrder, step: int) -> list[int]:

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from types import ModuleType, SimpleNamespace
 
 import torch
+from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.graph.collectives import split_all_reduce
@@ -19,7 +20,6 @@ from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.validate import describe
-from nanoflow_kernels import reference
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.5 MB in a model of 4 layers
 
