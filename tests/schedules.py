@@ -13,7 +13,7 @@ from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
-from nanoflow_backend.schedule.presets import synchronise
+from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
 
 
 def in_lanes(schedule: Schedule, graph: Graph, lanes: dict[str, str]) -> Schedule:
@@ -34,6 +34,24 @@ def rotated(graph: Graph, schedule: Schedule, ahead: tuple[str, ...], stop: int)
     last = max(i for i, x in enumerate(rest) if x.start < stop and set(graph[x.operation].outputs) & set(graph.outputs))
     launches = tuple(replace(x, waits=()) for x in (*rest[: last + 1], *leading, *rest[last + 1 :]))
     return synchronise(replace(schedule, launches=launches), graph)
+
+
+def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
+    """The built-in plans, with lanes of their own for append and attention, and with a layer's start pulled ahead."""
+    two, three = nano_batched(graph, tokens, 2), nano_batched(graph, tokens, 3)
+    apart = {"rope_append": "append", "attention": "attend"}
+    return {
+        "sequential": sequential(graph, tokens),
+        "two": two,
+        "three": three,
+        "apart": in_lanes(three, graph, apart),
+        "append in the network lane": in_lanes(two, graph, {"rope_append": "network"}),
+        "attend beside compute": in_lanes(two, graph, {"attention": "compute"}),
+        "ahead": rotated(graph, two, ("attention_norm", "qkv"), tokens // 2),
+        "ahead and apart": in_lanes(
+            rotated(graph, three, ("attention_norm", "qkv", "rope_append"), three.launches[0].stop), graph, apart
+        ),
+    }
 
 
 def without_wait(schedule: Schedule, number: int, wait: Wait) -> Schedule:
@@ -102,8 +120,7 @@ def random_interleaving(order: PartialOrder, rng: random.Random) -> list[int]:
     return shuffled([set(direct) for direct in order.direct], rng)
 
 
-def hurried(order: PartialOrder, step: int) -> list[int]:
-    """The interleaving in which `step` starts as early as it may."""
-    steps = range(len(order.steps))
-    early = [k for k in steps if order.precedes(k, step)] + [step]
-    return early + [k for k in steps if k not in early]
+def delayed(order: PartialOrder, step: int) -> list[int]:
+    """The interleaving in which `step` starts as late as it may: a launch that does not wait for it runs before."""
+    late = [k for k in range(len(order.steps)) if k == step or order.precedes(step, k)]
+    return [k for k in range(len(order.steps)) if k not in late] + late

@@ -1,11 +1,11 @@
 """The buffer plan, against every pair of accesses to every row."""
 
 import random
-from functools import cache
 from itertools import combinations
 
 import pytest
-from schedules import in_lanes, random_schedule, rotated
+from row_conflicts import conflicts
+from schedules import plans, random_schedule
 from shapes import CONFIGS, config
 
 from nanoflow_backend.graph.operation import Graph
@@ -15,78 +15,10 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
 
 LAYER = build(config("llama")).layer
-EMBEDDING, HEAD = -1, 10**6  # steps before and after all others
-
-
-def ends_before(schedule: Schedule, num_layers: int) -> list[set[int]]:
-    """By step, all that certainly ended before: a search over lanes and waits, apart from PartialOrder's masks."""
-    steps = schedule.unroll(num_layers)
-
-    @cache
-    def ended(k: int) -> frozenset[int]:
-        layer, number = steps[k]
-        launch = schedule.launches[number]
-        direct = {j for j in range(k) if schedule.launches[steps[j][1]].lane == launch.lane}
-        direct |= {steps.index((layer - w.layers_back, w.launch)) for w in launch.waits if w.layers_back <= layer}
-        return frozenset(direct).union(*(ended(j) for j in direct))
-
-    return [set(ended(k)) for k in range(len(steps))]
-
-
-def accesses(
-    graph: Graph, schedule: Schedule, num_layers: int, tokens: int
-) -> dict[Instance, list[tuple[int, bool, int]]]:
-    """(step, writes, row) of every instance, when a batch has `tokens`."""
-    found: dict[Instance, list[tuple[int, bool, int]]] = {}
-    ranges = schedule.fit(tokens)
-    carried = {"residual": "mlp_norm.residual", "update": "mlp_reduce"}
-    for value in carried.values():
-        found[Instance(-1, value)] = [(EMBEDDING, True, row) for row in range(tokens)]
-    for k, (layer, number) in enumerate(schedule.unroll(num_layers)):
-        operation = graph[schedule.launches[number].operation]
-        for row in range(*ranges[number]):
-            for value in operation.inputs:
-                instance = Instance(layer - 1, carried[value]) if value in carried else Instance(layer, value)
-                found.setdefault(instance, []).append((k, False, row))
-            for value in operation.outputs:
-                found.setdefault(Instance(layer, value), []).append((k, True, row))
-    for value in carried.values():
-        found[Instance(num_layers - 1, value)] += [(HEAD, False, row) for row in range(tokens)]
-    return found
-
-
-def conflicts(plan: BufferPlan, graph: Graph, schedule: Schedule, num_layers: int, tokens: int) -> list[str]:
-    """Rows of a buffer in which two instances may meet: neither's last access certainly precedes the other's write."""
-    before = ends_before(schedule, num_layers)
-    found = accesses(graph, schedule, num_layers, tokens)
-
-    def precedes(a: int, b: int) -> bool:
-        return (a == EMBEDDING and b != EMBEDDING) or (b == HEAD and a != HEAD) or (0 <= b < HEAD and a in before[b])
-
-    def follows(late: list[int], early: list[int]) -> bool:
-        return all(precedes(a, b) for a in early for b in late)
-
-    bad = []
-    for a, b in combinations(plan.holder, 2):
-        if plan.holder[a] != plan.holder[b]:
-            continue
-        for row in range(tokens):
-            touch_a, touch_b = ([k for k, _, r in found[x] if r == row] for x in (a, b))
-            write_a, write_b = ([k for k, w, r in found[x] if w and r == row] for x in (a, b))
-            if not follows(write_b, touch_a) and not follows(write_a, touch_b):
-                bad.append(f"{a} and {b} in row {row}")
-    return bad
 
 
 def schedules(graph: Graph) -> list[Schedule]:
-    three = nano_batched(graph, 9, 3)
-    return [
-        sequential(graph, 9),
-        three,
-        in_lanes(three, graph, {"rope_append": "append", "attention": "attend", "down": "network"}),
-        rotated(graph, three, ("attention_norm", "qkv"), 6),
-        *(random_schedule(graph, 9, random.Random(seed), max_lanes=6) for seed in range(12)),
-    ]
+    return [*plans(graph, 9).values(), *(random_schedule(graph, 9, random.Random(i), max_lanes=6) for i in range(12))]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -113,7 +45,7 @@ def test_every_instance_has_a_buffer_of_its_dtype_and_width(name: str) -> None:
 
 def test_the_brute_force_sees_a_forced_share() -> None:
     """Of all pairs of buffers that a plan keeps apart, none could have been one."""
-    for schedule in schedules(LAYER)[:4]:
+    for schedule in plans(LAYER, 9).values():
         plan = plan_buffers(LAYER, schedule, 3)
         for kept, merged in combinations(range(len(plan.buffers)), 2):
             holder = {instance: kept if b == merged else b for instance, b in plan.holder.items()}
