@@ -95,10 +95,8 @@ def plan_buffers(graph: Graph, schedule: Schedule, num_layers: int) -> BufferPla
     used = uses(graph, schedule, order.steps)
     segments = len(used.boundaries) - 1
     lives = {Instance(-1, value): _Life(segments) for value in graph.carried.values()}
-    for embedded in lives.values():
-        embedded.written = [0] * segments
     for k in range(len(order.steps)):
-        for use in used.writes[k] + used.reads[k]:
+        for use in used.reads[k] + used.writes[k]:
             lives.setdefault(use.instance, _Life(segments)).touch(use, 1 << k)
         for use in used.writes[k]:
             lives[use.instance].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 
 class Collectives:
-    """Kernels over the ranks of `group`; None: over this rank alone."""
+    """Kernels over the `ranks` of the process group, which is there already; one rank needs none."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.ranks = group.size() if group is not None else 1
+    def __init__(self, ranks: int = 1) -> None:
+        self.ranks = ranks
 
     def all_reduce(self, x: Tensor, *, out: Tensor) -> None:
         """The ranks' sum: [T, D] -> [T, D]."""
@@ -23,7 +22,7 @@ class Collectives:
             out.copy_(x)
             return
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
+        dist.all_reduce(total)
         out.copy_(total)
 
     def reduce_scatter(self, x: Tensor, *, out: Tensor) -> None:
@@ -32,7 +31,7 @@ class Collectives:
             out.copy_(x)
             return
         part = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        dist.reduce_scatter(part, [columns.contiguous() for columns in x.chunk(self.ranks, 1)], group=self.group)
+        dist.reduce_scatter(part, [columns.contiguous() for columns in x.chunk(self.ranks, 1)])
         out.copy_(part)
 
     def all_gather(self, x: Tensor, *, out: Tensor) -> None:
@@ -41,5 +40,5 @@ class Collectives:
             out.copy_(x)
             return
         parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(self.ranks)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        dist.all_gather(parts, x.contiguous())
         torch.cat(parts, 1, out=out)

@@ -10,15 +10,16 @@ from functools import lru_cache, partial
 from types import ModuleType, SimpleNamespace
 
 import torch
+from nanoflow_kernels import reference
 from torch import Tensor
 
+from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
 from nanoflow_backend.runtime.buffers import Instance, instance_of, plan_buffers
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.validate import describe
-from nanoflow_kernels import reference
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.5 MB in a model of 4 layers
 
@@ -37,7 +38,7 @@ class CpuProgram:
         model: Model,
         schedule: Schedule,
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor],
+        kv: Sequence[Tensor] | Tensor,
         collectives: Collectives,
         *,
         max_tokens: int,
@@ -48,10 +49,11 @@ class CpuProgram:
         if max_tokens > schedule.tokens:
             raise ValueError(f"max_tokens: expected at most the schedule's {schedule.tokens}, got {max_tokens}")
         self.model, self.schedule, self.weights, self.kv = model, schedule, weights, kv
+        self.layer = split_all_reduce(model.layer, schedule.split_all_reduces, collectives.ranks)
         self.collectives, self.kernels, self.checked, self.max_tokens = collectives, kernels, checked, max_tokens
         self.dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
-        self.plan = plan_buffers(model.layer, schedule, model.num_layers)
-        self.tags = RowTags(model.layer, schedule, model.num_layers, self.plan)
+        self.plan = plan_buffers(self.layer, schedule, model.num_layers)
+        self.tags = RowTags(self.layer, schedule, model.num_layers, self.plan)
         self.tokens = 0  # of the last batch
         self._buffers = [torch.empty(max_tokens, b.width, dtype=self.dtypes[b.dtype]) for b in self.plan.buffers]
         for buffer in self._buffers:
@@ -90,7 +92,7 @@ class CpuProgram:
                 buffer.fill_(_poison(buffer.dtype))
         embedded = {
             name: self._rows(Instance(-1, value), 0, tokens)
-            for name, value in zip(self.model.embed.outputs, self.model.layer.outputs, strict=True)
+            for name, value in zip(self.model.embed.outputs, self.layer.outputs, strict=True)
         }
         self._run(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
         self.tags.embed()
@@ -111,7 +113,7 @@ class CpuProgram:
             raise IndexError(f"rows: expected 0..{self.tokens - 1}, got {rows.tolist()}")
         self.tags.read_results()
         last = self.model.num_layers - 1
-        outputs = (self._rows(Instance(last, value), 0, self.tokens) for value in self.model.layer.outputs)
+        outputs = (self._rows(Instance(last, value), 0, self.tokens) for value in self.layer.outputs)
         inputs = {name: output[rows] for name, output in zip(self.model.head.inputs, outputs, strict=True)}
         return self._run(self.model.head, inputs)[:, : self.model.vocab_size]
 
@@ -123,7 +125,7 @@ class CpuProgram:
                 if name not in values:
                     value = graph.values[name]
                     values[name] = torch.empty(count, value.width, dtype=self.dtypes[value.dtype])
-            self._call(operation, values.__getitem__, "", operation.name)()
+            self._call(graph, operation, values.__getitem__, "", operation.name)()
         return values[graph.outputs[0]]
 
     def _bind(self, tokens: int) -> list[Callable[[], None]]:
@@ -134,9 +136,9 @@ class CpuProgram:
             start, stop = ranges[number]
             launch = self.schedule.launches[number]
             rows = partial(self._value, layer, start=start, stop=stop)
-            operation = self.model.layer[launch.operation]
             where = f"{describe(number, launch)} in layer {layer}"
-            calls.append(self._call(operation, rows, f"layers.{layer}.", where) if start < stop else _nothing)
+            call = self._call(self.layer, self.layer[launch.operation], rows, f"layers.{layer}.", where)
+            calls.append(call if start < stop else _nothing)
         return calls
 
     def _value(self, layer: int, name: str, start: int, stop: int) -> Tensor:
@@ -144,17 +146,17 @@ class CpuProgram:
         if name == "page_table":
             assert self._page_table is not None
             return self._page_table
-        if self.model.layer.values[name].kind is Kind.PAGES:
+        if self.layer.values[name].kind is Kind.PAGES:
             return self.kv[layer]
         if name in ("positions", "slots"):
             return (self._positions if name == "positions" else self._slots)[start:stop]
-        return self._rows(instance_of(self.model.layer, layer, name), start, stop)
+        return self._rows(instance_of(self.layer, layer, name), start, stop)
 
     def _rows(self, instance: Instance, start: int, stop: int) -> Tensor:
-        return self._buffers[self.plan.holder[instance]][start:stop, : self.model.layer.values[instance.value].width]
+        return self._buffers[self.plan.holder[instance]][start:stop, : self.layer.values[instance.value].width]
 
     def _call(
-        self, operation: Operation, value: Callable[[str], Tensor], prefix: str, where: str
+        self, graph: Graph, operation: Operation, value: Callable[[str], Tensor], prefix: str, where: str
     ) -> Callable[[], None]:
         implementation = self.collectives if operation.resource is Resource.NETWORK else self.kernels
         inputs = [value(name) for name in operation.inputs] + [self.weights[prefix + p] for p in operation.parameters]
@@ -168,7 +170,7 @@ class CpuProgram:
         if not self.checked:
             return call
         # Pages hold what earlier steps wrote: they are not this launch's to poison.
-        rows = [x for name, x in zip(operation.outputs, outputs, strict=True) if name != "pages"]
+        rows = [value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS]
         return partial(_checked, call, rows, where)
 
 

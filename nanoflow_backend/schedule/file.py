@@ -43,7 +43,11 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def load(cls, path: Path) -> ScheduleFile:
         """Raises: ScheduleError, naming the file and the place in it."""
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            content = path.read_bytes()
+            version = msgspec.json.decode(content, type=_Versioned).header.format_version
+            if version != FORMAT_VERSION:  # before keys that another version may have
+                raise ScheduleError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}")
+            return msgspec.json.decode(content, type=cls)
         except OSError as error:
             raise ScheduleError(f"{path}: {error.strerror}") from None
         except msgspec.DecodeError as error:
@@ -60,7 +64,7 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             device_sms=device_sms,
             tensor_parallel=tensor_parallel,
         )
-        keys = ("format_version", "model_fingerprint", "device", "device_sms", "tensor_parallel")
+        keys = ("model_fingerprint", "device", "device_sms", "tensor_parallel")
         differences = [
             f"{key} is {getattr(self.header, key)!r} in the file and {getattr(here, key)!r} here"
             for key in keys
@@ -79,6 +83,14 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if plan.tokens >= tokens:
                 return plan
         raise ScheduleError(f"the largest plan is for {self.plans[-1].tokens} tokens, a batch may have {tokens}")
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class _Versioned(msgspec.Struct):
+    header: _Version
 
 
 def fingerprint(graph: Graph) -> str:

@@ -46,6 +46,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     split_all_reduces: tuple[str, ...] = ()  # run as reduce-scatter and all-gather
     partition: dict[str, int] = {}  # lane -> SMs that are its own; empty: all lanes share the device
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "granularity"):
+            if getattr(self, name) < 1:
+                raise ScheduleError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+
     @property
     def lanes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(launch.lane for launch in self.launches))

@@ -1,0 +1,177 @@
+"""CpuProgram against transformers, in the order of issue and in other interleavings of the lanes; and what it refuses."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from cases import BATCHES, LENGTHS, TOKENS, Case
+from comparison import assert_close, relative_rms
+from nanoflow_kernels import reference
+from schedules import interleavings, plans, random_interleaving, random_schedule
+from torch import Tensor
+
+from nanoflow_backend.kvcache import storage
+from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.runtime.tags import StaleRead
+from nanoflow_backend.schedule.order import PartialOrder
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.validate import validate
+
+
+@pytest.fixture(scope="module", params=checkpoints.CONFIGS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp(request.param), request.param, LENGTHS, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """One layer, small enough to run thousands of times."""
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden_size": 8, "intermediate_size": 5, "vocab_size": 37}
+    return Case(tmp_path_factory.mktemp("llama"), "llama", LENGTHS, num_hidden_layers=1, **shape)
+
+
+def kernels(**replaced: Any) -> SimpleNamespace:
+    return SimpleNamespace(**vars(reference) | replaced)
+
+
+def test_logits_are_those_of_transformers(case: Case) -> None:
+    for name, schedule in plans(case.model.layer, TOKENS).items():
+        validate(schedule, case.model.layer, 3)
+        case.check(case.program(schedule, checked=name != "three"))
+
+
+def test_random_interleavings_give_the_same_logits(case: Case) -> None:
+    graph, rng = case.model.layer, random.Random(1)
+    ahead = 0
+    for schedule in [*plans(graph, TOKENS).values(), *(random_schedule(graph, TOKENS, rng) for _ in range(12))]:
+        ahead += any(launch.layers_ahead for launch in schedule.launches)
+        order, program = PartialOrder(schedule, 3), case.program(schedule)
+        for _ in range(2):
+            case.check(program, lambda order=order: random_interleaving(order, rng))
+    assert ahead >= 4
+
+
+def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
+    """One layer in two nano-batches whose boundary cuts a request's chunk, in three assignments of lanes."""
+    batch = [(0, 0, 5), (1, 0, 3)]
+    inputs, expected = llama.requests.inputs(batch), llama.requests.rows(llama.logits, batch)
+    ran = []
+    for name in ("two", "append in the network lane", "attend beside compute"):
+        schedule = plans(llama.model.layer, 8)[name]
+        program = llama.program(schedule, checked=False)
+        ran.append(0)
+        for order in interleavings(PartialOrder(schedule, 1)):
+            for pages in program.kv:
+                pages.fill_(torch.nan)
+            program.forward(*inputs, order=order)
+            assert_close(f"logits in the order {order}", program.head(torch.arange(8)), expected)
+            ran[-1] += 1
+    assert ran == [1360, 6100, 1040]
+
+
+def test_bfloat16_follows_float32(case: Case) -> None:
+    pages = storage.allocate(case.config, case.requests.num_pages, 4, torch.bfloat16, poison=True)
+    weights = {
+        name: w if name.endswith("frequencies") else w.bfloat16() for name, w in case.weights.items()
+    }  # fmt: skip
+    schedule = nano_batched(case.model.layer, TOKENS, 3)
+    options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16, "checked": True}
+    program = CpuProgram(case.model, schedule, weights, pages, Collectives(), **options)
+    program.forward(*case.requests.inputs(BATCHES[0]))
+    logits = program.head(torch.arange(TOKENS))
+    assert logits.dtype == torch.float32
+    # The median row: in a router's near tie, rounding may choose other experts.
+    errors = [relative_rms(a, b) for a, b in zip(logits, case.requests.rows(case.logits, BATCHES[0]), strict=True)]
+    assert 1e-4 < sorted(errors)[len(errors) // 2] < 0.05
+
+
+# the seams of a batch
+
+
+def test_more_batch_sizes_than_are_kept_bound(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoflow_backend.runtime.cpu.CACHED_BATCH_SIZES", 2)
+    llama.check(llama.program(nano_batched(llama.model.layer, TOKENS, 2)), batches=BATCHES)
+
+
+def test_another_page_table_is_used_at_once(llama: Case) -> None:
+    program = llama.program(sequential(llama.model.layer, TOKENS))
+    llama.check(program)
+    inputs = llama.requests.inputs(BATCHES[0])
+    program.forward(*inputs[:3], inputs.page_table.flip(0).contiguous())
+    assert_close("logits", program.head(torch.arange(16)), llama.requests.rows(llama.logits, BATCHES[0]))
+
+
+def test_head_reads_the_rows_asked_for(llama: Case) -> None:
+    program = llama.program(sequential(llama.model.layer, TOKENS))
+    program.forward(*llama.requests.inputs(BATCHES[0]))
+    rows = torch.tensor([15, 6])
+    assert_close("logits", program.head(rows), llama.requests.rows(llama.logits, BATCHES[0])[rows])
+    assert program.head(torch.tensor([], dtype=torch.int64)).shape == (0, 37)
+
+
+def test_what_a_batch_does_not_have_is_refused(llama: Case) -> None:
+    program = llama.program(sequential(llama.model.layer, 32), max_tokens=TOKENS)
+    with pytest.raises(ValueError, match="max_tokens: expected at most the schedule's 32, got 33"):
+        llama.program(program.schedule, max_tokens=33)
+    with pytest.raises(
+        StaleRead, match="the head reads 'mlp_norm.residual' of layer 0, but its rows 0..32 hold nothing"
+    ):
+        program.head(torch.tensor([], dtype=torch.int64))
+    with pytest.raises(ValueError, match="token_ids: expected at most 16 tokens, got 17"):
+        program.forward(*llama.requests.inputs([(2, 0, 17)]))
+    program.forward(*llama.requests.inputs([(2, 0, 4)]))
+    with pytest.raises(IndexError, match=r"rows: expected 0\.\.3, got \[0, 4\]"):
+        program.head(torch.tensor([0, 4]))
+
+
+# kernels that do not keep to their rows
+
+
+def test_a_kernel_that_reads_the_row_after_its_own_is_caught(llama: Case) -> None:
+    def swiglu(gate_up: Tensor, *, groups: int, out: Tensor) -> None:
+        one_more = gate_up.as_strided((len(gate_up) + 1, gate_up.shape[1]), gate_up.stride())
+        reference.swiglu(one_more[1:], groups=groups, out=out)
+
+    schedule = nano_batched(llama.model.layer, TOKENS, 2)
+    program = llama.program(schedule, kernels=kernels(swiglu=swiglu))
+    with pytest.raises(StaleRead, match=r"launch 16 \(swiglu 0\.\.8\) in layer 0 leaves poison in its output"):
+        program.forward(*llama.requests.inputs([(2, 0, 15)]), order=first(PartialOrder(schedule, 1), 16))
+
+
+def first(order: PartialOrder, step: int) -> list[int]:
+    """The interleaving in which nothing runs before `step` that need not."""
+    needed = [k for k in range(len(order.steps)) if order.precedes(k, step)] + [step]
+    return needed + [k for k in range(len(order.steps)) if k not in needed]
+
+
+def test_a_kernel_that_leaves_a_row_is_caught(llama: Case) -> None:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
+        reference.linear(x[:-1], weight, bias, out=out[:-1])
+
+    program = llama.program(sequential(llama.model.layer, TOKENS), kernels=kernels(linear=linear))
+    with pytest.raises(StaleRead, match=r"launch 1 \(qkv 0\.\.16\) in layer 0 leaves poison in its output"):
+        program.forward(*llama.requests.inputs(BATCHES[0]))
+
+
+def test_a_router_that_leaves_a_row_is_caught(tmp_path: Path) -> None:
+    def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
+        chosen, scores = torch.empty_like(out[0]), out[1]
+        reference.route(logits, out=(chosen, scores))
+        out[0][1:] = chosen[1:]
+
+    mixtral = Case(tmp_path, "mixtral", LENGTHS, num_hidden_layers=1)
+    program = mixtral.program(sequential(mixtral.model.layer, TOKENS), kernels=kernels(route=route))
+    with pytest.raises(StaleRead, match=r"launch 8 \(route 0\.\.16\) in layer 0 leaves poison in its output"):
+        program.forward(*mixtral.requests.inputs(BATCHES[0]))
+
+
+def test_a_missed_append_is_caught(llama: Case) -> None:
+    """A decode whose prompt never came: its pages are NaN."""
+    program = llama.program(sequential(llama.model.layer, TOKENS))
+    with pytest.raises(StaleRead, match=r"launch 3 \(attention 0\.\.16\) in layer 0 leaves poison in its output"):
+        program.forward(*llama.requests.inputs([(0, 8, 9)]))

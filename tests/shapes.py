@@ -1,0 +1,28 @@
+"""Small model shapes of every architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanoflow_backend.config import ModelConfig, RopeConfig
+
+CONFIGS = ("llama", "qwen2", "mixtral")
+
+
+def config(architecture: str, **fields: Any) -> ModelConfig:
+    """8 heads share 2 kv heads; no width but the hidden one is a power of two."""
+    moe = {"num_experts": 8, "experts_per_token": 2} if architecture == "mixtral" else {}
+    shape: dict[str, Any] = {
+        "vocab_size": 67,
+        "hidden_size": 16,
+        "intermediate_size": 37,
+        "num_layers": 3,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "rms_norm_eps": 1e-5,
+        "rope": RopeConfig(),
+        "max_model_tokens": 256,
+        "qkv_bias": architecture == "qwen2",
+    }
+    return ModelConfig(architecture=architecture, **shape | moe | fields)

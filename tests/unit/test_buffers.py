@@ -1,0 +1,65 @@
+"""The buffer plan, against every pair of accesses to every row."""
+
+import random
+from itertools import combinations
+
+import pytest
+from row_conflicts import conflicts
+from schedules import plans, random_schedule
+from shapes import CONFIGS, config
+
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.buffers import BufferPlan, Instance, plan_buffers
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+
+LAYER = build(config("llama")).layer
+
+
+def schedules(graph: Graph) -> list[Schedule]:
+    return [*plans(graph, 9).values(), *(random_schedule(graph, 9, random.Random(i), max_lanes=6) for i in range(12))]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_instances_that_share_never_meet(name: str) -> None:
+    graph = build(config(name)).layer
+    for schedule in schedules(graph):
+        plan = plan_buffers(graph, schedule, 3)
+        for tokens in (9, 7, 2):
+            assert conflicts(plan, graph, schedule, 3, tokens) == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_instance_has_a_buffer_of_its_dtype_and_width(name: str) -> None:
+    graph = build(config(name)).layer
+    rows = {value.name for value in graph.values.values() if value.kind == "tokens"} - set(graph.inputs)
+    for schedule in schedules(graph):
+        plan = plan_buffers(graph, schedule, 3)
+        expected = {Instance(layer, value) for layer in range(3) for value in rows}
+        assert plan.holder.keys() == expected | {Instance(-1, value) for value in graph.outputs}
+        for instance, buffer in plan.holder.items():
+            assert plan.buffers[buffer].dtype == graph.values[instance.value].dtype
+            assert plan.buffers[buffer].width >= graph.values[instance.value].width
+
+
+def test_the_brute_force_sees_a_forced_share() -> None:
+    """Of all pairs of buffers that a plan keeps apart, none could have been one."""
+    for schedule in plans(LAYER, 9).values():
+        plan = plan_buffers(LAYER, schedule, 3)
+        for kept, merged in combinations(range(len(plan.buffers)), 2):
+            holder = {instance: kept if b == merged else b for instance, b in plan.holder.items()}
+            assert conflicts(BufferPlan(plan.buffers, holder), LAYER, schedule, 3, 9)
+
+
+def test_memory_does_not_grow_with_layers() -> None:
+    """A model of Llama-2-70B's shape on 8 ranks: bytes a token against a buffer for every value."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128}
+    model = build(config("llama", num_layers=80, **shape), 8)
+    dtype_bytes = {"activation": 2, "float32": 4, "int32": 4}
+    for schedule in (sequential(model.layer, 2048), nano_batched(model.layer, 2048, 4, 128)):
+        plan = plan_buffers(model.layer, schedule, 80)
+        values = (model.layer.values[instance.value] for instance in plan.holder)
+        unshared = sum(value.width * dtype_bytes[value.dtype] for value in values)
+        assert unshared == 12_771_328
+        assert plan.row_bytes(dtype_bytes) == 65_536  # four rows of the hidden size

@@ -1,0 +1,132 @@
+"""The schedule file, and how a configuration names a schedule."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from schedules import random_schedule, rotated
+from shapes import config
+
+from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
+from nanoflow_backend.schedule.plan import ScheduleError
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.source import find_schedule
+
+MODEL = build(config("llama"), 2)
+HEADER = Header(model_fingerprint=fingerprint(MODEL.layer), device="cpu", tensor_parallel=2)
+
+
+def configured(schedule: str | Path, tokens: int = 64) -> EngineConfig:
+    return EngineConfig(model="/model", schedule=str(schedule), tensor_parallel=2, dense_batch_tokens=tokens)
+
+
+def saved(path: Path) -> Path:
+    """Plans for 32, 64 and 128 tokens: whole, with shares and a layer ahead, and with an all-reduce in two."""
+    layer = split_all_reduce(MODEL.layer, ["mlp_reduce"], 2)
+    overlapped = rotated(MODEL.layer, nano_batched(MODEL.layer, 64, 2), ("attention_norm", "qkv"), 32)
+    overlapped = replace(overlapped, launches=tuple(replace(x, sms=40) for x in overlapped.launches))
+    split = replace(nano_batched(layer, 128, 3, granularity=16), split_all_reduces=("mlp_reduce",))
+    plans = (sequential(MODEL.layer, 32), overlapped, split)
+    ScheduleFile(header=replace(HEADER, solver="HiGHS", gap=0.01, predicted_us=1234.5), plans=plans).save(path)
+    return path
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    path = saved(tmp_path / "plans.json")
+    file = ScheduleFile.load(path)
+    again = tmp_path / "again.json"
+    file.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    assert ScheduleFile.load(again) == file
+    for seed in range(20):
+        plan = random_schedule(MODEL.layer, 32, random.Random(seed))
+        plan = replace(plan, partition=dict.fromkeys(plan.lanes, 4))
+        file = ScheduleFile(header=HEADER, plans=(plan,))
+        file.save(again)
+        assert ScheduleFile.load(again) == file
+
+
+def test_a_plan_is_found_by_size(tmp_path: Path) -> None:
+    path = saved(tmp_path / "plans.json")
+    for tokens, expected in [(1, 32), (32, 32), (33, 64), (64, 64), (65, 128), (128, 128)]:
+        assert find_schedule(configured(path, tokens), MODEL).tokens == expected
+    with pytest.raises(ScheduleError, match=r"plans\.json: the largest plan is for 128 tokens, a batch may have 129"):
+        find_schedule(configured(path, 129), MODEL)
+
+
+def test_presets_are_found_by_name() -> None:
+    assert find_schedule(configured("sequential"), MODEL) == sequential(MODEL.layer, 64)
+    assert find_schedule(configured("nano-batched-3"), MODEL) == nano_batched(MODEL.layer, 64, 3)
+    with pytest.raises(ScheduleError, match=r"schedule nano-batched-65: parts: expected 1\.\.64 nano-batches"):
+        find_schedule(configured("nano-batched-65"), MODEL)
+    with pytest.raises(ScheduleError, match="schedule fast: expected sequential, nano-batched-N, or the path of"):
+        find_schedule(configured("fast"), MODEL)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match=r"absent\.json: No such file or directory"):
+        find_schedule(configured(tmp_path / "absent.json"), MODEL)
+
+
+def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
+    """The file with the entry at `place` replaced."""
+    path = saved(tmp_path / "plans.json")
+    content = json.loads(path.read_text())
+    entry = content
+    for key in place[:-1]:
+        entry = entry[key]
+    entry[place[-1]] = value
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("header", "solvr"), 1, r"Object contains unknown field `solvr` - at `\$\.header`"),
+        (("plans", 1, "launches", 0, "stream"), 1, r"unknown field `stream` - at `\$\.plans\[1\]\.launches\[0\]`"),
+        (("plans", 0, "tokens"), "32", r"Expected `int`, got `str` - at `\$\.plans\[0\]\.tokens`"),
+        (("plans", 0, "tokens"), 0, "tokens: expected an integer >= 1, got 0"),
+        (("header", "format_version"), 2, "format version 2, this engine reads 1"),
+        (("header", "format_version"), None, r"Expected `int`, got `null` - at `\$\.header\.format_version`"),
+        (("header",), {}, r"missing required field `format_version` - at `\$\.header`"),
+        (
+            ("header", "device"),
+            "NVIDIA H200",
+            "made for something else: device is 'NVIDIA H200' in the file and 'cpu' here",
+        ),
+        (("header", "tensor_parallel"), 4, "tensor_parallel is 4 in the file and 2 here"),
+        (("header", "model_fingerprint"), "0" * 16, "model_fingerprint is '0000000000000000' in the file and"),
+        (("plans",), [], "plans: expected at least one, by ascending and different tokens; got "),
+        (("plans", 0, "tokens"), 128, r"by ascending and different tokens; got \[128, 64, 128\]"),
+        (("plans", 1, "launches", 3, "start"), 31, "rope_append: tokens 31..32 are covered twice"),
+        (("plans", 1, "launches", 3, "operation"), "x", r"launch 3 \(x 32\.\.64\): the model has no such operation"),
+        (("plans", 1, "split_all_reduces"), ["qkv"], "not an all-reduce: qkv"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, place: tuple[Any, ...], value: Any, message: str) -> None:
+    path = edited(tmp_path, *place, value=value)
+    with pytest.raises(ScheduleError, match=message) as error:
+        find_schedule(configured(path, 64), MODEL)
+    assert str(path) in str(error.value)
+
+
+def test_what_is_not_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plans.json"
+    path.write_text('{"header": ')
+    with pytest.raises(ScheduleError, match=r"plans\.json: Input data was truncated"):
+        ScheduleFile.load(path)
+
+
+def test_the_fingerprint_sees_operations_widths_and_shapes() -> None:
+    fields: list[dict[str, Any]] = [{}, {"intermediate_size": 38}, {"num_kv_heads": 4}, {"qkv_bias": True}]
+    prints = {fingerprint(build(config("llama", **changed)).layer) for changed in fields}
+    prints |= {fingerprint(MODEL.layer), fingerprint(build(config("mixtral")).layer)}
+    assert len(prints) == 6
+    assert fingerprint(build(config("llama", num_layers=9), 2).layer) == fingerprint(MODEL.layer)
