@@ -27,9 +27,7 @@ def embed(token_ids: Tensor, table: Tensor, *, out: tuple[Tensor, Tensor]) -> No
     update.copy_(table[token_ids])
 
 
-def add_rms_norm(
-    residual: Tensor, update: Tensor, weight: Tensor, *, eps: float, out: tuple[Tensor, Tensor]
-) -> None:
+def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float, out: tuple[Tensor, Tensor]) -> None:
     """(s, s / sqrt(mean(s^2) + eps) * weight) with s = residual + update, rounded as it is kept.
 
     residual [T, D], update [T, D], weight [D] -> [T, D], [T, D].
@@ -83,9 +81,7 @@ def rope_append(
     pages[page, 1, :, place] = split[:, -kv_heads:].to(pages.dtype)
 
 
-def attention(
-    q: Tensor, pages: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, *, out: Tensor
-) -> None:
+def attention(q: Tensor, pages: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, *, out: Tensor) -> None:
     """softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
 
     Rows of one slot are consecutive and ascending. Nothing beyond a request's last row enters the result: it may be

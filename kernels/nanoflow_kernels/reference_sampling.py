@@ -15,9 +15,7 @@ ROUND = (0xD2511F53, 0xCD9E8D57)  # multipliers and key steps of Philox4x32 (Sal
 KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
-) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """One token id for each row: the most likely one where the temperature is 0 (the lowest id where equal).
 
     Elsewhere one uniform u = uniform(seed, position) picks from softmax(logits / temperature), restricted first to

@@ -6,6 +6,7 @@ lifeline: whichever side dies, the kernel tells the other at once, even after SI
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -84,6 +85,9 @@ class Child:
             self._process.wait()
 
     def close(self) -> None:
+        """End the conversation. A mere close would leave it open for as long as another thread is in `receive`."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
+            ours.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
 
