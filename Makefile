@@ -1,0 +1,58 @@
+# `make demo`: from a bare clone to a streamed completion. `make setup` is idempotent; every target below needs it.
+# Package indexes are yours: pip reads its own configuration and PIP_* variables; nothing here names one.
+
+# The first interpreter that runs and has a version that the embedded server and the pins were tried with.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; done)
+# torch first and exact: on most machines a bare `torch` means several gigabytes of CUDA libraries.
+TORCH = torch==2.13.0
+# A CUDA build of torch brings its own version of the kernel language; a CPU build brings none.
+KERNEL_LANGUAGE = triton==3.6.0
+
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+MODEL_REPOSITORY ?= model_repository
+TESTS ?= tests
+
+BIN = .venv/bin
+PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: setup demo serve test lint perf-analyzer clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make setup: found no Python 3.11 or 3.12: install one (Debian 12: apt install python3.11-venv) or say PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "make setup: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make setup: $(PYTHON) cannot make virtual environments: apt install $$($(PYTHON) -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')" >&2; exit 1; }
+	@$(PYTHON) -m nanoflow_backend.serving.libpython
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) setuptools $(TORCH)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(KERNEL_LANGUAGE)
+	$(PIP_INSTALL) --no-build-isolation --editable .[dev]
+	$(BIN)/python -m pip check
+	@touch $@
+
+demo: setup
+	$(BIN)/nanoflow demo $(PORTS)
+
+serve: setup
+	$(BIN)/nanoflow serve $(PORTS) --model-repository $(MODEL_REPOSITORY)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The real load generator (see perf_analyzer_configs/README.md).
+perf-analyzer: setup
+	$(BIN)/python perf_analyzer_configs/get_perf_analyzer.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""Real servers for tests: `server(model_repository=..., **options)` starts one that lives until the session ends."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from nanoflow_backend.serving.embedded import EmbeddedServer
+
+# The server looks once a second whether its models have unloaded; two looks were needed for one model.
+EXIT_TIMEOUT_S = 5
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Callable[..., EmbeddedServer]]:
+    """A factory of ready servers; options are those of EmbeddedServer. A test may stop() its server earlier."""
+    with ExitStack() as running:
+
+        def start(model_repository: Path, **options: object) -> EmbeddedServer:
+            settings = {"exit_timeout_s": EXIT_TIMEOUT_S, **options}
+            return running.enter_context(EmbeddedServer(model_repository, **settings))  # type: ignore[arg-type]
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def process_tree() -> Callable[[int], dict[int, str]]:
+    """A function: process id -> {id: command name} of the process and all that descend from it."""
+
+    def tree(root: int) -> dict[int, str]:
+        processes = {root: Path(f"/proc/{root}/comm").read_text().strip()}
+        for task in Path(f"/proc/{root}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                processes |= tree(int(child))
+        return processes
+
+    return tree
