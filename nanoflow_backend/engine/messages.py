@@ -7,6 +7,7 @@ import msgspec
 from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.scheduler.stats import SchedulerStats
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -52,12 +53,10 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought. It also carries the gauges of that moment."""
+    """What one step brought, and how things stand after it."""
 
     deltas: list[Delta]
-    running: int
-    waiting: int
-    pages_used: int
+    stats: SchedulerStats
 
 
 ToEngine = Start | Submit | Cancel | Stop

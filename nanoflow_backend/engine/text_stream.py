@@ -50,7 +50,8 @@ class TextStream:
 
     All texts together are what follows the prompt's text in the text of prompt and output together, up to the first
     stop string: neither that (unless `include_stop_str_in_output`) nor a part of it is ever shown. A stop string that
-    is completed within the first `min_tokens` tokens does not stop.
+    is completed within the first `min_tokens` tokens does not stop. The EOS or stop id that ends a request has no text,
+    unless `include_stop_str_in_output` (and, for EOS, not `skip_special_tokens`), as in vLLM.
 
     Malformed UTF-8 becomes U+FFFD as soon as it can no longer be completed. (`Tokenizer.decode` differs for
     SentencePiece byte tokens: one bad byte makes a whole run of them U+FFFD, even characters shown long before.)

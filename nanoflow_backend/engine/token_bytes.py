@@ -3,8 +3,9 @@
 The decoders of today's language models work token by token: ByteLevel (GPT-2, Llama-3, Qwen2, DeepSeek) writes each
 token's bytes one after the other, SentencePiece's (Llama-2, Mixtral: Replace, ByteFallback, Fuse, Strip) writes "▁" as
 a space and "<0xE2>" as a byte; only the very first token is special, it loses the space the encoder put before it. So
-a token's bytes are looked up once and for all, and streaming is a lookup and an incremental UTF-8 decoder. Decoding a
-sliding window of tokens again and again, the usual way, costs more and is exact for fewer tokenizers.
+a token's bytes are looked up once and for all, and streaming is a lookup and an incremental UTF-8 decoder.
+(`tokenizers.decoders.DecodeStream` is as fast, but has no end, so that what is incomplete there is lost, and it raises
+"Invalid prefix" on malformed byte tokens: on most random ids of a Llama-2-shaped tokenizer.)
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class Tokenizer:
         backend.no_padding()
         _add_tokens(backend, config)
         self._backend = backend
-        self.special_tokens = dict(config.named_tokens())
+        self.special_tokens = config.named_tokens()
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -142,7 +142,7 @@ class Tokenizer:
 
 
 class _File(msgspec.Struct):
-    decoder: dict[str, Any] | None
+    decoder: dict[str, Any] | None = None
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -170,6 +170,7 @@ class _Config(msgspec.Struct):
     cls_token: str | _Token | None = None
     mask_token: str | _Token | None = None
     additional_special_tokens: list[str | _Token] | None = None
+    extra_special_tokens: list[str | _Token] | dict[str, str | _Token] | None = None  # their name in transformers 5
     added_tokens_decoder: dict[int, _Token] | None = None
     add_bos_token: bool | None = None
     chat_template: str | list[_NamedTemplate] | None = None
@@ -180,23 +181,30 @@ class _Config(msgspec.Struct):
             *[getattr(other if getattr(self, field) is None else self, field) for field in self.__struct_fields__]
         )
 
-    def named_tokens(self) -> Iterator[tuple[str, str]]:
-        for field in self.__struct_fields__:
-            token = getattr(self, field)
-            if field.endswith("_token") and isinstance(token, str | _Token):
-                yield field, token if isinstance(token, str) else token.content
+    def named_tokens(self) -> dict[str, str]:
+        tokens = {field: getattr(self, field) for field in self.__struct_fields__ if field.endswith("_token")}
+        return {name: _content(token) for name, token in tokens.items() if isinstance(token, str | _Token)}
+
+    def unnamed_tokens(self) -> list[str]:
+        extra = self.extra_special_tokens or []
+        tokens = [*(self.additional_special_tokens or []), *(extra.values() if isinstance(extra, dict) else extra)]
+        return [_content(token) for token in tokens]
+
+
+def _content(token: str | _Token) -> str:
+    return token if isinstance(token, str) else token.content
 
 
 def _add_tokens(backend: Backend, config: _Config) -> None:
-    """Make the config's tokens known, and special where they have a name: a tokenizer.json may say less."""
+    """Make the tokens of the config known, and those with a name special: a tokenizer.json may say less."""
     for _, token in sorted((config.added_tokens_decoder or {}).items()):
         backend.add_tokens([AddedToken(**msgspec.structs.asdict(token))])
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    extra = [t if isinstance(t, str) else t.content for t in config.additional_special_tokens or []]
-    for content in [*dict(config.named_tokens()).values(), *extra]:
-        added = known.get(content) or AddedToken(content, normalized=False)
-        added.special = True
-        backend.add_special_tokens([added])
+    unknown = [content for content in config.unnamed_tokens() if content not in known]
+    for content in [*config.named_tokens().values(), *unknown]:
+        token = known.get(content) or AddedToken(content, normalized=False)
+        token.special = True
+        backend.add_special_tokens([token])
 
 
 def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:

@@ -14,24 +14,30 @@ from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):
-    """A request takes a slot: the row of the page table, of the sample buffer and of the sampling state."""
+    """A request takes a slot: the row of the page table, of the sample buffer and of the sampling state.
+
+    One that was preempted is admitted again, with the same `prompt_tokens` and seed: positions go on where they were.
+    """
 
     slot: int
-    prompt_tokens: int  # output token k is sampled at position prompt_tokens + k - 1
+    prompt_tokens: int  # output token k = 0, 1, ... is sampled from the row at position prompt_tokens + k - 1
     params: SamplingParams  # its seed is set: the scheduler draws one where the client gave none
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive prompt tokens of one request, at positions start .. start + len(token_ids) - 1."""
+    """Consecutive known tokens of one request, at positions start .. start + len(token_ids) - 1.
+
+    They are the prompt's, and after a preemption also those that the request had generated.
+    """
 
     slot: int
     start: int
     token_ids: list[int]
-    sample: bool  # the chunk ends its prompt: sample from its last row
+    sample: bool  # the chunk ends the known tokens: sample from its last row
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What one step computes. Decode inputs are not here: they are gathered on the device from the slot's last sample."""
+    """What one step computes. Decode inputs are not here: the device gathers them from the slot's last sample."""
 
     step: int
     decode_slots: list[int]
@@ -58,7 +64,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """What a step sampled, one entry for each of the batch's `sampled_slots`."""
+    """What a step sampled, one entry for each of the batch's `sampled_slots`; a step that sampled nothing has none."""
 
     step: int
     token_ids: list[int]
@@ -72,11 +78,11 @@ class FinishReason(StrEnum):
     DEADLINE = "deadline"
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, and no cycle to collect
     """A request's news of one step. The last one carries `finish_reason`; every request gets exactly one such."""
 
     request_id: int
-    token_ids: list[int]
+    token_ids: list[int]  # with the EOS or stop id that ended it
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id; None for EOS

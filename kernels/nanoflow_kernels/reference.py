@@ -1,0 +1,169 @@
+"""What every kernel computes, in plain torch: the CPU runtime's kernels, and the oracle of the GPU's.
+
+Called as `kernel(*inputs, *parameters, out=outputs, **attributes)` in the order of the graph's Operation. Inputs and
+outputs are rows of a nano-batch; outputs never overlap inputs. Math is fp32 and rounded once, to the output's dtype.
+
+Shape legend: T tokens (rows), D hidden, H query heads, K kv heads, d head_dim, V vocabulary, E experts, k chosen
+experts a token, S slots, N pages of a slot, P tokens a page. `pages` is one layer's KV: [pages, 2 (K, V), K, P, d].
+Activations are [T, ...] of one dtype (fp32, fp16 or bf16); ids, positions, slots and the page table are int32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def embed(token_ids: Tensor, table: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
+    """The residual stream starts at zero, and the embedding is its first update: (0, table[token_ids]).
+
+    token_ids [T] or [T, 1], table [V, D] -> residual [T, D], update [T, D].
+    """
+    residual, update = out
+    residual.zero_()
+    update.copy_(table[token_ids.flatten()])
+
+
+def add_rms_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, *, eps: float, out: tuple[Tensor, Tensor]
+) -> None:
+    """(s, s / sqrt(mean(s^2) + eps) * weight) with s = residual + update, rounded as it is kept.
+
+    residual [T, D], update [T, D], weight [D] -> [T, D], [T, D].
+    """
+    kept, normed = out
+    kept.copy_(residual.float() + update.float())
+    s = kept.float()
+    normed.copy_(s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight.float())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
+    """x weight^T + bias; a wider `out` gets the unrounded sums.
+
+    x [T, in], weight [out, in], bias [out] -> [T, out], of x's dtype or fp32.
+    """
+    if out.dtype != x.dtype:
+        x, weight, bias = x.to(out.dtype), weight.to(out.dtype), None if bias is None else bias.to(out.dtype)
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    frequencies: Tensor,
+    *,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Rotate queries and keys by position, and append K and V to their pages in place.
+
+    A head's halves (a, b) turn by the angles w = position * frequencies, in fp32: (a cos w - b sin w, b cos w +
+    a sin w), as in Hugging Face's layout of the weights.
+
+    qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [d / 2] -> q [T, H d], pages.
+    """
+    q, pages = out
+    kv_heads, page_tokens, head_dim = pages.shape[2:]
+    positions, slots = positions.flatten().long(), slots.flatten().long()
+    split = qkv.unflatten(1, (-1, head_dim))
+    angles = positions[:, None, None].float() * frequencies.float()
+    cos, sin = angles.cos(), angles.sin()
+    a, b = split[:, :-kv_heads].float().chunk(2, -1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    q.copy_(rotated[:, :-kv_heads].flatten(1))
+    page, place = page_table[slots, positions // page_tokens].long(), positions % page_tokens
+    pages[page, 0, :, place] = rotated[:, -kv_heads:].to(pages.dtype)
+    pages[page, 1, :, place] = split[:, -kv_heads:].to(pages.dtype)
+
+
+def attention(
+    q: Tensor, pages: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, *, out: Tensor
+) -> None:
+    """softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
+
+    Rows of one slot are consecutive and ascending. Nothing beyond a request's last row enters the result: it may be
+    NaN. Requests of equally many rows (all decodes, for one) and about as many pages are computed together.
+
+    q [T, H d], pages, positions [T], slots [T], page_table [S, N] -> [T, H d].
+    """
+    head_dim, page_tokens = pages.shape[-1], pages.shape[-2]
+    positions, slots = positions.flatten().long(), slots.flatten().long()
+    _, counts = torch.unique_consecutive(slots, return_counts=True)
+    stops = counts.cumsum(0)
+    lengths = positions[stops - 1] + 1
+    alike = defaultdict(list)
+    for request, (count, length) in enumerate(zip(counts.tolist(), lengths.tolist(), strict=True)):
+        alike[count, (-(-length // page_tokens) - 1).bit_length()].append(request)
+    for (count, _), members in alike.items():
+        requests = torch.tensor(members)
+        rows = (stops[requests] - count)[:, None] + torch.arange(count)  # [requests, count]
+        k, v = _gather(pages, page_table[slots[rows[:, 0]]].long(), lengths[requests])
+        visible = torch.arange(k.shape[2]) <= positions[rows][:, None, :, None]
+        heads = q[rows].unflatten(-1, (-1, head_dim)).transpose(1, 2).float()  # [requests, H, count, d]
+        attended = F.scaled_dot_product_attention(heads, k, v, attn_mask=visible, enable_gqa=True)
+        out[rows.flatten()] = attended.transpose(1, 2).flatten(2).flatten(0, 1).to(out.dtype)
+
+
+def _gather(pages: Tensor, table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of requests, [requests, K, longest, d] each and fp32, zero beyond a request's length."""
+    longest, page_tokens = int(lengths.max()), pages.shape[-2]
+    table = table[:, : -(-longest // page_tokens)]
+    beyond = torch.arange(table.shape[1]) * page_tokens >= lengths[:, None]
+    table = torch.where(beyond, table[:, :1], table)  # those entries are not set: read any page that exists
+    k, v = pages[table].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :longest, :].float()
+    beyond = (torch.arange(longest) >= lengths[:, None])[:, None, :, None]
+    return k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
+
+
+def swiglu(gate_up: Tensor, *, groups: int = 1, out: Tensor) -> None:
+    """silu(gate) * up, for each of `groups` adjacent [gate, up] pairs of a row.
+
+    gate_up [T, groups 2 F] -> [T, groups F].
+    """
+    gate, up = gate_up.unflatten(1, (groups, 2, gate_up.shape[1] // (2 * groups))).float().unbind(2)
+    out.copy_((F.silu(gate) * up).flatten(1))
+
+
+def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
+    """The k experts with the largest softmax over all of them, best first (the lower id where equal), and their
+    weights, which sum to 1.
+
+    logits [T, E] -> experts [T, k] int32, weights [T, k] fp32.
+    """
+    experts, weights = out
+    best, order = logits.float().softmax(-1).sort(-1, descending=True, stable=True)
+    chosen = best[:, : weights.shape[1]]
+    experts.copy_(order[:, : experts.shape[1]])
+    weights.copy_(chosen / chosen.sum(-1, keepdim=True))
+
+
+def grouped_linear(x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """Each token times the matrices of its chosen experts, side by side in its row.
+
+    x [T, in], experts [T, k], weight [E, out, in] -> [T, k out].
+    """
+    side_by_side = out.unflatten(1, (-1, weight.shape[1]))
+    for expert in experts.unique().tolist():
+        token, choice = torch.where(experts == expert)
+        side_by_side[token, choice] = x[token] @ weight[expert].T
+
+
+def grouped_combine(x: Tensor, experts: Tensor, weights: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """The sum over a token's choices of its weight times (that part of the row times the expert's matrix).
+
+    x [T, k in], experts [T, k], weights [T, k], weight [E, out, in] -> [T, out].
+    """
+    parts = x.unflatten(1, (experts.shape[1], -1)).float()
+    total = torch.zeros(out.shape)
+    for expert in experts.unique().tolist():
+        token, choice = torch.where(experts == expert)
+        product = parts[token, choice] @ weight[expert].float().T
+        total[token] += product * weights[token, choice, None]
+    out.copy_(total)

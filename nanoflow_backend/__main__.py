@@ -1,0 +1,115 @@
+"""nanoflow: the command line. Each command imports what it needs when it runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+bench = typer.Typer(no_args_is_help=True, help="Measure the engine.")
+app.add_typer(bench, name="bench")
+
+Model = Annotated[Path, typer.Option(help="Hugging Face folder: config.json, safetensors, tokenizer.json.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A field of engine.json, e.g. --set dense_batch_tokens=256. Repeatable."),
+]
+Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/config.pbtxt.")]
+HttpPort = Annotated[int, typer.Option(help="0: any free port.")]
+GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
+MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
+
+
+@app.command()
+def serve(
+    model_repository: Repository = Path("model_repository"),
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
+) -> None:
+    """Run the real Triton Inference Server that pip brings, on loopback, until Ctrl-C."""
+    from nanoflow_backend.commands.serve import serve
+
+    serve(model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+
+
+@app.command()
+def demo(
+    model_repository: Repository = Path("model_repository"),
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 8001,
+    metrics_port: MetricsPort = 8002,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "Return a list of",
+) -> None:
+    """Start the server, stream one completion over gRPC and one over HTTP, and stop it."""
+    from nanoflow_backend.commands.demo import demo
+
+    demo(model_repository, prompt, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A stop string. Repeatable.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Continue one prompt and print the text as it comes."""
+    from nanoflow_backend.commands.generate import generate
+
+    fields = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    generate(model, prompt, {**fields, "stop": stop or []}, settings or [])
+
+
+@app.command()
+def batch(
+    model: Model,
+    input: Annotated[Path, typer.Option(help='JSON lines: {"prompt" or "prompt_token_ids", "max_tokens", ..., "id"}.')],
+    output: Annotated[Path, typer.Option(help="JSON lines in the order of the input. One that exists is continued.")],
+    settings: Settings = None,
+) -> None:
+    """Complete a file of prompts. A bad line becomes an error line; after a kill, run it again to go on."""
+    from nanoflow_backend.commands.batch import batch
+
+    batch(model, input, output, settings or [])
+
+
+@bench.command()
+def offline(
+    model: Model,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    input_tokens: int = 128,
+    output_tokens: int = 128,
+    requests: int = 64,
+    trace: Annotated[Path | None, typer.Option(help="CSV with ContextTokens and GeneratedTokens instead.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Throughput with all requests queued at once: constant lengths, or those of a trace."""
+    from nanoflow_backend.commands.bench_offline import bench_offline
+
+    bench_offline(model, output, input_tokens, output_tokens, requests, trace, settings or [])
+
+
+def main() -> None:
+    """Errors that name their cause need no traceback."""
+    from nanoflow_backend.config import ConfigError
+    from nanoflow_backend.schedule.plan import ScheduleError
+    from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+    from nanoflow_backend.serving.embedded import ServerError
+
+    try:
+        app()
+    except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
+        sys.exit(f"nanoflow: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The header of a measured result: what ran where, with which versions, by which command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton")
+
+
+def header() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": versions,
+    }
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
+    """To a file, or to standard output."""
+    text = msgspec.json.format(msgspec.json.encode({**header(), **result}), indent=2)
+    if output is None:
+        print(text.decode())
+    else:
+        output.write_bytes(text + b"\n")

@@ -1,0 +1,53 @@
+"""nanoflow serve: the real server on this model repository, with what to try."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from nanoflow_backend.serving.embedded import EmbeddedServer
+
+
+def serve(model_repository: Path, *, http_port: int, grpc_port: int, metrics_port: int) -> None:
+    console = Console(highlight=False)
+    server = EmbeddedServer(model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    with console.status("starting Triton Inference Server"):
+        server.start()
+        try:
+            server.wait_until_ready(server.ready_timeout_s)
+        except BaseException:
+            server.stop()
+            raise
+    console.print(escape(commands_to_try(server)))
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            server.wait()
+        finally:
+            server.stop()
+    console.print("stopped")
+
+
+def commands_to_try(server: EmbeddedServer) -> str:
+    url = f"http://{server.http_url}/v2/models/nanoflow"
+    body = """'{"text_input": "Return a list of", "max_tokens": 32, "temperature": 0}'"""
+    stream = """'{"text_input": "Return a list of", "max_tokens": 32, "temperature": 0, "stream": true}'"""
+    return f"""\
+Ready: HTTP {server.http_url}, gRPC {server.grpc_url}, metrics {server.metrics_url}/metrics. Ctrl-C stops it. Try:
+
+  curl -s {url}/generate -d {body}
+  curl -sN {url}/generate_stream -d {stream}
+
+  from tritonclient.grpc import InferenceServerClient, InferInput
+  import numpy
+  client = InferenceServerClient("{server.grpc_url}")
+  text = InferInput("text_input", [1], "BYTES")
+  text.set_data_from_numpy(numpy.array([b"Return a list of"], dtype=object))
+  stream = InferInput("stream", [1], "BOOL")
+  stream.set_data_from_numpy(numpy.array([True]))
+  client.start_stream(lambda result, error: print(error or result.as_numpy("text_output")[0].decode(), end=""))
+  client.async_stream_infer("nanoflow", [text, stream], parameters={{"max_tokens": 32}})
+  client.stop_stream()  # waits for the end of the stream
+"""

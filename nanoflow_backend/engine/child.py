@@ -1,0 +1,122 @@
+"""Child: a process of ours that ends with us, joined to us by one socket pair.
+
+Messages are msgspec bytes, never pickle. The socket has no name in any file system, and its end of file is the
+lifeline: whichever side dies, the kernel tells the other at once, even after SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_encoder = msgspec.msgpack.Encoder()
+PACKAGES = ("nanoflow_backend", "nanoflow_kernels")
+
+
+class ChildDied(RuntimeError):
+    """The process at the other end of the socket is gone."""
+
+
+class Child:
+    """`python -m module`, running. Sending is thread-safe; receiving is for one thread."""
+
+    def __init__(self, module: str, python: str | None = None) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [python or sys.executable, "-P", "-m", module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=_environment(python),
+            )
+        self._connection = Connection(ours.detach())
+        self._sending = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Raises: ChildDied."""
+        self.send_bytes(_encoder.encode(message))
+
+    def send_bytes(self, message: bytes) -> None:
+        try:
+            with self._sending:
+                self._connection.send_bytes(message)
+        except OSError:
+            raise ChildDied(self.how_it_ended()) from None
+
+    def receive(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
+        """The next message, waiting for it. Raises: ChildDied."""
+        try:
+            return decoder.decode(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise ChildDied(self.how_it_ended()) from None
+
+    def how_it_ended(self) -> str:
+        """Wait for the end and say what it was: the socket closes moments before the process is gone."""
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return f"process {self.pid} closed its socket and was killed"
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"process {self.pid} ended with {cause}"
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Wait for an end that was asked for; enforce it after `timeout_s`."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Parent:
+    """The other end: what a child's main function talks to. The process ends when its parent does."""
+
+    def __init__(self) -> None:
+        self._connection = Connection(int(sys.argv[1]))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then tells us
+        threading.Thread(target=self._end_with_parent, name="lifeline", daemon=True).start()
+
+    def _end_with_parent(self) -> None:
+        poll = select.poll()
+        poll.register(self._connection.fileno(), select.POLLRDHUP)
+        poll.poll()
+        os._exit(1)  # also from inside a collective or a long load
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._connection.send_bytes(_encoder.encode(message))
+
+    def receive(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
+        return decoder.decode(self._connection.recv_bytes())
+
+    def has_message(self) -> bool:
+        return self._connection.poll(0)
+
+
+def _environment(python: str | None) -> dict[str, str]:
+    """Our own interpreter runs the code that we run, also from a checkout that is not installed. Another
+    interpreter has its own installation: our folders would bring packages built for this one."""
+    if python is not None and python != sys.executable:
+        return dict(os.environ)
+    specs = [find_spec(name) for name in PACKAGES]
+    folders = [str(Path(spec.origin).parent.parent) for spec in specs if spec and spec.origin]
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*dict.fromkeys(folders), *([inherited] if inherited else [])])}

@@ -1,0 +1,162 @@
+"""Engine: scheduler and workers joined into one loop; and `generate`, the way to use it from Python."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
+from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
+from nanoflow_backend.engine.ranks import Ranks
+from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.scheduler.batch import Delta
+from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Call `step` until `has_work` is false; or let `generate` do it.
+
+    Args:
+        config: see EngineConfig.
+        on_rank_death: told from another thread that a tensor-parallel rank is gone.
+    """
+
+    def __init__(self, config: EngineConfig, on_rank_death: Callable[[str], None] = log.error) -> None:
+        self.config = config
+        self.model_config = ModelConfig.from_pretrained(Path(config.model))
+        self.max_model_tokens = _max_model_tokens(config, self.model_config)
+        self.num_pages = -(-config.kv_cache_tokens // config.page_tokens)
+        self.scheduler = Scheduler(
+            dense_batch_tokens=config.dense_batch_tokens,
+            chunk_tokens=config.chunk_tokens or config.dense_batch_tokens,
+            max_running=config.max_running or config.dense_batch_tokens,
+            max_waiting=config.max_waiting,
+            num_pages=self.num_pages,
+            page_tokens=config.page_tokens,
+            max_model_tokens=self.max_model_tokens,
+            eos_token_ids=self.model_config.eos_token_ids,
+            prefix_caching=config.prefix_caching,
+            seed=config.seed,
+        )
+        self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
+        self.worker = Worker(config, self.model_config, self.max_model_tokens)
+        if self.ranks:
+            self.ranks.wait_until_ready()
+        self.in_flight: Launched | None = None
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **config: Any) -> Engine:
+        """The engine for a Hugging Face folder; `config` are fields of EngineConfig.
+
+        Raises:
+            ConfigError: naming what is wrong in the folder or the fields.
+        """
+        return cls(EngineConfig.resolve({"model": str(model), **config}, relative_to=Path.cwd()))
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self.in_flight is not None
+
+    @property
+    def description(self) -> str:
+        """One line for people: what runs here, and how."""
+        shape, config = self.model_config, self.config
+        return (
+            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.dtype}, "
+            f"TP {config.tensor_parallel} on {config.device}; schedule {config.schedule}, "
+            f"B_dense {config.dense_batch_tokens}; {self.num_pages} pages of {config.page_tokens} tokens"
+        )
+
+    @property
+    def has_room(self) -> bool:
+        """The queue takes one more request."""
+        return self.scheduler.stats.waiting_requests < self.config.max_waiting
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the folder has no tokenizer.json: such a model continues token ids."""
+        folder = Path(self.config.model)
+        return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises: InvalidRequest, QueueFull."""
+        vocab_size = self.model_config.vocab_size
+        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
+            raise InvalidRequest(f"prompt: expected token ids in 0..{vocab_size - 1}")
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request early; its last delta says "cancelled". One that has ended is left alone."""
+        self.scheduler.cancel(request_id)
+
+    def cancel_all(self) -> None:
+        """End every request; `step` reports it."""
+        for request_id in self.scheduler.live_ids:
+            self.scheduler.cancel(request_id)
+
+    def step(self) -> list[Delta]:
+        """Launch one batch, then collect the one before it: EOS is seen one step late (paper section 4.2.1)."""
+        batch = self.scheduler.schedule()
+        if batch and self.ranks:
+            self.ranks.broadcast(batch)
+        launched = self.worker.launch_forward(batch) if batch else None
+        results = self.worker.collect(self.in_flight) if self.in_flight else None
+        deltas = self.scheduler.retire(results)
+        if launched:
+            self.worker.launch_tail(launched)
+        self.in_flight = launched
+        if launched and not self.config.async_scheduling:
+            deltas += self.scheduler.retire(self.worker.collect(launched))
+            self.in_flight = None
+        return deltas
+
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
+        """Run (prompt, params) pairs, read as the queue has room; yields (number, what is new of it)."""
+        return stream(self, self.tokenizer, jobs)
+
+    def complete(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+        """Run (prompt, params) pairs, read as the queue has room; yields (number, result) in order of ending."""
+        return complete(self, self.tokenizer, jobs)
+
+    def generate(
+        self, prompts: Sequence[str | list[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Complete `prompts` (texts or token ids), each with its own `params` or all with the same.
+
+        Raises:
+            InvalidRequest: a prompt or parameter that cannot be served, with its number; the others are cancelled.
+        """
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        results: dict[int, Completion] = {}
+        for number, result in self.complete(zip(prompts, each, strict=True)):
+            if isinstance(result, InvalidRequest):
+                self.cancel_all()
+                while self.has_work:
+                    self.step()
+                raise InvalidRequest(f"prompt {number}: {result}")
+            results[number] = result
+        return [results[number] for number in range(len(prompts))]
+
+    def close(self) -> None:
+        if self.ranks:
+            self.ranks.close()
+
+
+def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_tokens is None:
+        return model.max_model_tokens
+    if config.max_model_tokens > model.max_model_tokens:
+        raise ConfigError(
+            f"max_model_tokens: expected at most {model.max_model_tokens} (the model's max_position_embeddings), "
+            f"got {config.max_model_tokens}"
+        )
+    return config.max_model_tokens

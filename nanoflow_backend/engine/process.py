@@ -1,0 +1,100 @@
+"""EngineProcess: the engine in a process of its own, as the server's stub sees it. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.engine.child import Child, ChildDied
+from nanoflow_backend.engine.messages import Cancel, Failed, FromEngine, News, Ready, Refusal, Start, Stop, Submit
+from nanoflow_backend.scheduler.request import Request
+
+
+class EngineError(RuntimeError):
+    """The engine did not start, or is gone: the message says why."""
+
+
+class EngineProcess:
+    """Submit requests from any thread; news comes on a reader thread, whose callbacks must be quick.
+
+    Args:
+        on_news: what a step brought.
+        on_refusal: a request that was not accepted; no delta follows.
+        on_death: the process is gone without having been asked; nothing more will come.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_news: Callable[[News], None],
+        on_refusal: Callable[[Refusal], None],
+        on_death: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._handlers = {News: on_news, Refusal: on_refusal}
+        self._on_death = on_death
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._stopping = False
+
+    def start(self) -> Ready:
+        """Wait until every rank is ready.
+
+        Raises:
+            EngineError: what failed.
+        """
+        self._child = Child("nanoflow_backend.engine.loop", self._config.python)
+        try:
+            self._child.send(Start(self._config))
+            answer = self._child.receive(self._decoder)
+        except ChildDied as death:
+            raise EngineError(f"the engine did not start: {death}; its output is in the server's log") from None
+        if isinstance(answer, Failed):
+            self._child.stop()
+            raise EngineError(answer.message)
+        self._reader.start()
+        return answer  # type: ignore[no-any-return]
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def submit(self, request: Request) -> None:
+        """Raises: EngineError when the process is gone."""
+        self._send(Submit(request))
+
+    def cancel(self, request_id: int) -> None:
+        """End a request early: its last delta says "cancelled". One that has ended already is left alone."""
+        self._send(Cancel(request_id))
+
+    def stop(self) -> None:
+        """Cancel what runs, end the process and the reader. Again is harmless."""
+        if self._stopping:
+            return
+        self._stopping = True
+        with contextlib.suppress(ChildDied):
+            self._child.send(Stop())
+        self._child.stop()
+        self._reader.join()
+        self._child.close()
+
+    def _send(self, message: Submit | Cancel) -> None:
+        try:
+            self._child.send(message)
+        except ChildDied as death:
+            raise EngineError(f"the engine is gone: {death}") from None
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self._child.receive(self._decoder)
+                if isinstance(message, Failed):
+                    raise ChildDied(message.message)
+                self._handlers[type(message)](message)
+        except ChildDied as death:
+            if not self._stopping:
+                self._on_death(str(death))

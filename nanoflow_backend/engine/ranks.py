@@ -1,0 +1,115 @@
+"""Ranks: the processes of a tensor-parallel group beside rank 0, and their side of the conversation.
+
+Rank 0 lives in the engine process. The others get every batch that it launches and answer nothing: sampling is
+deterministic, so all ranks draw the same ids.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import torch.distributed
+
+from nanoflow_backend.config import EngineConfig, ModelConfig
+from nanoflow_backend.engine.child import Child, ChildDied, Parent
+from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.scheduler.batch import Batch
+
+
+class StartRank(msgspec.Struct, frozen=True):
+    """The first message to a rank; every later one is a Batch."""
+
+    config: EngineConfig
+    max_model_tokens: int
+    rank: int
+    rendezvous: str  # the file in which the group's members find each other
+
+
+class RankReady(msgspec.Struct, frozen=True):
+    error: str | None = None
+
+
+class Ranks:
+    """Ranks 1 .. tp - 1. Where one dies, `on_death` is called from another thread, so that an idle engine knows too;
+    a collective that waits for it fails."""
+
+    def __init__(self, config: EngineConfig, max_model_tokens: int, on_death: Callable[[str], None]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
+        rendezvous = os.path.join(self._folder.name, "rendezvous")
+        self._on_death = on_death
+        self._closing = False
+        self._encoder = msgspec.msgpack.Encoder()
+        self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, config.tensor_parallel)]
+        self._ready: list[Future[None]] = [Future() for _ in self._children]
+        for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
+            child.send(StartRank(config, max_model_tokens, rank, rendezvous))
+            threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
+        join_group(rendezvous, 0, config.tensor_parallel)
+
+    def wait_until_ready(self) -> None:
+        """Raises: RuntimeError, naming the rank and what it said."""
+        for ready in self._ready:
+            ready.result()
+
+    def broadcast(self, batch: Batch) -> None:
+        message = self._encoder.encode(batch)
+        for child in self._children:
+            child.send_bytes(message)
+
+    def close(self) -> None:
+        self._closing = True
+        for child in self._children:
+            child.close()  # its lifeline
+            child.stop()
+        torch.distributed.destroy_process_group()
+        self._folder.cleanup()
+
+    def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
+        decoder = msgspec.msgpack.Decoder(RankReady)
+        try:
+            answer = child.receive(decoder)
+            if answer.error:
+                ready.set_exception(RuntimeError(f"rank {rank}: {answer.error}"))
+            else:
+                ready.set_result(None)
+            child.receive(decoder)  # nothing more comes but the end
+        except ChildDied as death:
+            if not ready.done():
+                ready.set_exception(RuntimeError(f"rank {rank}: {death}"))
+            if not self._closing:
+                self._on_death(f"rank {rank}: {death}")
+
+
+def join_group(rendezvous: str, rank: int, size: int) -> None:
+    """All ranks are on this host: gloo talks over loopback."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.FileStore(rendezvous, size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+
+
+def main() -> None:
+    """A rank's process: launch what rank 0 launches, until it closes the socket."""
+    parent = Parent()
+    start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
+    try:
+        join_group(start.rendezvous, start.rank, start.config.tensor_parallel)
+        model_config = ModelConfig.from_pretrained(Path(start.config.model))
+        worker = Worker(start.config, model_config, start.max_model_tokens, start.rank)
+    except Exception as error:
+        parent.send(RankReady(f"{type(error).__name__}: {error}"))
+        raise
+    parent.send(RankReady())
+    decoder = msgspec.msgpack.Decoder(Batch)
+    while True:
+        worker.launch_tail(worker.launch_forward(parent.receive(decoder)))
+
+
+if __name__ == "__main__":
+    main()

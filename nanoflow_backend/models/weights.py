@@ -1,0 +1,193 @@
+"""load: one rank's weights from a Hugging Face folder, streamed: read, cut, convert and place, a tensor at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.graph.builder import local_shape
+from nanoflow_backend.graph.operation import Model, Parameter, Source
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
+
+
+class WeightsError(ValueError):
+    """A checkpoint that is not this model's: the message names the file, the tensor and what was expected."""
+
+
+class Place(NamedTuple):
+    """Where one rank's part of a checkpoint tensor goes: `rows` of a parameter."""
+
+    parameter: str
+    source: Source
+    rows: slice
+
+
+def load(
+    folder: Path, config: ModelConfig, model: Model, *, rank: int = 0, tp: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The parameters of `model` by name; those of the layer graph are "layers.{i}.{name}".
+
+    Memory peaks at the weights and one file's pages, which are mapped, not read: a rank touches its own slice only.
+    Headers of all files are checked before anything is allocated. Rank 0 shows a progress bar on a terminal.
+
+    Raises:
+        WeightsError: a missing or broken file; a missing, unknown, mis-shaped or non-float tensor.
+    """
+    parameters, aliases = _parameters(model)
+    places: dict[str, list[Place]] = {}
+    for name, parameter in parameters.items():
+        row = 0
+        for source in parameter.sources:
+            height = local_shape(source, tp)[0]
+            places.setdefault(source.tensor, []).append(Place(name, source, slice(row, row + height)))
+            row += height
+    files = _find_files(folder)
+    _check(files, places, config)
+
+    weights = {
+        name: torch.zeros(parameter.shape, dtype=dtype)  # zeros: what no checkpoint row fills is padding
+        if parameter.constant is None
+        else torch.tensor(parameter.constant, dtype=torch.float32)
+        for name, parameter in parameters.items()
+    }
+    console = Console(stderr=True)
+    quiet = rank != 0 or not sys.stderr.isatty()
+    streamed = _stream(files, set(places))
+    for name, tensor in track(streamed, "Loading weights", total=len(places), console=console, disable=quiet):
+        for parameter_name, source, rows in places[name]:
+            part = tensor[_cut(source, rank, tp)]
+            matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
+            matrix[rows][tuple(slice(size) for size in part.shape)] = part
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def shard(tensor: Tensor, source: Source, rank: int, tp: int) -> Tensor:
+    """One rank's part of `tensor`, of shape local_shape(source, tp): whole units, then zeros where they run out."""
+    part = tensor[_cut(source, rank, tp)]
+    padded = tensor.new_zeros(local_shape(source, tp))
+    padded[tuple(slice(size) for size in part.shape)] = part
+    return padded
+
+
+def _cut(source: Source, rank: int, tp: int) -> tuple[slice, ...]:
+    """The slice of a checkpoint tensor that `rank` holds. Ranks share a unit where there are fewer units than ranks."""
+    whole = tuple(slice(None) for _ in source.shape)
+    if source.shard is None or tp == 1:
+        return whole
+    units = source.units or source.shape[source.shard]
+    if source.units and units < tp:
+        first, last = rank * units // tp, rank * units // tp + 1
+    else:
+        here = -(-units // tp)
+        first, last = min(rank * here, units), min((rank + 1) * here, units)
+    size = source.shape[source.shard] // units
+    return *whole[: source.shard], slice(first * size, last * size), *whole[source.shard + 1 :]
+
+
+def _parameters(model: Model) -> tuple[dict[str, Parameter], dict[str, str]]:
+    """All parameters by full name; and, apart, those that are another one under a second name (tied embeddings)."""
+    graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
+    named = [(f"{prefix}{p.name}", p, prefix) for prefix, graph in graphs.items() for p in graph.parameters]
+    named += [(p.name, p, "") for p in model.head.parameters]
+    parameters: dict[str, Parameter] = {}
+    aliases: dict[str, str] = {}
+    by_content: dict[object, str] = {}
+    for name, parameter, prefix in named:
+        layer = prefix.removeprefix("layers.").rstrip(".")
+        sources = tuple(
+            Source(s.tensor.replace("{layer}", layer), s.shape, s.shard, s.units) for s in parameter.sources
+        )
+        content = (parameter.shape, tuple(s.tensor for s in sources), parameter.constant)
+        if content in by_content:
+            aliases[name] = by_content[content]
+        else:
+            by_content[content] = name
+            parameters[name] = Parameter(name, parameter.shape, sources, parameter.constant)
+    return parameters, aliases
+
+
+def _find_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The folder's safetensors files, with the tensors that the index expects in each (None: no index)."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise WeightsError(f"{folder}: expected {SINGLE} or {INDEX}, found neither")
+        return {folder / SINGLE: None}
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except (msgspec.DecodeError, OSError) as error:
+        raise WeightsError(f"{index}: {error}") from None
+    files: dict[Path, set[str] | None] = {}
+    for name in sorted(set(weight_map.values())):
+        files[folder / name] = {tensor for tensor, file in weight_map.items() if file == name}
+    return files
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _check(files: dict[Path, set[str] | None], places: dict[str, list[Place]], config: ModelConfig) -> None:
+    found: set[str] = set()
+    for path, indexed in files.items():
+        with _open(path) as file:
+            names = set(file.keys())
+            if indexed is not None and (absent := sorted(indexed - names)):
+                raise WeightsError(f"{path}: tensor {absent[0]} is missing, {INDEX} says that it is here")
+            for name in sorted(names):
+                if name not in places:
+                    if not _may_be_extra(name, config):
+                        raise WeightsError(f"{path}: tensor {name} is not part of this {config.architecture} model")
+                    continue
+                if name in found:
+                    raise WeightsError(f"{path}: tensor {name} is in another file too")
+                found.add(name)
+                tensor, expected = file.get_slice(name), places[name][0].source.shape
+                if tuple(tensor.get_shape()) != expected:
+                    raise WeightsError(
+                        f"{path}: tensor {name}: expected shape {list(expected)}, got {tensor.get_shape()}"
+                    )
+                if tensor.get_dtype() not in DTYPES:
+                    raise WeightsError(
+                        f"{path}: tensor {name}: expected dtype {', '.join(DTYPES)}, got {tensor.get_dtype()}"
+                    )
+    if missing := sorted(places.keys() - found):
+        where = next(iter(files)) if len(files) == 1 else next(iter(files)).parent / INDEX
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise WeightsError(f"{where}: tensor {missing[0]} is missing{more}")
+
+
+def _may_be_extra(name: str, config: ModelConfig) -> bool:
+    """Old checkpoints carry the rotary frequencies, and some tied ones the LM head."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _stream(files: dict[Path, set[str] | None], wanted: set[str]) -> Iterator[tuple[str, Any]]:
+    """(name, lazy tensor) in the order of the files: one file is mapped at a time."""
+    for path in files:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in wanted:
+                    yield name, file.get_slice(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None

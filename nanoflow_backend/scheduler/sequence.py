@@ -1,0 +1,59 @@
+"""Sequence: a request on its way, with the clock of what was scheduled and the clock of what came back."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.scheduler.sampling_params import SamplingParams
+
+
+class State(Enum):
+    WAITING = auto()  # no slot, no pages
+    PREFILLING = auto()  # some of its known tokens are not computed yet
+    DECODING = auto()  # one token per step
+    LEAVING = auto()  # gets no further step; slot and pages go when its last step has returned
+    ENDED = auto()  # no slot, no pages, nothing to come
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`computed` runs ahead: the positions whose K and V are scheduled. `tokens` follows: the ids that are known, the
+    prompt's and those that came back. While decoding, computed + 1 - len(tokens) samples are in flight.
+    """
+
+    id: int
+    params: SamplingParams  # with a seed
+    priority: int
+    arrival: int  # a running number
+    deadline: float | None
+    prompt_tokens: int
+    max_total_tokens: int  # prompt and output, by max_tokens and by what the model and the cache can hold
+    stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
+    tokens: array[int]  # of C ints: a list would cost nine times the memory, and the collector would walk it
+
+    state: State = State.WAITING
+    finish_reason: FinishReason | None = None
+    preemptions: int = 0
+    cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
+
+    slot: int = -1  # this and all below: of no meaning without a slot
+    computed: int = 0
+    last_step: int = 0  # the last step that writes its pages
+    pages: list[int] = field(default_factory=list)
+    room: int = 0  # tokens that its pages can hold
+    shared_pages: int = 0  # of its pages, those that another sequence already held when this one was admitted
+    published: int = 0  # its leading pages that the prefix index was offered
+    digests: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens that came back."""
+        return len(self.tokens) - self.prompt_tokens
+
+
+def rank(sequence: Sequence) -> tuple[int, int]:
+    """Lower ranks are served first and preempted last."""
+    return sequence.priority, sequence.arrival

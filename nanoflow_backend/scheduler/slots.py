@@ -1,0 +1,61 @@
+"""Slots: who runs. A slot is a request's row in the worker's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from nanoflow_backend.scheduler.sequence import Sequence, State
+
+
+class Slots:
+    """The sequences with a slot, by slot and in order of arrival in their state."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.free = list(range(count - 1, -1, -1))  # a stack, the lowest slot on top
+        self.prefilling: dict[int, Sequence] = {}
+        self.decoding: dict[int, Sequence] = {}
+        self.leaving: dict[int, Sequence] = {}
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain(self.prefilling.values(), self.decoding.values(), self.leaving.values())
+
+    def __len__(self) -> int:
+        return self.count - len(self.free)
+
+    @property
+    def running(self) -> Iterator[Sequence]:
+        """Those that get further steps."""
+        return chain(self.prefilling.values(), self.decoding.values())
+
+    def enter(self, s: Sequence) -> None:
+        s.slot = self.free.pop()
+        s.state = State.PREFILLING
+        self.prefilling[s.slot] = s
+
+    def start_decoding(self, s: Sequence) -> None:
+        del self.prefilling[s.slot]
+        s.state = State.DECODING
+        self.decoding[s.slot] = s
+
+    def start_leaving(self, s: Sequence) -> None:
+        del (self.decoding if s.state is State.DECODING else self.prefilling)[s.slot]
+        s.state = State.LEAVING
+        self.leaving[s.slot] = s
+
+    def leave(self, s: Sequence) -> None:
+        del self.leaving[s.slot]
+        self.free.append(s.slot)
+
+    def check(self) -> None:
+        """Raise AssertionError if a slot is lost or taken twice, or a sequence is not where its state says."""
+        assert sorted([s.slot for s in self] + self.free) == list(range(self.count)), "a slot is lost or taken twice"
+        for state, sequences in (
+            (State.PREFILLING, self.prefilling),
+            (State.DECODING, self.decoding),
+            (State.LEAVING, self.leaving),
+        ):
+            for slot, s in sequences.items():
+                assert s.state is state, f"request {s.id} is {s.state.name}, among the {state.name}"
+                assert s.slot == slot, f"request {s.id} has slot {s.slot}, and is found at {slot}"
