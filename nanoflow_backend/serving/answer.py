@@ -8,11 +8,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from nanoflow_backend.engine.text_stream import TextDelta
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import TokenLogprobs
 from nanoflow_backend.serving.call import Call
+from nanoflow_backend.serving.tensors import Arrays
 
 
 class Answer:
@@ -26,7 +28,7 @@ class Answer:
         self._logprob = 0.0
         self._cached_tokens = 0
 
-    def tensors(self, delta: TextDelta) -> dict[str, np.ndarray]:
+    def tensors(self, delta: TextDelta) -> Arrays:
         """The outputs of one response, which carries `delta`: by name, with the dtypes and dims of the table."""
         self._tokens += len(delta.token_ids)
         self._logprob += math.fsum(entry.logprobs[0] for entry in delta.logprobs or ())
@@ -34,7 +36,7 @@ class Answer:
         values = ((name, self._value(name, delta)) for name in self._call.outputs)
         return {name: value for name, value in values if value is not None}
 
-    def _value(self, name: str, delta: TextDelta) -> np.ndarray | None:
+    def _value(self, name: str, delta: TextDelta) -> NDArray[Any] | None:
         match name:
             case "text_output":
                 text, self._unshown = self._unshown + delta.text, ""
@@ -74,5 +76,5 @@ class Answer:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
 
-def _strings(text: str) -> np.ndarray:
+def _strings(text: str) -> NDArray[Any]:
     return np.array([text.encode()], np.object_)

@@ -7,17 +7,16 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
-from nanoflow_backend.serving.tensors import OUTPUTS
+from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 
 ALL_OUTPUTS = frozenset(tensor.name for tensor in OUTPUTS)
 
 # Request parameters that belong to the server or to what stands before it, not to sampling: the client's request id
 # (curl users' "id" arrives as a parameter too), headers that the server was told to forward, and protocol switches.
-RESERVED = frozenset({"id", "headers", "binary_data_output", "traceparent", "tracestate", "authorization", "user-agent"})
+RESERVED = frozenset({"id", "headers", "binary_data_output", "traceparent", "tracestate", "authorization"})
 RESERVED_PREFIXES = ("triton_", "sequence_", "x-", "grpc-")
 
 
@@ -40,7 +39,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def parse(
         cls,
-        tensors: Mapping[str, np.ndarray],
+        tensors: Arrays,
         parameters: Mapping[str, Any],
         requested: Collection[str],
         tokenizer: Tokenizer | None,
@@ -108,7 +107,7 @@ def _check_stop(stop: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         raise InvalidRequest(f"stop: expected valid Unicode text: {error}") from None
 
 
-def _json_object(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _json_object(tensors: Arrays) -> dict[str, Any]:
     if "sampling_parameters" not in tensors:
         return {}
     text = _text(tensors, "sampling_parameters")
@@ -136,9 +135,7 @@ def _spelling(value: Any) -> str:
     return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
-def _prompt(
-    tensors: Mapping[str, np.ndarray], tokenizer: Tokenizer | None, vocab_size: int
-) -> tuple[list[int], str | None]:
+def _prompt(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[list[int], str | None]:
     """(ids, text); no text where the ids came as such."""
     if ("text_input" in tensors) == ("input_ids" in tensors):
         both = "both" if "text_input" in tensors else "neither"
@@ -166,7 +163,7 @@ def _shown_prompt(exclude: bool | None, stream: bool, text: str | None) -> str:
     return "" if exclude or stream or text is None else text
 
 
-def _outputs(tensors: Mapping[str, np.ndarray], requested: Collection[str], tokenizer: Tokenizer | None) -> frozenset[str]:
+def _outputs(tensors: Arrays, requested: Collection[str], tokenizer: Tokenizer | None) -> frozenset[str]:
     """Which outputs to send; the comment at `OUTPUTS` has the rule."""
     chosen = frozenset(requested) if frozenset(requested) != ALL_OUTPUTS else frozenset()
     if tokenizer is None and "text_output" in chosen:
@@ -183,22 +180,22 @@ def _with_logprobs(params: SamplingParams) -> SamplingParams:
     return params if params.logprobs is not None else msgspec.structs.replace(params, logprobs=0)
 
 
-def _flag(tensors: Mapping[str, np.ndarray], name: str) -> bool | None:
+def _flag(tensors: Arrays, name: str) -> bool | None:
     return bool(_only(tensors, name)) if name in tensors else None
 
 
-def _text(tensors: Mapping[str, np.ndarray], name: str) -> str:
+def _text(tensors: Arrays, name: str) -> str:
     _only(tensors, name)
     return _texts(tensors, name)[0]
 
 
-def _only(tensors: Mapping[str, np.ndarray], name: str) -> Any:
+def _only(tensors: Arrays, name: str) -> Any:
     if tensors[name].size != 1:
         raise InvalidRequest(f"{name}: expected one element, got shape {list(tensors[name].shape)}")
     return tensors[name].flat[0]
 
 
-def _texts(tensors: Mapping[str, np.ndarray], name: str) -> list[str]:
+def _texts(tensors: Arrays, name: str) -> list[str]:
     try:
         return [item if isinstance(item, str) else item.decode() for item in tensors[name].ravel().tolist()]
     except UnicodeDecodeError as error:

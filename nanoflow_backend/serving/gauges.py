@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from nanoflow_backend.engine.messages import News, Ready
+from nanoflow_backend.engine.messages import Ready
+from nanoflow_backend.scheduler.stats import SchedulerStats
 
 FLUSH_PERIOD_S = 0.25  # each value is a round trip to the server, so a timer sets them, not every step
 
@@ -15,23 +16,26 @@ class Gauge(Protocol):
 
 
 class Gauges:
-    """`create` makes a gauge from a name and a description. `take` is for the engine's thread, `flush` for a timer's."""
+    """`create` makes a gauge of a name and a description. `take` is for the engine's thread, `flush` for a timer."""
 
     def __init__(self, create: Callable[[str, str], Gauge], ready: Ready) -> None:
-        self._running = create("nanoflow_requests_running", "Requests that hold KV pages")
-        self._waiting = create("nanoflow_requests_waiting", "Requests in the engine's queue")
-        self._pages_used = create("nanoflow_kv_pages_used", "KV pages that requests hold")
-        self._pages = create("nanoflow_kv_pages", "KV pages that there are")
-        self._pages.set(ready.num_pages)
-        self._latest: tuple[int, int, int] = (0, 0, 0)
-        self._shown: tuple[int, int, int] | None = None
+        self._running = create("nanoflow_running_requests", "Requests that hold KV pages")
+        self._waiting = create("nanoflow_waiting_requests", "Requests in the engine's queue")
+        self._used_pages = create("nanoflow_kv_used_pages", "KV pages that requests hold")
+        self._cached_pages = create("nanoflow_kv_cached_pages", "KV pages kept for their content, free when needed")
+        self._num_pages = create("nanoflow_kv_pages", "KV pages that there are")
+        self._num_pages.set(ready.num_pages)
+        self._latest: SchedulerStats | None = None
+        self._shown: SchedulerStats | None = None
 
-    def take(self, news: News) -> None:
-        self._latest = (news.running, news.waiting, news.pages_used)
+    def take(self, stats: SchedulerStats) -> None:
+        self._latest = stats
 
     def flush(self) -> None:
-        latest = self._latest
-        if latest != self._shown:
-            for gauge, value in zip((self._running, self._waiting, self._pages_used), latest, strict=True):
-                gauge.set(value)
-            self._shown = latest
+        stats = self._latest
+        if stats is not None and stats is not self._shown:
+            self._running.set(stats.running_requests)
+            self._waiting.set(stats.waiting_requests)
+            self._used_pages.set(stats.used_pages)
+            self._cached_pages.set(stats.cached_pages)
+            self._shown = stats

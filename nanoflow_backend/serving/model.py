@@ -1,7 +1,7 @@
 """TritonPythonModel: the model that the server's Python backend loads. Imported in its stub only, and torch-free.
 
-    execute: tensors -> Call -> engine process        (the server's thread; returns at once)
-    news of the engine -> Senders -> Reply -> client  (a few sender threads)
+A request's way in, on the server's thread: tensors -> Call -> engine process.
+Its way out: news of the engine process (reader thread) -> Senders (a few threads) -> Reply -> client.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauge, Gauges
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
-from nanoflow_backend.serving.tensors import INPUTS, complete
+from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
 from nanoflow_backend.serving.ticker import Ticker
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
@@ -72,15 +72,8 @@ class TritonPythonModel:
             channel = _Channel(request.get_response_sender())
             try:
                 self._submit(request, channel)
-            except Failure as failure:
-                channel.fail(failure)
-            except InvalidRequest as error:
-                channel.fail(Failure("INVALID_ARG", str(error)))
-            except EngineError as error:
-                channel.fail(Failure("UNAVAILABLE", str(error)))
             except Exception as error:
-                channel.fail(Failure("INTERNAL", f"{type(error).__name__}: {error}"))
-                pb_utils.Logger.log_error(f"a request broke: {type(error).__name__}: {error}")
+                channel.fail(_failure(error))
 
     def finalize(self) -> None:
         """The server calls this when no request is in flight, or none will be waited for any longer."""
@@ -91,7 +84,7 @@ class TritonPythonModel:
         self._senders.stop(JOIN_TIMEOUT_S)
 
     def _submit(self, request: Any, channel: _Channel) -> None:
-        """Raises: Failure, InvalidRequest, EngineError: then nothing was sent, and nothing will be."""
+        """Whatever it raises, nothing was sent then, and nothing will be."""
         came_s = time.monotonic()
         tensors = {}
         for tensor in INPUTS:
@@ -106,9 +99,9 @@ class TritonPythonModel:
         self._senders.add(request_id, Reply(call, channel, self._tokenizer, self._canceller(request_id)))
         try:
             self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, deadline))
-        except EngineError as error:
-            # Not raised: the reply is filed already, and news of the death may have reached it first.
-            self._senders.fail(request_id, Failure("UNAVAILABLE", str(error)))
+        except Exception as error:
+            # Not raised: the reply is on its sender's hands, and news of the engine's death may have come first.
+            self._senders.fail(request_id, _failure(error))
 
     def _canceller(self, request_id: int) -> Callable[[], None]:
         def cancel() -> None:
@@ -125,11 +118,11 @@ class TritonPythonModel:
     def _on_news(self, news: News) -> None:
         self._senders.file(news.deltas)
         if self._gauges is not None:
-            self._gauges.take(news)
+            self._gauges.take(news.stats)
 
     def _on_refusal(self, refusal: Refusal) -> None:
-        code = "UNAVAILABLE" if refusal.overloaded else "INVALID_ARG"
-        self._senders.fail(refusal.request_id, Failure(code, refusal.message))
+        failure = Failure("UNAVAILABLE" if refusal.overloaded else "INVALID_ARG", refusal.message)
+        self._senders.fail(refusal.request_id, failure)
 
     def _on_death(self, how: str) -> None:
         message = f"the engine is gone: {how}; reload the model"
@@ -143,7 +136,7 @@ class _Channel:
     def __init__(self, sender: Any) -> None:
         self._sender = sender
 
-    def send(self, tensors: Mapping[str, np.ndarray], final: bool) -> None:
+    def send(self, tensors: Arrays, final: bool) -> None:
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
         self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
@@ -154,6 +147,18 @@ class _Channel:
 
     def is_cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())
+
+
+def _failure(error: Exception) -> Failure:
+    match error:
+        case Failure():
+            return error
+        case InvalidRequest():
+            return Failure("INVALID_ARG", str(error))
+        case EngineError():
+            return Failure("UNAVAILABLE", str(error))
+    pb_utils.Logger.log_error(f"a request broke: {type(error).__name__}: {error}")
+    return Failure("INTERNAL", f"{type(error).__name__}: {error}")
 
 
 def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
@@ -179,5 +184,6 @@ def _check_numpy() -> None:
     made_by_server = pb_utils.Tensor.from_dlpack("probe", np.arange(3, dtype=np.int32)).as_numpy()
     if made_by_server.tolist() != [0, 1, 2]:
         raise RuntimeError(
-            f"numpy {np.__version__} does not work with this server (Triton before 24.11): install 'numpy<2' for {sys.executable}"
+            f"numpy {np.__version__} does not work with this server (older than 24.11): "
+            f"install 'numpy<2' for {sys.executable}"
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
-
-import numpy as np
 
 from nanoflow_backend.engine.text_stream import TextDelta, TextStream, merge
 from nanoflow_backend.engine.tokenizer import Tokenizer
@@ -14,6 +12,7 @@ from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
+from nanoflow_backend.serving.tensors import Arrays
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 class Channel(Protocol):
     """The server's end of one request. Each call is a round trip to the server, some 100 us."""
 
-    def send(self, tensors: Mapping[str, np.ndarray], final: bool) -> None: ...
+    def send(self, tensors: Arrays, final: bool) -> None: ...
 
     def fail(self, failure: Failure) -> None:
         """Send the failure as the final response."""

@@ -5,9 +5,13 @@ Names and meanings are those of Triton's vLLM backend, so that its clients work 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[Any]]  # tensors by name; strings are objects: bytes
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -23,11 +27,12 @@ OUTPUTS = (
     Tensor("text_output", "STRING", (-1,), "the new text; all of it, after the prompt, when not streaming"),
     Tensor("finish_reason", "STRING", (-1,), '"None" before the end; then "stop", "length" or "cancelled"'),
     Tensor("cumulative_logprob", "FP32", (-1,), "sum of the log-probabilities of all output tokens so far"),
-    Tensor("logprobs", "STRING", (-1,), 'JSON: for each new token {id: {"logprob", "rank", "decoded_token"}}, or "null"'),
+    Tensor("logprobs", "STRING", (-1,), 'JSON per new token: {id: {"logprob", "rank", "decoded_token"}}; or "null"'),
     Tensor("num_input_tokens", "UINT32", (1,), "tokens of the prompt"),
     Tensor("num_output_tokens", "UINT32", (-1,), "new tokens in this response"),
-    # Not in the vLLM backend:
-    Tensor("total_output_tokens", "UINT32", (1,), "all output tokens; in the last response only: its absence is a loss"),
+    # Not in the vLLM backend. Over HTTP the server itself can lose responses of a fast stream without an error: a stream
+    # is whole if a response with `total_output_tokens` came and the `num_output_tokens` of all responses add up to it.
+    Tensor("total_output_tokens", "UINT32", (1,), "all output tokens; in the last response only"),
     Tensor("output_ids", "INT32", (-1,), "ids of the new tokens; always sent when the prompt came as ids"),
     Tensor("stop_reason", "STRING", (1,), 'the stop string or stop token id that ended the output, else "None"'),
     Tensor("num_cached_tokens", "UINT32", (1,), "prompt tokens that were in the prefix cache"),

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Ticker:
-    """Calls `action` every `period_s`, or back to back while it takes longer. An error is logged, once, and it goes on."""
+    """Calls `action` every `period_s`, back to back while it takes longer. It outlives errors; the first is logged."""
 
     def __init__(self, name: str, period_s: float, action: Callable[[], None]) -> None:
         self._period_s = period_s
