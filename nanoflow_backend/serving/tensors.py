@@ -30,7 +30,7 @@ OUTPUTS = (
     Tensor("logprobs", "STRING", (-1,), 'JSON per new token: {id: {"logprob", "rank", "decoded_token"}}; or "null"'),
     Tensor("num_input_tokens", "UINT32", (1,), "tokens of the prompt"),
     Tensor("num_output_tokens", "UINT32", (-1,), "new tokens in this response"),
-    # Not in the vLLM backend. Over HTTP the server itself can lose responses of a fast stream without an error: a stream
+    # Not in the vLLM backend. Over HTTP the server itself can lose responses of a fast stream and say nothing: a stream
     # is whole if a response with `total_output_tokens` came and the `num_output_tokens` of all responses add up to it.
     Tensor("total_output_tokens", "UINT32", (1,), "all output tokens; in the last response only"),
     Tensor("output_ids", "INT32", (-1,), "ids of the new tokens; always sent when the prompt came as ids"),
