@@ -1,5 +1,6 @@
 """What a client asks for: each rule of the inputs, and nothing a client sends breaks the parsing."""
 
+import contextlib
 import json
 
 import msgspec
@@ -106,11 +107,11 @@ def test_a_cumulative_logprob_needs_logprobs_that_are_not_shown(tokenizer):
     assert (call.params.logprobs, call.show_logprobs) == (3, True)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["id", "ID", "sequence_id", "sequence_start", "binary_data_output", "headers", "traceparent", "x-request-id"]
-    + ["triton_enable_empty_final_response", "X-Forwarded-For", "grpc-timeout"],
-)
+RESERVED = """id ID headers binary_data_output sequence_id sequence_start triton_enable_empty_final_response
+traceparent x-request-id X-Forwarded-For grpc-timeout"""
+
+
+@pytest.mark.parametrize("name", RESERVED.split())
 def test_reserved_parameters_are_not_sampling(tokenizer, name):
     assert parse(tokenizer, text_input="a", parameters={name: "whatever"}).params == SamplingParams()
 
@@ -157,7 +158,10 @@ REFUSED = {
         r"stop: \['x'\] in sampling_parameters, but \['x', 'y'\] in the input stop",
     ),
     "empty stop": ({"text_input": "a", "stop": [""]}, "stop: expected non-empty strings"),
-    "half a character": ({"text_input": "a", "sampling_parameters": {"stop": "\ud800"}}, "stop: expected valid Unicode"),
+    "half a character": (
+        {"text_input": "a", "sampling_parameters": {"stop": "\ud800"}},
+        "stop: expected valid Unicode",
+    ),
     "stop not UTF-8": ({"text_input": "a", "stop": [b"\xff"]}, "stop: expected UTF-8 text"),
     "priority": ({"text_input": "a", "parameters": {"priority": "high"}}, "priority: expected an integer in .* 'high'"),
     "timeout": ({"text_input": "a", "parameters": {"timeout": -1}}, r"timeout: expected an integer in 0\.\..* got -1"),
@@ -191,21 +195,16 @@ names = st.sampled_from([*SamplingParams.__struct_fields__, "n", "min_p", "logit
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(sampling=st.dictionaries(names, values, max_size=4), parameters=st.dictionaries(names, scalars, max_size=3))
 def test_any_json_is_refused_or_can_be_sent_to_the_engine(tokenizer, sampling, parameters):
-    try:
+    with contextlib.suppress(InvalidRequest):
         call = parse(tokenizer, text_input="a", sampling_parameters=json.dumps(sampling), parameters=parameters)
-    except InvalidRequest as refusal:
-        assert str(refusal)
-    else:
         request = Request(1, call.prompt, call.params)
         encoded = msgspec.msgpack.encode(Submit(request))
         assert msgspec.msgpack.decode(encoded, type=Submit).request == request
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(text=st.binary(max_size=40))
-def test_any_bytes_as_sampling_parameters(tokenizer, text):
+@given(text=st.binary(max_size=40).filter(lambda text: not text.lstrip().startswith(b"{")))
+def test_bytes_that_are_no_object_are_refused(tokenizer, text):
     tensors = {"text_input": tensor("text_input", "a"), "sampling_parameters": tensor("sampling_parameters", text)}
-    try:
+    with pytest.raises(InvalidRequest, match="sampling_parameters"):
         Call.parse(tensors, {}, ALL_OUTPUTS, tokenizer, VOCAB_SIZE)
-    except InvalidRequest as refusal:
-        assert "sampling_parameters" in str(refusal)
