@@ -149,6 +149,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"since every running request decodes in every step; got {self.max_running}"
             )
 
+    @property
+    def num_pages(self) -> int:
+        return -(-self.kv_cache_tokens // self.page_tokens)
+
     @classmethod
     def load(cls, path: Path, parameters: Mapping[str, Any] | None = None) -> EngineConfig:
         """Read an engine.json; `parameters` (numbers may be strings, as in config.pbtxt) win over it.

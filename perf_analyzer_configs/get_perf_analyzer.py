@@ -30,9 +30,8 @@ def install(prefix: Path, bundled: Path) -> Path:
         (library,) = bundled.glob(pattern)
         (libexec / name).unlink(missing_ok=True)
         (libexec / name).symlink_to(library)
-    launcher.write_text(
-        f'#!/bin/sh\nLD_LIBRARY_PATH="{libexec}:$LD_LIBRARY_PATH" exec "{libexec}/perf_analyzer" "$@"\n'
-    )
+    search_path = f"{libexec}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}"
+    launcher.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH="{search_path}" exec "{libexec}/perf_analyzer" "$@"\n')
     for executable in (launcher, libexec / "perf_analyzer"):
         executable.chmod(0o755)
     return launcher

@@ -20,11 +20,11 @@ from torch import Tensor
 def embed(token_ids: Tensor, table: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
     """The residual stream starts at zero, and the embedding is its first update: (0, table[token_ids]).
 
-    token_ids [T] or [T, 1], table [V, D] -> residual [T, D], update [T, D].
+    token_ids [T], table [V, D] -> residual [T, D], update [T, D].
     """
     residual, update = out
     residual.zero_()
-    update.copy_(table[token_ids.flatten()])
+    update.copy_(table[token_ids])
 
 
 def add_rms_norm(
@@ -71,7 +71,7 @@ def rope_append(
     """
     q, pages = out
     kv_heads, page_tokens, head_dim = pages.shape[2:]
-    positions, slots = positions.flatten().long(), slots.flatten().long()
+    positions, slots = positions.long(), slots.long()
     split = qkv.unflatten(1, (-1, head_dim))
     angles = positions[:, None, None].float() * frequencies.float()
     cos, sin = angles.cos(), angles.sin()
@@ -94,7 +94,7 @@ def attention(
     q [T, H d], pages, positions [T], slots [T], page_table [S, N] -> [T, H d].
     """
     head_dim, page_tokens = pages.shape[-1], pages.shape[-2]
-    positions, slots = positions.flatten().long(), slots.flatten().long()
+    positions, slots = positions.long(), slots.long()
     _, counts = torch.unique_consecutive(slots, return_counts=True)
     stops = counts.cumsum(0)
     lengths = positions[stops - 1] + 1
@@ -138,7 +138,7 @@ def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
     logits [T, E] -> experts [T, k] int32, weights [T, k] fp32.
     """
     experts, weights = out
-    best, order = logits.float().softmax(-1).sort(-1, descending=True, stable=True)
+    best, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
     chosen = best[:, : weights.shape[1]]
     experts.copy_(order[:, : experts.shape[1]])
     weights.copy_(chosen / chosen.sum(-1, keepdim=True))

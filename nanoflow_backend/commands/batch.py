@@ -59,8 +59,8 @@ def parse_line(text: bytes, number: int) -> Line:
     if (text_prompt is None) == (token_ids is None):
         return Line(id, error="expected either prompt or prompt_token_ids")
     try:
-        prompt = msgspec.convert(
-            token_ids if text_prompt is None else text_prompt, str if token_ids is None else list[int]
+        prompt: str | list[int] = (
+            msgspec.convert(text_prompt, str) if token_ids is None else msgspec.convert(token_ids, list[int])
         )
         return Line(id, job=(prompt, SamplingParams.parse(fields)))
     except msgspec.ValidationError as error:

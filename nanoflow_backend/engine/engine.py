@@ -33,13 +33,12 @@ class Engine:
         self.config = config
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
-        self.num_pages = -(-config.kv_cache_tokens // config.page_tokens)
         self.scheduler = Scheduler(
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens or config.dense_batch_tokens,
             max_running=config.max_running or config.dense_batch_tokens,
             max_waiting=config.max_waiting,
-            num_pages=self.num_pages,
+            num_pages=config.num_pages,
             page_tokens=config.page_tokens,
             max_model_tokens=self.max_model_tokens,
             eos_token_ids=self.model_config.eos_token_ids,
@@ -72,7 +71,7 @@ class Engine:
         return (
             f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.dtype}, "
             f"TP {config.tensor_parallel} on {config.device}; schedule {config.schedule}, "
-            f"B_dense {config.dense_batch_tokens}; {self.num_pages} pages of {config.page_tokens} tokens"
+            f"B_dense {config.dense_batch_tokens}; {config.num_pages} pages of {config.page_tokens} tokens"
         )
 
     @property

@@ -35,7 +35,7 @@ class EngineProcess:
         on_death: Callable[[str], None],
     ) -> None:
         self._config = config
-        self._handlers = {News: on_news, Refusal: on_refusal}
+        self._on_news, self._on_refusal = on_news, on_refusal
         self._on_death = on_death
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
@@ -92,9 +92,13 @@ class EngineProcess:
         try:
             while True:
                 message = self._child.receive(self._decoder)
-                if isinstance(message, Failed):
-                    raise ChildDied(message.message)
-                self._handlers[type(message)](message)
+                match message:
+                    case News():
+                        self._on_news(message)
+                    case Refusal():
+                        self._on_refusal(message)
+                    case Failed():
+                        raise ChildDied(message.message)
         except ChildDied as death:
             if not self._stopping:
                 self._on_death(str(death))

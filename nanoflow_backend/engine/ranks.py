@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import msgspec
-import torch.distributed
+import torch.distributed as dist
 
 from nanoflow_backend.config import EngineConfig, ModelConfig
 from nanoflow_backend.engine.child import Child, ChildDied, Parent
@@ -68,7 +68,7 @@ class Ranks:
         for child in self._children:
             child.close()  # its lifeline
             child.stop()
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
         self._folder.cleanup()
 
     def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
@@ -90,8 +90,8 @@ class Ranks:
 def join_group(rendezvous: str, rank: int, size: int) -> None:
     """All ranks are on this host: gloo talks over loopback."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = torch.distributed.FileStore(rendezvous, size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
 
 
 def main() -> None:

@@ -105,3 +105,7 @@ class Model:
     layer: Graph
     head: Graph
     num_layers: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embed.parameters[0].shape[0]

@@ -70,8 +70,15 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ScheduleError("the schedule was made for something else: " + "; ".join(differences))
 
     def plan_for(self, tokens: int) -> Schedule:
-        """The smallest plan that holds `tokens`; the largest, if none does."""
-        return next((plan for plan in self.plans if plan.tokens >= tokens), self.plans[-1])
+        """The smallest plan that holds `tokens`.
+
+        Raises:
+            ScheduleError: no plan does.
+        """
+        for plan in self.plans:
+            if plan.tokens >= tokens:
+                return plan
+        raise ScheduleError(f"the largest plan is for {self.plans[-1].tokens} tokens, a batch may have {tokens}")
 
 
 def fingerprint(graph: Graph) -> str:

@@ -210,7 +210,8 @@ def test_a_killed_server_is_noticed(server, process_tree, tmp_path):
     assert not shared_memory(killed.shm_prefix)
 
 
-def test_ends_with_a_killed_parent(process_tree, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_ends_with_its_parent(how, process_tree, tmp_path):
     parent_code = """
 import os, sys, time
 from pathlib import Path
@@ -224,6 +225,7 @@ with EmbeddedServer(Path(sys.argv[1]), exit_timeout_s=5) as server:
     parent = subprocess.Popen(
         [sys.executable, "-c", parent_code, repository(tmp_path, WORDS_MODEL)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the traceback of KeyboardInterrupt
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
@@ -231,7 +233,7 @@ with EmbeddedServer(Path(sys.argv[1]), exit_timeout_s=5) as server:
     try:
         processes = process_tree(int(guard))
         assert "tritonserver" in processes.values()
-        parent.kill()
+        parent.send_signal(how)
         parent.wait()
         deadline_s = time.monotonic() + 30
         while alive(processes) and time.monotonic() < deadline_s:

@@ -1,0 +1,142 @@
+"""BufferPlan: values that are never alive together share memory. Ints only; each program allocates for itself.
+
+"Together" is judged by the partial order of lanes and waits, not by the order of issue: two lanes may run apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nanoflow_backend.graph.nano_batch import rows_read
+from nanoflow_backend.graph.operation import Graph, Kind
+from nanoflow_backend.schedule.order import PartialOrder
+from nanoflow_backend.schedule.plan import Schedule
+
+
+class Instance(NamedTuple):
+    """A value as one layer writes it. Layer -1 is the embedding: it writes what layer 0 takes as carried inputs."""
+
+    layer: int
+    value: str
+
+
+class Use(NamedTuple):
+    """A step reads or writes an instance in the segments start .. stop - 1."""
+
+    instance: Instance
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What each step of an unrolled schedule touches.
+
+    Segment i is the tokens boundaries[i] .. boundaries[i + 1] - 1: no launch begins or ends inside one, so it is
+    touched as a whole. `Schedule.fit` is monotone: segments that shrink with the batch stay disjoint.
+    """
+
+    boundaries: tuple[int, ...]
+    reads: tuple[tuple[Use, ...], ...]
+    writes: tuple[tuple[Use, ...], ...]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One row a token; an instance narrower than `width` lies in the first columns."""
+
+    width: int
+    dtype: str  # as in Value
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    buffers: tuple[Buffer, ...]
+    holder: Mapping[Instance, int]  # the buffer of each instance that has rows
+
+    def row_bytes(self, dtype_bytes: Mapping[str, int]) -> int:
+        """Bytes a token of all buffers, given the bytes of an element of each of Value's dtypes."""
+        return sum(buffer.width * dtype_bytes[buffer.dtype] for buffer in self.buffers)
+
+
+def instance_of(graph: Graph, layer: int, value: str) -> Instance:
+    """Which instance `layer` means by `value`."""
+    return Instance(layer - 1, graph.carried[value]) if value in graph.carried else Instance(layer, value)
+
+
+def uses(graph: Graph, schedule: Schedule, steps: list[tuple[int, int]]) -> Uses:
+    """The reads and writes of `steps` (layer, launch number), without the inputs that are the same for every layer."""
+    ends = {end for launch in schedule.launches for end in (launch.start, launch.stop)}
+    boundaries = tuple(sorted(ends | {0, schedule.tokens}))
+    segment = {boundary: i for i, boundary in enumerate(boundaries)}
+    outside = set(graph.inputs) - graph.carried.keys()
+
+    def use(layer: int, value: str, start: int, stop: int) -> Use:
+        return Use(instance_of(graph, layer, value), segment[start], segment[stop])
+
+    reads, writes = [], []
+    for layer, number in steps:
+        nano = schedule.launches[number].nano
+        operation = graph[nano.operation]
+        reads.append(tuple(use(layer, v, *rows_read(graph, v, nano)) for v in operation.inputs if v not in outside))
+        writes.append(tuple(use(layer, v, nano.start, nano.stop) for v in operation.outputs))
+    return Uses(boundaries, tuple(reads), tuple(writes))
+
+
+def plan_buffers(graph: Graph, schedule: Schedule, num_layers: int) -> BufferPlan:
+    """Give every instance a buffer, in the order in which they are first touched.
+
+    An instance may move into a buffer when each of its writes is certain to follow whatever touched the same
+    segment of that buffer before. The embedding precedes every launch, and the head follows them all.
+    """
+    order = PartialOrder(schedule, num_layers)
+    used = uses(graph, schedule, order.steps)
+    segments = len(used.boundaries) - 1
+    lives = {Instance(-1, value): _Life(segments) for value in graph.carried.values()}
+    for embedded in lives.values():
+        embedded.written = [0] * segments
+    for k in range(len(order.steps)):
+        for use in used.writes[k] + used.reads[k]:
+            lives.setdefault(use.instance, _Life(segments)).touch(use, 1 << k)
+        for use in used.writes[k]:
+            lives[use.instance].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)
+    for value in graph.carried.values():
+        result = Instance(num_layers - 1, value)
+        lives[result].touch(Use(result, 0, segments), 1 << len(order.steps))  # a step that nothing follows
+
+    buffers: list[Buffer] = []
+    contents: list[_Life] = []
+    holder: dict[Instance, int] = {}
+    for instance, life in lives.items():
+        value = graph.values[instance.value]
+        if value.kind is not Kind.TOKENS:
+            continue
+        free = [b for b, buffer in enumerate(buffers) if buffer.dtype == value.dtype and life.follows(contents[b])]
+        if free:  # the one that grows least, and of those the narrowest
+            chosen = min(free, key=lambda b: (max(value.width - buffers[b].width, 0), buffers[b].width))
+        else:
+            chosen = len(buffers)
+            buffers.append(Buffer(value.width, value.dtype))
+            contents.append(_Life(segments))
+        buffers[chosen] = Buffer(max(value.width, buffers[chosen].width), value.dtype)
+        contents[chosen].touched = [a | b for a, b in zip(contents[chosen].touched, life.touched, strict=True)]
+        holder[instance] = chosen
+    return BufferPlan(tuple(buffers), holder)
+
+
+class _Life:
+    """By segment, as masks of steps: who touches an instance, and who has ended before it is written."""
+
+    def __init__(self, segments: int) -> None:
+        self.touched = [0] * segments
+        self.written = [0] * segments
+
+    def touch(self, use: Use, step: int) -> None:
+        for segment in range(use.start, use.stop):
+            self.touched[segment] |= step
+
+    def follows(self, contents: _Life) -> bool:
+        """Is each of our writes certain to come after whatever touched `contents`?"""
+        return not any(before & ~mine for before, mine in zip(contents.touched, self.written, strict=True))

@@ -1,0 +1,19 @@
+"""The one comparison of tensors: relative RMS error, with the quantity named."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of `expected`, in float64; 0 where both are empty or zero."""
+    difference = (actual.double() - expected.double()).square().sum().sqrt()
+    return float(difference / expected.double().square().sum().sqrt().clamp(min=1e-300))
+
+
+def assert_close(quantity: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert actual.shape == expected.shape, f"{quantity}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert not actual.isnan().any(), f"{quantity}: {int(actual.isnan().sum())} elements are NaN"
+    error = relative_rms(actual, expected)
+    assert error <= tolerance, f"{quantity}: relative RMS error {error:.2e}, expected at most {tolerance:.0e}"
