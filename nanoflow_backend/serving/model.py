@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
-from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauge, Gauges
+from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
@@ -63,7 +64,8 @@ class TritonPythonModel:
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            self._gauges = Gauges(_gauge_factory(args), self._ready)
+            labels = {"model": args["model_name"], "version": args["model_version"]}
+            self._gauges = Gauges(partial(_Gauge, labels=labels), self._ready)
             self._tickers.append(Ticker("gauges", FLUSH_PERIOD_S, self._gauges.flush))
         pb_utils.Logger.log_info(f"{args['model_name']}: {self._ready.description}")
 
@@ -167,23 +169,28 @@ def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
     return {name: entry["string_value"] for name, entry in entries if not name.isupper()}
 
 
-def _gauge_factory(args: Mapping[str, str]) -> Callable[[str, str], Gauge]:
-    labels = {"model": args["model_name"], "version": args["model_version"]}
-    families = []  # a metric dies with its family
+class _Gauge:
+    """A metric of the server; it lives as long as its family does."""
 
-    def create(name: str, description: str) -> Gauge:
-        families.append(pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE))
-        gauge: Gauge = families[-1].Metric(labels=labels)
-        return gauge
+    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
+        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
+        self._metric = self._family.Metric(labels=labels)
 
-    return create
+    def set(self, value: float) -> None:
+        self._metric.set(value)
 
 
 def _check_numpy() -> None:
-    """Servers before 24.11 build arrays with stride 0 under numpy 2: every string input would kill the stub."""
-    made_by_server = pb_utils.Tensor.from_dlpack("probe", np.arange(3, dtype=np.int32)).as_numpy()
-    if made_by_server.tolist() != [0, 1, 2]:
+    """Servers before 24.11 read string tensors wrongly under numpy 2, and their stub dies of it.
+
+    They do not say which they are. Parameters of a response came with 25.02: what has them is new enough.
+    """
+    if int(np.__version__.split(".")[0]) < 2:
+        return
+    try:
+        pb_utils.InferenceResponse([], parameters={})
+    except TypeError:
         raise RuntimeError(
-            f"numpy {np.__version__} does not work with this server (older than 24.11): "
+            f"numpy {np.__version__} does not work with this server, which is older than 25.02: "
             f"install 'numpy<2' for {sys.executable}"
-        )
+        ) from None
