@@ -58,7 +58,7 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                 break
             handle(message, engine, parent)
         deltas = engine.step()
-        if deltas:
+        if deltas or not engine.has_work:  # pages come free after the last delta
             parent.send(News(deltas, engine.scheduler.stats))
     engine.close()
 

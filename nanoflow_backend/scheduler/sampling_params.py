@@ -39,10 +39,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if not ok:
                 raise InvalidRequest(f"{field}: expected {expected}, got {getattr(self, field)!r}")
 
-        require(self.max_tokens >= 1, "max_tokens", "an integer >= 1")
+        require(1 <= self.max_tokens < 2**31, "max_tokens", "an integer in 1..2^31-1")
         require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"an integer in 0..{self.max_tokens} (max_tokens)")
         require(0 <= self.temperature < float("inf"), "temperature", "a finite number >= 0")
-        require(self.top_k >= 0, "top_k", "an integer >= 1, or 0 or -1 for all tokens")
+        require(0 <= self.top_k < 2**31, "top_k", "an integer in 1..2^31-1, or 0 or -1 for all tokens")
         require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
         require(self.seed is None or 0 <= self.seed < 2**63, "seed", "an integer in 0..2^63-1")
         require(all(self.stop), "stop", "non-empty strings")

@@ -1,1 +1,1 @@
-"""The Triton Inference Server side: the Python backend model, its tensors, and the server that pip brings."""
+"""The engine behind Triton Inference Server. This file imports nothing: the stub and set-up import parts of it."""

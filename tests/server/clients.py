@@ -1,0 +1,105 @@
+"""Clients of a served model, as small as its users' own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
+
+from nanoflow_backend.serving.tensors import INPUTS
+
+NUMPY = {"STRING": np.object_, "BOOL": np.bool_, "INT32": np.int32}
+TYPES = {t.name: t.type for t in INPUTS}
+PATIENCE_S = 120  # nothing here takes long; a hang must not last for ever
+
+
+def tensors(**inputs: Any) -> list[tritonclient.grpc.InferInput]:
+    made = []
+    for name, value in inputs.items():
+        array = np.atleast_1d(np.asarray(value, dtype=NUMPY[TYPES[name]]))
+        wire_type = "BYTES" if TYPES[name] == "STRING" else TYPES[name]
+        made.append(tritonclient.grpc.InferInput(name, list(array.shape), wire_type).set_data_from_numpy(array))
+    return made
+
+
+class GrpcStream:
+    """One request on a stream of its own. Iterate over its responses (dicts), or cancel it."""
+
+    def __init__(self, url: str, model: str, *, outputs: list[str] | None = None, parameters=None, **inputs: Any):
+        self.responses: queue.Queue[Any] = queue.Queue()
+        self.client = tritonclient.grpc.InferenceServerClient(url)
+        self.client.start_stream(lambda result, error: self.responses.put(error or result))
+        self.client.async_stream_infer(
+            model,
+            tensors(**inputs),
+            outputs=outputs and [tritonclient.grpc.InferRequestedOutput(name) for name in outputs],
+            parameters=parameters,
+            enable_empty_final_response=True,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises: InferenceServerException."""
+        final = False
+        while not final:
+            response = self.responses.get(timeout=PATIENCE_S)
+            if isinstance(response, InferenceServerException):
+                raise response
+            message = response.get_response()
+            final = message.parameters["triton_final_response"].bool_param
+            arrays = {output.name: response.as_numpy(output.name) for output in message.outputs}
+            assert arrays, "a response without outputs"
+            yield {name: plain(array) for name, array in arrays.items()}
+
+    def close(self, cancel: bool = False) -> None:
+        self.client.stop_stream(cancel_requests=cancel)
+        self.client.close()
+
+
+def plain(array: np.ndarray) -> Any:
+    """As the server's HTTP endpoint writes it: one element as a scalar, else a list."""
+    values = [value.decode() if isinstance(value, bytes) else value for value in array.ravel().tolist()]
+    return values[0] if len(values) == 1 else values
+
+
+def grpc(url: str, model: str, **request: Any) -> list[dict[str, Any]]:
+    """All responses to one request."""
+    stream = GrpcStream(url, model, **request)
+    with contextlib.closing(stream):
+        return list(stream)
+
+
+def post(url: str, model: str, endpoint: str, body: Any) -> tuple[int, str]:
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=PATIENCE_S)) as connection:
+        connection.request(
+            "POST", f"/v2/models/{model}/{endpoint}", body if isinstance(body, bytes) else json.dumps(body)
+        )
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def generate(url: str, model: str, **body: Any) -> dict[str, Any]:
+    status, text = post(url, model, "generate", body)
+    assert status == 200, text
+    return json.loads(text)
+
+
+def generate_stream(url: str, model: str, **body: Any) -> list[dict[str, Any]]:
+    status, text = post(url, model, "generate_stream", body)
+    assert status == 200, text
+    return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
+
+
+def metrics(url: str, model: str) -> dict[str, float]:
+    """The project's own gauges of a model."""
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=PATIENCE_S)) as connection:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    own = [line.rsplit(" ", 1) for line in lines if line.startswith("nanoflow_") and f'model="{model}"' in line]
+    return {series.split("{")[0]: float(value) for series, value in own}

@@ -1,0 +1,429 @@
+"""A checkpoint behind the real server: same tokens as the engine alone, clear errors, and nothing left behind."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import checkpoints
+import pytest
+import tiny_tokenizers
+import tritonclient.grpc
+from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
+from tritonclient.utils import InferenceServerException
+
+from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.server
+
+FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "does", "not", "mind", "stop", "page"]
+MINIMAL_CONFIG = 'backend: "python"\ninstance_group [ { kind: KIND_MODEL } ]\n'
+GREEDY = {"temperature": 0.0, "max_tokens": 24}
+COUNTS = {"return_num_output_tokens": True, "return_total_output_tokens": True, "return_finish_reason": True}
+
+
+def add_model(repository, name, model, config=None, **engine):
+    """A copy of the drop-in folder under another name, with `engine` in its engine.json."""
+    folder = repository / name
+    shutil.copytree(FOLDER, folder)
+    config = config or (FOLDER / "config.pbtxt").read_text().replace('name: "nanoflow"', f'name: "{name}"')
+    (folder / "config.pbtxt").write_text(config)
+    (folder / "1" / "engine.json").write_text(json.dumps({"model": str(model), **engine}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Random weights, and a tokenizer of its vocabulary. It never ends by itself."""
+    folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("checkpoint"))
+    vocab_size = Tokenizer.from_pretrained(folder).vocab_size
+    return checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), folder)
+
+
+@pytest.fixture(scope="module")
+def served(server, checkpoint, tmp_path_factory):
+    """A server without auto-completion; models are loaded by name."""
+    repository = tmp_path_factory.mktemp("repository")
+    ids_only = tmp_path_factory.mktemp("ids_only")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, ids_only)
+    add_model(repository, "nanoflow", checkpoint, schedule="nano-batched-3")
+    add_model(repository, "narrow", ids_only, max_running=1, max_waiting=1)
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    arguments = ["--model-control-mode=explicit", "--load-model=nanoflow", "--load-model=narrow"]
+    return server(repository, log=log, arguments=[*arguments, "--disable-auto-complete-config"])
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    return Engine.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(3)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 20))) for _ in range(64)]
+
+
+@pytest.fixture(scope="module")
+def expected(engine, prompts):
+    return engine.generate(prompts, SamplingParams(**GREEDY))
+
+
+def loader(served):
+    return contextlib.closing(tritonclient.grpc.InferenceServerClient(served.grpc_url))
+
+
+def until(condition):
+    """Wait for something that other processes do."""
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.02)
+
+
+def test_64_grpc_streams_give_the_engines_tokens(served, prompts, expected):
+    def run(prompt):
+        sampling = json.dumps(GREEDY)
+        flags = {"stream": True, "return_output_ids": True, **COUNTS}
+        return grpc(served.grpc_url, "nanoflow", text_input=prompt, sampling_parameters=sampling, **flags)
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(run, prompts))
+    for responses, completion in zip(answers, expected, strict=True):
+        ids = [r["output_ids"] if isinstance(r["output_ids"], list) else [r["output_ids"]] for r in responses]
+        assert list(itertools.chain(*ids)) == completion.token_ids
+        assert "".join(r["text_output"] for r in responses) == completion.text
+        assert [r["finish_reason"] for r in responses] == ["None"] * (len(responses) - 1) + ["length"]
+        assert [r.get("total_output_tokens") for r in responses] == [None] * (len(responses) - 1) + [24]
+
+
+def test_64_http_clients_give_the_engines_tokens(served, prompts, expected):
+    def run(prompt):
+        return generate(
+            served.http_url, "nanoflow", text_input=prompt, return_output_ids=True, id="a client's", **GREEDY
+        )
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(run, prompts))
+    for answer, prompt, completion in zip(answers, prompts, expected, strict=True):
+        assert answer["output_ids"] == completion.token_ids
+        assert answer["text_output"] == prompt + completion.text
+
+
+def is_whole(events):
+    """The rule for clients of `generate_stream`."""
+    totals = [event["total_output_tokens"] for event in events if "total_output_tokens" in event]
+    return totals == [sum(event["num_output_tokens"] for event in events)]
+
+
+def test_any_lost_event_of_an_http_stream_is_detectable(served, prompts, expected):
+    request = {"text_input": prompts[0], "stream": True, **GREEDY, **COUNTS}
+    events = generate_stream(served.http_url, "nanoflow", **request)
+    assert "".join(event["text_output"] for event in events) == expected[0].text
+    assert len(events) > 3
+    assert is_whole(events)
+    for count in (1, 2, 3):
+        for lost in itertools.combinations(range(len(events)), count):
+            assert not is_whole([event for index, event in enumerate(events) if index not in lost])
+    assert not is_whole(events[:-1])
+
+
+def test_a_request_of_a_vllm_client_works_unchanged(served, prompts, engine):
+    """As NVIDIA's load generator and vLLM's examples send it: numbers are strings, outputs are not named."""
+    sampling = {
+        "max_tokens": "16",
+        "min_tokens": "16",
+        "temperature": "0.0",
+        "top_p": "1.0",
+        "n": 1,
+        "ignore_eos": True,
+    }
+    responses = grpc(
+        served.grpc_url,
+        "nanoflow",
+        text_input=prompts[1],
+        stream=True,
+        exclude_input_in_output=True,
+        sampling_parameters=json.dumps(sampling),
+        return_finish_reason=True,
+        return_num_input_tokens=True,
+        return_num_output_tokens=True,
+        return_logprobs=True,
+        return_cumulative_logprob=True,
+    )
+    (completion,) = engine.generate([prompts[1]], SamplingParams(temperature=0, max_tokens=16, logprobs=0))
+    assert "".join(r["text_output"] for r in responses) == completion.text
+    assert {r["num_input_tokens"] for r in responses} == {completion.num_input_tokens}
+    assert sum(r["num_output_tokens"] for r in responses) == 16
+    assert {r["logprobs"] for r in responses} == {"null"}
+    logprob = sum(entry.logprobs[0] for entry in completion.logprobs)
+    assert responses[-1]["cumulative_logprob"] == pytest.approx(logprob, rel=1e-4)
+    assert responses[-1]["finish_reason"] == "length"
+
+
+def test_stop_strings_and_logprobs_over_http(served, prompts, expected):
+    text = expected[2].text
+    stop = text[len(text) // 2 :][:3]
+    request = {"text_input": prompts[2], **GREEDY, "logprobs": 2, "exclude_input_in_output": True}
+    flags = {f"return_{name}": True for name in ("finish_reason", "stop_reason", "logprobs", "output_ids")}
+    answer = generate(served.http_url, "nanoflow", stop=["never there", stop], **request, **flags)
+    assert answer["text_output"] == text[: text.find(stop)]
+    assert (answer["finish_reason"], answer["stop_reason"]) == ("stop", stop)
+    described = json.loads(answer["logprobs"])
+    assert [next(iter(entry)) for entry in described] == [str(i) for i in answer["output_ids"]]
+    assert all(len(entry) == 2 for entry in described)  # greedy: the sampled token is one of the two most likely
+    assert all(entry[next(iter(entry))]["rank"] == 1 for entry in described)
+
+
+def test_shared_prefixes_are_reported(served):
+    request = {"text_input": " ".join(WORDS * 3), "return_num_cached_tokens": True, "return_num_input_tokens": True}
+    answers = [generate(served.http_url, "nanoflow", **request, **GREEDY) for _ in range(2)]
+    assert answers[1]["num_cached_tokens"] > 0
+    assert answers[1]["num_cached_tokens"] < answers[1]["num_input_tokens"]
+    assert answers[0]["text_output"] == answers[1]["text_output"]
+
+
+def test_a_model_without_tokenizer_continues_ids(served, engine):
+    prompt = [5, 6, 7, 8]
+    (completion,) = engine.generate([prompt], SamplingParams(**GREEDY))
+    answer = generate(served.http_url, "narrow", input_ids=prompt, **GREEDY)
+    assert (answer["output_ids"], "text_output" in answer) == (completion.token_ids, False)
+    both = generate(served.http_url, "nanoflow", input_ids=prompt, **GREEDY)
+    assert (both["output_ids"], both["text_output"]) == (completion.token_ids, completion.text)
+    assert grpc(served.grpc_url, "nanoflow", input_ids=prompt, outputs=["num_input_tokens"]) == [
+        {"num_input_tokens": 4}
+    ]
+
+
+A = {"text_input": "a"}
+MALFORMED = {  # over HTTP: body -> status, message
+    "no prompt": ({}, 400, "text_input, input_ids: expected one of them, got neither"),
+    "two prompts": ({**A, "input_ids": [1]}, 400, "text_input, input_ids: expected one of them, got both"),
+    "no JSON": (b'{"text_input": "a"', 400, "failed to parse the request JSON buffer"),
+    "two texts": ({"text_input": ["a", "b"]}, 400, "text_input"),
+    "number as text": ({"text_input": 5}, 400, "text_input"),
+    "no ids": ({"input_ids": []}, 400, "input_ids"),
+    "id too high": ({"input_ids": [1, 99999]}, 400, r"input_ids: expected ids in 0\.\.\d+, got 1\.\.99999"),
+    "id negative": ({"input_ids": [-1]}, 400, "input_ids: expected ids in .* got -1"),
+    "too long": ({"input_ids": [5] * 5000}, 400, "prompt: expected at most 4095 tokens .* got 5000"),
+    "prompt in a stream": (
+        {**A, "stream": True, "exclude_input_in_output": False},
+        400,
+        "exclude_input_in_output: expected true, or nothing, when streaming",
+    ),
+    "stream is a word": ({**A, "stream": "yes"}, 400, "stream"),
+    "sampling not JSON": ({**A, "sampling_parameters": "{"}, 400, "sampling_parameters: not valid JSON"),
+    "sampling no object": ({**A, "sampling_parameters": "[1]"}, 400, "sampling_parameters: expected a JSON object"),
+    "unknown name": ({**A, "max_token": 5}, 400, "max_token: unknown sampling parameter"),
+    "max_tokens 0": ({**A, "max_tokens": 0}, 400, "max_tokens: expected an integer in 1.* got 0"),
+    "max_tokens a word": ({**A, "max_tokens": "many"}, 400, "max_tokens: Expected `int`"),
+    "min above max": ({**A, "max_tokens": 5, "min_tokens": 6}, 400, "min_tokens: expected an integer in 0"),
+    "temperature": ({**A, "temperature": -0.5}, 400, "temperature: expected .* got -0.5"),
+    "top_p": ({**A, "top_p": 1.5}, 400, "top_p: expected .* got 1.5"),
+    "top_k": ({**A, "top_k": -7}, 400, "top_k: expected .* got -7"),
+    "seed": ({**A, "seed": -1}, 400, "seed: expected .* got -1"),
+    "logprobs": ({**A, "logprobs": 1000}, 400, "logprobs: expected .* got 1000"),
+    "empty stop": ({**A, "stop": [""]}, 400, "stop: expected non-empty strings"),
+    "not implemented": ({**A, "n": 3}, 400, "n: not implemented"),
+    "a list as parameter": ({**A, "temperature": [1]}, 400, "temperature"),
+    "twice": ({**A, "sampling_parameters": '{"seed": 1}', "seed": 2}, 400, "seed: 1 in sampling_parameters, but 2"),
+    "deadline": ({**A, "max_tokens": 4000, "timeout": 1}, 503, "timeout: not done 1 us after"),
+}
+
+
+def test_malformed_requests_get_their_error_while_others_go_on(served, prompts, expected):
+    request = {"stream": True, "sampling_parameters": json.dumps({**GREEDY, "max_tokens": 600})}
+    streams = [GrpcStream(served.grpc_url, "nanoflow", text_input=prompt, **request) for prompt in prompts[:6]]
+    others = [iter(stream) for stream in streams]
+    begun = [next(other)["text_output"] for other in others]
+    for name, (body, status, message) in MALFORMED.items():
+        answer = post(served.http_url, "nanoflow", "generate", body)
+        assert answer[0] == status, (name, answer)
+        assert re.search(message, json.loads(answer[1])["error"]), (name, answer)
+    for not_utf8 in ({"text_input": b"\xff"}, {"text_input": "a", "stop": [b"\xff"]}):
+        with pytest.raises(InferenceServerException, match=f"{list(not_utf8)[-1]}: expected UTF-8 text"):
+            grpc(served.grpc_url, "nanoflow", **not_utf8)
+    for stream, other, first, completion in zip(streams, others, begun, expected, strict=False):
+        text = first + "".join(response["text_output"] for response in other)
+        assert text.startswith(completion.text[:-1])  # a last character may be incomplete
+        stream.close()
+
+
+def test_a_full_queue_is_unavailable(served):
+    long = {"input_ids": [5, 6], "stream": True, "sampling_parameters": json.dumps({**GREEDY, "max_tokens": 4000})}
+    running = GrpcStream(served.grpc_url, "narrow", **long)
+    next(iter(running))
+    waiting = GrpcStream(served.grpc_url, "narrow", **long)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_waiting_requests"] == 1)
+    status, text = post(served.http_url, "narrow", "generate", {"input_ids": [5]})
+    assert status == 503
+    assert "1 requests are waiting, as many as max_waiting allows" in text
+    for stream in (running, waiting):
+        stream.close(cancel=True)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_running_requests"] == 0)
+    assert generate(served.http_url, "narrow", input_ids=[5], **GREEDY)
+
+
+def test_200_cancels_return_every_page(served, prompts):
+    sampling = json.dumps({"temperature": 1.0, "max_tokens": 4000})
+
+    def cancel_grpc(number):
+        stream = GrpcStream(
+            served.grpc_url,
+            "nanoflow",
+            text_input=prompts[number % 64],
+            stream=True,
+            sampling_parameters=sampling,
+        )
+        responses = iter(stream)
+        for _ in range(number % 5):
+            next(responses)
+        stream.close(cancel=True)
+
+    def cancel_sse(number):
+        with contextlib.closing(http.client.HTTPConnection(served.http_url, timeout=60)) as connection:
+            body = {"text_input": prompts[number], "stream": True, "max_tokens": 4000}
+            connection.request("POST", "/v2/models/nanoflow/generate_stream", json.dumps(body))
+            assert connection.getresponse().read(20)
+
+    with ThreadPoolExecutor(20) as pool:
+        jobs = [pool.submit(cancel_sse if n % 8 == 0 else cancel_grpc, n) for n in range(200)]
+        seen = 0.0
+        while not all(job.done() for job in jobs):
+            seen = max(seen, metrics(served.metrics_url, "nanoflow")["nanoflow_kv_used_pages"])
+            time.sleep(0.05)
+        for job in jobs:
+            job.result()
+    assert seen > 0
+    until(lambda: metrics(served.metrics_url, "nanoflow")["nanoflow_kv_used_pages"] == 0)
+    now = metrics(served.metrics_url, "nanoflow")
+    assert (now["nanoflow_running_requests"], now["nanoflow_waiting_requests"]) == (0, 0)
+    assert now["nanoflow_kv_pages"] == 4096
+
+
+def test_unloading_waits_for_streams_and_ends_the_engine(served, process_tree, checkpoint, prompts, expected):
+    add_model(served.model_repository, "passing", checkpoint)
+    with loader(served) as client:
+        before = process_tree(served.pid)
+        client.load_model("passing")
+        stream = GrpcStream(
+            served.grpc_url, "passing", text_input=prompts[0], stream=True, sampling_parameters=json.dumps(GREEDY)
+        )
+        responses = iter(stream)
+        text = next(responses)["text_output"]
+        client.unload_model("passing")
+        text += "".join(response["text_output"] for response in responses)
+        assert text == expected[0].text
+        stream.close()
+        until(lambda: process_tree(served.pid).keys() <= before.keys())
+
+
+def test_a_killed_engine_is_said_and_leaves_no_one_waiting(served, process_tree, checkpoint, prompts):
+    add_model(served.model_repository, "doomed", checkpoint)
+    with loader(served) as client:
+        before = process_tree(served.pid)
+        client.load_model("doomed")
+        added = process_tree(served.pid).keys() - before.keys()
+        (engine,) = (
+            pid for pid in added if b"nanoflow_backend.engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        long = {"stream": True, "sampling_parameters": json.dumps({"max_tokens": 4000})}
+        streams = [GrpcStream(served.grpc_url, "doomed", text_input=prompt, **long) for prompt in prompts[:8]]
+        waiting = threading.Thread(
+            target=lambda: posted.append(post(served.http_url, "doomed", "generate", {**A, "max_tokens": 4000}))
+        )
+        posted = []
+        waiting.start()
+        for stream in streams:
+            next(iter(stream))
+        until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_running_requests"] == 9)
+        os.kill(engine, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(
+                InferenceServerException, match=f"the engine is gone: process {engine} ended with SIGKILL"
+            ):
+                list(stream)
+            stream.close()
+        waiting.join(60)
+        (status, text) = posted[0]
+        assert (status, "ended with SIGKILL" in text) == (503, True)
+        status, text = post(served.http_url, "doomed", "generate", A)
+        assert (status, "ended with SIGKILL" in text) == (503, True)
+        client.unload_model("doomed")
+        until(lambda: process_tree(served.pid).keys() <= before.keys())
+        client.load_model("doomed")
+        assert generate(served.http_url, "doomed", **A)
+        client.unload_model("doomed")
+        until(lambda: process_tree(served.pid).keys() <= before.keys())
+
+
+def break_json(folder):
+    (folder / "1" / "engine.json").write_text('{"model": ')
+
+
+def misspell(folder):
+    (folder / "1" / "engine.json").write_text('{"model": "x", "page_size": 16}')
+
+
+def no_weights(folder):
+    (folder / "empty").mkdir()
+    shutil.copy(Path(json.loads((folder / "1" / "engine.json").read_text())["model"], "config.json"), folder / "empty")
+    (folder / "1" / "engine.json").write_text('{"model": "../empty"}')
+
+
+def no_folder(folder):
+    (folder / "1" / "engine.json").write_text('{"model": "../nowhere"}')
+
+
+def bad_parameter(folder):
+    config = (folder / "config.pbtxt").read_text()
+    parameter = 'parameters { key: "page_tokens" value { string_value: "none" } }\n'
+    (folder / "config.pbtxt").write_text(config + parameter)
+
+
+def not_decoupled(folder):
+    config = (folder / "config.pbtxt").read_text()
+    (folder / "config.pbtxt").write_text(config.replace("decoupled: true", "decoupled: false"))
+
+
+BROKEN = {
+    break_json: r"engine\.json: not valid JSON",
+    misspell: r"engine\.json: .*unknown field `page_size`",
+    no_weights: r"/empty: .*safetensors",
+    no_folder: r"/nowhere/config\.json: No such file or directory",
+    bad_parameter: r"engine\.json: Expected `int`, got `str` - at `\$\.page_tokens`",
+    not_decoupled: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",
+}
+
+
+@pytest.mark.parametrize("break_", BROKEN, ids=lambda break_: break_.__name__)
+def test_a_broken_folder_says_what_is_wrong(served, checkpoint, break_):
+    name = f"broken_{break_.__name__}"
+    break_(add_model(served.model_repository, name, checkpoint))
+    with loader(served) as client, pytest.raises(InferenceServerException, match=BROKEN[break_]):
+        client.load_model(name)
+    assert re.search(BROKEN[break_], served.log.read_text())
+    assert generate(served.http_url, "nanoflow", **A)
+
+
+def test_a_five_line_folder_is_completed(server, checkpoint, tmp_path, prompts, expected):
+    """Auto-completion fills in the tensors; fields of engine.json may stand in config.pbtxt; metrics may be off."""
+    parameter = 'parameters { key: "page_tokens" value { string_value: "4" } }\n'
+    add_model(tmp_path, "minimal", checkpoint, config=MINIMAL_CONFIG + parameter)
+    small = server(tmp_path, log=tmp_path / "log", arguments=["--allow-metrics=false"])
+    answer = generate(small.http_url, "minimal", text_input=prompts[0], exclude_input_in_output=True, **GREEDY)
+    assert answer["text_output"] == expected[0].text
+    assert "pages of 4 tokens" in small.log.read_text()
+    small.stop()

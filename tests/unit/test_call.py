@@ -1,0 +1,210 @@
+"""What a client asks for: each rule of the inputs, and nothing a client sends breaks the parsing."""
+
+import contextlib
+import json
+
+import msgspec
+import numpy as np
+import pytest
+import tiny_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoflow_backend.engine.messages import Submit
+from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.serving.call import ALL_OUTPUTS, Call
+from nanoflow_backend.serving.tensors import INPUTS
+
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.from_pretrained(tiny_tokenizers.llama3(tmp_path_factory.mktemp("llama3")))
+
+
+def tensor(name, value):
+    kind = next(t.type for t in INPUTS if t.name == name)
+    if kind == "STRING":
+        texts = value if isinstance(value, list) else [value]
+        return np.array([text if isinstance(text, bytes) else text.encode() for text in texts], dtype=np.object_)
+    return np.array(value, dtype={"BOOL": bool, "INT32": np.int32}[kind]).reshape(-1)
+
+
+def parse(tokenizer, *, requested=ALL_OUTPUTS, parameters=None, **inputs):
+    sampling = inputs.get("sampling_parameters")
+    if isinstance(sampling, dict):
+        inputs["sampling_parameters"] = json.dumps(sampling)
+    tensors = {name: tensor(name, value) for name, value in inputs.items()}
+    return Call.parse(tensors, parameters or {}, requested, tokenizer, VOCAB_SIZE)
+
+
+def test_a_bare_prompt(tokenizer):
+    call = parse(tokenizer, text_input="the dog")
+    assert call.prompt == tokenizer.encode("the dog")
+    assert call.params == SamplingParams()
+    assert not call.stream
+    assert call.shown_prompt == "the dog"
+    assert call.outputs == {"text_output"}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "stream", "shown"),
+    [
+        (None, None, "the dog"),
+        (None, False, "the dog"),
+        (None, True, ""),
+        (True, False, ""),
+        (True, True, ""),
+        (False, False, "the dog"),
+    ],
+)
+def test_exclude_input_in_output_as_in_the_vllm_backend(tokenizer, exclude, stream, shown):
+    flags = {"exclude_input_in_output": exclude, "stream": stream}
+    given = {name: value for name, value in flags.items() if value is not None}
+    call = parse(tokenizer, text_input="the dog", **given)
+    assert (call.shown_prompt, call.stream) == (shown, bool(stream))
+
+
+def test_ids_are_taken_as_they_are_and_come_back_as_ids(tokenizer):
+    call = parse(tokenizer, input_ids=[5, 0, 7])
+    assert call.prompt == [5, 0, 7]
+    assert call.shown_prompt == ""
+    assert call.outputs == {"text_output", "output_ids"}
+    assert parse(None, input_ids=[5]).outputs == {"output_ids"}
+
+
+def test_outputs_are_switched_on_or_requested_by_name(tokenizer):
+    assert parse(tokenizer, text_input="a", return_finish_reason=True, return_logprobs=False).outputs == {
+        "text_output",
+        "finish_reason",
+    }
+    assert parse(tokenizer, text_input="a", requested=["output_ids", "stop_reason"]).outputs == {
+        "output_ids",
+        "stop_reason",
+    }
+    # Not requested, so not sent though it is switched on: the server would drop it.
+    assert parse(tokenizer, text_input="a", requested=["text_output"], return_logprobs=True).outputs == {"text_output"}
+
+
+def test_sampling_parameters_come_from_three_places(tokenizer):
+    call = parse(
+        tokenizer,
+        text_input="a",
+        sampling_parameters={"max_tokens": "128", "temperature": "0.5", "stop": "x"},
+        parameters={"top_k": 5, "max_tokens": 128, "stop": "x"},
+        stop=["x"],
+    )
+    assert call.params == SamplingParams(max_tokens=128, temperature=0.5, top_k=5, stop=("x",))
+
+
+def test_a_cumulative_logprob_needs_logprobs_that_are_not_shown(tokenizer):
+    call = parse(tokenizer, text_input="a", return_cumulative_logprob=True, return_logprobs=True)
+    assert (call.params.logprobs, call.show_logprobs) == (0, False)
+    call = parse(tokenizer, text_input="a", return_cumulative_logprob=True, sampling_parameters={"logprobs": 3})
+    assert (call.params.logprobs, call.show_logprobs) == (3, True)
+
+
+RESERVED = """id ID headers binary_data_output sequence_id sequence_start triton_enable_empty_final_response
+traceparent x-request-id X-Forwarded-For grpc-timeout"""
+
+
+@pytest.mark.parametrize("name", RESERVED.split())
+def test_reserved_parameters_are_not_sampling(tokenizer, name):
+    assert parse(tokenizer, text_input="a", parameters={name: "whatever"}).params == SamplingParams()
+
+
+def test_priority_and_timeout(tokenizer):
+    call = parse(tokenizer, text_input="a", parameters={"priority": "-2", "timeout": 1500})
+    assert (call.priority, call.timeout_us, call.params) == (-2, 1500, SamplingParams())
+
+
+REFUSED = {
+    "no prompt": ({}, "text_input, input_ids: expected one of them, got neither"),
+    "two prompts": ({"text_input": "a", "input_ids": [1]}, "text_input, input_ids: expected one of them, got both"),
+    "no ids": ({"input_ids": []}, "input_ids: expected at least one token"),
+    "id too high": ({"input_ids": [1, 400]}, r"input_ids: expected ids in 0\.\.399, got 1\.\.400"),
+    "id negative": ({"input_ids": [-1, 2]}, r"input_ids: expected ids in 0\.\.399, got -1\.\.2"),
+    "text not UTF-8": ({"text_input": b"\xff\xfe"}, "text_input: expected UTF-8 text: .*0xff"),
+    "two texts": ({"text_input": ["a", "b"]}, r"text_input: expected one element, got shape \[2\]"),
+    "two flags": ({"text_input": "a", "stream": [True, False]}, "stream: expected one element"),
+    "prompt in a stream": (
+        {"text_input": "a", "stream": True, "exclude_input_in_output": False},
+        "exclude_input_in_output: expected true, or nothing, when streaming",
+    ),
+    "prompt of ids": (
+        {"input_ids": [1], "exclude_input_in_output": False},
+        "exclude_input_in_output: expected true, or nothing, with input_ids",
+    ),
+    "not JSON": ({"text_input": "a", "sampling_parameters": "max_tokens=5"}, "sampling_parameters: not valid JSON"),
+    "deep JSON": ({"text_input": "a", "sampling_parameters": "[" * 100_000}, "sampling_parameters: not valid JSON"),
+    "JSON list": ({"text_input": "a", "sampling_parameters": "[5]"}, r"expected a JSON object, got \[5\]"),
+    "unknown name": ({"text_input": "a", "parameters": {"max_token": 5}}, "max_token: unknown sampling parameter"),
+    "a list as number": ({"text_input": "a", "sampling_parameters": {"max_tokens": [5]}}, "max_tokens: Expected `int`"),
+    "word as number": ({"text_input": "a", "sampling_parameters": {"top_p": "high"}}, "top_p: Expected `float`"),
+    "out of range": ({"text_input": "a", "parameters": {"temperature": -1.0}}, "temperature: expected .* got -1.0"),
+    "not a number": ({"text_input": "a", "sampling_parameters": '{"temperature": NaN}'}, "temperature: expected"),
+    "far too many": ({"text_input": "a", "parameters": {"max_tokens": 10**30}}, "max_tokens: "),
+    "endless": ({"text_input": "a", "sampling_parameters": '{"max_tokens": 1e999}'}, "max_tokens: "),
+    "not implemented": ({"text_input": "a", "parameters": {"n": 2}}, "n: not implemented; expected .* 1, got 2"),
+    "twice": (
+        {"text_input": "a", "sampling_parameters": {"seed": 1}, "parameters": {"seed": 2}},
+        "seed: 1 in sampling_parameters, but 2 in the request's parameters",
+    ),
+    "two stops": (
+        {"text_input": "a", "sampling_parameters": {"stop": ["x"]}, "stop": ["x", "y"]},
+        r"stop: \['x'\] in sampling_parameters, but \['x', 'y'\] in the input stop",
+    ),
+    "empty stop": ({"text_input": "a", "stop": [""]}, "stop: expected non-empty strings"),
+    "half a character": (
+        {"text_input": "a", "sampling_parameters": {"stop": "\ud800"}},
+        "stop: expected valid Unicode",
+    ),
+    "stop not UTF-8": ({"text_input": "a", "stop": [b"\xff"]}, "stop: expected UTF-8 text"),
+    "priority": ({"text_input": "a", "parameters": {"priority": "high"}}, "priority: expected an integer in .* 'high'"),
+    "timeout": ({"text_input": "a", "parameters": {"timeout": -1}}, r"timeout: expected an integer in 0\.\..* got -1"),
+}
+
+
+@pytest.mark.parametrize(("request_", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_with_the_field_named(tokenizer, request_, message):
+    with pytest.raises(InvalidRequest, match=message):
+        parse(tokenizer, **request_)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"text_input": "a"}, r"text_input: expected none, for the model has no tokenizer\.json \(use input_ids\)"),
+        ({"input_ids": [1], "stop": ["x"]}, r"stop: expected none, .* no tokenizer\.json \(use stop_token_ids\)"),
+        ({"input_ids": [1], "requested": ["text_output"]}, r"text_output: .* no tokenizer\.json"),
+    ],
+)
+def test_text_needs_a_tokenizer(request_, message):
+    with pytest.raises(InvalidRequest, match=message):
+        parse(None, **request_)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+names = st.sampled_from([*SamplingParams.__struct_fields__, "n", "min_p", "logit_bias"]) | st.text(max_size=8)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(sampling=st.dictionaries(names, values, max_size=4), parameters=st.dictionaries(names, scalars, max_size=3))
+def test_any_json_is_refused_or_can_be_sent_to_the_engine(tokenizer, sampling, parameters):
+    with contextlib.suppress(InvalidRequest):
+        call = parse(tokenizer, text_input="a", sampling_parameters=json.dumps(sampling), parameters=parameters)
+        request = Request(1, call.prompt, call.params)
+        encoded = msgspec.msgpack.encode(Submit(request))
+        assert msgspec.msgpack.decode(encoded, type=Submit).request == request
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.binary(max_size=40).filter(lambda text: not text.lstrip().startswith(b"{")))
+def test_bytes_that_are_no_object_are_refused(tokenizer, text):
+    tensors = {"text_input": tensor("text_input", "a"), "sampling_parameters": tensor("sampling_parameters", text)}
+    with pytest.raises(InvalidRequest, match="sampling_parameters"):
+        Call.parse(tensors, {}, ALL_OUTPUTS, tokenizer, VOCAB_SIZE)
