@@ -19,7 +19,8 @@ from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
-from nanoflow_backend.schedule import source
+from nanoflow_backend.runtime.program import Program
+from nanoflow_backend.schedule.source import find_schedule
 from nanoflow_backend.scheduler.batch import Batch, Sampled, TokenLogprobs
 
 
@@ -40,12 +41,10 @@ class Worker:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_tokens: int, rank: int = 0) -> None:
         tp, dtype, page_tokens = config.tensor_parallel, getattr(torch, config.dtype), config.page_tokens
         num_slots = config.max_running or config.dense_batch_tokens
-        schedule, model = source.plan(
-            config.schedule, build(model_config, tp), config.dense_batch_tokens, tensor_parallel=tp, device=config.device
-        )
-        self.program = CpuProgram(
+        model = build(model_config, tp)
+        self.program: Program = CpuProgram(
             model,
-            schedule,
+            find_schedule(config, model),
             weights.load(Path(config.model), model_config, model, rank=rank, tp=tp, dtype=dtype),
             storage.allocate(model_config, config.num_pages, page_tokens, dtype, tp),
             Collectives(torch.distributed.group.WORLD if tp > 1 else None),
