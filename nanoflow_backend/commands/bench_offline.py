@@ -33,7 +33,7 @@ def bench_offline(
     are processed; prompts are random ids, so that prefixes are not shared."""
     engine = make_engine(model, settings, max_waiting=str(max(requests, 1)))
     if trace is None:
-        lengths, workload = [(input_tokens, output_tokens)] * requests, f"{input_tokens}/{output_tokens}"
+        lengths, workload = ((input_tokens, output_tokens),) * requests, f"{input_tokens}/{output_tokens}"
     else:
         lengths, workload = read_trace(trace, engine.max_model_tokens).lengths[:requests], trace.stem
     measured = measure(engine, lengths)

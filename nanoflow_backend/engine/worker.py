@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from nanoflow_backend.config import EngineConfig, ModelConfig
@@ -47,7 +46,7 @@ class Worker:
             find_schedule(config, model),
             weights.load(Path(config.model), model_config, model, rank=rank, tp=tp, dtype=dtype),
             storage.allocate(model_config, config.num_pages, page_tokens, dtype, tp),
-            Collectives(torch.distributed.group.WORLD if tp > 1 else None),
+            Collectives(tp),
             max_tokens=config.dense_batch_tokens,
             dtype=dtype,
         )
