@@ -26,8 +26,9 @@ from nanoflow_backend.scheduler.request import Request
 class NullProgram:
     """A Program whose every row has the same logits."""
 
-    def __init__(self, rows: int, vocab_size: int) -> None:
-        self.logits = torch.zeros(rows, 8).index_fill(1, torch.tensor([3]), 1.0)  # 8 columns: the tail is not the subject
+    def __init__(self, rows: int) -> None:
+        columns = 8  # sampling from a vocabulary is the device's work
+        self.logits = torch.zeros(rows, columns).index_fill(1, torch.tensor([3]), 1.0)
 
     def forward(self, *inputs: torch.Tensor) -> None: ...
 
@@ -49,7 +50,7 @@ def main(
         kv_cache_tokens=running * (prompt_tokens + 2 * steps + 128),  # room for all at their longest
         page_tokens=64,
     )
-    engine.worker.program = NullProgram(running + 24, engine.model_config.vocab_size)
+    engine.worker.program = NullProgram(running + 24)
     params = SamplingParams(max_tokens=2 * steps, ignore_eos=True, temperature=0.0)
     for number in range(running):
         engine.add(Request(number, [number % 7] * prompt_tokens, params))

@@ -47,7 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         require(self.seed is None or 0 <= self.seed < 2**63, "seed", "an integer in 0..2^63-1")
         require(all(self.stop), "stop", "non-empty strings")
         require(all(0 <= i < 2**31 for i in self.stop_token_ids), "stop_token_ids", "token ids >= 0")
-        require(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"an integer in 0..{MAX_LOGPROBS}")
+        logprobs_ok = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        require(logprobs_ok, "logprobs", f"an integer in 0..{MAX_LOGPROBS}")
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> SamplingParams:
@@ -64,7 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if name in cls.__struct_fields__:
                 known[name] = _normalise(name, value)
             elif name not in NEUTRAL_VALUES:
-                raise InvalidRequest(f"{name}: unknown sampling parameter; known are {', '.join(cls.__struct_fields__)}")
+                known_names = ", ".join(cls.__struct_fields__)
+                raise InvalidRequest(f"{name}: unknown sampling parameter; known are {known_names}")
             elif value not in NEUTRAL_VALUES[name]:
                 raise InvalidRequest(
                     f"{name}: not implemented; expected its neutral value {NEUTRAL_VALUES[name][0]!r}, got {value!r}"
