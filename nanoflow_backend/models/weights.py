@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -40,8 +39,8 @@ def load(
 ) -> dict[str, Tensor]:
     """The parameters of `model` by name; those of the layer graph are "layers.{i}.{name}".
 
-    Memory peaks at the weights and one file's pages, which are mapped, not read: a rank touches its own slice only.
-    Headers of all files are checked before anything is allocated. Rank 0 shows a progress bar on a terminal.
+    Memory peaks at the weights and one mapped file, of which a rank touches its own slices only. The headers of all
+    files are checked before anything is allocated. Rank 0 shows a progress bar where stderr is a terminal.
 
     Raises:
         WeightsError: a missing or broken file; a missing, unknown, mis-shaped or non-float tensor.
@@ -63,23 +62,26 @@ def load(
         else torch.tensor(parameter.constant, dtype=torch.float32)
         for name, parameter in parameters.items()
     }
-    console = Console(stderr=True)
     quiet = rank != 0 or not sys.stderr.isatty()
-    streamed = _stream(files, set(places))
-    for name, tensor in track(streamed, "Loading weights", total=len(places), console=console, disable=quiet):
-        for parameter_name, source, rows in places[name]:
-            part = tensor[_cut(source, rank, tp)]
-            matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
-            matrix[rows][tuple(slice(size) for size in part.shape)] = part
+    with Progress(console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("Loading weights", total=len(places))
+        for path in files:
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    for parameter_name, source, rows in places.get(name, ()):
+                        matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
+                        shard(file.get_slice(name), source, rank, tp, out=matrix[rows])  # keeps no view of the file
+                    bar.advance(task, name in places)
     return weights | {alias: weights[name] for alias, name in aliases.items()}
 
 
-def shard(tensor: Tensor, source: Source, rank: int, tp: int) -> Tensor:
-    """One rank's part of `tensor`, of shape local_shape(source, tp): whole units, then zeros where they run out."""
+def shard(tensor: Any, source: Source, rank: int, tp: int, *, out: Tensor) -> None:
+    """Write one rank's part of `tensor` (lazy or not) to the beginning of `out`, of shape local_shape(source, tp).
+
+    Ranks hold whole units; where those run out, the rest of `out` stays as it is.
+    """
     part = tensor[_cut(source, rank, tp)]
-    padded = tensor.new_zeros(local_shape(source, tp))
-    padded[tuple(slice(size) for size in part.shape)] = part
-    return padded
+    out[tuple(slice(size) for size in part.shape)] = part
 
 
 def _cut(source: Source, rank: int, tp: int) -> tuple[slice, ...]:
@@ -130,6 +132,8 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
         weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except (msgspec.DecodeError, OSError) as error:
         raise WeightsError(f"{index}: {error}") from None
+    if not weight_map:
+        raise WeightsError(f"{index}: weight_map is empty")
     files: dict[Path, set[str] | None] = {}
     for name in sorted(set(weight_map.values())):
         files[folder / name] = {tensor for tensor, file in weight_map.items() if file == name}
@@ -165,7 +169,7 @@ def _check(files: dict[Path, set[str] | None], places: dict[str, list[Place]], c
                         f"{path}: tensor {name}: expected dtype {', '.join(DTYPES)}, got {tensor.get_dtype()}"
                     )
     if missing := sorted(places.keys() - found):
-        where = next(iter(files)) if len(files) == 1 else next(iter(files)).parent / INDEX
+        where = path if len(files) == 1 else path.parent / INDEX
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise WeightsError(f"{where}: tensor {missing[0]} is missing{more}")
 
@@ -173,15 +177,6 @@ def _check(files: dict[Path, set[str] | None], places: dict[str, list[Place]], c
 def _may_be_extra(name: str, config: ModelConfig) -> bool:
     """Old checkpoints carry the rotary frequencies, and some tied ones the LM head."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-
-
-def _stream(files: dict[Path, set[str] | None], wanted: set[str]) -> Iterator[tuple[str, Any]]:
-    """(name, lazy tensor) in the order of the files: one file is mapped at a time."""
-    for path in files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in wanted:
-                    yield name, file.get_slice(name)
 
 
 def _open(path: Path) -> Any:
