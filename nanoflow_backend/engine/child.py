@@ -109,7 +109,12 @@ class Parent:
         self._connection.send_bytes(_encoder.encode(message))
 
     def receive(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-        return decoder.decode(self._connection.recv_bytes())
+        """The next message, waiting for it. At the end of the conversation this process ends, as by the lifeline."""
+        try:
+            message = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+        return decoder.decode(message)
 
     def has_message(self) -> bool:
         return self._connection.poll(0)
