@@ -36,6 +36,7 @@ class Case:
     def __init__(self, folder: Path, architecture: str, lengths: list[int], **fields: Any) -> None:
         reference_model = checkpoints.make(architecture, **fields)
         checkpoints.save(reference_model, folder)
+        self.folder = folder
         self.config = ModelConfig.from_pretrained(folder)
         self.model: Model = build(self.config)
         self.weights = weights.load(folder, self.config, self.model)

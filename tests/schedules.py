@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import cache
 from itertools import pairwise
 
 from msgspec.structs import replace
@@ -92,28 +91,17 @@ def shuffled(after: list[set[int]], rng: random.Random) -> list[int]:
 
 def interleavings(order: PartialOrder) -> Iterator[list[int]]:
     """Every order of the steps that lanes and waits allow."""
+    steps = range(len(order.steps))
+    after = [sum(1 << j for j in set(direct)) for direct in order.direct]
 
-    def extend(done: list[int], left: list[int]) -> Iterator[list[int]]:
-        if not left:
-            yield list(done)
-        for step in left:
-            if after[step] <= set(done):
-                yield from extend([*done, step], [other for other in left if other != step])
-
-    after = [set(direct) for direct in order.direct]
-    return extend([], list(range(len(after))))
-
-
-def count_interleavings(order: PartialOrder) -> int:
-    after = [set(direct) for direct in order.direct]
-
-    @cache
-    def count(done: frozenset[int]) -> int:
+    def extend(done: list[int], mask: int) -> Iterator[list[int]]:
         if len(done) == len(after):
-            return 1
-        return sum(count(done | {i}) for i in range(len(after)) if i not in done and after[i] <= done)
+            yield done
+        for step in steps:
+            if not mask >> step & 1 and after[step] & ~mask == 0:
+                yield from extend([*done, step], mask | 1 << step)
 
-    return count(frozenset())
+    return extend([], 0)
 
 
 def random_interleaving(order: PartialOrder, rng: random.Random) -> list[int]:

@@ -94,14 +94,14 @@ def plan_buffers(graph: Graph, schedule: Schedule, num_layers: int) -> BufferPla
     order = PartialOrder(schedule, num_layers)
     used = uses(graph, schedule, order.steps)
     segments = len(used.boundaries) - 1
-    lives = {Instance(-1, value): _Life(segments) for value in graph.carried.values()}
+    lives = {Instance(-1, name): _Life(segments) for name in graph.carried.values()}
     for k in range(len(order.steps)):
         for use in used.reads[k] + used.writes[k]:
             lives.setdefault(use.instance, _Life(segments)).touch(use, 1 << k)
         for use in used.writes[k]:
             lives[use.instance].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)
-    for value in graph.carried.values():
-        result = Instance(num_layers - 1, value)
+    for name in graph.carried.values():
+        result = Instance(num_layers - 1, name)
         lives[result].touch(Use(result, 0, segments), 1 << len(order.steps))  # a step that nothing follows
 
     buffers: list[Buffer] = []

@@ -1,4 +1,4 @@
-"""CpuProgram against transformers, in the order of issue and in other interleavings of the lanes; and what it refuses."""
+"""CpuProgram against transformers, in the order of issue and in other interleavings; and what it refuses."""
 
 import random
 from pathlib import Path
@@ -57,11 +57,11 @@ def test_random_interleavings_give_the_same_logits(case: Case) -> None:
 
 
 def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
-    """One layer in two nano-batches whose boundary cuts a request's chunk, in three assignments of lanes."""
+    """One layer in two nano-batches whose boundary cuts a request's chunk, in two assignments of lanes."""
     batch = [(0, 0, 5), (1, 0, 3)]
     inputs, expected = llama.requests.inputs(batch), llama.requests.rows(llama.logits, batch)
     ran = []
-    for name in ("two", "append in the network lane", "attend beside compute"):
+    for name in ("two", "attend beside compute"):
         schedule = plans(llama.model.layer, 8)[name]
         program = llama.program(schedule, checked=False)
         ran.append(0)
@@ -71,7 +71,7 @@ def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
             program.forward(*inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(8)), expected)
             ran[-1] += 1
-    assert ran == [1360, 6100, 1040]
+    assert ran == [1360, 1040]
 
 
 def test_bfloat16_follows_float32(case: Case) -> None:
@@ -119,7 +119,7 @@ def test_what_a_batch_does_not_have_is_refused(llama: Case) -> None:
     with pytest.raises(ValueError, match="max_tokens: expected at most the schedule's 32, got 33"):
         llama.program(program.schedule, max_tokens=33)
     with pytest.raises(
-        StaleRead, match="the head reads 'mlp_norm.residual' of layer 0, but its rows 0..32 hold nothing"
+        StaleRead, match=r"the head reads 'mlp_norm\.residual' of layer 0, but its rows 0\.\.32 hold nothing"
     ):
         program.head(torch.tensor([], dtype=torch.int64))
     with pytest.raises(ValueError, match="token_ids: expected at most 16 tokens, got 17"):

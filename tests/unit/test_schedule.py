@@ -129,11 +129,11 @@ RULES = {
     "cut short": r"o: tokens 7\.\.8 are never computed",
     "missing": r"o: tokens 0\.\.8 are never computed",
     "deadlock": r"launch 0 \(attention_norm 0\.\.4\): waits for launch 5, which is not issued before it",
-    "rows": r"launch 2 \(qkv 0\.\.4\) in layer 0 may start before launch 0 \(attention_norm 0\.\.4\) of layer 0 has ended",
-    "layer before": r"launch 0 \(attention_norm 0\.\.4\) in layer 1 may start before launch 20 \(mlp_reduce 0\.\.4\) of "
-    "layer 0 has ended: it reads what that one writes",
+    "rows": r"launch 2 \(qkv 0\.\.4\) in layer 0 may start before launch 0 \(attention_norm 0\.\.4\) of layer 0",
+    "layer before": r"launch 0 \(attention_norm 0\.\.4\) in layer 1 may start before launch 20 "
+    r"\(mlp_reduce 0\.\.4\) of layer 0 has ended: it reads what that one writes",
     "pages": r"launch 7 \(attention 4\.\.8\) in layer 0 may start before launch . \(rope_append ....\) of layer 0 has",
-    "order": r"launch 0 \(mlp_reduce 0\.\.8\) in layer 0 may start before launch 1 \(down 0\.\.8\) of layer 0 has ended",
+    "order": r"launch 0 \(mlp_reduce 0\.\.8\) in layer 0 may start before launch 1 \(down 0\.\.8\) of layer 0",
     "stray lane": r"partition: no launch is in lane \['x'\]",
     "no SMs": r"partition: lane \['network'\] has no SMs of its own",
     "too many SMs": "partition: its lanes own 20 SMs, the device has 16",

@@ -1,0 +1,69 @@
+"""Two ranks over gloo compute what one does."""
+
+from pathlib import Path
+
+import pytest
+import tensor_parallel_rank
+import torch
+import torch.multiprocessing
+from cases import BATCHES, LENGTHS, TOKENS, Case
+from comparison import assert_close
+from tensor_parallel_rank import Work
+from torch import Tensor
+
+from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.schedule.presets import sequential
+
+# Inner widths are odd: the last rank's columns are padded. One kv head is copied to both ranks.
+MODELS = {
+    "llama": {},
+    "qwen2": {"heads": 4, "kv_heads": 4},
+    "mixtral": {"num_local_experts": 4},
+    "one kv head": {"kv_heads": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        name: Case(folder / name, name if name in ("qwen2", "mixtral") else "llama", LENGTHS, **fields)
+        for name, fields in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def results(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Tensor]:
+    folder = tmp_path_factory.mktemp("ranks")
+    work = Work(
+        [case.folder for case in cases.values()], LENGTHS, BATCHES, TOKENS, 2, folder / "rendezvous", folder / "results"
+    )
+    torch.multiprocessing.spawn(tensor_parallel_rank.run, (work,), nprocs=work.ranks)
+    return torch.load(work.results)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("schedule", ["sequential", "nano-batched", "split"])
+def test_two_ranks_give_the_logits_of_one(
+    cases: dict[str, Case], results: dict[tuple[str, str], Tensor], name: str, schedule: str
+) -> None:
+    case, alone = cases[name], []
+    program = case.program(sequential(case.model.layer, TOKENS))
+    for batch in BATCHES:
+        program.forward(*case.requests.inputs(batch))
+        alone.append(program.head(torch.arange(program.tokens)))
+    assert_close("logits of two ranks", results[name, schedule], torch.cat(alone), 1e-5)
+    transformers = torch.cat([case.requests.rows(case.logits, batch) for batch in BATCHES])
+    assert_close("logits of two ranks", results[name, schedule], transformers, 1e-4)
+
+
+def test_one_rank_copies() -> None:
+    x, collectives = torch.randn(3, 4), Collectives()
+    for kernel in (collectives.all_reduce, collectives.reduce_scatter, collectives.all_gather):
+        out = torch.full((3, 9), torch.nan)[:, :4]
+        kernel(x, out=out)
+        assert torch.equal(out, x)
+
+
+def test_collectives_write_rows_of_a_wider_buffer(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(tensor_parallel_rank.check_collectives, (2, tmp_path / "rendezvous"), nprocs=2)
