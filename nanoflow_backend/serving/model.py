@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -133,22 +134,35 @@ class TritonPythonModel:
 
 
 class _Channel:
-    """A response sender of the server in the words of `reply.Channel`."""
+    """A response sender of the server in the words of `reply.Channel`.
+
+    The final response frees what `is_cancelled` looks at: asked later, or meanwhile, the server (2.51) crashes.
+    """
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
+        self._ending = threading.Lock()
+        self._ended = False
 
     def send(self, tensors: Arrays, final: bool) -> None:
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
-        self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+        if final:
+            self._end(response)
+        else:
+            self._sender.send(response)
 
     def fail(self, failure: Failure) -> None:
         error = pb_utils.TritonError(failure.message, getattr(pb_utils.TritonError, failure.code))
-        response = pb_utils.InferenceResponse(output_tensors=[], error=error)
-        self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._end(pb_utils.InferenceResponse(output_tensors=[], error=error))
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        with self._ending:
+            return not self._ended and bool(self._sender.is_cancelled())
+
+    def _end(self, response: Any) -> None:
+        with self._ending:
+            self._ended = True
+            self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _failure(error: Exception) -> Failure:

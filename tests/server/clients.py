@@ -32,20 +32,23 @@ def tensors(**inputs: Any) -> list[tritonclient.grpc.InferInput]:
 class GrpcStream:
     """One request on a stream of its own. Iterate over its responses (dicts), or cancel it."""
 
-    def __init__(self, url: str, model: str, *, outputs: list[str] | None = None, parameters=None, **inputs: Any):
+    def __init__(self, url: str, model: str, *, outputs=None, parameters=None, timeout_us=None, **inputs: Any):
         self.responses: queue.Queue[Any] = queue.Queue()
         self.client = tritonclient.grpc.InferenceServerClient(url)
-        self.client.start_stream(lambda result, error: self.responses.put(error or result))
+        # The header makes an error end the stream with its own status; without it a stream has messages only.
+        headers = {"triton_grpc_error": "true"}
+        self.client.start_stream(lambda result, error: self.responses.put(error or result), headers=headers)
         self.client.async_stream_infer(
             model,
             tensors(**inputs),
             outputs=outputs and [tritonclient.grpc.InferRequestedOutput(name) for name in outputs],
             parameters=parameters,
+            timeout=timeout_us,
             enable_empty_final_response=True,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises: InferenceServerException."""
+        """Raises: InferenceServerException, whose status() is the code."""
         final = False
         while not final:
             response = self.responses.get(timeout=PATIENCE_S)

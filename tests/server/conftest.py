@@ -1,7 +1,7 @@
 """Real servers for tests: `server(model_repository=..., **options)` starts one that lives until the session ends."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,13 @@ def process_tree() -> Callable[[int], dict[int, str]]:
     """A function: process id -> {id: command name} of the process and all that descend from it."""
 
     def tree(root: int) -> dict[int, str]:
-        processes = {root: Path(f"/proc/{root}/comm").read_text().strip()}
-        for task in Path(f"/proc/{root}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                processes |= tree(int(child))
+        processes = {}
+        with suppress(FileNotFoundError, ProcessLookupError):  # threads and processes end while we look
+            processes[root] = Path(f"/proc/{root}/comm").read_text().strip()
+            for task in Path(f"/proc/{root}/task").iterdir():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    for child in (task / "children").read_text().split():
+                        processes |= tree(int(child))
         return processes
 
     return tree
