@@ -88,7 +88,7 @@ def offline(
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
     input_tokens: int = 128,
     output_tokens: int = 128,
-    requests: int = 64,
+    requests: Annotated[int, typer.Option(help="How many; of a trace, its first ones.")] = 64,
     trace: Annotated[Path | None, typer.Option(help="CSV with ContextTokens and GeneratedTokens instead.")] = None,
     settings: Settings = None,
 ) -> None:

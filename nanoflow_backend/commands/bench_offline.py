@@ -33,12 +33,19 @@ def bench_offline(
     are processed; prompts are random ids, so that prefixes are not shared."""
     engine = make_engine(model, settings, max_waiting=str(max(requests, 1)))
     if trace is None:
-        lengths, workload = ((input_tokens, output_tokens),) * requests, f"{input_tokens}/{output_tokens}"
+        workload: dict[str, Any] = {"workload": f"{input_tokens}/{output_tokens}"}
+        lengths = ((input_tokens, output_tokens),) * requests
     else:
-        lengths, workload = read_trace(trace, engine.max_model_tokens).lengths[:requests], trace.stem
+        read = read_trace(trace, engine.max_model_tokens)
+        workload = {
+            "workload": trace.stem,
+            "trace_rows_dropped": read.dropped_rows,
+            "trace_rows_clipped": read.clipped_rows,
+        }
+        lengths = read.lengths[:requests]
     measured = measure(engine, lengths)
     engine.close()
-    result.write({"workload": workload, "engine": "nanoflow", "schedule": engine.config.schedule, **measured}, output)
+    result.write({**workload, "engine": "nanoflow", "schedule": engine.config.schedule, **measured}, output)
 
 
 def measure(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
