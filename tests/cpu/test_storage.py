@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nanoflow_backend.config import ModelConfig, RopeConfig
 from nanoflow_backend.kvcache.storage import allocate, page_bytes
 
