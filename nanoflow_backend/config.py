@@ -70,6 +70,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{origin}: key {key!r} is missing")
             return hf[key]
 
+        def size(key: str, default: int | None = None) -> int:
+            value = need(key) if default is None else hf.get(key) or default
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{origin}: {key}: expected an integer >= 1, got {value!r}")
+            return value
+
         def refuse(used: object, what: str) -> None:
             if used:
                 raise ConfigError(f"{origin}: {what} is not supported")
@@ -84,24 +90,27 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         refuse(hf.get("quantization_config"), "quantization_config")
         sliding = hf.get("use_sliding_window", architecture != "qwen2") and hf.get("sliding_window")
         refuse(sliding, f"sliding_window {hf.get('sliding_window')!r}")
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        refuse(not hf.get("head_dim") and hidden % heads, f"hidden_size {hidden} without head_dim, over {heads} heads")
+        refuse(size("head_dim", hidden // heads) % 2, f"an odd head_dim, {hf.get('head_dim') or hidden // heads},")
         eos = generation.get("eos_token_id", hf.get("eos_token_id"))
         moe = architecture == "mixtral"
         fields = {
             "architecture": architecture,
-            "vocab_size": need("vocab_size"),
-            "hidden_size": need("hidden_size"),
-            "intermediate_size": need("intermediate_size"),
-            "num_layers": need("num_hidden_layers"),
-            "num_heads": need("num_attention_heads"),
-            "num_kv_heads": hf.get("num_key_value_heads") or need("num_attention_heads"),
-            "head_dim": hf.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
+            "vocab_size": size("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": size("intermediate_size"),
+            "num_layers": size("num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_heads": size("num_key_value_heads", heads),
+            "head_dim": size("head_dim", hidden // heads),
             "rms_norm_eps": need("rms_norm_eps"),
             "rope": _rope(hf, origin),
-            "max_model_tokens": need("max_position_embeddings"),
+            "max_model_tokens": size("max_position_embeddings"),
             "tie_word_embeddings": hf.get("tie_word_embeddings", False),
             "qkv_bias": architecture == "qwen2",
-            "num_experts": need("num_local_experts") if moe else 0,
-            "experts_per_token": need("num_experts_per_tok") if moe else 0,
+            "num_experts": size("num_local_experts") if moe else 0,
+            "experts_per_token": size("num_experts_per_tok") if moe else 0,
             "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",  # what transformers assumes
             "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
         }
@@ -110,6 +119,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"{origin}: num_attention_heads {config.num_heads} is not a multiple of "
                 f"num_key_value_heads {config.num_kv_heads}"
+            )
+        if config.experts_per_token > config.num_experts:
+            raise ConfigError(
+                f"{origin}: num_experts_per_tok {config.experts_per_token} is more than "
+                f"num_local_experts {config.num_experts}"
             )
         return config
 
@@ -160,10 +174,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Raises:
             ConfigError: naming the file, the key and what was expected.
         """
-        fields = _read_json(path)
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-        return cls.resolve({**fields, **(parameters or {})}, relative_to=path.parent, origin=str(path))
+        return cls.resolve({**_read_json(path), **(parameters or {})}, relative_to=path.parent, origin=str(path))
 
     @classmethod
     def resolve(cls, fields: Mapping[str, Any], relative_to: Path, origin: str = "engine config") -> EngineConfig:
@@ -181,6 +192,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:
     """`rope_parameters` since transformers 5; before, `rope_theta` beside `rope_scaling` (whose `type` was renamed)."""
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rotated = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+    if rotated != 1:
+        raise ConfigError(f"{origin}: partial_rotary_factor {rotated} is not supported")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(f"{origin}: rope scaling {kind!r} is not supported (default, linear and llama3 are)")
@@ -195,11 +209,13 @@ def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:
     return _convert(fields, RopeConfig, f"{origin}: rope")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
