@@ -45,8 +45,9 @@ def schedules(graph: Graph, tokens: int, tp: int) -> dict[str, Schedule]:
 
 
 def run(rank: int, work: Work) -> None:
-    """Join the others, and let rank 0 save {(checkpoint, schedule): logits of all batches}."""
+    """Join the others; check the collectives; let rank 0 save {(checkpoint, schedule): logits of all batches}."""
     dist.init_process_group("gloo", init_method=f"file://{work.rendezvous}", rank=rank, world_size=work.ranks)
+    check_collectives(rank, work.ranks)
     results: dict[tuple[str, str], Tensor] = {}
     for folder in work.checkpoints:
         config = ModelConfig.from_pretrained(folder)
@@ -68,9 +69,8 @@ def run(rank: int, work: Work) -> None:
     dist.destroy_process_group()
 
 
-def check_collectives(rank: int, ranks: int, rendezvous: Path) -> None:
+def check_collectives(rank: int, ranks: int) -> None:
     """The kernels on columns of wider rows, and on no rows at all."""
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     collectives = Collectives(ranks)
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (3, 0):
@@ -85,5 +85,3 @@ def check_collectives(rank: int, ranks: int, rendezvous: Path) -> None:
             collectives.all_gather(wide[1, :, :2], out=wide[2, :, : 2 * ranks])
             assert torch.equal(wide[2, :, : 2 * ranks], total)
             assert wide[:, :, 2 * ranks :].isnan().all()  # and nothing beside their columns
-    dist.barrier()
-    dist.destroy_process_group()
