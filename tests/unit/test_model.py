@@ -254,9 +254,9 @@ def test_nobody_asks_for_cancellation_beside_the_final_response(module, served):
     failed = []
     asking = threading.Thread(target=lambda: [_attempt(model._cancel_abandoned, failed) for _ in range(5)])
     asking.start()
-    for submitted in engine.requests:
+    for submitted in reversed(engine.requests):  # asked from the front, ended from the back
         engine.say(last(submitted.id))
-        time.sleep(0.003)
+        time.sleep(0.001)
     asking.join()
     assert not failed
     assert all(request.result().error is None for request in requests)

@@ -238,12 +238,15 @@ def test_a_slow_client_gets_fewer_and_larger_responses(tokenizer):
     client = crowd.talks[0].client
     while not client.responses:  # the sender is now inside the first response
         time.sleep(0.001)
-    for delta in deltas(list(range(1, 100))):
-        crowd.senders.file([delta])
+    for token in range(1, 100):
+        crowd.senders.file([Delta(0, [token])])
     released.set()
+    while len(client.responses) < 2:
+        time.sleep(0.001)
+    crowd.senders.file(deltas([100]))
     crowd.stop()
-    assert client.sent("output_ids") == [[0], list(range(1, 100))]
-    assert client.finals == 1
+    assert client.sent("output_ids") == [[0], list(range(1, 100)), [100]]
+    assert (client.finals, client.failure) == (1, None)
 
 
 def test_failures_reach_their_request_and_closing_reaches_all(tokenizer):
