@@ -1,4 +1,4 @@
-"""How many pages will the running requests need at their worst moment? Learned from the outputs that ended."""
+"""Who will still be running in t steps? Learned from the lengths of the outputs so far."""
 
 from __future__ import annotations
 
@@ -8,37 +8,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
+Shares = NDArray[np.float64]
 
 
 class Forecast(Protocol):
-    """How much longer requests will run."""
+    """How likely requests are to run on."""
 
     def record(self, output_tokens: int) -> None:
         """A request has ended by itself after so many tokens."""
 
-    def remaining(self, produced: Tokens, max_tokens: Tokens) -> NDArray[np.float64]:
-        """Expected further output tokens of requests that have produced `produced` of at most `max_tokens`."""
+    def update(self, running: Tokens) -> None:
+        """Take in what was recorded, and the tokens that each running request has produced so far."""
+
+    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
+        """[moments, requests]: the probability that a request that has produced s tokens reaches s + t.
+
+        `produced` and `max_tokens` are [requests], `ahead` is [moments] of t, the first 0. Nobody goes beyond
+        max_tokens.
+        """
 
 
 class LengthForecast:
-    """A request that has produced s tokens is expected to run E[L - s | L > s] further.
+    """P(L >= s + t | L > s) of the output length L, estimated as survival is (Kaplan and Meier, 1958).
 
-    L is drawn from a running histogram of output lengths, with one more observation: a request that runs to its
-    own max_tokens. That is the prior before there is data, the answer for a request that has outlived all others,
-    and it fades as 1/n. The histogram is halved when it holds `window` requests, so that it follows the workload.
+    Of all requests that have reached a length, ended or still running, what share ended there? Counting the running
+    ones matters: the first to end are the short ones. One more request, that never ends, is the prior: it goes to its
+    max_tokens, before there is data as after outliving all others, and it fades as 1/n. The sum over t is
+    E[L - s | L > s]: who is past the mean is expected to go on as those did that came as far.
+
+    The histogram is halved when it holds `window` requests, so that it follows the workload.
     """
 
     def __init__(self, window: int = 4096) -> None:
         self._window = window
         self._ended = np.zeros(1)  # by output length
         self._total = 0.0
-        self._recorded = 0.0  # since the tables were made
-        self._longer = np.zeros(1)  # [s]: how many ended after more than s tokens
-        self._longer_tokens = np.zeros(1)  # [s]: the sum of their lengths
+        self._recorded = 0  # since the last update
+        self._survival = np.ones(1)  # [s]: P(L > s)
 
     def record(self, output_tokens: int) -> None:
         if output_tokens >= len(self._ended):
-            self._ended = np.concatenate([self._ended, np.zeros(output_tokens)])
+            self._ended = np.append(self._ended, np.zeros(output_tokens))  # twice the length, or more
         self._ended[output_tokens] += 1
         self._total += 1
         self._recorded += 1
@@ -46,53 +56,43 @@ class LengthForecast:
             self._ended /= 2
             self._total /= 2
 
-    def remaining(self, produced: Tokens, max_tokens: Tokens) -> NDArray[np.float64]:
-        if self._recorded > self._total / 32:  # 3 % more data does not change an answer; a new table takes time
-            self._make_tables()
-        s = np.minimum(produced, len(self._longer) - 1)  # nobody ended after more than the last entry
-        expected: NDArray[np.float64] = (self._longer_tokens[s] + max_tokens) / (self._longer[s] + 1) - produced
-        return np.minimum(expected, max_tokens - produced)
+    def update(self, running: Tokens) -> None:
+        if self._recorded > self._total / 32:  # 3 % more data hardly changes the answer, and a table takes time
+            longest = len(self._ended) - 1
+            reached = self._ended + np.bincount(np.minimum(running, longest), minlength=longest + 1)
+            reached = np.cumsum(reached[::-1])[::-1]
+            self._survival = np.cumprod(1 - self._ended / (reached + 1))
+            self._recorded = 0
 
-    def _make_tables(self) -> None:
-        lengths = np.arange(len(self._ended))
-        self._longer = _sum_beyond(self._ended)
-        self._longer_tokens = _sum_beyond(self._ended * lengths)
-        self._recorded = 0.0
+    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
+        before = np.maximum(ahead - 1, 0)[:, None]  # it reaches s + t if it is longer than s + t - 1
+        alive: Shares = self._survival.take(np.minimum(produced + before, len(self._survival) - 1))
+        alive /= alive[0]
+        alive *= produced + ahead[:, None] <= max_tokens
+        return alive
 
 
 class ReserveMaxTokens:
-    """Every request is expected to run to its max_tokens: no preemption, and memory that nobody uses."""
+    """Every request runs to its max_tokens: no preemption, and memory that nobody uses."""
 
     def record(self, output_tokens: int) -> None:
         pass
 
-    def remaining(self, produced: Tokens, max_tokens: Tokens) -> NDArray[np.float64]:
-        return (max_tokens - produced).astype(np.float64)
+    def update(self, running: Tokens) -> None:
+        pass
+
+    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
+        return (produced + ahead[:, None] <= max_tokens).astype(np.float64)
 
 
 class ReserveNothing:
-    """Every request is expected to end at once: a request is admitted when its prompt fits."""
+    """Every request ends at once: it is admitted when its prompt fits."""
 
     def record(self, output_tokens: int) -> None:
         pass
 
-    def remaining(self, produced: Tokens, max_tokens: Tokens) -> NDArray[np.float64]:
-        return np.zeros(len(produced))
+    def update(self, running: Tokens) -> None:
+        pass
 
-
-def peak_pages(held_tokens: Tokens, remaining_tokens: NDArray[np.float64], page_tokens: int) -> float:
-    """The most pages in use at any later step, if each request grows by a token per step until it ends.
-
-    Both [requests]. Use only falls when a request ends, so the peak is just before one of the ends. A last page is
-    half full on average.
-    """
-    order = np.argsort(-remaining_tokens)
-    last_to_leave = remaining_tokens[order]
-    requests = np.arange(1, len(order) + 1)
-    tokens = np.cumsum(held_tokens[order]) + requests * last_to_leave
-    return float(np.max(tokens / page_tokens + requests / 2, initial=0.0))
-
-
-def _sum_beyond(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[s]: the sum of values[s + 1:]."""
-    return np.append(np.cumsum(values[:0:-1])[::-1], 0.0)
+    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
+        return np.repeat(ahead[:, None] == 0, len(produced), axis=1).astype(np.float64)

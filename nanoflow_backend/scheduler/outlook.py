@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nanoflow_backend.scheduler.forecast import Forecast, peak_pages
+from nanoflow_backend.scheduler.forecast import Forecast
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State
 
+# Steps ahead, each a quarter more than the one before: near ends are seen sharply, and 50 moments reach 2^17.
+MOMENTS = np.unique(np.append(0, np.geomspace(1, 2**17, 54).round().astype(np.int64)))
+
+# Peak use is the mean and so many standard deviations. Over traces with scarce memory, 0, 1 and 2 preempted 3.2, 0.9
+# and 0.05 % of the requests of the conversation trace, and 56, 6 and 0 % of one with 100 in and 1000 +- 700 out;
+# 2 took 1 to 3 % more steps than 0.
+DEVIATIONS = 2.0
+
 
 class Outlook:
-    """The sequences that hold pages, each with the tokens it will still add. Made for one step, and grown in it."""
+    """Page use at moments to come. Made for one step from the sequences that hold pages, and grown in it."""
 
     def __init__(self, sequences: Iterable[Sequence], account: PageAccount, forecast: Forecast) -> None:
         self._account = account
@@ -26,17 +35,29 @@ class Outlook:
             produced.append(tokens - s.prompt_tokens)
             end = tokens if s.state is State.LEAVING else s.max_total_tokens
             max_tokens.append(end - s.prompt_tokens)
-        self._unowned_pages = account.pool.used - private_pages  # shared ones whose first holder has left
-        self._held = np.array(held, np.int64)
-        self._remaining = self._forecast.remaining(np.array(produced, np.int64), np.array(max_tokens, np.int64))
+        forecast.update(np.array(produced))
+        self._mean, self._variance = self._pages(held, produced, max_tokens)
+        self._mean += account.pool.used - private_pages  # shared pages whose first holder has left
 
     def add(self, sequence: Sequence, cost_pages: int) -> float:
         """Count a waiting sequence that would take `cost_pages` now. Returns the peak of page use."""
-        pages = self._account.pages_for(sequence)
-        held = len(sequence.tokens) - (pages - cost_pages) * self._account.page_tokens
-        remaining = self._forecast.remaining(
-            np.array([sequence.output_tokens]), np.array([sequence.max_total_tokens - sequence.prompt_tokens])
-        )
-        self._held = np.append(self._held, held)
-        self._remaining = np.append(self._remaining, remaining)
-        return self._unowned_pages + peak_pages(self._held, self._remaining, self._account.page_tokens)
+        shared_pages = self._account.pages_for(sequence) - cost_pages
+        held_tokens = len(sequence.tokens) - shared_pages * self._account.page_tokens
+        max_tokens = sequence.max_total_tokens - sequence.prompt_tokens
+        mean, variance = self._pages([held_tokens], [sequence.output_tokens], [max_tokens])
+        self._mean += mean
+        self._variance += variance
+        return float(np.max(self._mean + DEVIATIONS * np.sqrt(self._variance)))
+
+    def _pages(
+        self, held_tokens: list[int], produced: list[int], max_tokens: list[int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[moments]: mean and variance of what these requests use from each moment to the next.
+
+        Each has grown by then, or has ended and uses nothing. A last page is half full on average.
+        """
+        alive = self._forecast.alive(np.array(produced), np.array(max_tokens), MOMENTS[:-1])
+        tokens = np.array(held_tokens) + (MOMENTS[1:, None] - 1)
+        pages = tokens / self._account.page_tokens + 0.5
+        mean = alive * pages
+        return mean.sum(axis=1), (mean * (pages - mean)).sum(axis=1)

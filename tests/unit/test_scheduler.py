@@ -354,7 +354,7 @@ def test_requests_are_admitted_while_the_forecast_fits() -> None:
     for id in range(3):
         s.add(request(id, 4, max_tokens=14))
     assert len(formed(s).admitted) == 1
-    s = make(num_pages=10)
+    s = make(num_pages=12)
     for id in range(3):
         s.add(request(id, 4, max_tokens=14))
     assert len(formed(s).admitted) == 2
