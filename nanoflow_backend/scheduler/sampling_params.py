@@ -40,7 +40,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise InvalidRequest(f"{field}: expected {expected}, got {getattr(self, field)!r}")
 
         require(1 <= self.max_tokens < 2**31, "max_tokens", "an integer in 1..2^31-1")
-        require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"an integer in 0..{self.max_tokens} (max_tokens)")
+        require(
+            0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"an integer in 0..{self.max_tokens} (max_tokens)"
+        )
         require(0 <= self.temperature < float("inf"), "temperature", "a finite number >= 0")
         require(0 <= self.top_k < 2**31, "top_k", "an integer in 1..2^31-1, or 0 or -1 for all tokens")
         require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
