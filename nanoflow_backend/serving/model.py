@@ -29,7 +29,6 @@ from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
-from nanoflow_backend.serving.lifeline import end_with_parent
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
@@ -50,7 +49,6 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
-        end_with_parent()
         _check_numpy()
         model_config = json.loads(args["model_config"])
         if not model_config.get("model_transaction_policy", {}).get("decoupled"):
