@@ -45,7 +45,7 @@ def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[s
         prompt = draw.choices(range(5, 30_000), k=draw.randint(400, 600))
         scheduler.add(Request(id, prompt, SamplingParams(max_tokens=draw.randint(*max_tokens))))
     gc.collect()
-    gc.freeze()  # as the engine does at its start: or a full collection costs 10 ms every hundred steps
+    gc.freeze()  # as an engine should, once it is set up: a full collection costs 10 ms every hundred steps
     before: Sampled | None = None
     schedule_ms, retire_ms, running = [], [], []
     for _ in range(WARM_UP_STEPS + STEPS):
