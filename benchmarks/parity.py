@@ -3,45 +3,37 @@
     OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests python benchmarks/parity.py --jobs 16
 
 writes benchmarks/results/parity.json: a header, and for each checkpoint its totals and the runs that failed. Takes
-about an hour and a half of CPU time; exits with 1 if any run failed.
+about an hour and a half of CPU time; one that was cut short goes on where it was. Exits with 1 if any run failed.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import typer
 from rich.progress import track
 from transformers_parity import DENSE_BATCH_TOKENS, MODELS, NARROW_GAP, OUTPUT_TOKENS, RUNS, TOLERANCE, Outcome, run
+
+from nanoflow_backend.commands import result
 
 RESULT = Path(__file__).parent / "results" / "parity.json"
 
 
 def main(jobs: int = 1) -> None:
     transformers.utils.logging.disable_progress_bar()
-    models, runs = checkpoints(), [dict(zip(RUNS, values, strict=True)) for values in product(*RUNS.values())]
+    runs = [dict(zip(RUNS, values, strict=True)) for values in product(*RUNS.values())]
     header = {
-        "command": f"python benchmarks/parity.py --jobs {jobs}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **result.header(),
         "transformers": transformers.__version__,
         "dtype": "float32",
         "dense_batch_tokens": DENSE_BATCH_TOKENS,
@@ -50,15 +42,15 @@ def main(jobs: int = 1) -> None:
         "narrow_gap": NARROW_GAP,
         "runs_of_each_checkpoint": RUNS,
     }
-    done: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = json.loads(RESULT.read_text())["done"] if RESULT.exists() else []
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-    for model in models:
-        outcomes = pool.map(partial(run_here, model), runs)
-        done.append(
-            {"checkpoint": model, **summary(list(zip(runs, track(outcomes, describe(model), len(runs)), strict=True)))}
-        )
-        # After each checkpoint, so that an interrupted run says how far it came.
-        RESULT.write_text(json.dumps({"header": header, "of_checkpoints": len(models), "done": done}, indent=1) + "\n")
+    for model in checkpoints():
+        if model in [entry["checkpoint"] for entry in done]:
+            continue
+        outcomes = track(pool.map(partial(run_here, model), runs), describe(model), len(runs))
+        done.append({"checkpoint": model, **summary(list(zip(runs, outcomes, strict=True)))})
+        # After each checkpoint, so that an interrupted run says how far it came and can be continued.
+        RESULT.write_text(json.dumps({**header, "of_checkpoints": len(checkpoints()), "done": done}, indent=1) + "\n")
         print(describe(model), {name: value for name, value in done[-1].items() if name != "checkpoint"}, flush=True)
     sys.exit(any(checkpoint["failed"] for checkpoint in done))
 
