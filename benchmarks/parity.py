@@ -1,6 +1,6 @@
 """The full product of the parity test: every architecture x GQA ratio x head_dim, in every way to run it.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests python benchmarks/parity.py --jobs 16
+    OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests/support python benchmarks/parity.py --jobs 16
 
 writes benchmarks/results/parity.json: a header, and for each checkpoint its totals and the runs that failed. Takes
 about an hour and a half of CPU time; one that was cut short goes on where it was. Exits with 1 if any run failed.
