@@ -1,7 +1,7 @@
 """Simulate the scheduler with three ways to admit, and write benchmarks/results/scheduler_sim_NAME.json.
 
     python benchmarks/scheduler_sim.py --trace AzureLLMInferenceTrace_conv.csv --cache-tokens 900000 --name conv_900k
-    python benchmarks/scheduler_sim.py --lognormal 102 169 222 210 --cache-tokens 150000 --name lmsys_like_150k
+    python benchmarks/scheduler_sim.py --lognormal 100 50 1000 700 --cache-tokens 400000 --max-tokens 4096 --name long
 
 Results count steps and tokens, so they do not depend on the machine; only wall_s does.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import traceback
@@ -22,6 +23,8 @@ def main() -> None:
     try:
         start: Start = parent.receive(decoder)
         engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how))
+        gc.collect()
+        gc.freeze()  # what lives from here on is small: a full collection took 12 ms every hundred steps before
         parent.send(ready(engine))
         run(engine, parent, decoder)
     except Exception as error:

@@ -97,6 +97,7 @@ MIXES = {
     "decodes of very different lengths": [(0, 1), (1, 1), (2, 1), (40, 1), (15, 1), (16, 1)],
     "a whole prompt": [(0, 19)],
     "chunks and decodes": [(7, 1), (31, 1), (0, 5), (12, 5), (3, 11)],
+    "more decodes than are gathered at a time": [(38 + i % 3, 1) for i in range(80)],
     "nothing": [],
 }
 
@@ -105,7 +106,7 @@ def paged_batch(mix: list[tuple[int, int]], page_tokens: int) -> tuple[Tensor, T
     """positions [T], slots [T], page_table [S, N] with entries that are not set, and the number of pages."""
     num_slots, columns = len(mix) + 2, 64
     order = torch.randperm(num_slots)  # requests sit in any slots, and their pages are anywhere
-    pages = iter(torch.randperm(500).tolist())
+    pages = iter(torch.randperm(4000).tolist())
     table = torch.full((num_slots, columns), -1, dtype=torch.int32)
     positions, slots = [], []
     for slot, (past, new) in zip(order.tolist(), mix, strict=False):
@@ -113,7 +114,7 @@ def paged_batch(mix: list[tuple[int, int]], page_tokens: int) -> tuple[Tensor, T
         slots += [slot] * new
         for index in range(-(-(past + new) // page_tokens)):
             table[slot, index] = next(pages)
-    return torch.tensor(positions, dtype=torch.int32), torch.tensor(slots, dtype=torch.int32), table, 500
+    return torch.tensor(positions, dtype=torch.int32), torch.tensor(slots, dtype=torch.int32), table, 4000
 
 
 @pytest.mark.parametrize("mix", MIXES)
