@@ -24,7 +24,7 @@ def demo(model_repository: Path, prompt: str, *, http_port: int, grpc_port: int,
     console.print("starting Triton Inference Server ...", style="dim")
     with server:
         for name, pieces in (
-            ("gRPC, tritonclient", stream_grpc(server.grpc_url, prompt)),
+            ("gRPC, tritonclient", stream_grpc(server.grpc_url, prompt, max_tokens=MAX_TOKENS, temperature="0")),
             ("HTTP, generate_stream", stream_http(server.http_url, prompt)),
         ):
             console.print(f"\n[bold]{name}[/bold]")
@@ -43,8 +43,8 @@ def show(console: Console, prompt: str, pieces: Iterator[tuple[str, int]]) -> No
     console.print(f"\n{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s", style="green")
 
 
-def stream_grpc(url: str, prompt: str) -> Iterator[tuple[str, int]]:
-    """(text, number of new tokens) of each response."""
+def stream_grpc(url: str, prompt: str, **parameters: int | str) -> Iterator[tuple[str, int]]:
+    """(text, number of new tokens) of each response. Parameters over gRPC have no floats: those are strings."""
     inputs = [
         tensor("text_input", "BYTES", numpy.array([prompt.encode()], dtype=object)),
         tensor("stream", "BOOL", numpy.array([True])),
@@ -53,7 +53,6 @@ def stream_grpc(url: str, prompt: str) -> Iterator[tuple[str, int]]:
     responses: queue.SimpleQueue[tuple[grpc.InferResult | None, Exception | None]] = queue.SimpleQueue()
     client = grpc.InferenceServerClient(url)
     client.start_stream(lambda result, error: responses.put((result, error)))
-    parameters = {"max_tokens": MAX_TOKENS, "temperature": "0"}
     client.async_stream_infer("nanoflow", inputs, parameters=parameters, enable_empty_final_response=True)
     while True:
         result, error = responses.get()
