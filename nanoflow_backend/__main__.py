@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -101,10 +102,13 @@ def offline(
 def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError
+    from nanoflow_backend.engine.child import THREADS_SLEEP
     from nanoflow_backend.schedule.plan import ScheduleError
     from nanoflow_backend.scheduler.sampling_params import InvalidRequest
     from nanoflow_backend.serving.embedded import ServerError
 
+    for name, value in THREADS_SLEEP.items():
+        os.environ.setdefault(name, value)  # before torch is imported
     try:
         app()
     except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
