@@ -33,13 +33,17 @@ class ChildDied(RuntimeError):
 
 
 class Child:
-    """`python -m module`, running. Sending is thread-safe; receiving is for one thread."""
+    """`python -m module`, running. Sending is thread-safe; receiving is for one thread.
 
-    def __init__(self, module: str, python: str | None = None) -> None:
+    With `host_pid`, the child also watches that process (a stub's server): when it ends, the child kills us and ends.
+    """
+
+    def __init__(self, module: str, python: str | None = None, host_pid: int | None = None) -> None:
         ours, theirs = socket.socketpair()
+        arguments = [str(theirs.fileno())] + ([] if host_pid is None else [str(host_pid)])
         with theirs:
             self._process = subprocess.Popen(
-                [python or sys.executable, "-P", "-m", module, str(theirs.fileno())],
+                [python or sys.executable, "-P", "-m", module, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_environment(python),
@@ -103,9 +107,15 @@ class Parent:
         threading.Thread(target=self._end_with_parent, name="lifeline", daemon=True).start()
 
     def _end_with_parent(self) -> None:
+        parent_pid, host = os.getppid(), None
         poll = select.poll()
         poll.register(self._connection.fileno(), select.POLLRDHUP)
-        poll.poll()
+        if len(sys.argv) > 2:
+            host = os.pidfd_open(int(sys.argv[2]))
+            poll.register(host, select.POLLIN)
+        if host in dict(poll.poll()):
+            # It cannot end itself: its interpreter lock may be held by a call that waits for the host.
+            os.kill(parent_pid, signal.SIGKILL)
         os._exit(1)  # also from inside a collective or a long load
 
     def send(self, message: msgspec.Struct) -> None:

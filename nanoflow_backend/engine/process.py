@@ -25,6 +25,7 @@ class EngineProcess:
         on_news: what a step brought.
         on_refusal: a request that was not accepted; no delta follows.
         on_death: the process is gone without having been asked; nothing more will come.
+        host_pid: a server whose end must also be the end of this process and of the engine's.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class EngineProcess:
         on_news: Callable[[News], None],
         on_refusal: Callable[[Refusal], None],
         on_death: Callable[[str], None],
+        host_pid: int | None = None,
     ) -> None:
         self._config = config
         self._on_news, self._on_refusal = on_news, on_refusal
         self._on_death = on_death
+        self._host_pid = host_pid
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._stopping = False
@@ -47,7 +50,7 @@ class EngineProcess:
         Raises:
             EngineError: what failed.
         """
-        self._child = Child("nanoflow_backend.engine.loop", self._config.python)
+        self._child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
         try:
             self._child.send(Start(self._config))
             answer = self._child.receive(self._decoder)

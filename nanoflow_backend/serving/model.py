@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import sys
 import threading
 import time
@@ -60,7 +61,7 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
         self._gauges: Gauges | None = None
-        self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death)
+        self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
         self._ready = self._engine.start()
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]

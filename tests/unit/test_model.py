@@ -92,7 +92,7 @@ class FakeEngine:
 
     latest = None
 
-    def __init__(self, config, on_news, on_refusal, on_death):
+    def __init__(self, config, on_news, on_refusal, on_death, host_pid):
         self.config, self.on_refusal, self.on_death = config, on_refusal, on_death
         self.say = lambda *deltas: on_news(News(list(deltas), STATS))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
