@@ -40,11 +40,14 @@ class Child:
 
     def __init__(self, module: str, python: str | None = None, host_pid: int | None = None) -> None:
         ours, theirs = socket.socketpair()
-        arguments = [str(theirs.fileno())] + ([] if host_pid is None else [str(host_pid)])
-        with theirs:
+        with contextlib.ExitStack() as inherited:
+            fds = [inherited.enter_context(theirs).fileno()]
+            if host_pid is not None:
+                fds.append(os.pidfd_open(host_pid))
+                inherited.callback(os.close, fds[1])
             self._process = subprocess.Popen(
-                [python or sys.executable, "-P", "-m", module, *arguments],
-                pass_fds=[theirs.fileno()],
+                [python or sys.executable, "-P", "-m", module, *map(str, fds)],
+                pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 env=_environment(python),
             )
@@ -107,14 +110,13 @@ class Parent:
         threading.Thread(target=self._end_with_parent, name="lifeline", daemon=True).start()
 
     def _end_with_parent(self) -> None:
-        parent_pid, host = os.getppid(), None
+        parent_pid = os.getppid()
         poll = select.poll()
         poll.register(self._connection.fileno(), select.POLLRDHUP)
-        if len(sys.argv) > 2:
-            host = os.pidfd_open(int(sys.argv[2]))
-            poll.register(host, select.POLLIN)
-        if host in dict(poll.poll()):
-            # It cannot end itself: its interpreter lock may be held by a call that waits for the host.
+        for host in sys.argv[2:]:
+            poll.register(int(host), select.POLLIN)
+        if self._connection.fileno() not in dict(poll.poll()):
+            # Only the host is gone. Our parent may be frozen: a call that waits for the host can hold its interpreter.
             os.kill(parent_pid, signal.SIGKILL)
         os._exit(1)  # also from inside a collective or a long load
 
