@@ -145,7 +145,7 @@ class Engine:
         params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
-            raise InvalidRequest(f"params: expected one for all, or {len(prompts)} for as many prompts; got {len(each)}")
+            raise InvalidRequest(f"params: expected one, or one for each of {len(prompts)} prompts; got {len(each)}")
         results: dict[int, Completion] = {}
         for number, result in self.complete(zip(prompts, each, strict=True)):
             if isinstance(result, InvalidRequest):

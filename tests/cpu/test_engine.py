@@ -119,9 +119,9 @@ def test_an_interrupted_step_is_an_error_and_no_endless_loop(model, prompts, mon
     with pytest.raises(ZeroDivisionError):
         engine.step()
     engine.cancel_all()
+    assert [delta.finish_reason for delta in engine.step()] == [FinishReason.CANCELLED]
     with pytest.raises(RuntimeError, match="there is work, and nothing can run"):
-        while engine.has_work:
-            engine.step()
+        engine.step()
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_an_interrupted_step_is_an_error_and_no_endless_loop(model, prompts, mon
     [
         ("The fox", GREEDY, "prompts: expected a list of texts"),
         ([1, 2], GREEDY, "prompts: expected a list of texts"),
-        (["a", "b"], [GREEDY], "params: expected one for all, or 2 for as many prompts; got 1"),
-        (["a"], [], "params: expected one for all, or 1 for as many prompts; got 0"),
+        (["a", "b"], [GREEDY], "params: expected one, or one for each of 2 prompts; got 1"),
+        (["a"], [], "params: expected one, or one for each of 1 prompts; got 0"),
     ],
 )
 def test_prompts_and_params_that_do_not_match_are_refused(model, prompts, params, message):
