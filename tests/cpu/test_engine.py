@@ -236,6 +236,8 @@ def test_a_failed_start_says_what_failed(model, tmp_path):
         Client(config(tmp_path)).process.start()
     with pytest.raises(EngineError, match="expected sequential"):
         Client(config(model, schedule="fastest")).process.start()
+    with pytest.raises(EngineError, match="python: /nowhere/python: No such file"):
+        Client(config(model, python="/nowhere/python")).process.start()
 
 
 def test_a_killed_engine_is_reported_and_refuses_what_follows(model, prompts):
@@ -246,6 +248,16 @@ def test_a_killed_engine_is_reported_and_refuses_what_follows(model, prompts):
     assert "SIGKILL" in client.deaths[0]
     with pytest.raises(EngineError, match="SIGKILL"):
         client.process.submit(Request(0, prompts[0], GREEDY))
+    client.process.stop()
+
+
+def test_news_that_cannot_be_taken_is_a_death_and_no_silence(model, prompts, monkeypatch):
+    monkeypatch.setattr(Client, "on_news", lambda self, news: 1 // 0)
+    client = Client(config(model))
+    client.process.start()
+    client.process.submit(Request(0, prompts[0], GREEDY))
+    client.wait_for(lambda: client.deaths)
+    assert "ZeroDivisionError" in client.deaths[0]
     client.process.stop()
 
 
