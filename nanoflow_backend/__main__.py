@@ -87,10 +87,12 @@ def batch(
 def offline(
     model: Model,
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
-    input_tokens: int = 128,
-    output_tokens: int = 128,
-    requests: Annotated[int, typer.Option(help="How many; of a trace, its first ones.")] = 64,
-    trace: Annotated[Path | None, typer.Option(help="CSV with ContextTokens and GeneratedTokens instead.")] = None,
+    input_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    requests: Annotated[int, typer.Option(min=1, help="How many; of a trace, its first ones.")] = 64,
+    trace: Annotated[
+        Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Throughput with all requests queued at once: constant lengths, or those of a trace."""

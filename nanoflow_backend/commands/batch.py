@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,15 @@ class Line(msgspec.Struct, frozen=True):
 
 
 def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> None:
-    """Raises: ConfigError when the files cannot be read, or the output does not continue this input."""
-    lines = read_lines(input)
-    done = resume(output, lines)
+    """Raises: ConfigError when a file cannot be read or written, or the output does not continue this input."""
+    try:
+        lines = [parse_line(text, number) for number, text in enumerate(input.read_bytes().splitlines())]
+        output.touch()
+        if output.samefile(input):
+            raise ConfigError(f"{output}: expected another file than the input")
+        done = resume(output, lines)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     engine = make_engine(model, settings)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with output.open("ab") as file, Progress(*columns, console=Console(stderr=True)) as progress:
@@ -40,19 +47,11 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> No
     engine.close()
 
 
-def read_lines(path: Path) -> list[Line]:
-    try:
-        texts = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    return [parse_line(text, number) for number, text in enumerate(texts)]
-
-
 def parse_line(text: bytes, number: int) -> Line:
     """A line without an id has its number, from 0."""
     try:
         fields = msgspec.json.decode(text, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Line(number, error=f"expected a JSON object: {error}")
     id = fields.pop("id", number)
     text_prompt, token_ids = fields.pop("prompt", None), fields.pop("prompt_token_ids", None)
@@ -71,15 +70,13 @@ def parse_line(text: bytes, number: int) -> Line:
 
 def resume(output: Path, lines: list[Line]) -> int:
     """How many lines a run before this one has finished; what a kill left of another is cut off."""
-    if not output.exists():
-        return 0
     text = output.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     finished = whole.splitlines()
     for number, (result, line) in enumerate(zip(finished, lines, strict=False)):
         try:
             continues = msgspec.json.decode(result, type=dict[str, Any]).get("id") == line.id
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             continues = False
         if not continues:
             raise ConfigError(
@@ -87,8 +84,7 @@ def resume(output: Path, lines: list[Line]) -> int:
             )
     if len(finished) > len(lines):
         raise ConfigError(f"{output}: has {len(finished)} lines, the input only {len(lines)}")
-    if whole != text:
-        output.write_bytes(whole)
+    os.truncate(output, len(whole))  # not rewritten: another kill must not cost what is finished
     return len(finished)
 
 

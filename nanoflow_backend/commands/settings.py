@@ -17,5 +17,7 @@ def make_engine(model: Path, settings: Sequence[str], **defaults: Any) -> Engine
         field, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: expected field=value")
+        if field == "model":
+            raise ConfigError(f"--set {setting}: expected the model as --model")
         fields[field] = value
     return Engine.from_pretrained(model, **fields)

@@ -39,6 +39,7 @@ class Child:
     """
 
     def __init__(self, module: str, python: str | None = None, host_pid: int | None = None) -> None:
+        """Raises: OSError where there is no such interpreter."""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as inherited:
             fds = [inherited.enter_context(theirs).fileno()]
@@ -102,10 +103,14 @@ class Child:
 
 
 class Parent:
-    """The other end: what a child's main function talks to. The process ends when its parent does."""
+    """The other end: what a child's main function talks to. The process ends when its parent does.
+
+    Sending is thread-safe; receiving is for one thread.
+    """
 
     def __init__(self) -> None:
         self._connection = Connection(int(sys.argv[1]))
+        self._sending = threading.Lock()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then tells us
         threading.Thread(target=self._end_with_parent, name="lifeline", daemon=True).start()
 
@@ -121,7 +126,9 @@ class Parent:
         os._exit(1)  # also from inside a collective or a long load
 
     def send(self, message: msgspec.Struct) -> None:
-        self._connection.send_bytes(_encoder.encode(message))
+        encoded = _encoder.encode(message)
+        with self._sending:
+            self._connection.send_bytes(encoded)
 
     def receive(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
         """The next message, waiting for it. At the end of the conversation this process ends, as by the lifeline."""

@@ -56,28 +56,42 @@ class Progress(NamedTuple):
 def stream(
     engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job]
 ) -> Iterator[tuple[int, Progress | InvalidRequest]]:
-    """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it)."""
+    """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it).
+
+    One stream at a time: the numbers of its jobs are the ids of its requests.
+
+    Raises:
+        RuntimeError: the engine runs other requests.
+    """
+    if engine.scheduler.live_ids:
+        raise RuntimeError("the engine runs other requests: expected their stream to be exhausted or closed first")
     numbered = enumerate(jobs)
     live: dict[int, tuple[TextStream, int]] = {}
     exhausted = False
-    while not exhausted or live:
-        while not exhausted and engine.has_room:
-            number, job = next(numbered, (-1, None))
-            if job is None:
-                exhausted = True
-                break
-            try:
-                live[number] = _submit(engine, tokenizer, number, *job)
-            except InvalidRequest as error:
-                yield number, error
-        for delta in engine.step():
-            text, num_input_tokens = live[delta.request_id]
-            if not text.finished:
-                yield delta.request_id, Progress(text.push(delta), num_input_tokens)
-            if delta.finish_reason:
-                del live[delta.request_id]
-            elif text.finished:  # at a stop string, which the engine does not see
-                engine.cancel(delta.request_id)
+    try:
+        while not exhausted or live:
+            while not exhausted and engine.has_room:
+                number, job = next(numbered, (-1, None))
+                if job is None:
+                    exhausted = True
+                    break
+                try:
+                    live[number] = _submit(engine, tokenizer, number, *job)
+                except InvalidRequest as error:
+                    yield number, error
+            for delta in engine.step():
+                text, num_input_tokens = live[delta.request_id]
+                if not text.finished:
+                    yield delta.request_id, Progress(text.push(delta), num_input_tokens)
+                if delta.finish_reason:
+                    del live[delta.request_id]
+                elif text.finished:  # at a stop string, which the engine does not see
+                    engine.cancel(delta.request_id)
+    except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing of it
+        engine.cancel_all()
+        while engine.has_work:
+            engine.step()
+        raise
 
 
 def complete(

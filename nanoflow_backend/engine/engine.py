@@ -89,7 +89,8 @@ class Engine:
         """Queue a request. Raises: InvalidRequest, QueueFull."""
         vocab_size = self.model_config.vocab_size
         if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-            raise InvalidRequest(f"prompt: expected token ids in 0..{vocab_size - 1}")
+            lowest, highest = min(request.prompt), max(request.prompt)
+            raise InvalidRequest(f"prompt: expected token ids in 0..{vocab_size - 1}, got {lowest}..{highest}")
         self.scheduler.add(request)
 
     def cancel(self, request_id: int) -> None:
@@ -102,7 +103,11 @@ class Engine:
             self.scheduler.cancel(request_id)
 
     def step(self) -> list[Delta]:
-        """Launch one batch, then collect the one before it: EOS is seen one step late (paper section 4.2.1)."""
+        """Launch one batch, then collect the one before it: EOS is seen one step late (paper section 4.2.1).
+
+        Raises:
+            RuntimeError: there is work, but nothing that could run.
+        """
         batch = self.scheduler.schedule()
         if batch and self.ranks:
             self.ranks.broadcast(batch)
@@ -115,6 +120,8 @@ class Engine:
         if launched and not self.config.async_scheduling:
             deltas += self.scheduler.retire(self.worker.collect(launched))
             self.in_flight = None
+        if not (batch or results or deltas) and self.scheduler.has_work:  # as after a step that was interrupted
+            raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
         return deltas
 
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
@@ -133,14 +140,15 @@ class Engine:
         Raises:
             InvalidRequest: a prompt or parameter that cannot be served, with its number; the others are cancelled.
         """
-        params = params or SamplingParams()
+        if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+            raise InvalidRequest("prompts: expected a list of texts or of lists of token ids, got a single prompt")
+        params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if len(each) != len(prompts):
+            raise InvalidRequest(f"params: expected one, or one for each of {len(prompts)} prompts; got {len(each)}")
         results: dict[int, Completion] = {}
         for number, result in self.complete(zip(prompts, each, strict=True)):
             if isinstance(result, InvalidRequest):
-                self.cancel_all()
-                while self.has_work:
-                    self.step()
                 raise InvalidRequest(f"prompt {number}: {result}")
             results[number] = result
         return [results[number] for number in range(len(prompts))]

@@ -50,7 +50,10 @@ class EngineProcess:
         Raises:
             EngineError: what failed.
         """
-        self._child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+        try:
+            self._child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+        except OSError as error:
+            raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
         try:
             self._child.send(Start(self._config))
             answer = self._child.receive(self._decoder)
@@ -102,6 +105,6 @@ class EngineProcess:
                         self._on_refusal(message)
                     case Failed():
                         raise ChildDied(message.message)
-        except ChildDied as death:
+        except Exception as death:  # of the child; or of this thread, after which nothing more would come either
             if not self._stopping:
-                self._on_death(str(death))
+                self._on_death(str(death) if isinstance(death, ChildDied) else repr(death))

@@ -74,17 +74,16 @@ class Ranks:
     def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
         decoder = msgspec.msgpack.Decoder(RankReady)
         try:
-            answer = child.receive(decoder)
-            if answer.error:
-                ready.set_exception(RuntimeError(f"rank {rank}: {answer.error}"))
-            else:
+            why = child.receive(decoder).error
+            if why is None:
                 ready.set_result(None)
-            child.receive(decoder)  # nothing more comes but the end
+                child.receive(decoder)  # nothing more comes but the end
         except ChildDied as death:
-            if not ready.done():
-                ready.set_exception(RuntimeError(f"rank {rank}: {death}"))
-            if not self._closing:
-                self._on_death(f"rank {rank}: {death}")
+            why = str(death)
+        if not ready.done():
+            ready.set_exception(RuntimeError(f"rank {rank}: {why}"))
+        if not self._closing:
+            self._on_death(f"rank {rank}: {why}")
 
 
 def join_group(rendezvous: str, rank: int, size: int) -> None:

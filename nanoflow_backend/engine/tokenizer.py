@@ -11,6 +11,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.chat_template import ChatTemplate, Message
 from nanoflow_backend.engine.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
@@ -18,7 +19,7 @@ from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 T = TypeVar("T")
 
 
-class InvalidTokenizer(ValueError):
+class InvalidTokenizer(ConfigError):
     """A tokenizer file is broken: the message names the file and what is wrong with it."""
 
 
@@ -223,5 +224,5 @@ def _read(path: Path, kind: type[T]) -> T | None:
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except msgspec.DecodeError as error:  # "Expected `str`, got `int` - at `$.bos_token`"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # "Expected `str`, got `int` - at `$.bos_token`"
         raise InvalidTokenizer(f"{path}: {error}") from error

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Model, Parameter, Source
 
@@ -22,7 +22,7 @@ SINGLE = "model.safetensors"
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 
 
-class WeightsError(ValueError):
+class WeightsError(ConfigError):
     """A checkpoint that is not this model's: the message names the file, the tensor and what was expected."""
 
 
@@ -130,7 +130,7 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / SINGLE: None}
     try:
         weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise WeightsError(f"{index}: {error}") from None
     if not weight_map:
         raise WeightsError(f"{index}: weight_map is empty")

@@ -50,7 +50,7 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return msgspec.json.decode(content, type=cls)
         except OSError as error:
             raise ScheduleError(f"{path}: {error.strerror}") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ScheduleError(f"{path}: {error.__cause__ or error}") from None
 
     def save(self, path: Path) -> None:

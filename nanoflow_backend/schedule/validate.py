@@ -62,6 +62,9 @@ def _check_partition(schedule: Schedule, device_sms: int | None) -> None:
         raise ScheduleError(f"partition: no launch is in lane {sorted(unknown)}")
     if schedule.partition and (missing := set(schedule.lanes) - schedule.partition.keys()):
         raise ScheduleError(f"partition: lane {sorted(missing)} has no SMs of its own")
+    for lane, sms in schedule.partition.items():
+        if sms < 1:
+            raise ScheduleError(f"partition: lane {lane!r} owns {sms} SMs, expected at least 1")
     owned = sum(schedule.partition.values())
     if device_sms is not None and owned > device_sms:
         raise ScheduleError(f"partition: its lanes own {owned} SMs, the device has {device_sms}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 def write_lines(path: Path, lines: list) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    texts = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    path.write_bytes(b"".join(text + b"\n" for text in texts))
     return path
 
 
@@ -50,7 +52,7 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
     lines = [
         {"prompt": "The quick brown fox", "max_tokens": 30, "temperature": 0, "id": "long"},
         {"prompt_token_ids": [5, 6, 7], "max_tokens": "3", "temperature": 0},
-        "{not json",
+        b"{not json",
         {"max_tokens": 3},
         {"prompt": "a", "prompt_token_ids": [1]},
         {"prompt": 7},
@@ -58,13 +60,15 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
         {"prompt_token_ids": [10**6]},
         {"prompt": "a", "temprature": 1},
         {"prompt": "a", "top_p": 2, "id": {"any": "json"}},
+        b'{"prompt": "\xff"}',
+        b'{"prompt": ' * 20_000,
         {"prompt": "over the lazy dog", "max_tokens": 2, "temperature": 0},
     ]
     output = tmp_path / "out.jsonl"
     done = run("batch", "--model", model, "--input", write_lines(tmp_path / "in.jsonl", lines), "--output", output)
     assert done.returncode == 0, done.stderr
     results = read_lines(output)
-    assert [r["id"] for r in results] == ["long", 1, 2, 3, 4, 5, 6, 7, 8, {"any": "json"}, 10]
+    assert [r["id"] for r in results] == ["long", 1, 2, 3, 4, 5, 6, 7, 8, {"any": "json"}, 10, 11, 12]
     errors = {r["id"]: r["error"] for r in results[2:9]}
     expected = {
         2: "expected a JSON object",
@@ -79,6 +83,8 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
     for number, message in expected.items():
         assert message in errors[number]
     assert "top_p: expected a number in (0, 1]" in results[9]["error"]
+    assert "'utf-8' codec can't decode byte 0xff" in results[10]["error"]
+    assert "recursion" in results[11]["error"]
     engine = Engine.from_pretrained(model)
     (alone,) = engine.generate(["The quick brown fox"], SamplingParams(max_tokens=30, temperature=0.0))
     assert results[0] == {
@@ -125,6 +131,14 @@ def test_batch_refuses_an_output_of_another_input(model, tmp_path):
     assert read_lines(output) == [{"id": "y", "error": "old"}]
 
 
+def test_batch_never_writes_over_its_input(model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "id": "x"}])
+    done = run("batch", "--model", model, "--input", source, "--output", source)
+    assert done.returncode == 1
+    assert "in.jsonl: expected another file than the input" in done.stderr
+    assert read_lines(source) == [{"prompt": "a", "id": "x"}]
+
+
 def test_generate_prints_prompt_and_text(model):
     (alone,) = Engine.from_pretrained(model).generate(["The dog"], SamplingParams(max_tokens=12, temperature=0.0))
     done = run("generate", "--model", model, "--prompt", "The dog", "--max-tokens", "12")
@@ -138,11 +152,35 @@ def test_generate_prints_prompt_and_text(model):
         (("--model", "nowhere"), "nowhere/config.json: No such file"),
         (("--set", "page_tokens"), "--set page_tokens: expected field=value"),
         (("--set", "page_tokens=0"), "page_tokens: expected an integer >= 1, got 0"),
+        (("--set", "model=x"), "--set model=x: expected the model as --model"),
         (("--top-p", "3"), "top_p: expected a number in (0, 1], got 3.0"),
     ],
 )
 def test_mistakes_are_one_line_without_a_traceback(model, arguments, message):
     done = run("generate", "--prompt", "a", *(() if "--model" in arguments else ("--model", model)), *arguments)
+    assert_one_line(done, message)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "model.safetensors: not a whole safetensors file"),
+        ("tokenizer.json", "tokenizer.json: not a valid tokenizer"),
+    ],
+)
+def test_a_broken_folder_is_one_line_without_a_traceback(model, tmp_path, file, message):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / file).write_bytes(b"{")
+    assert_one_line(run("generate", "--prompt", "a", "--model", tmp_path / "model"), message)
+
+
+def test_an_output_that_cannot_be_written_is_named(model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    done = run("batch", "--model", model, "--input", source, "--output", tmp_path / "nowhere" / "out.jsonl")
+    assert_one_line(done, "nowhere/out.jsonl: No such file or directory")
+
+
+def assert_one_line(done: subprocess.CompletedProcess, message: str) -> None:
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -97,6 +97,48 @@ def test_a_bad_prompt_is_named_and_leaves_the_engine_usable(model, prompts):
     assert engine.generate(prompts[:1], GREEDY)[0].finish_reason is FinishReason.LENGTH
 
 
+def test_a_stream_that_is_given_up_leaves_the_engine_usable(model, prompts):
+    engine = Engine.from_pretrained(model)
+    expected = [completion.token_ids for completion in engine.generate(prompts[:2], GREEDY)]
+    stream = engine.stream([(prompt, GREEDY) for prompt in prompts])
+    next(stream)
+    with pytest.raises(RuntimeError, match="runs other requests"):
+        engine.generate(prompts[:2], GREEDY)
+    stream.close()
+    assert not engine.has_work
+    with pytest.raises(ZeroDivisionError):
+        list(engine.stream((prompts[1 // left], GREEDY) for left in (2, 2, 0)))
+    assert [completion.token_ids for completion in engine.generate(prompts[:2], GREEDY)] == expected
+    assert engine.scheduler.stats.used_pages == 0
+
+
+def test_an_interrupted_step_is_an_error_and_no_endless_loop(model, prompts, monkeypatch):
+    engine = Engine.from_pretrained(model)
+    monkeypatch.setattr(engine.worker, "launch_forward", lambda batch: 1 // 0)
+    engine.add(Request(0, prompts[0], GREEDY))
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    engine.cancel_all()
+    assert [delta.finish_reason for delta in engine.step()] == [FinishReason.CANCELLED]
+    with pytest.raises(RuntimeError, match="there is work, and nothing can run"):
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ("The fox", GREEDY, "prompts: expected a list of texts"),
+        ([1, 2], GREEDY, "prompts: expected a list of texts"),
+        (["a", "b"], [GREEDY], "params: expected one, or one for each of 2 prompts; got 1"),
+        (["a"], [], "params: expected one, or one for each of 1 prompts; got 0"),
+    ],
+)
+def test_prompts_and_params_that_do_not_match_are_refused(model, prompts, params, message):
+    engine = Engine.from_pretrained(model)
+    with pytest.raises(InvalidRequest, match=message):
+        engine.generate(prompts, params)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -194,6 +236,8 @@ def test_a_failed_start_says_what_failed(model, tmp_path):
         Client(config(tmp_path)).process.start()
     with pytest.raises(EngineError, match="expected sequential"):
         Client(config(model, schedule="fastest")).process.start()
+    with pytest.raises(EngineError, match="python: /nowhere/python: No such file"):
+        Client(config(model, python="/nowhere/python")).process.start()
 
 
 def test_a_killed_engine_is_reported_and_refuses_what_follows(model, prompts):
@@ -204,6 +248,16 @@ def test_a_killed_engine_is_reported_and_refuses_what_follows(model, prompts):
     assert "SIGKILL" in client.deaths[0]
     with pytest.raises(EngineError, match="SIGKILL"):
         client.process.submit(Request(0, prompts[0], GREEDY))
+    client.process.stop()
+
+
+def test_news_that_cannot_be_taken_is_a_death_and_no_silence(model, prompts, monkeypatch):
+    monkeypatch.setattr(Client, "on_news", lambda self, news: 1 // 0)
+    client = Client(config(model))
+    client.process.start()
+    client.process.submit(Request(0, prompts[0], GREEDY))
+    client.wait_for(lambda: client.deaths)
+    assert "ZeroDivisionError" in client.deaths[0]
     client.process.stop()
 
 

@@ -106,6 +106,7 @@ def broken(rule: str) -> Schedule:
         "pages": lambda: change(in_lanes(plan, LAYER, {"rope_append": "append"}), "attention", part=1, waits=()),
         "order": lambda: replace(whole, launches=whole.launches[::-1]),
         "stray lane": lambda: replace(plan, partition={"compute": 8, "memory": 8, "network": 4, "x": 1}),
+        "negative SMs": lambda: replace(plan, partition={"compute": 18, "memory": -6, "network": 4}),
         "no SMs": lambda: replace(plan, partition={"compute": 8, "memory": 8}),
         "too many SMs": lambda: replace(plan, partition={"compute": 8, "memory": 8, "network": 4}),
         "share of the lane": lambda: change(
@@ -135,6 +136,7 @@ RULES = {
     "pages": r"launch 7 \(attention 4\.\.8\) in layer 0 may start before launch . \(rope_append ....\) of layer 0 has",
     "order": r"launch 0 \(mlp_reduce 0\.\.8\) in layer 0 may start before launch 1 \(down 0\.\.8\) of layer 0",
     "stray lane": r"partition: no launch is in lane \['x'\]",
+    "negative SMs": "partition: lane 'memory' owns -6 SMs, expected at least 1",
     "no SMs": r"partition: lane \['network'\] has no SMs of its own",
     "too many SMs": "partition: its lanes own 20 SMs, the device has 16",
     "share of the lane": r"launch 0 \(attention_norm 0\.\.4\): sms is 5, expected 1\.\.4",

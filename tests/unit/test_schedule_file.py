@@ -119,8 +119,11 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, place: tuple[Any, 
 
 def test_what_is_not_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plans.json"
-    path.write_text('{"header": ')
+    path.write_bytes(b'{"header": ')
     with pytest.raises(ScheduleError, match=r"plans\.json: Input data was truncated"):
+        ScheduleFile.load(path)
+    path.write_bytes(b'{"header": {"format_version": 1, "model_fingerprint": "\xff"}}')
+    with pytest.raises(ScheduleError, match=r"plans\.json: 'utf-8' codec can't decode"):
         ScheduleFile.load(path)
 
 
