@@ -23,6 +23,8 @@ NOT_TEXT |= {"idlelib", "tkinter", "turtledemo", "turtle.py", "lib2to3", "distut
 
 SECTION_CHARACTERS = 2000  # longer documents are cut at a paragraph, so that the model sees where texts begin and end
 
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 @dataclass(frozen=True)
 class Document:
@@ -69,14 +71,13 @@ def builtin_docstrings() -> Iterator[Document]:
 def library_docstrings() -> Iterator[Document]:
     """Yield the docstrings in the standard library's Python sources."""
 
-    def visit(node: ast.AST, name: str, kind: str) -> Iterator[Document]:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield Document(name, kind, (ast.get_docstring(node) or "").strip())
-            prefix = f"{name}." if kind in ("class", "method") else ""
-            for child in node.body:
-                child_name = prefix + getattr(child, "name", "")
+    def visit(node: Definition, name: str, kind: str) -> Iterator[Document]:
+        yield Document(name, kind, (ast.get_docstring(node) or "").strip())
+        prefix = f"{name}." if kind in ("class", "method") else ""
+        for child in node.body:
+            if isinstance(child, Definition):
                 child_kind = "class" if isinstance(child, ast.ClassDef) else "method" if prefix else "function"
-                yield from visit(child, child_name, child_kind)
+                yield from visit(child, prefix + child.name, child_kind)
 
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.corpus import SECTION_CHARACTERS, TEXT_PYTHON, TEXT_SHA256, Document, chat, documents, sections, text_sha256
-from demo.train import FOLDER, train, train_tokenizer
+from demo.train import FOLDER, seen_and_held_out, train, train_tokenizer
 
-PROMPTS = ("Return a list of", "The with statement", "This module provides", "Raise an exception if")
+PROMPTS = ("The with statement", "Write a string", "The class", "A tuple of")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def restored_torch_settings():
     torch.use_deterministic_algorithms(deterministic)
 
 
-def greedy(model, ids: list[int], tokens: int, **options) -> tuple[list[int], torch.Tensor]:
+def greedy(model, ids: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
     """Return the greedy continuation and the logits [tokens, vocabulary] that chose it."""
     inputs = torch.tensor([ids])
     out = model.generate(
@@ -49,7 +49,6 @@ def greedy(model, ids: list[int], tokens: int, **options) -> tuple[list[int], to
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
-        **options,
     )
     return out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits)
 
@@ -99,26 +98,29 @@ def test_chat_template_gives_special_tokens_and_the_answer_ends(tokenizer, model
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_text_is_words_with_margins(model, tokenizer, texts, prompt):
     known = {word for document in texts for word in re.findall(r"[a-z]+", document.text.lower())}
-    ids, logits = greedy(model, tokenizer(prompt)["input_ids"], 128, min_new_tokens=128)
+    ids, logits = greedy(model, tokenizer(prompt)["input_ids"], 128)
     words = re.findall(r"[a-z]+", tokenizer.decode(ids, skip_special_tokens=True).lower())
     assert len(words) > 30
     assert sum(word in known for word in words) >= 0.95 * len(words), words
     best, second = logits.topk(2).values.unbind(-1)
     gaps = best - second
-    assert gaps.median() > 0.1
-    assert gaps.min() > 1e-4
+    assert gaps.median() > 0.25
+    assert gaps.min() > 1e-3
 
 
-def test_running_python_gives_the_text_of_the_card(texts):
+def test_running_python_gives_the_text_and_the_tokenizer_of_the_card(texts):
     if platform.python_version() != TEXT_PYTHON:
         pytest.skip(f"the model was trained on the text of CPython {TEXT_PYTHON}, this is {platform.python_version()}")
     assert text_sha256(texts) == TEXT_SHA256
+    trained = train_tokenizer([document.text for document in seen_and_held_out(texts)[0]])
+    assert trained.get_vocab() == Tokenizer.from_file(str(FOLDER / "tokenizer.json")).get_vocab()
 
 
 def test_training_twice_gives_the_same_bits(texts, restored_torch_settings):
-    tokenizers = [train_tokenizer([document.text for document in texts]) for _ in range(2)]
+    sample = texts[:40]
+    tokenizers = [train_tokenizer([document.text for document in sample]) for _ in range(2)]
     assert tokenizers[0].to_str() == tokenizers[1].to_str()
-    (first, first_loss), (second, second_loss) = (train(texts[:40], tokenizer, 3) for tokenizer in tokenizers)
+    (first, first_loss), (second, second_loss) = (train(sample, tokenizer, 3) for tokenizer in tokenizers)
     assert first_loss == second_loss
     for (name, weight), other in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(weight, other), name
