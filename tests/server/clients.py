@@ -35,9 +35,8 @@ class GrpcStream:
     def __init__(self, url: str, model: str, *, outputs=None, parameters=None, timeout_us=None, **inputs: Any):
         self.responses: queue.Queue[Any] = queue.Queue()
         self.client = tritonclient.grpc.InferenceServerClient(url)
-        # The header makes an error end the stream with its own status; without it a stream has messages only.
-        headers = {"triton_grpc_error": "true"}
-        self.client.start_stream(lambda result, error: self.responses.put(error or result), headers=headers)
+        # Errors have their message only: the header that adds their code (triton_grpc_error) made this server abort.
+        self.client.start_stream(lambda result, error: self.responses.put(error or result))
         self.client.async_stream_infer(
             model,
             tensors(**inputs),
@@ -48,7 +47,7 @@ class GrpcStream:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises: InferenceServerException, whose status() is the code."""
+        """Raises: InferenceServerException."""
         final = False
         while not final:
             response = self.responses.get(timeout=PATIENCE_S)
