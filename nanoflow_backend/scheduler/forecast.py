@@ -15,7 +15,7 @@ class Forecast(Protocol):
     """How likely requests are to run on."""
 
     def record(self, output_tokens: int) -> None:
-        """A request has ended by itself after so many tokens."""
+        """A request has ended after so many tokens, for whatever reason."""
 
     def update(self, running: Tokens) -> None:
         """Take in what was recorded, and the tokens that each running request has produced so far."""

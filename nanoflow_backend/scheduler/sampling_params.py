@@ -57,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """Build from a client's mapping: numbers may be strings ("128"), `stop` may be one string.
 
         Every vLLM SamplingParams name is recognised. A name that is not implemented yet is accepted at its
-        neutral value and refused otherwise.
+        neutral value (None is one for all) and refused otherwise.
 
         Raises:
             InvalidRequest: naming the field and what was expected.
@@ -69,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             elif name not in NEUTRAL_VALUES:
                 known_names = ", ".join(cls.__struct_fields__)
                 raise InvalidRequest(f"{name}: unknown sampling parameter; known are {known_names}")
-            elif value not in NEUTRAL_VALUES[name]:
+            elif value is not None and value not in NEUTRAL_VALUES[name]:
                 raise InvalidRequest(
                     f"{name}: not implemented; expected its neutral value {NEUTRAL_VALUES[name][0]!r}, got {value!r}"
                 )
@@ -97,9 +97,16 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True, "true"),
     "flat_logprobs": (False, "false"),
     "skip_clone": (False, "false"),
-    "thinking_token_budget": (None,),
+    "skip_reading_prefix_cache": (None, False, "false"),
+    "routed_experts_prompt_start": (0, "0"),
+    "thinking_token_budget": (None, -1, "-1"),
     "repetition_detection": (None,),
     "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
+    "logprob_token_ids": (None,),
+    "stream_interval": (None, 1, "1"),
+    "trace_decode_token_ids": (None,),
     "truncate_prompt_tokens": (None,),
     "logits_processors": (None, []),
     "logit_bias": (None, {}),
@@ -112,11 +119,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+DEFAULTS = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__, strict=True))
+
+
 def _normalise(name: str, value: Any) -> Any:
     """The spellings clients use: one stop string, -1 for "all tokens", `None` for "the default"."""
-    defaults = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_defaults__, strict=True))
     if value is None:
-        return defaults[name]
+        return DEFAULTS[name]
     if name == "stop" and isinstance(value, str):
         return (value,)
     if name == "stop_token_ids" and isinstance(value, int):

@@ -182,7 +182,6 @@ class Scheduler:
             deltas.append(delta)
             if delta.finish_reason is not None:
                 del self._live[s.id]
-                self._forecast.record(s.output_tokens)
                 self._finish(s, delta.finish_reason)
         for s in [s for s in self._slots.leaving.values() if s.last_step <= self._returned_step]:
             self._release(s)
@@ -310,6 +309,8 @@ class Scheduler:
     def _finish(self, s: Sequence, reason: FinishReason) -> None:
         s.finish_reason = reason
         self._finished += 1
+        if s.output_tokens:  # cancelled ones count: that is how a stop string ends a request
+            self._forecast.record(s.output_tokens)
         if s.state is State.WAITING:
             self._waiting.remove(s)
             s.state = State.ENDED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -347,6 +347,24 @@ def test_a_victim_whose_last_token_was_in_flight_has_ended() -> None:
     assert s.schedule() is None
     assert [d.finish_reason for d in returned(s, batch, 7, EOS)] == [None, FinishReason.STOP]
     assert s.stats.waiting_requests == 0
+
+
+def test_the_forecast_learns_from_every_end_after_a_token() -> None:
+    class Recorder(ReserveNothing):
+        lengths: ClassVar[list[int]] = []
+
+        def record(self, output_tokens: int) -> None:
+            self.lengths.append(output_tokens)
+
+    s = make(forecast=Recorder(), max_running=3)
+    for id, max_tokens in enumerate((9, 9, 3, 9)):
+        s.add(request(id, 3, max_tokens=max_tokens))
+    step(s)
+    step(s, 7, EOS, 7)
+    s.cancel(0)  # as at a stop string
+    s.cancel(3)  # it never ran
+    finish(s)
+    assert Recorder.lengths == [2, 2, 3]
 
 
 def test_requests_are_admitted_while_the_forecast_fits() -> None:
