@@ -11,6 +11,11 @@ import msgspec
 
 T = TypeVar("T")
 Dtype = Literal["float32", "float16", "bfloat16"]
+ROPE_KEYS = {  # that a scaling cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MixtralForCausalLM": "mixtral"}
 
 
@@ -198,6 +203,9 @@ def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(f"{origin}: rope scaling {kind!r} is not supported (default, linear and llama3 are)")
+    for key in ROPE_KEYS[kind]:
+        if scaling.get(key) is None:
+            raise ConfigError(f"{origin}: rope scaling {kind!r}: key {key!r} is missing")
     fields = {
         "theta": scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0,
         "scaling": kind,
@@ -216,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
 

@@ -42,6 +42,7 @@ class EngineProcess:
         self._host_pid = host_pid
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._child: Child | None = None  # while it runs
         self._stopping = False
 
     def start(self) -> Ready:
@@ -51,23 +52,26 @@ class EngineProcess:
             EngineError: what failed.
         """
         try:
-            self._child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+            child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
         except OSError as error:
             raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
         try:
-            self._child.send(Start(self._config))
-            answer = self._child.receive(self._decoder)
+            child.send(Start(self._config))
+            answer = child.receive(self._decoder)
         except ChildDied as death:
+            child.close()
             raise EngineError(f"the engine did not start: {death}; its output is in the server's log") from None
         if isinstance(answer, Failed):
-            self._child.stop()
+            child.stop()
+            child.close()
             raise EngineError(answer.message)
+        self._child = child
         self._reader.start()
         return answer  # type: ignore[no-any-return]
 
     @property
     def pid(self) -> int:
-        return self._child.pid
+        return self._running().pid
 
     def submit(self, request: Request) -> None:
         """Raises: EngineError when the process is gone."""
@@ -78,8 +82,8 @@ class EngineProcess:
         self._send(Cancel(request_id))
 
     def stop(self) -> None:
-        """Cancel what runs, end the process and the reader. Again is harmless."""
-        if self._stopping:
+        """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless."""
+        if self._child is None or self._stopping:
             return
         self._stopping = True
         with contextlib.suppress(ChildDied):
@@ -88,16 +92,21 @@ class EngineProcess:
         self._reader.join()
         self._child.close()
 
+    def _running(self) -> Child:
+        if self._child is None:
+            raise EngineError("the engine was not started")
+        return self._child
+
     def _send(self, message: Submit | Cancel) -> None:
         try:
-            self._child.send(message)
+            self._running().send(message)
         except ChildDied as death:
             raise EngineError(f"the engine is gone: {death}") from None
 
     def _read(self) -> None:
         try:
             while True:
-                message = self._child.receive(self._decoder)
+                message = self._running().receive(self._decoder)
                 match message:
                     case News():
                         self._on_news(message)

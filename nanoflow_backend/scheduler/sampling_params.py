@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+MOST_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20  # as many alternatives per token as other servers return by default
 
 
@@ -39,7 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if not ok:
                 raise InvalidRequest(f"{field}: expected {expected}, got {getattr(self, field)!r}")
 
-        require(1 <= self.max_tokens < 2**31, "max_tokens", "an integer in 1..2^31-1")
+        require(1 <= self.max_tokens <= MOST_TOKENS, "max_tokens", "an integer in 1..2^31-1")
         require(
             0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"an integer in 0..{self.max_tokens} (max_tokens)"
         )
@@ -123,9 +124,10 @@ DEFAULTS = dict(zip(SamplingParams.__struct_fields__, SamplingParams.__struct_de
 
 
 def _normalise(name: str, value: Any) -> Any:
-    """The spellings clients use: one stop string, -1 for "all tokens", `None` for "the default"."""
+    """The spellings clients use: one stop string, -1 for "all tokens", None for "the default" (of max_tokens: no limit
+    but the model's, as in vLLM)."""
     if value is None:
-        return DEFAULTS[name]
+        return MOST_TOKENS if name == "max_tokens" else DEFAULTS[name]
     if name == "stop" and isinstance(value, str):
         return (value,)
     if name == "stop_token_ids" and isinstance(value, int):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from nanoflow_backend.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -25,7 +27,7 @@ def read_trace(path: Path, max_model_tokens: int) -> Trace:
     output token fits, and output tokens beyond that.
 
     Raises:
-        ValueError: naming the file and the column or line.
+        ConfigError: naming the file and the column or line.
     """
     lengths: list[tuple[int, int]] = []
     arrivals_s: list[float] = []
@@ -35,14 +37,14 @@ def read_trace(path: Path, max_model_tokens: int) -> Trace:
         rows = csv.DictReader(file)
         missing = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} - set(rows.fieldnames or ())
         if missing:
-            raise ValueError(f"{path}: expected the columns {', '.join(sorted(missing))}, found {rows.fieldnames}")
+            raise ConfigError(f"{path}: expected the columns {', '.join(sorted(missing))}, found {rows.fieldnames}")
         for row in rows:
             try:
                 # the seventh decimal of the seconds is more than Python reads
                 arrival = datetime.fromisoformat(row["TIMESTAMP"][:26])
                 input_tokens, output_tokens = int(row["ContextTokens"]), int(row["GeneratedTokens"])
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {rows.line_num}: expected a time and two counts, got {row}") from error
+                raise ConfigError(f"{path}, line {rows.line_num}: expected a time and two counts, got {row}") from error
             start = start or arrival
             if input_tokens < 1 or output_tokens < 1:
                 dropped += 1

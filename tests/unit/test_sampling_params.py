@@ -57,6 +57,11 @@ def test_neutral_values_may_be_spelled_as_text() -> None:
     assert SamplingParams.parse({**neutral, "thinking_token_budget": -1}) == SamplingParams()
 
 
+def test_no_max_tokens_is_no_limit_but_the_models() -> None:
+    assert SamplingParams.parse({"max_tokens": None}).max_tokens == 2**31 - 1
+    assert SamplingParams.parse({}).max_tokens == 16
+
+
 def test_the_spellings_of_clients() -> None:
     fields = {"max_tokens": "128", "temperature": "0.5", "top_k": "-1", "seed": 7, "stop": "x", "stop_token_ids": 5}
     parsed = SamplingParams.parse({**fields, "ignore_eos": "true", "logprobs": None, "min_tokens": None})
