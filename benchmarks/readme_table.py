@@ -1,6 +1,6 @@
 """Write the README's table of measurements from benchmarks/results.
 
-    python benchmarks/readme_table.py            # --check: fail if the README has another one
+python benchmarks/readme_table.py            # --check: fail if the README has another one
 """
 
 from __future__ import annotations

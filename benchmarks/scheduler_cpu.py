@@ -9,16 +9,13 @@ every step predicts page use. Thread CPU time of schedule() and retire(), in the
 from __future__ import annotations
 
 import gc
-import json
-import platform
 import random
-import sys
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
+from nanoflow_backend.commands import result
 from nanoflow_backend.scheduler.batch import Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
@@ -72,19 +69,11 @@ def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[s
 
 
 def main() -> None:
-    result = {
-        "header": {
-            "command": "python " + " ".join(["benchmarks/scheduler_cpu.py", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {"python": platform.python_version(), "numpy": np.__version__, "msgspec": msgspec.__version__},
-            "machine": "2-core x86-64, no GPU, shared with other work",
-        },
+    loads = {
         "decode_only": measure(waiting=0, num_pages=40_000, max_tokens=(2_000, 2_000)),
         "full_cache_and_queue": measure(waiting=6_000, num_pages=15_625, max_tokens=(200, 600)),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    (Path(__file__).parent / "results" / "scheduler_cpu.json").write_text(text + "\n")
+    result.write(loads, Path(__file__).parent / "results" / "scheduler_cpu.json")
 
 
 if __name__ == "__main__":

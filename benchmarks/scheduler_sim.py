@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import platform
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
+from nanoflow_backend.commands import result
 from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.simulator import EOS, simulate
@@ -60,7 +56,7 @@ def main() -> None:
             prefix_caching=False,  # a trace has no text to share
             forecast=forecast,
         )
-        result = simulate(
+        outcome = simulate(
             trace,
             scheduler,
             dense_batch_tokens=options.dense_batch_tokens,
@@ -68,21 +64,17 @@ def main() -> None:
             max_tokens=options.max_tokens,
             step_s=options.step_s,
         )
-        arms[type(forecast).__name__] = asdict(result)
-        print(type(forecast).__name__, result, flush=True)
+        arms[type(forecast).__name__] = asdict(outcome)
+        print(type(forecast).__name__, outcome, flush=True)
 
-    header = {
-        "command": "python benchmarks/scheduler_sim.py " + " ".join(Path(word).name for word in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "msgspec": msgspec.__version__},
-        "machine": "2-core x86-64, no GPU",
+    settings = vars(options) | {"trace": options.trace and options.trace.name}
+    workload_facts = {
         "trace_sha256": hashlib.sha256(options.trace.read_bytes()).hexdigest() if options.trace else None,
         "dropped_rows": trace.dropped_rows,
         "clipped_rows": trace.clipped_rows,
     }
-    settings = vars(options) | {"trace": options.trace and options.trace.name}
     path = RESULTS / f"scheduler_sim_{options.name}.json"
-    path.write_text(json.dumps({"header": header, "settings": settings, "arms": arms}, indent=2) + "\n")
+    result.write({"settings": settings, **workload_facts, "arms": arms}, path)
     print("written:", path)
 
 

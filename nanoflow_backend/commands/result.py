@@ -24,11 +24,16 @@ def header() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": versions,
     }
+
+
+def _without_folder(word: str) -> str:
+    """Where a file lies on this machine is nobody's business; paths inside the project stay."""
+    return Path(word).name if os.path.isabs(word) else word
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
