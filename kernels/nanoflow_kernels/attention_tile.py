@@ -1,0 +1,38 @@
+"""One tile of keys and values: a page by bulk copies, or gathered token by token."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(
+    kv, table, tile, head, length, page_tokens,
+    K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED.
+
+    kv: a descriptor of rows [pages 2 K P, D] where TILED (then a tile is a page), else a pointer. table: the slot's
+    pages. What is behind keys from `length` on may be NaN, and their pages may be unset.
+    """
+    key = tile * KEYS + tl.arange(0, KEYS)
+    lane = tl.arange(0, D)
+    if TILED:
+        page = tl.load(table + tile, mask=tile * KEYS < length, other=0)
+        row = (page * 2 * K + head) * KEYS
+        k = kv.load([row, 0])
+        v = kv.load([row + K * KEYS, 0])
+        if MASKED:
+            v = tl.where((key < length)[:, None], v, 0.0)
+    else:
+        page = tl.load(table + key // page_tokens, mask=key < length, other=0).to(tl.int64)
+        row = (page * 2 * K + head) * page_tokens + key % page_tokens
+        place = row[:, None] * D + lane[None, :]
+        if MASKED:
+            k = tl.load(kv + place, mask=(key < length)[:, None], other=0.0)
+            v = tl.load(kv + place + K * page_tokens * D, mask=(key < length)[:, None], other=0.0)
+        else:
+            k = tl.load(kv + place)
+            v = tl.load(kv + place + K * page_tokens * D)
+    return k, v
