@@ -19,7 +19,7 @@ BLOCK = 2048  # columns a program takes at once
 def _swiglu(gate_up, out, T, F, groups, gate_up_stride, out_stride, BLOCK: tl.constexpr):
     blocks = tl.cdiv(F, BLOCK)
     for item in range(tl.program_id(0), T * groups * blocks, tl.num_programs(0)):
-        row = (item // (groups * blocks)).to(tl.int64)
+        row = tl.cast(item // (groups * blocks), tl.int64)
         group = item // blocks % groups
         column = item % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = column < F

@@ -19,6 +19,7 @@ from nanoflow_kernels.attention_tile import load_tile
 from nanoflow_kernels.attention_work import AttentionWork
 
 NARROWEST = 16  # columns of the narrow side
+WARPS, STAGES = 4, 3
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
 
 
@@ -151,7 +152,7 @@ def decode(
         q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts, part_m, part_l, part_acc, out,
         q.stride(0), out.stride(0), page_table.stride(0), page_tokens, head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, narrow, head_dim, work.keys, work.keys == page_tokens,
-        STAGES=1 if q.dtype == torch.float32 else 3, num_warps=4,
+        STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip
     _join[(shares,)](
         work.stop_tile, work.first_row, work.counts, part_m, part_l, part_acc, out, out.stride(0),

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nanoflow_kernels.attention_tile import load_tile
 from nanoflow_kernels.attention_work import AttentionWork
 
+WARPS, STAGES = 8, 3
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
 
 
@@ -97,5 +98,5 @@ def prefill(
         q, kv, positions, slots, page_table, work.query_row, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), page_tokens, head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, work.keys, work.keys == page_tokens,
-        STAGES=1 if q.dtype == torch.float32 else 3, num_warps=8,
+        STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip

@@ -22,7 +22,7 @@ def _embed(
 ):  # fmt: skip
     blocks = tl.cdiv(D, BLOCK)
     for item in range(tl.program_id(0), T * blocks, tl.num_programs(0)):
-        row = (item // blocks).to(tl.int64)
+        row = tl.cast(item // blocks, tl.int64)
         column = item % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = column < D
         token = tl.load(token_ids + row * id_stride).to(tl.int64)

@@ -125,7 +125,7 @@ def _sum_parts(parts, out, T, N, out_stride, CHOSEN: tl.constexpr, BLOCK: tl.con
     """out[t] = sum of parts [T, CHOSEN, N] over CHOSEN, in order."""
     blocks = tl.cdiv(N, BLOCK)
     for item in range(tl.program_id(0), T * blocks, tl.num_programs(0)):
-        row = (item // blocks).to(tl.int64)
+        row = tl.cast(item // blocks, tl.int64)
         column = item % blocks * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
         for choice in tl.static_range(CHOSEN):

@@ -22,7 +22,7 @@ def _add_rms_norm(
     inside = column < D
     scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
     for item in range(tl.program_id(0), T, tl.num_programs(0)):
-        row = item.to(tl.int64)
+        row = tl.cast(item, tl.int64)
         a = tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
         b = tl.load(update + row * update_stride + column, mask=inside, other=0).to(tl.float32)
         rounded = (a + b).to(kept.dtype.element_ty)  # the norm is of what is kept

@@ -27,7 +27,7 @@ def _rope_append(
     column = head[:, None] * (2 * HALF) + lane[None, :]
     frequency = tl.load(frequencies + lane).to(tl.float32)
     for item in range(tl.program_id(0), T, tl.num_programs(0)):
-        row = item.to(tl.int64)
+        row = tl.cast(item, tl.int64)
         position = tl.load(positions + row)
         slot = tl.load(slots + row).to(tl.int64)
         angle = position.to(tl.float32) * frequency

@@ -14,6 +14,8 @@ if torch.cuda.is_available():
 from kernel_checks import Checks
 from nanoflow_kernels import device as kernels
 
+# the interpreter's own, on conversions and on infinities that the kernels mean
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("DeprecationWarning", "RuntimeWarning")]
 TOKENS = (0, 1, 13)
 MIXES = {
     "one decode at position 0": [(0, 1)],
