@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from comparison import assert_close
 from nanoflow_kernels import device as kernels
-from nanoflow_kernels import reference
+from nanoflow_kernels import reference, reference_sampling
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -141,7 +141,8 @@ class Checks:
         """Both products. The last `unused` experts are chosen by nobody."""
         ranked = torch.rand(tokens, count - unused, generator=self.random).argsort(1)
         experts, weight = ranked[:, :chosen].int(), self.normal(count, width, inner)
-        x, out, expected = self.normal(tokens, inner), self.empty(tokens, chosen * width), torch.empty(tokens, chosen * width)
+        x, out = self.normal(tokens, inner), self.empty(tokens, chosen * width)
+        expected = torch.empty(tokens, chosen * width)
         kernels.grouped_linear(self.there(x), self.there(experts), weight.to(self.device), out=out)
         reference.grouped_linear(x.float(), experts, weight.float(), out=expected)
         self.close("grouped_linear", out, expected)
@@ -152,6 +153,22 @@ class Checks:
         reference.grouped_combine(x, experts, scale, weight, out=expected)
         self.close("grouped_combine", out, expected)
 
+
+    def sample(self, rows: int, vocabulary: int) -> None:
+        """Every way to sample, in one batch: with equals at the thresholds, zeros of both signs and excluded ids."""
+        logits = self.normal(rows, vocabulary, dtype=torch.float32) * 3
+        logits[:, ::3] = logits[:, ::3].round()
+        logits[::2, : vocabulary // 4] = -torch.inf
+        ways = [torch.arange(rows) % n for n in (4, 5, 7)]
+        columns = (
+            torch.tensor([0, 0.5, 1, 2], dtype=torch.float64)[ways[0]],
+            torch.tensor([0, 1, 5, 17, 2**40])[ways[1]],
+            torch.tensor([1, 0.9, 0.3, 1e-9, 0.99, 0.7, 1], dtype=torch.float64)[ways[2]],
+            torch.randint(2**62, (rows,), generator=self.random),
+            torch.randint(2**31, (rows,), generator=self.random),
+        )
+        ids = kernels.sample(self.there(logits), *map(self.there, columns))
+        assert ids.tolist() == reference_sampling.sample(logits, *columns).tolist()
 
 
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

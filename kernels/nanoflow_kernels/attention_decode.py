@@ -2,7 +2,7 @@
 the few query heads of a group its narrow one.
 
 Each program takes an equal share of the tiles of all (row, kv head) pairs; a pair cut by a share's end leaves its parts
-(maximum m, sum l, accumulator) in a workspace, and a second kernel joins them.
+(peak, mass and weighted sum of values) in a workspace, and a second kernel joins them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never 
 
 @triton.jit
 def _attend(
-    m, l, acc, qt, kv, table, tile, head, length, page_tokens, scale,
+    peak, mass, acc, qt, kv, table, tile, head, length, page_tokens, scale,
     K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys: m [GP], l [GP], acc [D, GP], qt [D, GP]."""
+    """One more tile of keys: peak [GP], mass [GP], acc [D, GP], qt [D, GP]."""
     k, v = load_tile(kv, table, tile, head, length, page_tokens, K, D, KEYS, TILED, MASKED)
     s = tl.dot(k, qt, input_precision="ieee") * scale
     if MASKED:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], s, -float("inf"))
-    highest = tl.maximum(m, tl.max(s, 0))
+    highest = tl.maximum(peak, tl.max(s, 0))
     p = tl.exp2(s - highest[None, :])
-    fade = tl.exp2(m - highest)
+    fade = tl.exp2(peak - highest)
     acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
-    return highest, l * fade + tl.sum(p, 0), acc
+    return highest, mass * fade + tl.sum(p, 0), acc
 
 
 @triton.jit
 def _decode(
-    q, kv, positions, slots, page_table, stop_tile, first_row, counts, part_m, part_l, part_acc, out,
+    q, kv, positions, slots, page_table, stop_tile, first_row, counts, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, page_tokens, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -71,32 +71,38 @@ def _decode(
         table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
         place = (head * G + group[None, :]) * D + lane[:, None]
         qt = tl.load(q + row * q_stride + place, mask=in_group, other=0.0)
-        m = tl.full([GP], LOWEST, tl.float32)
-        l = tl.zeros([GP], tl.float32)
+        peak = tl.full([GP], LOWEST, tl.float32)
+        mass = tl.zeros([GP], tl.float32)
         acc = tl.zeros([D, GP], tl.float32)
-        whole = tl.minimum(last, length // KEYS)
-        for tile in tl.range(first, whole, num_stages=STAGES):
-            m, l, acc = _attend(
-                m, l, acc, qt, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, False
-            )
-        if whole < last:
-            m, l, acc = _attend(
-                m, l, acc, qt, kv, table, whole, head, length, page_tokens, scale, K, D, KEYS, TILED, True
-            )
+        if TILED:  # V of a page that ends in no keys passes through registers to be masked: only the last one does
+            whole = tl.minimum(last, length // KEYS)
+            for tile in tl.range(first, whole, num_stages=STAGES):
+                peak, mass, acc = _attend(
+                    peak, mass, acc, qt, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, False
+                )
+            if whole < last:
+                peak, mass, acc = _attend(
+                    peak, mass, acc, qt, kv, table, whole, head, length, page_tokens, scale, K, D, KEYS, TILED, True
+                )
+        else:
+            for tile in tl.range(first, last, num_stages=STAGES):
+                peak, mass, acc = _attend(
+                    peak, mass, acc, qt, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, True
+                )
 
         if last - first == tiles:
-            o = acc / tl.maximum(l, 1e-30)[None, :]
+            o = acc / tl.maximum(mass, 1e-30)[None, :]
             tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=in_group)
         else:
             part = 2 * program + (first == 0).to(tl.int32)  # a share has one pair that began before it, and one that
-            tl.store(part_m + part * GP + group, m)  # goes on behind it
-            tl.store(part_l + part * GP + group, l)
+            tl.store(part_peak + part * GP + group, peak)  # goes on behind it
+            tl.store(part_mass + part * GP + group, mass)
             tl.store(part_acc + part * GP * D + group[None, :] * D + lane[:, None], acc)
 
 
 @triton.jit
 def _join(
-    stop_tile, first_row, counts, part_m, part_l, part_acc, out, out_stride,
+    stop_tile, first_row, counts, part_peak, part_mass, part_acc, out, out_stride,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Program i joins the pair that begins in share i and goes on behind it, if there is one."""
@@ -113,20 +119,20 @@ def _join(
         if (done > 0) & (done <= share):
             group, lane = tl.arange(0, GP), tl.arange(0, D)
             part = 2 * program + 1
-            m = tl.load(part_m + part * GP + group)
-            l = tl.load(part_l + part * GP + group)
+            peak = tl.load(part_peak + part * GP + group)
+            mass = tl.load(part_mass + part * GP + group)
             acc = tl.load(part_acc + part * GP * D + group[:, None] * D + lane[None, :])
-            for next in range(program + 1, program + 1 + tl.cdiv(tiles - done, share)):
-                part = 2 * next
-                m_next = tl.load(part_m + part * GP + group)
-                highest = tl.maximum(m, m_next)
-                fade, fade_next = tl.exp2(m - highest), tl.exp2(m_next - highest)
-                l = l * fade + tl.load(part_l + part * GP + group) * fade_next
+            for other in range(program + 1, program + 1 + tl.cdiv(tiles - done, share)):
+                part = 2 * other
+                peak_next = tl.load(part_peak + part * GP + group)
+                highest = tl.maximum(peak, peak_next)
+                fade, fade_next = tl.exp2(peak - highest), tl.exp2(peak_next - highest)
+                mass = mass * fade + tl.load(part_mass + part * GP + group) * fade_next
                 acc_next = tl.load(part_acc + part * GP * D + group[:, None] * D + lane[None, :])
                 acc = acc * fade[:, None] + acc_next * fade_next[:, None]
-                m = highest
+                peak = highest
             place = (head * G + group[:, None]) * D + lane[None, :]
-            o = acc / tl.maximum(l, 1e-30)[:, None]
+            o = acc / tl.maximum(mass, 1e-30)[:, None]
             tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=(group < G)[:, None])
 
 
@@ -146,15 +152,15 @@ def decode(
     group = q.shape[1] // head_dim // kv_heads
     narrow = max(NARROWEST, triton.next_power_of_2(group))
     shares = len(work.first_row)
-    part_m, part_l = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
+    part_peak, part_mass = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
     part_acc = q.new_empty((2 * shares, narrow, head_dim), dtype=torch.float32)
     _decode[(shares,)](
-        q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts, part_m, part_l, part_acc, out,
+        q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts, part_peak, part_mass, part_acc, out,
         q.stride(0), out.stride(0), page_table.stride(0), page_tokens, head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, narrow, head_dim, work.keys, work.keys == page_tokens,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip
     _join[(shares,)](
-        work.stop_tile, work.first_row, work.counts, part_m, part_l, part_acc, out, out.stride(0),
+        work.stop_tile, work.first_row, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),
         kv_heads, group, narrow, head_dim,
     )  # fmt: skip

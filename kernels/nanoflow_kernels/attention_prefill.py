@@ -19,19 +19,19 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never 
 
 @triton.jit
 def _attend(
-    m, l, acc, q, at, kv, table, tile, head, length, page_tokens, scale,
+    peak, mass, acc, q, at, kv, table, tile, head, length, page_tokens, scale,
     K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys: m [M], l [M], acc [M, D], q [M, D], whose rows stand at positions `at` [M]."""
+    """One more tile of keys: peak [M], mass [M], acc [M, D], q [M, D], whose rows stand at positions `at` [M]."""
     k, v = load_tile(kv, table, tile, head, length, page_tokens, K, D, KEYS, TILED, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
-    highest = tl.maximum(m, tl.max(s, 1))
+    highest = tl.maximum(peak, tl.max(s, 1))
     p = tl.exp2(s - highest[:, None])
-    fade = tl.exp2(m - highest)
+    fade = tl.exp2(peak - highest)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return highest, l * fade + tl.sum(p, 1), acc
+    return highest, mass * fade + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -64,19 +64,21 @@ def _prefill(
         queries = tl.load(q + row[:, None] * q_stride + place, mask=real, other=0.0)
         at = position + tl.minimum(query, rows - 1)
         table = page_table + slot.to(tl.int64) * table_stride
-        m = tl.full([QUERIES * GP], LOWEST, tl.float32)
-        l = tl.zeros([QUERIES * GP], tl.float32)
+        peak = tl.full([QUERIES * GP], LOWEST, tl.float32)
+        mass = tl.zeros([QUERIES * GP], tl.float32)
         acc = tl.zeros([QUERIES * GP, D], tl.float32)
-        whole = (position + 1) // KEYS
+        whole = (position + 1) // KEYS if TILED else 0
         for tile in tl.range(0, whole, num_stages=STAGES):
-            m, l, acc = _attend(
-                m, l, acc, queries, at, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, False
-            )
-        for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=1):
-            m, l, acc = _attend(
-                m, l, acc, queries, at, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, True
-            )
-        o = acc / l[:, None]
+            peak, mass, acc = _attend(
+                peak, mass, acc, queries, at, kv, table, tile, head, length, page_tokens, scale,
+                K, D, KEYS, TILED, False,
+            )  # fmt: skip
+        for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=1 if TILED else STAGES):
+            peak, mass, acc = _attend(
+                peak, mass, acc, queries, at, kv, table, tile, head, length, page_tokens, scale,
+                K, D, KEYS, TILED, True,
+            )  # fmt: skip
+        o = acc / mass[:, None]
         tl.store(out + row[:, None] * out_stride + place, o.to(out.dtype.element_ty), mask=real)
 
 

@@ -1,8 +1,8 @@
 """The device's kernels, under the names and signatures of reference.py and reference_sampling.py.
 
-`kernel(*inputs, *parameters, out=outputs, **attributes)`, and on each an optional `num_sms`: how many SMs the launch may
-fill (None: all). All can be captured in a CUDA graph: grids depend on shapes alone, nothing waits for the device, and
-what workspace they need comes from torch's allocator. The first call with new shapes compiles: run once before capture.
+`kernel(*inputs, *parameters, out=outputs, **attributes)`, and on each an optional `num_sms`: how many SMs the launch
+may fill (None: all). All can be captured in a CUDA graph: grids depend on shapes alone, nothing waits for the device,
+and what workspace they need comes from torch's allocator. The first call of a kind compiles: run it before a capture.
 
 A batch may be padded: a row at position -1 (of any slot that exists) appends nothing to pages and attends to nothing;
 its outputs are finite where its inputs are, and no other row sees them.

@@ -112,7 +112,8 @@ def _grouped(
         for start in tl.range(0, IN, DEPTH, num_stages=STAGES):
             inside = start + depth < IN
             a_tile = tl.load(a[:, None] + start + depth[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-            b_tile = tl.load(b[None, :] + start + depth[:, None], mask=(column < N)[None, :] & inside[:, None], other=0.0)
+            wanted = (column < N)[None, :] & inside[:, None]
+            b_tile = tl.load(b[None, :] + start + depth[:, None], mask=wanted, other=0.0)
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
         if SCALED:
             acc = acc * tl.load(scale + token * scale_stride + part, mask=real, other=0.0)[:, None]

@@ -1,20 +1,159 @@
-"""Sampling on the device, without a word from the host: logits to token ids, as reference_sampling says."""
+"""Sampling on the device, without a word from the host: what reference_sampling says, in a few passes over a row.
+
+Both restrictions keep the ids above a threshold of the logit, and of those at it the lowest few. Thresholds are found
+three bits at a time, from the top: how many ids, or how much of their mass, is at or above each of seven candidates.
+
+Shape legend: R rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.reference_sampling import _restrict, logprobs, uniform
+from nanoflow_kernels.operands import check_dtype, check_rows
+from nanoflow_kernels.reference_sampling import logprobs
 
 __all__ = ["logprobs", "sample"]
 
+BLOCK = 8192  # ids a program looks at at once
+
+
+@triton.jit
+def _order(x):
+    """fp32 to uint32, so that the order is kept, and the zeros are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _threshold(row, V, peak, temperature, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The highest order t at which the ids of order >= t are `wanted`, or have that mass; only ids >= floor count."""
+    threshold = floor * 0
+    for group in tl.static_range(11):
+        shift: tl.constexpr = 30 - 3 * group
+        candidates: tl.constexpr = 3 if group == 0 else 7
+        digit = tl.arange(0, 8)
+        at_least = tl.zeros([8], tl.float64)
+        for begin in range(0, V, BLOCK):
+            id = begin + tl.arange(0, BLOCK)
+            x = tl.load(row + id, mask=id < V, other=-float("inf"))
+            order = _order(x)
+            if BY_MASS:
+                amount = tl.exp((x - peak) / temperature)
+            else:
+                amount = tl.full([BLOCK], 1.0, tl.float32)
+            amount = tl.where((id < V) & (order >= floor), amount, 0.0)
+            for i in tl.static_range(1, candidates + 1):
+                above = tl.sum(tl.where(order >= (threshold | (i << shift)), amount, 0.0))
+                at_least += tl.where(digit == i, above.to(tl.float64), 0.0)
+        best = tl.max(tl.where((digit > 0) & (at_least >= wanted), digit, 0))
+        threshold = threshold | (best.to(tl.uint32) << shift)
+    return threshold
+
+
+@triton.jit
+def _amounts(row, V, peak, temperature, threshold, BLOCK: tl.constexpr):
+    """Count and mass of the ids of order > threshold."""
+    count = tl.zeros([], tl.int32)
+    mass = tl.zeros([], tl.float64)
+    for begin in range(0, V, BLOCK):
+        id = begin + tl.arange(0, BLOCK)
+        x = tl.load(row + id, mask=id < V, other=-float("inf"))
+        above = (id < V) & (_order(x) > threshold)
+        count += tl.sum(above.to(tl.int32))
+        mass += tl.sum(tl.where(above, tl.exp((x - peak) / temperature), 0.0)).to(tl.float64)
+    return count, mass
+
+
+@triton.jit
+def _kept(x, id, V, peak, temperature, threshold, ties, seen):
+    """Weights of a block's ids, 0 for those excluded, and how many at the threshold were seen up to its end."""
+    order = _order(x)
+    tie = ((order == threshold) & (id < V)).to(tl.int32)
+    keep = (order > threshold) | ((tie != 0) & (seen + tl.cumsum(tie) <= ties))
+    return tl.where(keep & (id < V), tl.exp((x - peak) / temperature), 0.0), seen + tl.sum(tie)
+
+
+@triton.jit
+def _sample(logits, temperatures, top_ks, top_ps, seeds, positions, ids, V, logits_stride, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    row = logits + program.to(tl.int64) * logits_stride
+    peak = -float("inf")
+    best = 0
+    for begin in range(0, V, BLOCK):
+        id = begin + tl.arange(0, BLOCK)
+        x = tl.load(row + id, mask=id < V, other=-float("inf"))
+        highest = tl.max(x)
+        best = tl.where(highest > peak, begin + tl.argmax(x, 0), best)
+        peak = tl.maximum(highest, peak)
+    temperature = tl.load(temperatures + program).to(tl.float32)
+    if temperature > 0:
+        top_k, top_p = tl.load(top_ks + program), tl.load(top_ps + program).to(tl.float64)
+        threshold = tl.zeros([], tl.uint32)
+        ties = V
+        if (top_k > 0) & (top_k < V):
+            threshold = _threshold(row, V, peak, temperature, threshold, top_k.to(tl.float64), False, BLOCK)
+            count, _ = _amounts(row, V, peak, temperature, threshold, BLOCK)
+            ties = top_k.to(tl.int32) - count
+        if top_p < 1:
+            seen = 0
+            total = tl.zeros([], tl.float64)
+            for begin in range(0, V, BLOCK):
+                id = begin + tl.arange(0, BLOCK)
+                x = tl.load(row + id, mask=id < V, other=-float("inf"))
+                weight, seen = _kept(x, id, V, peak, temperature, threshold, ties, seen)
+                total += tl.sum(weight).to(tl.float64)
+            wanted = top_p * total
+            lowest = threshold
+            threshold = tl.maximum(_threshold(row, V, peak, temperature, lowest, wanted, True, BLOCK), lowest)
+            _, above = _amounts(row, V, peak, temperature, threshold, BLOCK)
+            bits = tl.where(threshold >= 2147483648, threshold ^ 2147483648, ~threshold)
+            at = tl.exp((bits.to(tl.float32, bitcast=True) - peak) / temperature).to(tl.float64)
+            needed = tl.ceil((wanted - above) / at).to(tl.int32)
+            ties = tl.where(threshold == lowest, tl.minimum(needed, ties), needed)
+            ties = tl.maximum(ties, 1)
+
+        seen = 0
+        total = tl.zeros([], tl.float64)
+        for begin in range(0, V, BLOCK):
+            id = begin + tl.arange(0, BLOCK)
+            x = tl.load(row + id, mask=id < V, other=-float("inf"))
+            weight, seen = _kept(x, id, V, peak, temperature, threshold, ties, seen)
+            total += tl.sum(weight).to(tl.float64)
+        target = tl.rand(tl.load(seeds + program), tl.load(positions + program)).to(tl.float64) * total
+        seen = 0
+        before = tl.zeros([], tl.float64)
+        found = False
+        for begin in range(0, V, BLOCK):
+            if not found:
+                id = begin + tl.arange(0, BLOCK)
+                x = tl.load(row + id, mask=id < V, other=-float("inf"))
+                weight, seen = _kept(x, id, V, peak, temperature, threshold, ties, seen)
+                after = before + tl.sum(weight).to(tl.float64)
+                if after > target:
+                    passed = (before + tl.cumsum(weight).to(tl.float64) > target) & (weight > 0)
+                    first = tl.min(tl.where(passed, id, V))
+                    last = tl.max(tl.where(weight > 0, id, 0))  # where rounding of the two sums differs
+                    best = tl.where(first < V, first, last)
+                    found = True
+                before = after
+    tl.store(ids + program, best.to(tl.int64))
+
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """See reference_sampling.sample."""
-    scores = logits.double()
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature.clamp(min=1e-6)[:, None]
-    cumulative = _restrict(scores.softmax(-1), top_k, top_p).cumsum(-1)
-    u = uniform(seed, position)[:, None]
-    drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+    """One token id for each row, as reference_sampling.sample says, with weights in fp32 and their sums in fp64.
+
+    logits [R, V] fp32 (-inf: never), temperature [R], top_k [R], top_p [R], seed [R], position [R] -> [R] int64.
+    """
+    check_rows("sample", logits=logits)
+    check_dtype("sample", torch.float32, logits=logits)
+    ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if len(logits):
+        _sample[(len(logits),)](
+            logits, temperature, top_k, top_p, seed, position, ids, logits.shape[1], logits.stride(0), BLOCK,
+            num_warps=16,
+        )  # fmt: skip
+    return ids

@@ -76,6 +76,11 @@ def test_grouped_products(checks: Checks, tokens: int) -> None:
     checks.grouped(tokens, 5, 2, 71, 137)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 11])
+def test_sample(rows: int) -> None:
+    Checks("cpu", torch.float32).sample(rows, 97)
+
+
 def test_errors_name_the_operand() -> None:
     x = torch.ones(4, 6)
     with pytest.raises(ValueError, match=r"swiglu: gate_up: expected shape \(4, 12\), got \(4, 6\)"):
