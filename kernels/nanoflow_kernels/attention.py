@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.attention_decode import decode
 from nanoflow_kernels.attention_prefill import prefill
@@ -55,7 +54,5 @@ def attention(
         return
     if work is None:
         work = list_work(positions, slots, pages, heads, num_sms=num_sms)
-    tiled = work.keys == page_tokens
-    kv = TensorDescriptor.from_tensor(pages.view(-1, head_dim), [page_tokens, head_dim]) if tiled else pages
-    decode(q, kv, pages.shape, positions, slots, page_table, work, out=out)
-    prefill(q, kv, pages.shape, positions, slots, page_table, work, out=out)
+    decode(q, pages, positions, slots, page_table, work, out=out)
+    prefill(q, pages, positions, slots, page_table, work, out=out)

@@ -13,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.attention_tile import load_tile
-from nanoflow_kernels.attention_work import AttentionWork
+from nanoflow_kernels.attention_tile import load_tile, tiles
+from nanoflow_kernels.attention_work import KEYS, AttentionWork
 
 NARROWEST = 16  # columns of the narrow side
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 2, 2
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
 
 
@@ -30,11 +29,11 @@ def _attend(
 ):  # fmt: skip
     """One more tile of keys: peak [GP], mass [GP], acc [D, GP], qt [D, GP]."""
     k, v = load_tile(kv, table, tile, head, length, page_tokens, K, D, KEYS, TILED, MASKED)
-    s = tl.dot(k, qt, input_precision="ieee") * scale
+    s = tl.dot(k, qt, input_precision="ieee")
     if MASKED:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], s, -float("inf"))
-    highest = tl.maximum(peak, tl.max(s, 0))
-    p = tl.exp2(s - highest[None, :])
+    highest = tl.maximum(peak, tl.max(s, 0) * scale)
+    p = tl.exp2(s * scale - highest[None, :])
     fade = tl.exp2(peak - highest)
     acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
     return highest, mass * fade + tl.sum(p, 0), acc
@@ -138,8 +137,7 @@ def _join(
 
 def decode(
     q: Tensor,
-    kv: Tensor | TensorDescriptor,
-    pages_shape: torch.Size,
+    pages: Tensor,
     positions: Tensor,
     slots: Tensor,
     page_table: Tensor,
@@ -148,16 +146,18 @@ def decode(
     out: Tensor,
 ) -> None:
     """The rows of `work` that are alone in their slot, and zeros where padded. Operands as in `attention`."""
-    _, _, kv_heads, page_tokens, head_dim = pages_shape
+    tiled, kv = tiles(pages, KEYS)
+    _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     narrow = max(NARROWEST, triton.next_power_of_2(group))
     shares = len(work.first_row)
     part_peak, part_mass = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
     part_acc = q.new_empty((2 * shares, narrow, head_dim), dtype=torch.float32)
     _decode[(shares,)](
-        q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts, part_peak, part_mass, part_acc, out,
-        q.stride(0), out.stride(0), page_table.stride(0), page_tokens, head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, narrow, head_dim, work.keys, work.keys == page_tokens,
+        q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts,
+        part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
+        page_tokens, head_dim**-0.5 * math.log2(math.e),
+        kv_heads, group, narrow, head_dim, KEYS, tiled,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip
     _join[(shares,)](

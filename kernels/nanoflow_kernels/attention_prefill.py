@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.attention_tile import load_tile
-from nanoflow_kernels.attention_work import AttentionWork
+from nanoflow_kernels.attention_tile import load_tile, tiles
+from nanoflow_kernels.attention_work import KEYS, AttentionWork
 
 WARPS, STAGES = 8, 3
+WIDE = 128  # keys of a tile, where pages have as many; KEYS elsewhere
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
 
 
@@ -24,11 +24,11 @@ def _attend(
 ):  # fmt: skip
     """One more tile of keys: peak [M], mass [M], acc [M, D], q [M, D], whose rows stand at positions `at` [M]."""
     k, v = load_tile(kv, table, tile, head, length, page_tokens, K, D, KEYS, TILED, MASKED)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
-    highest = tl.maximum(peak, tl.max(s, 1))
-    p = tl.exp2(s - highest[:, None])
+    highest = tl.maximum(peak, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - highest[:, None])
     fade = tl.exp2(peak - highest)
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return highest, mass * fade + tl.sum(p, 1), acc
@@ -84,8 +84,7 @@ def _prefill(
 
 def prefill(
     q: Tensor,
-    kv: Tensor | TensorDescriptor,
-    pages_shape: torch.Size,
+    pages: Tensor,
     positions: Tensor,
     slots: Tensor,
     page_table: Tensor,
@@ -94,11 +93,13 @@ def prefill(
     out: Tensor,
 ) -> None:
     """The rows of `work` that have neighbours in their slot. Operands as in `attention`."""
-    _, _, kv_heads, page_tokens, head_dim = pages_shape
+    keys = WIDE if pages.shape[3] % WIDE == 0 else KEYS
+    tiled, kv = tiles(pages, keys)
+    _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     _prefill[(work.prefill_programs,)](
         q, kv, positions, slots, page_table, work.query_row, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), page_tokens, head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, work.keys, work.keys == page_tokens,
+        kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, keys, tiled,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip

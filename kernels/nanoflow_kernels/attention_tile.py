@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def tiles(pages: Tensor, keys: int) -> tuple[bool, Tensor | TensorDescriptor]:
+    """Whether pages [pages, 2, K, P, d] are whole tiles of so many keys, and what load_tile loads from."""
+    page_tokens, head_dim = pages.shape[3:]
+    if page_tokens % keys:
+        return False, pages
+    return True, TensorDescriptor.from_tensor(pages.view(-1, head_dim), [keys, head_dim])
 
 
 @triton.jit
@@ -13,16 +23,16 @@ def load_tile(
 ):  # fmt: skip
     """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED.
 
-    kv: a descriptor of rows [pages 2 K P, D] where TILED (then a tile is a page), else a pointer. table: the slot's
+    kv: a descriptor of rows [pages 2 K P, D] where TILED (then pages are whole tiles), else a pointer. table: the slot's
     pages. What is behind keys from `length` on may be NaN, and their pages may be unset.
     """
     key = tile * KEYS + tl.arange(0, KEYS)
     lane = tl.arange(0, D)
     if TILED:
-        page = tl.load(table + tile, mask=tile * KEYS < length, other=0)
-        row = (page * 2 * K + head) * KEYS
+        page = tl.load(table + tile * KEYS // page_tokens, mask=tile * KEYS < length, other=0)
+        row = (page * 2 * K + head) * page_tokens + tile * KEYS % page_tokens
         k = kv.load([row, 0])
-        v = kv.load([row + K * KEYS, 0])
+        v = kv.load([row + K * page_tokens, 0])
         if MASKED:
             v = tl.where((key < length)[:, None], v, 0.0)
     else:

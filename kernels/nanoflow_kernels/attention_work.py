@@ -18,10 +18,9 @@ from torch import Tensor
 
 from nanoflow_kernels.grid import programs
 
-KEYS = 64  # a tile's keys where a page is not a tile
-PAGE_TILES = (64, 128)  # page sizes that are a tile: K and V come by bulk copies
+KEYS = 64  # of a tile of a decode: measured faster than 128 on H200, also of pages of 128
 QUERIES = 128  # rows of a tile of queries: tokens times the query heads of a kv head
-DECODE_PER_SM = 2  # programs
+DECODE_PER_SM = 4  # programs
 PREFILL_PER_SM = 1
 BLOCK = 1024  # rows listed at once
 
@@ -38,7 +37,6 @@ class AttentionWork:
     first_row: Tensor
     query_row: Tensor
     counts: Tensor
-    keys: int  # of a tile
     queries: int  # tokens in a tile of queries
     prefill_programs: int
 
@@ -95,20 +93,19 @@ def list_work(
     positions [T], slots [T], both int32; of pages [pages, 2, K, P, d] the shape counts.
     """
     tokens, device = len(positions), positions.device
-    kv_heads, page_tokens = pages.shape[2:4]
+    kv_heads = pages.shape[2]
     shares = programs(1 << 30, num_sms, device, per_sm=DECODE_PER_SM)
     work = AttentionWork(
         stop_tile=torch.empty(tokens, dtype=torch.int32, device=device),
         first_row=torch.empty(shares, dtype=torch.int32, device=device),
         query_row=torch.empty(tokens, dtype=torch.int32, device=device),
         counts=torch.empty(2, dtype=torch.int32, device=device),
-        keys=page_tokens if page_tokens in PAGE_TILES else KEYS,
         queries=max(1, QUERIES // triton.next_power_of_2(heads // kv_heads)),
         prefill_programs=programs(max(1, tokens * kv_heads), num_sms, device, per_sm=PREFILL_PER_SM),
     )
     _list_work[(1,)](
         positions, slots, work.stop_tile, work.first_row, work.query_row, work.counts,
-        tokens, shares, tokens.bit_length(), kv_heads, work.keys, work.queries,
+        tokens, shares, tokens.bit_length(), kv_heads, KEYS, work.queries,
         BLOCK, triton.next_power_of_2(shares), num_warps=8,
     )  # fmt: skip
     return work

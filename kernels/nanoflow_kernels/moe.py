@@ -9,13 +9,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 
 ROUTE_ROWS = 16
 LIST_BLOCK = 1024
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 128, 128, 64
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, STAGES = 128, 256, 64, 3
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def _list_choices(experts, members, counts, C, experts_stride, CHOSEN: tl.conste
 @triton.jit
 def _grouped(
     x, weight, members, counts, scale, out, C, N, IN, E, x_stride, x_part, scale_stride, out_stride, out_part,
-    CHOSEN: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr,
+    CHOSEN: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr, TILED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[choice] = scale[choice] weight[expert] x[choice]; choice c is part c % k of row c // k, of x and of out."""
@@ -107,13 +108,15 @@ def _grouped(
         choice = tl.load(members + expert * C + row, mask=real, other=0).to(tl.int64)
         token, part = choice // CHOSEN, choice % CHOSEN
         a = x + token * x_stride + part * x_part
-        b = weight + expert.to(tl.int64) * N * IN + column.to(tl.int64) * IN
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in tl.range(0, IN, DEPTH, num_stages=STAGES):
             inside = start + depth < IN
             a_tile = tl.load(a[:, None] + start + depth[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-            wanted = (column < N)[None, :] & inside[:, None]
-            b_tile = tl.load(b[None, :] + start + depth[:, None], mask=wanted, other=0.0)
+            if TILED:  # columns beyond this expert's are the next one's: they are not stored
+                b_tile = weight.load([expert * N + within // mine * COLUMNS, start]).T
+            else:
+                b = weight + (expert.to(tl.int64) * N + column)[None, :] * IN + start + depth[:, None]
+                b_tile = tl.load(b, mask=(column < N)[None, :] & inside[:, None], other=0.0)
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
         if SCALED:
             acc = acc * tl.load(scale + token * scale_stride + part, mask=real, other=0.0)[:, None]
@@ -137,17 +140,21 @@ def _sum_parts(parts, out, T, N, out_stride, CHOSEN: tl.constexpr, BLOCK: tl.con
 def _grouped_product(
     x: Tensor, experts: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor, x_part: int, num_sms: int | None
 ) -> None:
+    if not weight.is_contiguous():
+        raise ValueError(f"grouped: weight: expected contiguous, got strides {weight.stride()}")
     (tokens, chosen), (count, width, inner) = experts.shape, weight.shape
     choices = tokens * chosen
     members = torch.empty(count, choices, dtype=torch.int32, device=x.device)
     counts = torch.empty(count, dtype=torch.int32, device=x.device)
     _list_choices[(count,)](experts, members, counts, choices, experts.stride(0), chosen, LIST_BLOCK)
+    tiled = inner * weight.element_size() % 16 == 0  # what bulk copies ask of a row
+    matrix = TensorDescriptor.from_tensor(weight.view(-1, inner), [TILE_COLUMNS, TILE_DEPTH]) if tiled else weight
     most = (choices // TILE_ROWS + count) * triton.cdiv(width, TILE_COLUMNS)
     _grouped[(programs(most, num_sms, x.device, per_sm=1),)](
-        x, weight, members, counts, scale, out, choices, width, inner, count,
+        x, matrix, members, counts, scale, out, choices, width, inner, count,
         x.stride(0), x_part, 0 if scale is None else scale.stride(0), out.stride(0), width,
-        chosen, scale is not None, triton.next_power_of_2(count),
-        TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, 2 if x.dtype == torch.float32 else 4, num_warps=8,
+        chosen, scale is not None, triton.next_power_of_2(count), tiled,
+        TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, 1 if x.dtype == torch.float32 else STAGES, num_warps=8,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from nanoflow_kernels.reference_sampling import logprobs
 __all__ = ["logprobs", "sample"]
 
 BLOCK = 8192  # ids a program looks at at once
+LANES = 2048  # the same, where it compares each with seven candidates
 
 
 @triton.jit
@@ -29,28 +30,24 @@ def _order(x):
 
 
 @triton.jit
-def _threshold(row, V, peak, temperature, floor, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(row, V, peak, temperature, floor, wanted, BY_MASS: tl.constexpr, LANES: tl.constexpr):
     """The highest order t at which the ids of order >= t are `wanted`, or have that mass; only ids >= floor count."""
-    threshold = floor * 0
-    for group in tl.static_range(11):
-        shift: tl.constexpr = 30 - 3 * group
-        candidates: tl.constexpr = 3 if group == 0 else 7
-        digit = tl.arange(0, 8)
-        at_least = tl.zeros([8], tl.float64)
-        for begin in range(0, V, BLOCK):
-            id = begin + tl.arange(0, BLOCK)
+    digit = tl.arange(0, 8)
+    threshold = tl.zeros([], tl.uint32)
+    for group in range(11):
+        shift = 30 - 3 * group
+        candidate = threshold | (digit.to(tl.uint32) << shift)
+        real = (digit > 0) & ((group > 0) | (digit < 4))  # of the first group two bits are left
+        at_least = tl.zeros([8, LANES], tl.float32)
+        for begin in range(0, V, LANES):
+            id = begin + tl.arange(0, LANES)
             x = tl.load(row + id, mask=id < V, other=-float("inf"))
             order = _order(x)
-            if BY_MASS:
-                amount = tl.exp((x - peak) / temperature)
-            else:
-                amount = tl.full([BLOCK], 1.0, tl.float32)
+            amount = tl.exp((x - peak) / temperature) if BY_MASS else tl.full([LANES], 1.0, tl.float32)
             amount = tl.where((id < V) & (order >= floor), amount, 0.0)
-            for i in tl.static_range(1, candidates + 1):
-                above = tl.sum(tl.where(order >= (threshold | (i << shift)), amount, 0.0))
-                at_least += tl.where(digit == i, above.to(tl.float64), 0.0)
-        best = tl.max(tl.where((digit > 0) & (at_least >= wanted), digit, 0))
-        threshold = threshold | (best.to(tl.uint32) << shift)
+            at_least += tl.where(order[None, :] >= candidate[:, None], amount[None, :], 0.0)
+        enough = tl.sum(at_least, 1).to(tl.float64) >= wanted
+        threshold = tl.max(tl.where(real & enough, candidate, threshold))
     return threshold
 
 
@@ -78,7 +75,10 @@ def _kept(x, id, V, peak, temperature, threshold, ties, seen):
 
 
 @triton.jit
-def _sample(logits, temperatures, top_ks, top_ps, seeds, positions, ids, V, logits_stride, BLOCK: tl.constexpr):
+def _sample(
+    logits, temperatures, top_ks, top_ps, seeds, positions, ids, V, logits_stride,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     row = logits + program.to(tl.int64) * logits_stride
     peak = -float("inf")
@@ -95,7 +95,7 @@ def _sample(logits, temperatures, top_ks, top_ps, seeds, positions, ids, V, logi
         threshold = tl.zeros([], tl.uint32)
         ties = V
         if (top_k > 0) & (top_k < V):
-            threshold = _threshold(row, V, peak, temperature, threshold, top_k.to(tl.float64), False, BLOCK)
+            threshold = _threshold(row, V, peak, temperature, threshold, top_k.to(tl.float64), False, LANES)
             count, _ = _amounts(row, V, peak, temperature, threshold, BLOCK)
             ties = top_k.to(tl.int32) - count
         if top_p < 1:
@@ -108,7 +108,7 @@ def _sample(logits, temperatures, top_ks, top_ps, seeds, positions, ids, V, logi
                 total += tl.sum(weight).to(tl.float64)
             wanted = top_p * total
             lowest = threshold
-            threshold = tl.maximum(_threshold(row, V, peak, temperature, lowest, wanted, True, BLOCK), lowest)
+            threshold = tl.maximum(_threshold(row, V, peak, temperature, lowest, wanted, True, LANES), lowest)
             _, above = _amounts(row, V, peak, temperature, threshold, BLOCK)
             bits = tl.where(threshold >= 2147483648, threshold ^ 2147483648, ~threshold)
             at = tl.exp((bits.to(tl.float32, bitcast=True) - peak) / temperature).to(tl.float64)
@@ -154,6 +154,6 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
     if len(logits):
         _sample[(len(logits),)](
             logits, temperature, top_k, top_p, seed, position, ids, logits.shape[1], logits.stride(0), BLOCK,
-            num_warps=16,
+            LANES, num_warps=16,
         )  # fmt: skip
     return ids
