@@ -66,9 +66,7 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 def row_kernels() -> Iterator[Case]:
     x, y, z, w = ([normal(TOKENS, HIDDEN) for _ in range(SETS)] for _ in range(4))
     weight, row = normal(HIDDEN), TOKENS * HIDDEN * BYTES
-    yield Case(
-        "add_rms_norm", lambda i: kernels.add_rms_norm(x[i], y[i], weight, eps=1e-5, out=(z[i], w[i])), 4 * row
-    )
+    yield Case("add_rms_norm", lambda i: kernels.add_rms_norm(x[i], y[i], weight, eps=1e-5, out=(z[i], w[i])), 4 * row)
     table, ids = normal(VOCABULARY, HIDDEN), torch.randint(VOCABULARY, (SETS, TOKENS), device="cuda").int()
     yield Case("embed", lambda i: kernels.embed(ids[i], table, out=(z[i], w[i])), 3 * row)
     gate_up = [normal(TOKENS, 2 * INNER) for _ in range(SETS)]

@@ -153,7 +153,6 @@ class Checks:
         reference.grouped_combine(x, experts, scale, weight, out=expected)
         self.close("grouped_combine", out, expected)
 
-
     def sample(self, rows: int, vocabulary: int) -> None:
         """Every way to sample, in one batch: with equals at the thresholds, zeros of both signs and excluded ids."""
         logits = self.normal(rows, vocabulary, dtype=torch.float32) * 3

@@ -35,7 +35,7 @@ def attention(
     q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> [T, H d]; int32, and
     one floating dtype.
     """
-    kv_heads, page_tokens, head_dim = pages.shape[2:]
+    kv_heads, _, head_dim = pages.shape[2:]
     check_rows("attention", q=q, out=out, page_table=page_table)
     check_dtype("attention", q.dtype, pages=pages, out=out)
     check_dtype("attention", torch.int32, positions=positions, slots=slots, page_table=page_table)

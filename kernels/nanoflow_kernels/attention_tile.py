@@ -23,8 +23,8 @@ def load_tile(
 ):  # fmt: skip
     """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED.
 
-    kv: a descriptor of rows [pages 2 K P, D] where TILED (then pages are whole tiles), else a pointer. table: the slot's
-    pages. What is behind keys from `length` on may be NaN, and their pages may be unset.
+    kv: a descriptor of rows [pages 2 K P, D] where TILED (then pages are whole tiles), else a pointer. table: the
+    slot's pages. What is behind keys from `length` on may be NaN, and their pages may be unset.
     """
     key = tile * KEYS + tl.arange(0, KEYS)
     lane = tl.arange(0, D)

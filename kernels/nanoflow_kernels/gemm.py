@@ -16,9 +16,7 @@ from torch import Tensor
 from nanoflow_kernels.operands import check_rows
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor, num_sms: int | None = None
-) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor, num_sms: int | None = None) -> None:
     """x weight^T + bias; an fp32 `out` of narrower operands gets the unrounded sums.
 
     num_sms: the SMs that cuBLAS plans its tiles for (a wish: it launches on an ordinary stream); None: all.
@@ -59,4 +57,4 @@ def _sm_target(num_sms: int | None) -> Iterator[None]:
 def _cublas() -> ctypes.CDLL:
     """The cuBLAS that torch has loaded."""
     torch.cuda.current_blas_handle()
-    return ctypes.CDLL(f"libcublas.so.{torch.version.cuda.split('.')[0]}")
+    return ctypes.CDLL(f"libcublas.so.{str(torch.version.cuda).split('.')[0]}")

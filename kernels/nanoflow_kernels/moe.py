@@ -190,6 +190,4 @@ def grouped_combine(
     parts = torch.empty(tokens, chosen * width, dtype=torch.float32, device=x.device)
     _grouped_product(x, experts, weight, weights, parts, inner, num_sms)
     blocks = tokens * triton.cdiv(width, 1024)
-    _sum_parts[(programs(blocks, num_sms, x.device, per_sm=8),)](
-        parts, out, tokens, width, out.stride(0), chosen, 1024
-    )
+    _sum_parts[(programs(blocks, num_sms, x.device, per_sm=8),)](parts, out, tokens, width, out.stride(0), chosen, 1024)

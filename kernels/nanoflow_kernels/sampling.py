@@ -140,7 +140,7 @@ def _sample(
                     best = tl.where(first < V, first, last)
                     found = True
                 before = after
-    tl.store(ids + program, best.to(tl.int64))
+    tl.store(ids + program, best)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
