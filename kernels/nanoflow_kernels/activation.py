@@ -44,5 +44,5 @@ def swiglu(gate_up: Tensor, *, groups: int = 1, out: Tensor, num_sms: int | None
     if tokens == 0:
         return
     width = columns // groups
-    grid = (programs(tokens * groups * triton.cdiv(width, BLOCK), num_sms, out.device, per_sm=8),)
+    grid = (programs(tokens * groups * triton.cdiv(width, BLOCK), num_sms, out.device, per_sm=16),)
     _swiglu[grid](gate_up, out, tokens, width, groups, gate_up.stride(0), out.stride(0), BLOCK, num_warps=8)

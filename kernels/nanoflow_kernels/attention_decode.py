@@ -18,17 +18,17 @@ from nanoflow_kernels.attention_tile import load_tile, tiles
 from nanoflow_kernels.attention_work import KEYS, AttentionWork
 
 NARROWEST = 16  # columns of the narrow side
-WARPS, STAGES = 2, 2
+WARPS, STAGES = 2, 2  # with DECODE_PER_SM: the fastest of a dozen on H200, at pages of 64 and of 128
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
 
 
 @triton.jit
 def _attend(
-    peak, mass, acc, qt, kv, table, tile, head, length, page_tokens, scale,
-    K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+    peak, mass, acc, qt, kv, table, tile, head, length, scale,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: peak [GP], mass [GP], acc [D, GP], qt [D, GP]."""
-    k, v = load_tile(kv, table, tile, head, length, page_tokens, K, D, KEYS, TILED, MASKED)
+    k, v = load_tile(kv, table, tile, head, length, K, D, PAGE, KEYS, TILED, MASKED)
     s = tl.dot(k, qt, input_precision="ieee")
     if MASKED:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], s, -float("inf"))
@@ -42,9 +42,9 @@ def _attend(
 @triton.jit
 def _decode(
     q, kv, positions, slots, page_table, stop_tile, first_row, counts, part_peak, part_mass, part_acc, out,
-    q_stride, out_stride, table_stride, page_tokens, scale,
-    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr,
-    STAGES: tl.constexpr,
+    q_stride, out_stride, table_stride, scale,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    TILED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(counts) * K
@@ -77,16 +77,16 @@ def _decode(
             whole = tl.minimum(last, length // KEYS)
             for tile in tl.range(first, whole, num_stages=STAGES):
                 peak, mass, acc = _attend(
-                    peak, mass, acc, qt, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, False
+                    peak, mass, acc, qt, kv, table, tile, head, length, scale, K, D, PAGE, KEYS, TILED, False
                 )
             if whole < last:
                 peak, mass, acc = _attend(
-                    peak, mass, acc, qt, kv, table, whole, head, length, page_tokens, scale, K, D, KEYS, TILED, True
+                    peak, mass, acc, qt, kv, table, whole, head, length, scale, K, D, PAGE, KEYS, TILED, True
                 )
         else:
             for tile in tl.range(first, last, num_stages=STAGES):
                 peak, mass, acc = _attend(
-                    peak, mass, acc, qt, kv, table, tile, head, length, page_tokens, scale, K, D, KEYS, TILED, True
+                    peak, mass, acc, qt, kv, table, tile, head, length, scale, K, D, PAGE, KEYS, TILED, True
                 )
 
         if last - first == tiles:
@@ -156,8 +156,8 @@ def decode(
     _decode[(shares,)](
         q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts,
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
-        page_tokens, head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, narrow, head_dim, KEYS, tiled,
+        head_dim**-0.5 * math.log2(math.e),
+        kv_heads, group, narrow, head_dim, page_tokens, KEYS, tiled,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip
     _join[(shares,)](

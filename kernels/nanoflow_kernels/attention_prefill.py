@@ -12,18 +12,17 @@ from torch import Tensor
 from nanoflow_kernels.attention_tile import load_tile, tiles
 from nanoflow_kernels.attention_work import KEYS, AttentionWork
 
-WARPS, STAGES = 8, 3
-WIDE = 128  # keys of a tile, where pages have as many; KEYS elsewhere
+WARPS, STAGES = 4, 2
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
 
 
 @triton.jit
 def _attend(
-    peak, mass, acc, q, at, kv, table, tile, head, length, page_tokens, scale,
-    K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+    peak, mass, acc, q, at, kv, table, tile, head, length, scale,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: peak [M], mass [M], acc [M, D], q [M, D], whose rows stand at positions `at` [M]."""
-    k, v = load_tile(kv, table, tile, head, length, page_tokens, K, D, KEYS, TILED, MASKED)
+    k, v = load_tile(kv, table, tile, head, length, K, D, PAGE, KEYS, TILED, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
@@ -37,9 +36,9 @@ def _attend(
 @triton.jit
 def _prefill(
     q, kv, positions, slots, page_table, query_row, counts, out,
-    T, q_stride, out_stride, table_stride, page_tokens, scale,
-    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    TILED: tl.constexpr, STAGES: tl.constexpr,
+    T, q_stride, out_stride, table_stride, scale,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, PAGE: tl.constexpr,
+    KEYS: tl.constexpr, TILED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     query = tl.arange(0, QUERIES * GP) // GP
     group = tl.arange(0, QUERIES * GP) % GP
@@ -70,13 +69,13 @@ def _prefill(
         whole = (position + 1) // KEYS if TILED else 0
         for tile in tl.range(0, whole, num_stages=STAGES):
             peak, mass, acc = _attend(
-                peak, mass, acc, queries, at, kv, table, tile, head, length, page_tokens, scale,
-                K, D, KEYS, TILED, False,
+                peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
+                K, D, PAGE, KEYS, TILED, False,
             )  # fmt: skip
         for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=1 if TILED else STAGES):
             peak, mass, acc = _attend(
-                peak, mass, acc, queries, at, kv, table, tile, head, length, page_tokens, scale,
-                K, D, KEYS, TILED, True,
+                peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
+                K, D, PAGE, KEYS, TILED, True,
             )  # fmt: skip
         o = acc / mass[:, None]
         tl.store(out + row[:, None] * out_stride + place, o.to(out.dtype.element_ty), mask=real)
@@ -93,13 +92,12 @@ def prefill(
     out: Tensor,
 ) -> None:
     """The rows of `work` that have neighbours in their slot. Operands as in `attention`."""
-    keys = WIDE if pages.shape[3] % WIDE == 0 else KEYS
-    tiled, kv = tiles(pages, keys)
+    tiled, kv = tiles(pages, KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     _prefill[(work.prefill_programs,)](
         q, kv, positions, slots, page_table, work.query_row, work.counts, out,
-        len(q), q.stride(0), out.stride(0), page_table.stride(0), page_tokens, head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, keys, tiled,
+        len(q), q.stride(0), out.stride(0), page_table.stride(0), head_dim**-0.5 * math.log2(math.e),
+        kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, page_tokens, KEYS, tiled,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip

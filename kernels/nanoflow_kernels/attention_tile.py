@@ -18,8 +18,8 @@ def tiles(pages: Tensor, keys: int) -> tuple[bool, Tensor | TensorDescriptor]:
 
 @triton.jit
 def load_tile(
-    kv, table, tile, head, length, page_tokens,
-    K: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+    kv, table, tile, head, length,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED.
 
@@ -29,20 +29,20 @@ def load_tile(
     key = tile * KEYS + tl.arange(0, KEYS)
     lane = tl.arange(0, D)
     if TILED:
-        page = tl.load(table + tile * KEYS // page_tokens, mask=tile * KEYS < length, other=0)
-        row = (page * 2 * K + head) * page_tokens + tile * KEYS % page_tokens
+        page = tl.load(table + tile * KEYS // PAGE, mask=tile * KEYS < length, other=0)
+        row = (page * 2 * K + head) * PAGE + tile * KEYS % PAGE
         k = kv.load([row, 0])
-        v = kv.load([row + K * page_tokens, 0])
+        v = kv.load([row + K * PAGE, 0])
         if MASKED:
             v = tl.where((key < length)[:, None], v, 0.0)
     else:
-        page = tl.load(table + key // page_tokens, mask=key < length, other=0).to(tl.int64)
-        row = (page * 2 * K + head) * page_tokens + key % page_tokens
+        page = tl.load(table + key // PAGE, mask=key < length, other=0).to(tl.int64)
+        row = (page * 2 * K + head) * PAGE + key % PAGE
         place = row[:, None] * D + lane[None, :]
         if MASKED:
             k = tl.load(kv + place, mask=(key < length)[:, None], other=0.0)
-            v = tl.load(kv + place + K * page_tokens * D, mask=(key < length)[:, None], other=0.0)
+            v = tl.load(kv + place + K * PAGE * D, mask=(key < length)[:, None], other=0.0)
         else:
             k = tl.load(kv + place)
-            v = tl.load(kv + place + K * page_tokens * D)
+            v = tl.load(kv + place + K * PAGE * D)
     return k, v

@@ -55,7 +55,7 @@ def add_rms_norm(
     if tokens == 0:
         return
     block = triton.next_power_of_2(width)
-    _add_rms_norm[(programs(tokens, num_sms, residual.device, per_sm=8),)](
+    _add_rms_norm[(programs(tokens, num_sms, residual.device, per_sm=16),)](
         residual, update, weight, kept, normed, tokens, width,
         residual.stride(0), update.stride(0), kept.stride(0), normed.stride(0), eps,
         block, num_warps=min(16, max(1, block // 512)),

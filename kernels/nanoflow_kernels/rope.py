@@ -80,7 +80,7 @@ def rope_append(
         )
     if tokens == 0:
         return
-    _rope_append[(programs(tokens, num_sms, q.device, per_sm=8),)](
+    _rope_append[(programs(tokens, num_sms, q.device, per_sm=16),)](
         qkv, positions, slots, page_table, frequencies, q, pages, tokens,
         qkv.stride(0), q.stride(0), page_table.stride(0), page_tokens,
         heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads), num_warps=8,

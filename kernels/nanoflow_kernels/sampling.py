@@ -20,6 +20,8 @@ __all__ = ["logprobs", "sample"]
 
 BLOCK = 8192  # ids a program looks at at once
 LANES = 2048  # the same, where it compares each with seven candidates
+WARPS = 16
+STAGES = tl.constexpr(3)  # blocks on their way
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def _threshold(row, V, peak, temperature, floor, wanted, BY_MASS: tl.constexpr, 
         candidate = threshold | (digit.to(tl.uint32) << shift)
         real = (digit > 0) & ((group > 0) | (digit < 4))  # of the first group two bits are left
         at_least = tl.zeros([8, LANES], tl.float32)
-        for begin in range(0, V, LANES):
+        for begin in tl.range(0, V, LANES, num_stages=STAGES):
             id = begin + tl.arange(0, LANES)
             x = tl.load(row + id, mask=id < V, other=-float("inf"))
             order = _order(x)
@@ -56,7 +58,7 @@ def _amounts(row, V, peak, temperature, threshold, BLOCK: tl.constexpr):
     """Count and mass of the ids of order > threshold."""
     count = tl.zeros([], tl.int32)
     mass = tl.zeros([], tl.float64)
-    for begin in range(0, V, BLOCK):
+    for begin in tl.range(0, V, BLOCK, num_stages=STAGES):
         id = begin + tl.arange(0, BLOCK)
         x = tl.load(row + id, mask=id < V, other=-float("inf"))
         above = (id < V) & (_order(x) > threshold)
@@ -83,7 +85,7 @@ def _sample(
     row = logits + program.to(tl.int64) * logits_stride
     peak = -float("inf")
     best = 0
-    for begin in range(0, V, BLOCK):
+    for begin in tl.range(0, V, BLOCK, num_stages=STAGES):
         id = begin + tl.arange(0, BLOCK)
         x = tl.load(row + id, mask=id < V, other=-float("inf"))
         highest = tl.max(x)
@@ -101,7 +103,7 @@ def _sample(
         if top_p < 1:
             seen = 0
             total = tl.zeros([], tl.float64)
-            for begin in range(0, V, BLOCK):
+            for begin in tl.range(0, V, BLOCK, num_stages=STAGES):
                 id = begin + tl.arange(0, BLOCK)
                 x = tl.load(row + id, mask=id < V, other=-float("inf"))
                 weight, seen = _kept(x, id, V, peak, temperature, threshold, ties, seen)
@@ -118,7 +120,7 @@ def _sample(
 
         seen = 0
         total = tl.zeros([], tl.float64)
-        for begin in range(0, V, BLOCK):
+        for begin in tl.range(0, V, BLOCK, num_stages=STAGES):
             id = begin + tl.arange(0, BLOCK)
             x = tl.load(row + id, mask=id < V, other=-float("inf"))
             weight, seen = _kept(x, id, V, peak, temperature, threshold, ties, seen)
@@ -127,7 +129,7 @@ def _sample(
         seen = 0
         before = tl.zeros([], tl.float64)
         found = False
-        for begin in range(0, V, BLOCK):
+        for begin in tl.range(0, V, BLOCK, num_stages=STAGES):
             if not found:
                 id = begin + tl.arange(0, BLOCK)
                 x = tl.load(row + id, mask=id < V, other=-float("inf"))
@@ -154,6 +156,6 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
     if len(logits):
         _sample[(len(logits),)](
             logits, temperature, top_k, top_p, seed, position, ids, logits.shape[1], logits.stride(0), BLOCK,
-            LANES, num_warps=16,
+            LANES, num_warps=WARPS,
         )  # fmt: skip
     return ids
