@@ -93,8 +93,9 @@ def _decode(
             o = acc / tl.maximum(mass, 1e-30)[None, :]
             tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=in_group)
         else:
-            part = 2 * program + (first == 0).to(tl.int32)  # a share has one pair that began before it, and one that
-            tl.store(part_peak + part * GP + group, peak)  # goes on behind it
+            # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
+            part = 2 * program + (first == 0).to(tl.int32)
+            tl.store(part_peak + part * GP + group, peak)
             tl.store(part_mass + part * GP + group, mass)
             tl.store(part_acc + part * GP * D + group[None, :] * D + lane[:, None], acc)
 

@@ -66,7 +66,7 @@ def _prefill(
         peak = tl.full([QUERIES * GP], LOWEST, tl.float32)
         mass = tl.zeros([QUERIES * GP], tl.float32)
         acc = tl.zeros([QUERIES * GP, D], tl.float32)
-        whole = (position + 1) // KEYS if TILED else 0
+        whole = (position + 1) // KEYS if TILED else 0  # gathers are masked anyway
         for tile in tl.range(0, whole, num_stages=STAGES):
             peak, mass, acc = _attend(
                 peak, mass, acc, queries, at, kv, table, tile, head, length, scale,

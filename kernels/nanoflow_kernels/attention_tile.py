@@ -1,4 +1,4 @@
-"""One tile of keys and values: a page by bulk copies, or gathered token by token."""
+"""One tile of keys and values: part of a page, by bulk copies, or gathered token by token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_tile(
     kv, table, tile, head, length,
     K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED.
+    """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED, or gathered.
 
     kv: a descriptor of rows [pages 2 K P, D] where TILED (then pages are whole tiles), else a pointer. table: the
     slot's pages. What is behind keys from `length` on may be NaN, and their pages may be unset.
@@ -39,10 +39,6 @@ def load_tile(
         page = tl.load(table + key // PAGE, mask=key < length, other=0).to(tl.int64)
         row = (page * 2 * K + head) * PAGE + key % PAGE
         place = row[:, None] * D + lane[None, :]
-        if MASKED:
-            k = tl.load(kv + place, mask=(key < length)[:, None], other=0.0)
-            v = tl.load(kv + place + K * PAGE * D, mask=(key < length)[:, None], other=0.0)
-        else:
-            k = tl.load(kv + place)
-            v = tl.load(kv + place + K * PAGE * D)
+        k = tl.load(kv + place, mask=(key < length)[:, None], other=0.0)
+        v = tl.load(kv + place + K * PAGE * D, mask=(key < length)[:, None], other=0.0)
     return k, v

@@ -33,23 +33,28 @@ def _order(x):
 
 @triton.jit
 def _threshold(row, V, peak, temperature, floor, wanted, BY_MASS: tl.constexpr, LANES: tl.constexpr):
-    """The highest order t at which the ids of order >= t are `wanted`, or have that mass; only ids >= floor count."""
+    """A highest order t at which the ids of order >= t are `wanted`, or have that mass; only ids >= floor count."""
     digit = tl.arange(0, 8)
     threshold = tl.zeros([], tl.uint32)
-    for group in range(11):
+    group = 0
+    while group < 11:
         shift = 30 - 3 * group
         candidate = threshold | (digit.to(tl.uint32) << shift)
         real = (digit > 0) & ((group > 0) | (digit < 4))  # of the first group two bits are left
-        at_least = tl.zeros([8, LANES], tl.float32)
+        amounts = tl.zeros([8, LANES], tl.float32)
         for begin in tl.range(0, V, LANES, num_stages=STAGES):
             id = begin + tl.arange(0, LANES)
             x = tl.load(row + id, mask=id < V, other=-float("inf"))
             order = _order(x)
             amount = tl.exp((x - peak) / temperature) if BY_MASS else tl.full([LANES], 1.0, tl.float32)
             amount = tl.where((id < V) & (order >= floor), amount, 0.0)
-            at_least += tl.where(order[None, :] >= candidate[:, None], amount[None, :], 0.0)
-        enough = tl.sum(at_least, 1).to(tl.float64) >= wanted
-        threshold = tl.max(tl.where(real & enough, candidate, threshold))
+            amounts += tl.where(order[None, :] >= candidate[:, None], amount[None, :], 0.0)
+        at_least = tl.sum(amounts, 1).to(tl.float64)
+        enough = real & (at_least >= wanted)
+        threshold = tl.max(tl.where(enough, candidate, threshold))
+        # Exactly as many: lower bits would only name the lowest of them.
+        exact = tl.min(tl.where(enough, at_least, float("inf"))) == wanted
+        group = tl.where(exact, 11, group + 1)
     return threshold
 
 
