@@ -1,0 +1,263 @@
+"""Each kernel alone at the shapes of Llama-3-8B (and of Mixtral-8x7B's experts), back to back for seconds.
+
+    PYTHONPATH=.:kernels python benchmarks/kernels.py --output benchmarks/results/kernels_h200.json
+
+A case is captured in a CUDA graph of calls that take turns with several sets of operands, so that none finds its inputs
+in the cache; the graph is replayed until clock and power are steady, then for `--seconds`. Energy is the device's
+energy counter over that time. `of_roof` is the time that the roofs below allow over the time taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pynvml
+import torch
+import triton
+from nanoflow_kernels import device as kernels
+from torch import Tensor
+
+READ_BYTES_PER_S = 4.57e12  # one H200, bulk copies of tiles without arithmetic
+FLOP_PER_S = 672e12  # one H200, cuBLAS bf16 on random data in the sustained state (its clock falls under the power cap)
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCABULARY = 4096, 32, 8, 128, 14336, 128_256
+TOKENS, DECODES, CONTEXT, CHUNK_START = 2048, 704, 1280, 256
+DTYPE, BYTES = torch.bfloat16, 2
+SETS = 4  # of operands that take turns
+CALLS = 32  # a graph: launching it must not take longer than running it
+WARM_S = 0.7
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    call: Callable[[int], Any]  # with the number of its set of operands
+    bytes: float  # that it must move
+    flop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    name: str
+    duration_us: float
+    tb_per_s: float
+    tflop_per_s: float
+    mean_power_w: float
+    energy_mj: float
+    sm_clock_mhz: int
+    of_roof: float
+
+
+def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.empty(shape, device="cuda", dtype=dtype)
+
+
+def row_kernels() -> Iterator[Case]:
+    x, y, z, w = ([normal(TOKENS, HIDDEN) for _ in range(SETS)] for _ in range(4))
+    weight, row = normal(HIDDEN), TOKENS * HIDDEN * BYTES
+    yield Case("add_rms_norm", lambda i: kernels.add_rms_norm(x[i], y[i], weight, eps=1e-5, out=(z[i], w[i])), 4 * row)
+    table, ids = normal(VOCABULARY, HIDDEN), torch.randint(VOCABULARY, (SETS, TOKENS), device="cuda").int()
+    yield Case("embed", lambda i: kernels.embed(ids[i], table, out=(z[i], w[i])), 3 * row)
+    gate_up = [normal(TOKENS, 2 * INNER) for _ in range(SETS)]
+    h = [empty(TOKENS, INNER) for _ in range(SETS)]
+    yield Case("swiglu", lambda i: kernels.swiglu(gate_up[i], out=h[i]), 3 * TOKENS * INNER * BYTES)
+
+
+def products() -> Iterator[Case]:
+    shapes = {
+        "qkv": (TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+        "o": (TOKENS, HIDDEN, HIDDEN),
+        "gate_up": (TOKENS, 2 * INNER, HIDDEN),
+        "down": (TOKENS, HIDDEN, INNER),
+        "head": (DECODES, VOCABULARY, HIDDEN),
+    }
+    for name, (rows, out, inner) in shapes.items():
+        x, weight = normal(rows, inner), [normal(out, inner) * 0.02 for _ in range(SETS)]
+        y = empty(rows, out, dtype=torch.float32 if name == "head" else DTYPE)
+        moved = (rows * inner + out * inner) * BYTES + y.numel() * y.element_size()
+        yield Case(
+            f"linear {name} [{rows}, {inner}] -> {out}",
+            lambda i, x=x, weight=weight, y=y: kernels.linear(x, weight[i], out=y),
+            moved,
+            2.0 * rows * out * inner,
+        )
+
+
+def batch(mix: list[tuple[int, int]], page_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """positions, slots and page table of requests of (tokens before, tokens in the batch); pages lie anywhere."""
+    used = [-(-(past + new) // page_tokens) for past, new in mix]
+    pages = torch.randperm(sum(used)).int().split(used)
+    table = torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
+    positions = torch.cat([torch.arange(past, past + new) for past, new in mix]).int()
+    slots = torch.repeat_interleave(torch.arange(len(mix)), torch.tensor([new for _, new in mix])).int()
+    return positions.cuda(), slots.cuda(), table.cuda(), sum(used)
+
+
+def attention(name: str, mix: list[tuple[int, int]], page_tokens: int, num_sms: int | None = None) -> Iterator[Case]:
+    positions, slots, table, num_pages = batch(mix, page_tokens)
+    kept = max(1, min(SETS, int(60e9 / (num_pages * page_tokens * KV_HEADS * HEAD_DIM * 4))))
+    pages = [normal(num_pages, 2, KV_HEADS, page_tokens, HEAD_DIM) for _ in range(kept)]
+    q, out = normal(len(positions), HEADS * HEAD_DIM), empty(len(positions), HEADS * HEAD_DIM)
+    work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=num_sms)
+    kv = sum(past + new for past, new in mix) * KV_HEADS * HEAD_DIM * 2 * BYTES
+    pairs = sum(new * past + new * (new + 1) / 2 for past, new in mix)
+    yield Case(
+        f"attention {name} page {page_tokens}" + (f" num_sms {num_sms}" if num_sms else ""),
+        lambda i: kernels.attention(q, pages[i % kept], positions, slots, table, out=out, num_sms=num_sms, work=work),
+        kv + 2 * q.numel() * BYTES,
+        4.0 * pairs * HEADS * HEAD_DIM,
+    )
+    if name == "mixed":
+        yield Case(
+            "list_work", lambda i: kernels.list_work(positions, slots, pages[0], HEADS), 2 * 4.0 * len(positions)
+        )
+        qkv = [normal(len(positions), (HEADS + 2 * KV_HEADS) * HEAD_DIM) for _ in range(SETS)]
+        frequencies = torch.rand(HEAD_DIM // 2, device="cuda")
+        yield Case(
+            "rope_append",
+            lambda i: kernels.rope_append(qkv[i], positions, slots, table, frequencies, out=(q, pages[i % kept])),
+            2 * qkv[0].numel() * BYTES,
+        )
+
+
+def attentions() -> Iterator[Case]:
+    decodes = [(CONTEXT - 1, 1)] * DECODES
+    for page_tokens in (16, 64, 128):
+        yield from attention("704 decodes of 1280", decodes, page_tokens)
+    for num_sms in (32, 64):
+        yield from attention("704 decodes of 1280", decodes, 64, num_sms)
+    uneven = [(80 + 2400 * i // DECODES, 1) for i in range(DECODES)]
+    yield from attention("704 decodes of 80 to 2480", uneven, 64)
+    yield from attention("1 decode of 32768", [(32767, 1)], 64)
+    for page_tokens in (64, 128):
+        yield from attention("8 prompts of 2048", [(0, 2048)] * 8, page_tokens)
+    yield from attention("chunk of 1024 after 7168", [(7168, 1024)], 64)
+    yield from attention("mixed", [*decodes, (CHUNK_START, 1024), (0, TOKENS - DECODES - 1024)], 64)
+
+
+def experts() -> Iterator[Case]:
+    count, chosen = 8, 2
+    logits = normal(TOKENS, count, dtype=torch.float32)
+    ids, weights = empty(TOKENS, chosen, dtype=torch.int32), empty(TOKENS, chosen, dtype=torch.float32)
+    yield Case("route", lambda i: kernels.route(logits, out=(ids, weights)), TOKENS * (count + 2 * chosen) * 4)
+    x, gate_up = normal(TOKENS, HIDDEN), [normal(count, 2 * INNER, HIDDEN) * 0.02 for _ in range(2)]
+    h, down = normal(TOKENS, chosen * INNER), [normal(count, HIDDEN, INNER) * 0.02 for _ in range(2)]
+    both, out = empty(TOKENS, chosen * 2 * INNER), empty(TOKENS, HIDDEN)
+    flop = 2.0 * TOKENS * chosen * HIDDEN * INNER
+    kernels.route(logits, out=(ids, weights))
+    yield Case(
+        "grouped_linear",
+        lambda i: kernels.grouped_linear(x, ids, gate_up[i % 2], out=both),
+        (gate_up[0].numel() + x.numel() + both.numel()) * BYTES,
+        2 * flop,
+    )
+    yield Case(
+        "grouped_combine",
+        lambda i: kernels.grouped_combine(h, ids, weights, down[i % 2], out=out),
+        (down[0].numel() + h.numel() + out.numel()) * BYTES,
+        flop,
+    )
+
+
+def samples() -> Iterator[Case]:
+    logits = [normal(DECODES, VOCABULARY, dtype=torch.float32) * 3 for _ in range(2)]
+    seed, position = torch.arange(2 * DECODES, device="cuda").view(2, -1)
+    ways = {"greedy": (0, 0, 1), "plain": (1, 0, 1), "top_k 50": (1, 50, 1), "top_k 50, top_p 0.9": (0.8, 50, 0.9)}
+    for name, (temperature, top_k, top_p) in ways.items():
+        columns = (
+            torch.full((DECODES,), temperature, device="cuda", dtype=torch.float64),
+            torch.full((DECODES,), top_k, device="cuda", dtype=torch.int64),
+            torch.full((DECODES,), top_p, device="cuda", dtype=torch.float64),
+        )
+        yield Case(
+            f"sample {name}",
+            lambda i, columns=columns: kernels.sample(logits[i % 2], *columns, seed, position),
+            logits[0].numel() * 4,
+        )
+
+
+def measure(case: Case, seconds: float) -> Measured:
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    for i in range(SETS):
+        case.call(i)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            case.call(i % SETS)
+    replays = replay_for(graph, WARM_S)
+    replays = max(1, int(replays * seconds / WARM_S))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+    begin.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    clock = 0
+    while not end.query():
+        time.sleep(0.02)
+        clock = pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM) or clock
+    energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) - energy
+    duration_s = begin.elapsed_time(end) / 1e3
+    call_s = duration_s / (replays * CALLS)
+    allowed_s = max(case.bytes / READ_BYTES_PER_S, case.flop / FLOP_PER_S)
+    return Measured(
+        case.name,
+        round(call_s * 1e6, 2),
+        round(case.bytes / call_s / 1e12, 3),
+        round(case.flop / call_s / 1e12, 1),
+        round(energy / 1e3 / duration_s, 1),
+        round(energy / (replays * CALLS), 3),
+        clock,
+        round(allowed_s / call_s, 3),
+    )
+
+
+def replay_for(graph: torch.cuda.CUDAGraph, seconds: float) -> int:
+    """How many replays took about so long."""
+    stop, replays = time.monotonic() + seconds, 0
+    while time.monotonic() < stop:
+        graph.replay()
+        torch.cuda.synchronize()
+        replays += 1
+    return replays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of back-to-back work that is measured, a case")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = parser.parse_args()
+    pynvml.nvmlInit()
+    torch.manual_seed(0)
+    results = []
+    for group in (row_kernels, products, attentions, experts, samples):
+        for case in group():
+            if arguments.only in case.name:
+                results.append(measure(case, arguments.seconds))
+                print(" ".join(f"{key}={value}" for key, value in asdict(results[-1]).items()), flush=True)
+    header = {
+        "device": torch.cuda.get_device_name(),
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "versions": {"torch": torch.__version__, "kernel language": triton.__version__, "cuda": torch.version.cuda},
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "roofs": {"read_bytes_per_s": READ_BYTES_PER_S, "flop_per_s": FLOP_PER_S},
+    }
+    arguments.output.write_text(json.dumps({**header, "results": [asdict(result) for result in results]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Attention of single tokens: S^T = K q^T, O^T = V^T P^T, so that keys fill the wide side of the tensor cores' tile and
+the few query heads of a group its narrow one.
+
+Each program takes an equal share of the tiles of all (row, kv head) pairs; a pair cut by a share's end leaves its parts
+(peak, mass and weighted sum of values) in a workspace, and a second kernel joins them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoflow_kernels.attention_tile import load_tile, tiles
+from nanoflow_kernels.attention_work import KEYS, AttentionWork
+
+NARROWEST = 16  # columns of the narrow side
+WARPS, STAGES = 2, 2  # with DECODE_PER_SM: the fastest of a dozen on H200, at pages of 64 and of 128
+LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
+
+
+@triton.jit
+def _attend(
+    peak, mass, acc, qt, kv, table, tile, head, length, scale,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One more tile of keys: peak [GP], mass [GP], acc [D, GP], qt [D, GP]."""
+    k, v = load_tile(kv, table, tile, head, length, K, D, PAGE, KEYS, TILED, MASKED)
+    s = tl.dot(k, qt, input_precision="ieee")
+    if MASKED:
+        s = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], s, -float("inf"))
+    highest = tl.maximum(peak, tl.max(s, 0) * scale)
+    p = tl.exp2(s * scale - highest[None, :])
+    fade = tl.exp2(peak - highest)
+    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
+    return highest, mass * fade + tl.sum(p, 0), acc
+
+
+@triton.jit
+def _decode(
+    q, kv, positions, slots, page_table, stop_tile, first_row, counts, part_peak, part_mass, part_acc, out,
+    q_stride, out_stride, table_stride, scale,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    TILED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    total = tl.load(counts) * K
+    share = tl.cdiv(total, tl.num_programs(0))
+    here = program * share
+    stop = tl.minimum(here + share, total)
+    row = tl.load(first_row + program).to(tl.int64)
+    group, lane = tl.arange(0, GP), tl.arange(0, D)
+    in_group = (group < G)[None, :]
+    while here < stop:
+        row_stop = tl.load(stop_tile + row)
+        while row_stop * K <= here:  # a row without tiles, or done
+            row += 1
+            row_stop = tl.load(stop_tile + row)
+        row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
+        tiles = row_stop - row_start
+        head = (here - row_start * K) // tiles
+        first = (here - row_start * K) % tiles
+        last = tl.minimum(tiles, first + stop - here)
+        here += last - first
+
+        length = tl.load(positions + row) + 1
+        table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+        place = (head * G + group[None, :]) * D + lane[:, None]
+        qt = tl.load(q + row * q_stride + place, mask=in_group, other=0.0)
+        peak = tl.full([GP], LOWEST, tl.float32)
+        mass = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([D, GP], tl.float32)
+        if TILED:  # V of a page that ends in no keys passes through registers to be masked: only the last one does
+            whole = tl.minimum(last, length // KEYS)
+            for tile in tl.range(first, whole, num_stages=STAGES):
+                peak, mass, acc = _attend(
+                    peak, mass, acc, qt, kv, table, tile, head, length, scale, K, D, PAGE, KEYS, TILED, False
+                )
+            if whole < last:
+                peak, mass, acc = _attend(
+                    peak, mass, acc, qt, kv, table, whole, head, length, scale, K, D, PAGE, KEYS, TILED, True
+                )
+        else:
+            for tile in tl.range(first, last, num_stages=STAGES):
+                peak, mass, acc = _attend(
+                    peak, mass, acc, qt, kv, table, tile, head, length, scale, K, D, PAGE, KEYS, TILED, True
+                )
+
+        if last - first == tiles:
+            o = acc / tl.maximum(mass, 1e-30)[None, :]
+            tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=in_group)
+        else:
+            # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
+            part = 2 * program + (first == 0).to(tl.int32)
+            tl.store(part_peak + part * GP + group, peak)
+            tl.store(part_mass + part * GP + group, mass)
+            tl.store(part_acc + part * GP * D + group[None, :] * D + lane[:, None], acc)
+
+
+@triton.jit
+def _join(
+    stop_tile, first_row, counts, part_peak, part_mass, part_acc, out, out_stride,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Program i joins the pair that begins in share i and goes on behind it, if there is one."""
+    program = tl.program_id(0)
+    total = tl.load(counts) * K
+    share = tl.cdiv(total, tl.num_programs(0))
+    boundary = (program + 1) * share
+    if boundary < total:
+        row = tl.load(first_row + program + 1).to(tl.int64)
+        row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
+        tiles = tl.load(stop_tile + row) - row_start
+        head = (boundary - row_start * K) // tiles
+        done = (boundary - row_start * K) % tiles
+        if (done > 0) & (done <= share):
+            group, lane = tl.arange(0, GP), tl.arange(0, D)
+            part = 2 * program + 1
+            peak = tl.load(part_peak + part * GP + group)
+            mass = tl.load(part_mass + part * GP + group)
+            acc = tl.load(part_acc + part * GP * D + group[:, None] * D + lane[None, :])
+            for other in range(program + 1, program + 1 + tl.cdiv(tiles - done, share)):
+                part = 2 * other
+                peak_next = tl.load(part_peak + part * GP + group)
+                highest = tl.maximum(peak, peak_next)
+                fade, fade_next = tl.exp2(peak - highest), tl.exp2(peak_next - highest)
+                mass = mass * fade + tl.load(part_mass + part * GP + group) * fade_next
+                acc_next = tl.load(part_acc + part * GP * D + group[:, None] * D + lane[None, :])
+                acc = acc * fade[:, None] + acc_next * fade_next[:, None]
+                peak = highest
+            place = (head * G + group[:, None]) * D + lane[None, :]
+            o = acc / tl.maximum(mass, 1e-30)[:, None]
+            tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=(group < G)[:, None])
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    work: AttentionWork,
+    *,
+    out: Tensor,
+) -> None:
+    """The rows of `work` that are alone in their slot, and zeros where padded. Operands as in `attention`."""
+    tiled, kv = tiles(pages, KEYS)
+    _, _, kv_heads, page_tokens, head_dim = pages.shape
+    group = q.shape[1] // head_dim // kv_heads
+    narrow = max(NARROWEST, triton.next_power_of_2(group))
+    shares = len(work.first_row)
+    part_peak, part_mass = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
+    part_acc = q.new_empty((2 * shares, narrow, head_dim), dtype=torch.float32)
+    _decode[(shares,)](
+        q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts,
+        part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
+        head_dim**-0.5 * math.log2(math.e),
+        kv_heads, group, narrow, head_dim, page_tokens, KEYS, tiled,
+        STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
+    )  # fmt: skip
+    _join[(shares,)](
+        work.stop_tile, work.first_row, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),
+        kv_heads, group, narrow, head_dim,
+    )  # fmt: skip

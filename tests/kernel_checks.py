@@ -1,0 +1,202 @@
+"""Checks of every device kernel against its reference, the same in the interpreter and on a device.
+
+Operands are the left columns of wider, NaN filled matrices, and outputs are poisoned, as they are in a program. Sizes
+are prime where they can be. Each check compares with the reference computed in fp32 on the CPU from the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from comparison import assert_close
+from nanoflow_kernels import device as kernels
+from nanoflow_kernels import reference, reference_sampling
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+NEIGHBOURS = 8  # poisoned columns beside an operand
+Request = tuple[int, int]  # tokens in its pages before, tokens in this nano-batch
+
+
+class Checks:
+    """The checks on one device and dtype, from one seed."""
+
+    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device, self.dtype, self.tolerance = device, dtype, TOLERANCE[dtype]
+        self.random = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.random).to(dtype or self.dtype)
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """On the device; a matrix there is part of a wider one."""
+        if tensor.ndim != 2:
+            return tensor.to(self.device)
+        wide = poisoned(tensor.shape[0], tensor.shape[1] + NEIGHBOURS, tensor.dtype).to(self.device)
+        wide[:, : tensor.shape[1]] = tensor
+        return wide[:, : tensor.shape[1]]
+
+    def empty(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.there(poisoned(rows, columns, dtype or self.dtype))
+
+    def close(self, quantity: str, actual: Tensor, expected: Tensor) -> None:
+        assert_close(quantity, actual.cpu(), expected, self.tolerance)
+        assert_untouched_beside(quantity, actual)
+
+    def embed(self, tokens: int, width: int) -> None:
+        table, ids = self.normal(11, width), torch.randint(11, (tokens,), dtype=torch.int32, generator=self.random)
+        residual, update = self.empty(tokens, width), self.empty(tokens, width)
+        kernels.embed(self.there(ids), self.there(table), out=(residual, update))
+        assert torch.equal(residual.cpu(), torch.zeros(tokens, width, dtype=self.dtype))
+        assert torch.equal(update.cpu(), table[ids.long()])
+
+    def add_rms_norm(self, tokens: int, width: int) -> None:
+        inputs = self.normal(tokens, width), self.normal(tokens, width), self.normal(width)
+        kept, normed = self.empty(tokens, width), self.empty(tokens, width)
+        kernels.add_rms_norm(*map(self.there, inputs), eps=1e-5, out=(kept, normed))
+        expected = torch.empty(tokens, width, dtype=self.dtype), torch.empty(tokens, width)
+        reference.add_rms_norm(*inputs, eps=1e-5, out=expected)
+        assert torch.equal(kept.cpu(), expected[0])
+        self.close("norm", normed, expected[1])
+
+    def linear(self, tokens: int, bias: bool, wide_output: bool) -> None:
+        x, weight = self.normal(tokens, 24), self.normal(40, 24)
+        parameters = [weight, *([self.normal(40)] if bias else [])]
+        out = self.empty(tokens, 40, torch.float32 if wide_output else None)
+        kernels.linear(self.there(x), *map(self.there, parameters), out=out)
+        expected = torch.empty(tokens, 40)
+        reference.linear(x.float(), *(p.float() for p in parameters), out=expected)
+        assert_close("linear", out.cpu(), expected, 2e-6 if wide_output else self.tolerance)
+
+    def swiglu(self, tokens: int, groups: int, width: int) -> None:
+        gate_up, out, expected = (
+            self.normal(tokens, 2 * groups * width),
+            self.empty(tokens, groups * width),
+            torch.empty(tokens, groups * width),
+        )
+        kernels.swiglu(self.there(gate_up), groups=groups, out=out)
+        reference.swiglu(gate_up, groups=groups, out=expected)
+        self.close("swiglu", out, expected)
+
+    def rope_append(
+        self, mix: Sequence[Request], heads: int, kv_heads: int, head_dim: int, page_tokens: int, padding: int = 0
+    ) -> None:
+        positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
+        real = len(positions) - padding
+        qkv = self.normal(len(positions), (heads + 2 * kv_heads) * head_dim)
+        frequencies = torch.rand(head_dim // 2, generator=self.random)
+        shape = (num_pages, 2, kv_heads, page_tokens, head_dim)
+        pages, expected_pages = torch.full(shape, torch.nan, dtype=self.dtype), torch.full(shape, torch.nan)
+        pages = pages.to(self.device)
+        q, expected = self.empty(len(positions), heads * head_dim), torch.empty(real, heads * head_dim)
+        rows = (positions, slots, table)
+        kernels.rope_append(self.there(qkv), *map(self.there, rows), self.there(frequencies), out=(q, pages))
+        rows = (positions[:real], slots[:real], table)
+        reference.rope_append(qkv[:real].float(), *rows, frequencies, out=(expected, expected_pages))
+        self.close("q", q[:real], expected)
+        assert not q.isnan().any(), "padding made NaN"
+        written = ~expected_pages.isnan()
+        assert torch.equal(~pages.cpu().isnan(), written), "pages: other places were written"
+        assert_close("pages", pages.cpu()[written], expected_pages[written], self.tolerance)
+
+    def attention(
+        self,
+        mix: Sequence[Request],
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_tokens: int,
+        padding: int = 0,
+        num_sms: int | None = None,
+    ) -> None:
+        positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
+        real = len(positions) - padding
+        pages = torch.full((num_pages, 2, kv_heads, page_tokens, head_dim), torch.nan, dtype=self.dtype)
+        for slot in slots[:real].unique().tolist():  # of what no token may see, all stays NaN
+            length = int(positions[:real][slots[:real] == slot].max()) + 1
+            where = torch.arange(length)
+            kv = self.normal(length, 2, kv_heads, head_dim)
+            pages[table[slot, where // page_tokens].long(), :, :, where % page_tokens] = kv
+        q = self.normal(len(positions), heads * head_dim)
+        out, expected = self.empty(len(positions), heads * head_dim), torch.empty(real, heads * head_dim)
+        kernels.attention(
+            self.there(q), pages.to(self.device), *map(self.there, (positions, slots, table)), out=out, num_sms=num_sms
+        )
+        reference.attention(q[:real].float(), pages, positions[:real], slots[:real], table, out=expected)
+        self.close("attention", out[:real], expected)
+        assert not out[real:].any(), "padding is not zero"
+
+    def route(self, tokens: int, experts: int, chosen: int) -> None:
+        logits = self.normal(tokens, experts, dtype=torch.float32)
+        logits[:1] = 1.0  # equals: lower ids first
+        out = self.empty(tokens, chosen, torch.int32), self.empty(tokens, chosen, torch.float32)
+        expected = torch.empty(tokens, chosen, dtype=torch.int32), torch.empty(tokens, chosen)
+        kernels.route(self.there(logits), out=out)
+        reference.route(logits, out=expected)
+        assert torch.equal(out[0].cpu(), expected[0])
+        assert_close("weights", out[1].cpu(), expected[1], 1e-6)
+
+    def grouped(self, tokens: int, count: int, chosen: int, inner: int, width: int, unused: int = 1) -> None:
+        """Both products. The last `unused` experts are chosen by nobody."""
+        ranked = torch.rand(tokens, count - unused, generator=self.random).argsort(1)
+        experts, weight = ranked[:, :chosen].int(), self.normal(count, width, inner)
+        x, out = self.normal(tokens, inner), self.empty(tokens, chosen * width)
+        expected = torch.empty(tokens, chosen * width)
+        kernels.grouped_linear(self.there(x), self.there(experts), weight.to(self.device), out=out)
+        reference.grouped_linear(x.float(), experts, weight.float(), out=expected)
+        self.close("grouped_linear", out, expected)
+
+        x, scale = self.normal(tokens, chosen * inner), self.normal(tokens, chosen, dtype=torch.float32)
+        out, expected = self.empty(tokens, width), torch.empty(tokens, width)
+        kernels.grouped_combine(*map(self.there, (x, experts, scale)), weight.to(self.device), out=out)
+        reference.grouped_combine(x, experts, scale, weight, out=expected)
+        self.close("grouped_combine", out, expected)
+
+    def sample(self, rows: int, vocabulary: int) -> None:
+        """Every way to sample, in one batch: with equals at the thresholds, zeros of both signs and excluded ids."""
+        logits = self.normal(rows, vocabulary, dtype=torch.float32) * 3
+        logits[:, ::3] = logits[:, ::3].round()
+        logits[::2, : vocabulary // 4] = -torch.inf
+        ways = [torch.arange(rows) % n for n in (4, 5, 7)]
+        columns = (
+            torch.tensor([0, 0.5, 1, 2], dtype=torch.float64)[ways[0]],
+            torch.tensor([0, 1, 5, 17, 2**40])[ways[1]],
+            torch.tensor([1, 0.9, 0.3, 1e-9, 0.99, 0.7, 1], dtype=torch.float64)[ways[2]],
+            torch.randint(2**62, (rows,), generator=self.random),
+            torch.randint(2**31, (rows,), generator=self.random),
+        )
+        ids = kernels.sample(self.there(logits), *map(self.there, columns))
+        assert ids.tolist() == reference_sampling.sample(logits, *columns).tolist()
+
+
+def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((rows, columns), torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
+
+
+def assert_untouched_beside(quantity: str, output: Tensor) -> None:
+    """An output of Checks.empty, whole rows from the first: the poison beside it is still there."""
+    rows, columns = output.shape
+    wide = output.as_strided((rows, columns + NEIGHBOURS), (columns + NEIGHBOURS, 1))
+    assert wide[:, columns:].isnan().all(), f"{quantity}: columns beside the output were written"
+
+
+def paged_batch(
+    mix: Sequence[Request], page_tokens: int, padding: int, random: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """positions [T], slots [T], page_table [S, N] with unset entries, and the number of pages; rows of padding last."""
+    num_slots = len(mix) + 2
+    used = [-(-(past + new) // page_tokens) for past, new in mix]
+    order = torch.randperm(num_slots, generator=random).tolist()  # requests sit in any slots, their pages are anywhere
+    num_pages = sum(used) + 3
+    pages = torch.randperm(num_pages, generator=random).to(torch.int32)
+    table = torch.full((num_slots, max(used, default=0) + 1), -1, dtype=torch.int32)
+    positions, slots, taken = [], [], 0
+    for slot, (past, new), count in zip(order, mix, used, strict=False):
+        positions += range(past, past + new)
+        slots += [slot] * new
+        table[slot, :count] = pages[taken : taken + count]
+        taken += count
+    positions += [-1] * padding
+    slots += [slots[-1] if slots else 0] * padding  # the hardest: it looks like more of the last request
+    return torch.tensor(positions, dtype=torch.int32), torch.tensor(slots, dtype=torch.int32), table, num_pages
