@@ -51,6 +51,7 @@ class Engine:
         if self.ranks:
             self.ranks.wait_until_ready()
         self.in_flight: Launched | None = None
+        self.launched_tokens = 0  # of all steps
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **config: Any) -> Engine:
@@ -113,6 +114,7 @@ class Engine:
         if batch and self.ranks:
             self.ranks.broadcast(batch)
         launched = self.worker.launch_forward(batch) if batch else None
+        self.launched_tokens += batch.tokens if batch else 0
         results = self.worker.collect(self.in_flight) if self.in_flight else None
         deltas = self.scheduler.retire(results)
         if launched:
