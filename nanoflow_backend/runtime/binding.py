@@ -27,7 +27,7 @@ class Call(NamedTuple):
     """A kernel on its tensors. `rows` are the outputs of this call alone: pages hold what earlier steps wrote too."""
 
     where: str
-    run: Callable[[], None]
+    run: partial[None]
     rows: tuple[Tensor, ...]
 
 

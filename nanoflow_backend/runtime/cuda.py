@@ -6,12 +6,13 @@ T tokens of a batch, R rows that are sampled, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.runtime.binding import Binding, Kernels
+from nanoflow_backend.runtime.binding import Binding, Call, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -63,6 +64,7 @@ class CudaProgram:
             name: self.binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
             for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
         }
+        self._list_work = kernels.list_work
         self._lanes = dict(zip(schedule.lanes, [None, *(torch.cuda.Stream() for _ in schedule.lanes[1:])], strict=True))
         self._waits = _waits(schedule, model.num_layers)
         self._cuda_graphs = cuda_graphs
@@ -122,23 +124,35 @@ class CudaProgram:
         streams = {lane: stream or main for lane, stream in self._lanes.items()}
         for embedding in self.binding.embed(self._token_ids[:tokens]):
             embedding.run()
+        calls = self.binding.layers(tokens)
+        works = self._works(calls)
         start = main.record_event()
         for stream in streams.values():
             stream.wait_event(start)
         ended: dict[int, torch.cuda.Event] = {}
         awaited = {target for targets in self._waits for target in targets}
-        calls = self.binding.layers(tokens)
         for step, ((_, number), call) in enumerate(zip(self.binding.steps, calls, strict=True)):
             stream = streams[self.binding.schedule.launches[number].lane]
             for target in self._waits[step]:
                 stream.wait_event(ended[target])
             if call:
                 with torch.cuda.stream(stream):
-                    call.run()
+                    call.run(**works.get(number, {}))
             if step in awaited:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
+
+    def _works(self, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
+        """By launch number, what attention has to do: listed once, for it is the same in every layer."""
+        works: dict[int, dict[str, Any]] = {}
+        for (_, number), call in zip(self.binding.steps, calls, strict=True):
+            launch = self.binding.schedule.launches[number]
+            if call and number not in works and self.binding.layer[launch.operation].kernel == "attention":
+                q, pages, positions, slots, _ = call.run.args
+                heads = q.shape[1] // pages.shape[-1]
+                works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=launch.sms)}
+        return works
 
 
 def bucket(tokens: int) -> int:
