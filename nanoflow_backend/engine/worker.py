@@ -132,7 +132,7 @@ def _program(
         folder = Path(config.model)
         loaded = weights.load(folder, model_config, model, rank=rank, tp=tp, dtype=dtype, device=device.kind)
 
-    def program(num_pages: int) -> Program:
+    def program(num_pages: int, *, trial: bool = False) -> Program:
         kv = storage.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
         if kernels is None:
             return CpuProgram(
@@ -150,16 +150,16 @@ def _program(
             dtype=dtype,
             cuda_graphs=config.cuda_graphs,
         )
-        made.warm_up(page_table)
+        made.fill(page_table) if trial else made.warm_up(page_table)
         return made
 
     num_pages = -(-config.kv_cache_tokens // config.page_tokens) if config.kv_cache_tokens else None
     if num_pages is None:
-        trial = program(num_pages=1)
+        tried = program(num_pages=1, trial=True)
         num_pages = device.free_bytes(config.gpu_memory_utilization) // storage.page_bytes(
             model_config, config.page_tokens, dtype, tp
         )
-        del trial
+        del tried
         torch.cuda.empty_cache()
         if num_pages < 1:
             raise ConfigError(

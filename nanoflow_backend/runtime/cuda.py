@@ -23,7 +23,7 @@ class CudaProgram:
     """A Program (see there) whose calls return at once. For weights and kv see Binding.
 
     A batch is padded to a bucket (see `bucket`). The first batch of a bucket runs a kernel at a time, which compiles
-    what is not compiled yet, and is captured; later ones replay the capture. `cuda_graphs=False` never captures.
+    what is not compiled yet, and is captured; later ones replay the capture. With `cuda_graphs` off none is captured.
     The logits of `head` are valid until its next call, on the same stream.
     """
 
@@ -112,11 +112,20 @@ class CudaProgram:
             call.run()
         return values[head.outputs[0]][:, : self.binding.model.vocab_size]
 
+    def fill(self, page_table: Tensor) -> None:
+        """Run the largest batch and tail, of padding: this takes all the memory that any batch will need."""
+        self._pad(self.max_tokens, page_table)
+        self.head(torch.zeros(self.max_rows, dtype=torch.int32, device="cuda"))
+
     def warm_up(self, page_table: Tensor) -> None:
-        """A full batch of padding: compiles, captures, and takes all the memory that batches will need."""
-        padding = torch.full((self.max_tokens,), PAD, dtype=torch.int32, device="cuda")
-        self.forward(padding.clamp(0), padding, padding.clamp(0), page_table)
-        self.head(torch.arange(self.max_rows, dtype=torch.int32, device="cuda"))
+        """Run every bucket, the largest first, of padding: then nothing is left to be compiled or captured."""
+        self.fill(page_table)
+        for tokens in sorted({bucket(tokens) for tokens in range(1, self.max_tokens)}, reverse=True):
+            self._pad(min(tokens, self.max_tokens), page_table)
+
+    def _pad(self, tokens: int, page_table: Tensor) -> None:
+        ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+        self.forward(ids, torch.full_like(ids, PAD), ids, page_table)
 
     def _issue(self, tokens: int) -> None:
         """Every launch on the stream of its lane, after the events of those that it waits for."""

@@ -49,7 +49,7 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
     made = engine(dtype="float32")
-    ours = token_ids(made, list(PROMPTS), GREEDY)
+    ours = token_ids(made, list(PROMPTS), SamplingParams(max_tokens=64, min_tokens=64, temperature=0.0))
     for prompt, tokens in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([made.tokenizer.encode(prompt)], device="cuda")
         out = model.generate(
