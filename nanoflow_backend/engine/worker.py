@@ -150,7 +150,10 @@ def _program(
             dtype=dtype,
             cuda_graphs=config.cuda_graphs,
         )
-        made.fill(page_table) if trial else made.warm_up(page_table)
+        if trial:
+            made.fill(page_table)
+        else:
+            made.warm_up(page_table)
         return made
 
     num_pages = -(-config.kv_cache_tokens // config.page_tokens) if config.kv_cache_tokens else None
