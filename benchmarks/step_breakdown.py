@@ -1,6 +1,6 @@
 """Where the time of a step goes: kernels of steps in the middle of an offline run, by torch's profiler.
 
-    python benchmarks/step_breakdown.py --model benchmarks/models/llama-3-8b --set load_format=dummy --output it.json
+python benchmarks/step_breakdown.py --model benchmarks/models/llama-3-8b --set load_format=dummy --output it.json
 """
 
 from __future__ import annotations

@@ -50,7 +50,12 @@ def bench_offline(
         lengths = read.lengths[:requests]
     measured = measure(engine, lengths)
     engine.close()
-    described = {"engine": "nanoflow", "engine_is": engine.description, "schedule": engine.config.schedule}
+    described = {
+        "model": model.name,
+        "engine": "nanoflow",
+        "engine_is": engine.description,
+        "schedule": engine.config.schedule,
+    }
     result.write({**workload, **described, **measured}, output)
 
 

@@ -1,5 +1,6 @@
 """The engine on a GPU: the same tokens as on the CPU and as transformers, whatever runs ahead; and its memory."""
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]]) -> N
 
 
 def test_pages_fill_the_share_of_memory_that_is_ours() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     share = 1 - free / total + 0.05  # what is in use, and 5 % more
     made = engine(kv_cache_tokens=None, gpu_memory_utilization=share, dense_batch_tokens=64)
