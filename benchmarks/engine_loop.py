@@ -45,6 +45,7 @@ def main(
 ) -> None:
     engine = Engine.from_pretrained(
         model,
+        device="cpu",
         dense_batch_tokens=running + 24,
         max_running=running,
         kv_cache_tokens=running * (prompt_tokens + 2 * steps + 128),  # room for all at their longest

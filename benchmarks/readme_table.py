@@ -45,6 +45,15 @@ def rows() -> Iterator[tuple[str, str, str]]:
             " / ".join(f"{arm['steps']:,} and {arm['preemptions']}" for arm in (forecast, naive, reserve)),
             "simulated, no device",
         )
+    for path in sorted(RESULTS.glob("offline_*.json")):
+        run = json.loads(path.read_text())
+        yield (
+            f"Offline, {run['model']} with random weights, {run['workload']} tokens in and out, "
+            f"{run['requests']:,} requests at once, schedule {run['schedule']}: whole run",
+            f"{run['total_tokens_per_s']:,.0f} tokens/s; {run['mean_power_w']:.0f} W, "
+            f"{run['mj_per_token']:.1f} mJ a token",
+            run["gpu"],
+        )
     if served := load("serving"):
         yield (
             f"{served['streams']} gRPC streams of the demo model through tritonserver against the engine alone",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -139,38 +140,55 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str  # Hugging Face folder
     schedule: str = "sequential"  # a preset ("sequential", "nano-batched-3") or a schedule file
     python: str | None = None  # the engine process's interpreter; None: the one that runs the server's stub
-    device: Literal["cpu"] = "cpu"
-    dtype: Dtype = "float32"  # of weights, activations and KV pages
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of weights, activations and KV pages
+    load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
-    dense_batch_tokens: int = 512  # B_dense: tokens of one step
+    dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_waiting: int = 4096  # requests queued beyond those; more are refused
     max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
-    page_tokens: int = 16  # KV page size
-    kv_cache_tokens: int = 65536  # size of the KV cache on each rank's share of heads
+    page_tokens: int | None = None  # KV page size; None: by device
+    kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device
+    gpu_memory_utilization: float = 0.92  # of the GPU's memory, for weights, workspace and the KV cache
     prefix_caching: bool = True
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
+    cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
-        for field in ("dense_batch_tokens", "max_waiting", "page_tokens", "kv_cache_tokens"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}: expected an integer >= 1, got {getattr(self, field)}")
-        for field in ("chunk_tokens", "max_running", "max_model_tokens"):
+        if self.max_waiting < 1:
+            raise ConfigError(f"max_waiting: expected an integer >= 1, got {self.max_waiting}")
+        for field in (
+            "dense_batch_tokens", "chunk_tokens", "max_running", "max_model_tokens", "page_tokens", "kv_cache_tokens"
+        ):  # fmt: skip
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization: expected a number in (0, 1], got {self.gpu_memory_utilization}")
         if self.tensor_parallel not in (1, 2, 4, 8):
             raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
-        if self.max_running is not None and self.max_running > self.dense_batch_tokens:
+        if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
             raise ConfigError(
                 f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
                 f"since every running request decodes in every step; got {self.max_running}"
             )
 
-    @property
-    def num_pages(self) -> int:
-        return -(-self.kv_cache_tokens // self.page_tokens)
+    def settle(self, device: Literal["cpu", "cuda"]) -> SettledConfig:
+        """The same on a device: what was left to it has a value.
+
+        Raises:
+            ConfigError: what this device cannot do.
+        """
+        if device == "cuda" and self.tensor_parallel > 1:
+            raise ConfigError(f"tensor_parallel: expected 1 on cuda, got {self.tensor_parallel}")
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        fields |= {"device": device, "dtype": None if self.dtype == "auto" else self.dtype}
+        defaults = DEFAULTS[device]._asdict()
+        defaults["chunk_tokens"] = defaults["max_running"] = self.dense_batch_tokens or defaults["dense_batch_tokens"]
+        unset = {name: value for name, value in defaults.items() if fields[name] is None}
+        return SettledConfig(**fields | unset)
 
     @classmethod
     def load(cls, path: Path, parameters: Mapping[str, Any] | None = None) -> EngineConfig:
@@ -192,6 +210,33 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         absolute = {key: rooted(key, value) for key, value in fields.items()}
         return _convert(absolute, cls, origin, strict=False)
+
+
+class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An EngineConfig on its device. Only the size of the KV cache may be open: a GPU's is measured."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+    dense_batch_tokens: int
+    chunk_tokens: int
+    max_running: int
+    page_tokens: int
+
+
+class DeviceDefaults(NamedTuple):
+    """What None or "auto" means on a device."""
+
+    dtype: Dtype
+    dense_batch_tokens: int
+    page_tokens: int
+    kv_cache_tokens: int | None  # None: what weights and workspace leave of the device's memory
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults("float32", 512, 16, 65536),
+    # On all SMs of an H200 decode attention reads pages of 64 tokens as fast as 128; a request's last page wastes half.
+    "cuda": DeviceDefaults("bfloat16", 2048, 64, None),
+}
 
 
 def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from nanoflow_backend.commands.gpu_meter import find_gpu_meter
+
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton")
 
 
@@ -23,10 +25,12 @@ def header() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    meter = find_gpu_meter()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        **({"gpu": meter.name, "gpu_power_limit_w": meter.power_limit_w} if meter else {}),
         "versions": versions,
     }
 

@@ -13,6 +13,7 @@ from nanoflow_backend.engine.completion import Completion, Job, Progress, comple
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
@@ -30,26 +31,27 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, on_rank_death: Callable[[str], None] = log.error) -> None:
-        self.config = config
+        self.config = config = config.settle(find_device(config.device).kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
+        self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
+        self.worker = Worker(config, self.model_config, self.max_model_tokens)
         self.scheduler = Scheduler(
             dense_batch_tokens=config.dense_batch_tokens,
-            chunk_tokens=config.chunk_tokens or config.dense_batch_tokens,
-            max_running=config.max_running or config.dense_batch_tokens,
+            chunk_tokens=config.chunk_tokens,
+            max_running=config.max_running,
             max_waiting=config.max_waiting,
-            num_pages=config.num_pages,
+            num_pages=self.worker.num_pages,
             page_tokens=config.page_tokens,
             max_model_tokens=self.max_model_tokens,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=config.prefix_caching,
             seed=config.seed,
         )
-        self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
-        self.worker = Worker(config, self.model_config, self.max_model_tokens)
         if self.ranks:
             self.ranks.wait_until_ready()
         self.in_flight: Launched | None = None
+        self.launched_tokens = 0  # of all steps
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **config: Any) -> Engine:
@@ -70,8 +72,8 @@ class Engine:
         shape, config = self.model_config, self.config
         return (
             f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.dtype}, "
-            f"TP {config.tensor_parallel} on {config.device}; schedule {config.schedule}, "
-            f"B_dense {config.dense_batch_tokens}; {config.num_pages} pages of {config.page_tokens} tokens"
+            f"TP {config.tensor_parallel} on {self.worker.device.name}; schedule {config.schedule}, "
+            f"B_dense {config.dense_batch_tokens}; {self.worker.num_pages} pages of {config.page_tokens} tokens"
         )
 
     @property
@@ -112,6 +114,7 @@ class Engine:
         if batch and self.ranks:
             self.ranks.broadcast(batch)
         launched = self.worker.launch_forward(batch) if batch else None
+        self.launched_tokens += batch.tokens if batch else 0
         results = self.worker.collect(self.in_flight) if self.in_flight else None
         deltas = self.scheduler.retire(results)
         if launched:

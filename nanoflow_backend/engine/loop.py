@@ -43,7 +43,7 @@ def ready(engine: Engine) -> Ready:
     return Ready(
         vocab_size=engine.model_config.vocab_size,
         max_model_tokens=engine.max_model_tokens,
-        num_pages=engine.config.num_pages,
+        num_pages=engine.worker.num_pages,
         page_tokens=engine.config.page_tokens,
         description=engine.description,
     )

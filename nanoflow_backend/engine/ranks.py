@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import torch.distributed as dist
 
-from nanoflow_backend.config import EngineConfig, ModelConfig
+from nanoflow_backend.config import ModelConfig, SettledConfig
 from nanoflow_backend.engine.child import Child, ChildDied, Parent
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.scheduler.batch import Batch
@@ -26,7 +26,7 @@ from nanoflow_backend.scheduler.batch import Batch
 class StartRank(msgspec.Struct, frozen=True):
     """The first message to a rank; every later one is a Batch."""
 
-    config: EngineConfig
+    config: SettledConfig
     max_model_tokens: int
     rank: int
     rendezvous: str  # the file in which the group's members find each other
@@ -40,7 +40,7 @@ class Ranks:
     """Ranks 1 .. tp - 1. Where one dies, `on_death` is called from another thread, so that an idle engine knows too;
     a collective that waits for it fails."""
 
-    def __init__(self, config: EngineConfig, max_model_tokens: int, on_death: Callable[[str], None]) -> None:
+    def __init__(self, config: SettledConfig, max_model_tokens: int, on_death: Callable[[str], None]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
         rendezvous = os.path.join(self._folder.name, "rendezvous")
         self._on_death = on_death

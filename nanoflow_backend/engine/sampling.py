@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from nanoflow_kernels import reference_sampling as kernels
+from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
+from nanoflow_backend.engine.transfer import to_device, to_host
 from nanoflow_backend.scheduler.batch import Admission, TokenLogprobs
 
 
@@ -43,15 +46,44 @@ class MinTokens:
         pairs = [(row, token) for row in rows for token in self.banned[slots[row]]]
         if not pairs:
             return logits
-        row, token = torch.tensor(pairs, device=logits.device).T
+        row, token = to_device(np.array(pairs, np.int64).T, logits.device)
         return logits.index_put((row, token), logits.new_tensor(-torch.inf))
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities on their way to the host, of those rows that asked for them."""
+
+    rows: np.ndarray
+    wanted: np.ndarray  # of each of these rows, how many alternatives
+    columns: tuple[Tensor, ...]  # ids, log-probabilities, rank, as nanoflow_kernels has them
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        """To be read once the device has come here."""
+        columns = (column.tolist() for column in self.columns)
+        return {
+            int(row): TokenLogprobs(tokens[: 1 + wanted], values[: 1 + wanted], rank)
+            for row, wanted, tokens, values, rank in zip(self.rows, self.wanted, *columns, strict=True)
+        }
+
+
+class Drawn(NamedTuple):
+    token_ids: Tensor  # int64 [R], on the device of the logits
+    logprobs: Logprobs
 
 
 class Sampler:
     """The sampling state of every slot, filled from admissions. What changes logits is a list, applied in order."""
 
-    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        kernels: ModuleType = reference_sampling,
+    ) -> None:
         self.vocab_size = vocab_size
+        self._kernels = kernels
         self.temperature = np.zeros(num_slots, np.float64)
         self.top_k = np.zeros(num_slots, np.int64)
         self.top_p = np.ones(num_slots, np.float64)
@@ -71,13 +103,10 @@ class Sampler:
             for processor in self.processors:
                 processor.admit(admission)
 
-    def sample(
-        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, dict[int, TokenLogprobs]]:
-        """A token for each row, and the log-probabilities of those rows, by number, that asked for them.
+    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Drawn:
+        """A token for each row, and the log-probabilities of those rows that asked for them. Waits for nothing.
 
         logits [R, V or padded beyond] fp32, kept as it is; slots [R]; positions [R] of the tokens that were read.
-        Returns ids [R] int64 on the device of the logits.
         """
         slots_, positions_ = np.asarray(slots, np.int64), np.asarray(positions, np.int64)
         raw = logits[:, : self.vocab_size]
@@ -86,18 +115,15 @@ class Sampler:
             scores = processor(scores, slots_, positions_)
         if self.temperature[slots_].any():
             columns = (self.temperature[slots_], self.top_k[slots_], self.top_p[slots_], self.seed[slots_], positions_)
-            ids = kernels.sample(scores, *(torch.from_numpy(column).to(scores.device) for column in columns))
+            ids = self._kernels.sample(scores, *(to_device(column, scores.device) for column in columns))
         else:
             ids = scores.argmax(-1)
-        return ids, self._logprobs(raw, ids, self.logprobs[slots_])
+        return Drawn(ids, self._logprobs(raw, ids, self.logprobs[slots_]))
 
-    def _logprobs(self, logits: Tensor, ids: Tensor, wanted: np.ndarray) -> dict[int, TokenLogprobs]:
+    def _logprobs(self, logits: Tensor, ids: Tensor, wanted: np.ndarray) -> Logprobs:
         rows = np.flatnonzero(wanted >= 0)
         if not len(rows):
-            return {}
-        rows_ = torch.from_numpy(rows).to(logits.device)
-        columns = kernels.logprobs(logits[rows_], ids[rows_], int(wanted.max()))
-        return {
-            int(row): TokenLogprobs(tokens[: 1 + wanted[row]], values[: 1 + wanted[row]], rank)
-            for row, tokens, values, rank in zip(rows, *(column.tolist() for column in columns), strict=True)
-        }
+            return Logprobs(rows, rows, ())
+        rows_ = to_device(rows, logits.device)
+        columns = self._kernels.logprobs(logits[rows_], ids[rows_], int(wanted.max()))
+        return Logprobs(rows, wanted[rows], tuple(to_host(column) for column in columns))

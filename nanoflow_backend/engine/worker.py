@@ -5,63 +5,68 @@ T tokens of the batch, R rows that are sampled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
+from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
-from nanoflow_backend.config import EngineConfig, ModelConfig
-from nanoflow_backend.engine.sampling import Sampler
+from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
+from nanoflow_backend.engine.sampling import Drawn, Sampler
+from nanoflow_backend.engine.transfer import to_device, to_host
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.runtime.cuda import CudaProgram
+from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.schedule.source import find_schedule
-from nanoflow_backend.scheduler.batch import Batch, Sampled, TokenLogprobs
+from nanoflow_backend.scheduler.batch import Batch, Sampled
 
 
 @dataclass
 class Launched:
-    """A step on its way."""
+    """A step on its way. Tensors are on the device, but for `drawn` and `token_ids`, which come to the host."""
 
     batch: Batch
-    rows: list[int]  # R, into the batch's tokens: where it samples
+    rows: Tensor  # int32 [R], into the batch's tokens: where it samples
+    slots: Tensor  # int32 [R], of those rows
     positions: list[int]  # R, of the tokens in those rows
-    token_ids: Tensor | None = None  # int64 [R], once the tail is launched
-    logprobs: dict[int, TokenLogprobs] | None = None
+    drawn: Drawn | None = None  # once the tail is launched; to be read when `ended` has come
+    token_ids: Tensor | None = None
+    ended: torch.cuda.Event | None = None  # None on the CPU, where a launch returns when it is done
 
 
 class Worker:
-    """One rank out of `config.tensor_parallel`. Every rank launches the same batches in the same order."""
+    """One rank out of `config.tensor_parallel`. Every rank launches the same batches in the same order.
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_tokens: int, rank: int = 0) -> None:
-        tp, dtype, page_tokens = config.tensor_parallel, getattr(torch, config.dtype), config.page_tokens
-        num_slots = config.max_running or config.dense_batch_tokens
-        model = build(model_config, tp)
-        self.program: Program = CpuProgram(
-            model,
-            find_schedule(config, model),
-            weights.load(Path(config.model), model_config, model, rank=rank, tp=tp, dtype=dtype),
-            storage.allocate(model_config, config.num_pages, page_tokens, dtype, tp),
-            Collectives(tp),
-            max_tokens=config.dense_batch_tokens,
-            dtype=dtype,
-        )
-        self._sampler = Sampler(num_slots, model_config.vocab_size, model_config.eos_token_ids)
-        self._page_table = torch.zeros(num_slots, -(-max_model_tokens // page_tokens), dtype=torch.int32)
+    On a GPU nothing but `collect` waits for it.
+    """
+
+    def __init__(self, config: SettledConfig, model_config: ModelConfig, max_model_tokens: int, rank: int = 0) -> None:
+        self.device = find_device(config.device)
+        self._torch_device = torch.device(config.device)
+        page_table_shape = (config.max_running, -(-max_model_tokens // config.page_tokens))
+        self._page_table = torch.zeros(page_table_shape, dtype=torch.int32, device=self._torch_device)
         # The last sampled id of each slot: the next step reads its decode inputs here, the host sees them later.
-        self._last_sampled = torch.zeros(num_slots, dtype=torch.int64)
+        self._last_sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self._torch_device)
+        # The kernel language is there where a GPU is.
+        kernels = import_module("nanoflow_kernels.device") if config.device == "cuda" else None
+        self._sampler = Sampler(
+            config.max_running, model_config.vocab_size, model_config.eos_token_ids, kernels or reference_sampling
+        )
+        self.program, self.num_pages = _program(config, model_config, self.device, kernels, self._page_table, rank)
 
     def launch_forward(self, batch: Batch) -> Launched:
         """Embedding and layers on all T tokens."""
         self._sampler.admit(batch.admitted)
-        if batch.page_table:
-            slot, index, page = torch.tensor(batch.page_table, dtype=torch.int32).T
-            self._page_table[slot, index] = page
-
         decodes = len(batch.decode_slots)
         slots, positions = list(batch.decode_slots), list(batch.decode_positions)
         rows, prompt_ids = list(range(decodes)), []
@@ -72,23 +77,96 @@ class Worker:
             prompt_ids += prefill.token_ids
             if prefill.sample:
                 rows.append(len(slots) - 1)
-
-        slot_of_row = torch.tensor(slots, dtype=torch.int32)
-        token_ids = torch.empty(len(slots), dtype=torch.int32)
-        token_ids[:decodes] = self._last_sampled[slot_of_row[:decodes]]
-        token_ids[decodes:] = torch.tensor(prompt_ids, dtype=torch.int32)
-        self.program.forward(token_ids, torch.tensor(positions, dtype=torch.int32), slot_of_row, self._page_table)
-        return Launched(batch, rows, [positions[row] for row in rows])
+        entries = zip(*batch.page_table, strict=True) if batch.page_table else ((), (), ())
+        slots_, positions_, prompt_ids_, rows_, *entry = self._send(slots, positions, prompt_ids, rows, *entries)
+        if batch.page_table:
+            slot, index, page = entry
+            self._page_table[slot, index] = page
+        token_ids = torch.cat((self._last_sampled[slots_[:decodes]], prompt_ids_))
+        self.program.forward(token_ids, positions_, slots_, self._page_table)
+        return Launched(batch, rows_, slots_[rows_], [positions[row] for row in rows])
 
     def launch_tail(self, launched: Launched) -> None:
         """LM head and sampling on the R rows that decode or end a prompt."""
-        slots = launched.batch.sampled_slots
-        logits = self.program.head(torch.tensor(launched.rows, dtype=torch.int64))
-        launched.token_ids, launched.logprobs = self._sampler.sample(logits, slots, launched.positions)
-        self._last_sampled[torch.tensor(slots, dtype=torch.int64)] = launched.token_ids
+        logits = self.program.head(launched.rows)
+        launched.drawn = self._sampler.sample(logits, launched.batch.sampled_slots, launched.positions)
+        self._last_sampled[launched.slots] = launched.drawn.token_ids.int()
+        launched.token_ids = to_host(launched.drawn.token_ids)
+        if self.device.kind == "cuda":
+            launched.ended = torch.cuda.Event(blocking=True)  # the engine's thread sleeps meanwhile
+            launched.ended.record()
 
     def collect(self, launched: Launched) -> Sampled:
-        """Wait for a step's samples and bring them to the host."""
-        if launched.token_ids is None or launched.logprobs is None:
+        """Wait for a step's samples, which come to the host."""
+        if launched.drawn is None or launched.token_ids is None:
             raise RuntimeError("collect comes after launch_tail")
-        return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.logprobs)
+        if launched.ended:
+            launched.ended.synchronize()
+        return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.drawn.logprobs.by_row())
+
+    def _send(self, *columns: Sequence[int]) -> list[Tensor]:
+        """int32 on the device, all columns in one copy."""
+        ints = to_device(np.concatenate([np.asarray(column, np.int32) for column in columns]), self._torch_device)
+        return list(ints.split([len(column) for column in columns]))
+
+
+def _program(
+    config: SettledConfig,
+    model_config: ModelConfig,
+    device: Device,
+    kernels: ModuleType | None,
+    page_table: Tensor,
+    rank: int,
+) -> tuple[Program, int]:
+    """The program on its weights and pages, and how many pages those are.
+
+    Raises:
+        ConfigError: a GPU with too little memory.
+    """
+    tp, dtype = config.tensor_parallel, getattr(torch, config.dtype)
+    model = build(model_config, tp)
+    schedule = find_schedule(config, model, device.name, device.sms)
+    if config.load_format == "dummy":
+        loaded = weights.dummy(model, dtype=dtype, device=device.kind)
+    else:
+        folder = Path(config.model)
+        loaded = weights.load(folder, model_config, model, rank=rank, tp=tp, dtype=dtype, device=device.kind)
+
+    def program(num_pages: int, *, trial: bool = False) -> Program:
+        kv = storage.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
+        if kernels is None:
+            return CpuProgram(
+                model, schedule, loaded, kv, Collectives(tp), max_tokens=config.dense_batch_tokens, dtype=dtype
+            )
+        made = CudaProgram(
+            model,
+            schedule,
+            loaded,
+            kv,
+            Collectives(tp),
+            max_tokens=config.dense_batch_tokens,
+            max_rows=config.max_running,
+            kernels=kernels,
+            dtype=dtype,
+            cuda_graphs=config.cuda_graphs,
+        )
+        if trial:
+            made.fill(page_table)
+        else:
+            made.warm_up(page_table)
+        return made
+
+    num_pages = -(-config.kv_cache_tokens // config.page_tokens) if config.kv_cache_tokens else None
+    if num_pages is None:
+        tried = program(num_pages=1, trial=True)
+        num_pages = device.free_bytes(config.gpu_memory_utilization) // storage.page_bytes(
+            model_config, config.page_tokens, dtype, tp
+        )
+        del tried
+        torch.cuda.empty_cache()
+        if num_pages < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization: weights and workspace leave no room for KV pages in "
+                f"{config.gpu_memory_utilization:.0%} of the memory of {device.name}"
+            )
+    return program(num_pages), num_pages

@@ -20,11 +20,18 @@ def page_bytes(config: ModelConfig, page_tokens: int, dtype: torch.dtype, tp: in
 
 
 def allocate(
-    config: ModelConfig, num_pages: int, page_tokens: int, dtype: torch.dtype, tp: int = 1, *, poison: bool = False
+    config: ModelConfig,
+    num_pages: int,
+    page_tokens: int,
+    dtype: torch.dtype,
+    tp: int = 1,
+    *,
+    device: torch.device | str = "cpu",
+    poison: bool = False,
 ) -> Tensor:
     """One rank's pages, [layers, pages, 2 (K, V), kv heads, page_tokens, head_dim]: a (page, head) is one tile.
 
     Poisoned pages are NaN, so that reading what was never written shows.
     """
     shape = (config.num_layers, num_pages, 2, local_kv_heads(config, tp), page_tokens, config.head_dim)
-    return torch.full(shape, torch.nan, dtype=dtype) if poison else torch.zeros(shape, dtype=dtype)
+    return torch.full(shape, torch.nan if poison else 0, dtype=dtype, device=device)

@@ -35,9 +35,16 @@ class Place(NamedTuple):
 
 
 def load(
-    folder: Path, config: ModelConfig, model: Model, *, rank: int = 0, tp: int = 1, dtype: torch.dtype = torch.float32
+    folder: Path,
+    config: ModelConfig,
+    model: Model,
+    *,
+    rank: int = 0,
+    tp: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """The parameters of `model` by name; those of the layer graph are "layers.{i}.{name}".
+    """The parameters of `model` by name, on `device`; those of the layer graph are "layers.{i}.{name}".
 
     Memory peaks at the weights and one mapped file, of which a rank touches its own slices only. The headers of all
     files are checked before anything is allocated. Rank 0 shows a progress bar where stderr is a terminal.
@@ -57,9 +64,9 @@ def load(
     _check(files, places, config)
 
     weights = {
-        name: torch.zeros(parameter.shape, dtype=dtype)  # zeros: what no checkpoint row fills is padding
+        name: torch.zeros(parameter.shape, dtype=dtype, device=device)  # zeros: what no checkpoint row fills is padding
         if parameter.constant is None
-        else torch.tensor(parameter.constant, dtype=torch.float32)
+        else torch.tensor(parameter.constant, dtype=torch.float32, device=device)
         for name, parameter in parameters.items()
     }
     quiet = rank != 0 or not sys.stderr.isatty()
@@ -72,6 +79,27 @@ def load(
                         matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
                         shard(file.get_slice(name), source, rank, tp, out=matrix[rows])  # keeps no view of the file
                     bar.advance(task, name in places)
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def dummy(
+    model: Model, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, Tensor]:
+    """Random weights, made on the device, under the names that `load` gives: norms are 1, all else N(0, 0.02).
+
+    For measurements: the values of weights change the power that a GPU draws, and so its speed.
+    """
+    parameters, aliases = _parameters(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, parameter in parameters.items():
+        if parameter.constant is not None:
+            weights[name] = torch.tensor(parameter.constant, dtype=torch.float32, device=device)
+        elif name.endswith("norm.weight"):
+            weights[name] = torch.ones(parameter.shape, dtype=dtype, device=device)
+        else:
+            weights[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+            weights[name].normal_(0, 0.02, generator=generator)
     return weights | {alias: weights[name] for alias, name in aliases.items()}
 
 

@@ -85,24 +85,36 @@ def uses(graph: Graph, schedule: Schedule, steps: list[tuple[int, int]]) -> Uses
     return Uses(boundaries, tuple(reads), tuple(writes))
 
 
-def plan_buffers(graph: Graph, schedule: Schedule, num_layers: int) -> BufferPlan:
+def plan_buffers(
+    graph: Graph, schedule: Schedule, num_layers: int, same: Mapping[str, str] | None = None
+) -> BufferPlan:
     """Give every instance a buffer, in the order in which they are first touched.
 
     An instance may move into a buffer when each of its writes is certain to follow whatever touched the same
-    segment of that buffer before. The embedding precedes every launch, and the head follows them all.
+    segment of that buffer before. The embedding precedes every launch, and the head follows them all. `same` names
+    outputs of operations that nobody runs, each with the input that it is.
     """
+    same = same or {}
+
+    def home(instance: Instance) -> Instance:
+        value = instance.value
+        while value in same:
+            value = same[value]
+        return Instance(instance.layer, value)
+
     order = PartialOrder(schedule, num_layers)
     used = uses(graph, schedule, order.steps)
     segments = len(used.boundaries) - 1
-    lives = {Instance(-1, name): _Life(segments) for name in graph.carried.values()}
+    lives = {home(Instance(-1, name)): _Life(segments) for name in graph.carried.values()}
     for k in range(len(order.steps)):
         for use in used.reads[k] + used.writes[k]:
-            lives.setdefault(use.instance, _Life(segments)).touch(use, 1 << k)
+            lives.setdefault(home(use.instance), _Life(segments)).touch(use, 1 << k)
         for use in used.writes[k]:
-            lives[use.instance].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)
+            if use.instance.value not in same:
+                lives[use.instance].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)
     for name in graph.carried.values():
         result = Instance(num_layers - 1, name)
-        lives[result].touch(Use(result, 0, segments), 1 << len(order.steps))  # a step that nothing follows
+        lives[home(result)].touch(Use(result, 0, segments), 1 << len(order.steps))  # a step that nothing follows
 
     buffers: list[Buffer] = []
     contents: list[_Life] = []
@@ -121,6 +133,8 @@ def plan_buffers(graph: Graph, schedule: Schedule, num_layers: int) -> BufferPla
         buffers[chosen] = Buffer(max(value.width, buffers[chosen].width), value.dtype)
         contents[chosen].touched = [a | b for a, b in zip(contents[chosen].touched, life.touched, strict=True)]
         holder[instance] = chosen
+    also = [Instance(layer, value) for layer in range(-1, num_layers) for value in same]
+    holder |= {instance: holder[home(instance)] for instance in also if home(instance) in holder}
     return BufferPlan(tuple(buffers), holder)
 
 

@@ -20,7 +20,7 @@ from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Model
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime import cpu
+from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
@@ -103,7 +103,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             for late in overtaken(PartialOrder(program.schedule, 2), wait, number):
                 for pages in program.kv:
                     pages.fill_(torch.nan)
-                for buffer in program._buffers:
+                for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
                 program.forward(*inputs, order=late)
                 error = (program.head(torch.arange(TOKENS)) - expected).abs().max()
@@ -253,7 +253,7 @@ def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) 
             for buffer in set(range(len(plan.buffers))) - {home}:
                 wrong = moved(plan, instance, buffer, graph.values[instance.value].width)
                 with monkeypatch.context() as patch:
-                    patch.setattr(cpu, "plan_buffers", lambda *_, wrong=wrong: wrong)
+                    patch.setattr(binding, "plan_buffers", lambda *_, wrong=wrong: wrong)
                     program = dry_program(model, schedule)
                 refused = any(refuses(program, delayed(order, k)) for k in range(len(order.steps)))
                 assert refused == bool(conflicts(wrong, graph, schedule, 2, 8)), (name, instance, buffer)

@@ -406,7 +406,7 @@ BROKEN = {
     misspell: r"engine\.json: .*unknown field `page_size`",
     no_weights: r"/empty: .*safetensors",
     no_folder: r"/nowhere/config\.json: No such file or directory",
-    bad_parameter: r"engine\.json: Expected `int`, got `str` - at `\$\.page_tokens`",
+    bad_parameter: r"engine\.json: Expected `int \| null`, got `str` - at `\$\.page_tokens`",
     not_decoupled: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",
 }
 

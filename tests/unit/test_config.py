@@ -275,11 +275,14 @@ def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
     [
         ({"page_token": 4}, ["page_token"]),
         ({"page_tokens": 0}, ["page_tokens", ">= 1", "0"]),
-        ({"page_tokens": "many"}, ["page_tokens", "Expected `int`"]),
-        ({"page_tokens": 1.5}, ["page_tokens", "Expected `int`"]),
+        ({"page_tokens": "many"}, ["page_tokens", "Expected `int | null`"]),
+        ({"page_tokens": 1.5}, ["page_tokens", "Expected `int | null`"]),
         ({"chunk_tokens": 0}, ["chunk_tokens", ">= 1 or null"]),
         ({"tensor_parallel": 3}, ["tensor_parallel", "1, 2, 4 or 8", "3"]),
         ({"dense_batch_tokens": 8, "max_running": 9}, ["max_running", "dense_batch_tokens (8)", "9"]),
+        ({"max_waiting": 0}, ["max_waiting", ">= 1", "0"]),
+        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "(0, 1]", "1.5"]),
+        ({"load_format": "pickle"}, ["load_format", "pickle"]),
         ({"dtype": "int8"}, ["int8", "dtype"]),
         ({"device": "tpu"}, ["tpu", "device"]),
         ({"prefix_caching": "perhaps"}, ["prefix_caching"]),
@@ -290,6 +293,31 @@ def test_what_is_wrong_in_engine_json_is_named(fields: dict[str, Any], words: li
     with pytest.raises(ConfigError) as error:
         EngineConfig.load(engine_json(tmp_path, **{"model": "m"} | fields))
     assert all(word in str(error.value) for word in ["engine.json", *words]), str(error.value)
+
+
+def test_what_is_left_open_is_settled_by_the_device() -> None:
+    config = EngineConfig(model="m")
+    cpu, cuda = config.settle("cpu"), config.settle("cuda")
+    assert (cpu.device, cpu.dtype, cpu.page_tokens, cpu.kv_cache_tokens) == ("cpu", "float32", 16, 65536)
+    assert (cpu.dense_batch_tokens, cpu.chunk_tokens, cpu.max_running) == (512, 512, 512)
+    assert (cuda.device, cuda.dtype, cuda.page_tokens, cuda.kv_cache_tokens) == ("cuda", "bfloat16", 64, None)
+    assert (cuda.dense_batch_tokens, cuda.chunk_tokens, cuda.max_running) == (2048, 2048, 2048)
+
+
+def test_what_is_said_stays_said_on_every_device() -> None:
+    said = {"dtype": "float16", "page_tokens": 8, "kv_cache_tokens": 99, "dense_batch_tokens": 64, "max_running": 3}
+    for device in ("cpu", "cuda"):
+        settled = EngineConfig(model="m", **said).settle(device)
+        assert {name: getattr(settled, name) for name in said} == said
+        assert settled.chunk_tokens == 64
+        assert settled.settle(device) == settled
+
+
+def test_what_a_device_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_running: expected at most dense_batch_tokens \(512\).*got 600"):
+        EngineConfig(model="m", max_running=600).settle("cpu")
+    with pytest.raises(ConfigError, match="tensor_parallel: expected 1 on cuda, got 2"):
+        EngineConfig(model="m", tensor_parallel=2).settle("cuda")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "{}"])

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from schedules import random_schedule, rotated
 from shapes import config
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config import EngineConfig, SettledConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -22,8 +22,9 @@ MODEL = build(config("llama"), 2)
 HEADER = Header(model_fingerprint=fingerprint(MODEL.layer), device="cpu", tensor_parallel=2)
 
 
-def configured(schedule: str | Path, tokens: int = 64) -> EngineConfig:
-    return EngineConfig(model="/model", schedule=str(schedule), tensor_parallel=2, dense_batch_tokens=tokens)
+def configured(schedule: str | Path, tokens: int = 64) -> SettledConfig:
+    config = EngineConfig(model="/model", schedule=str(schedule), tensor_parallel=2, dense_batch_tokens=tokens)
+    return config.settle("cpu")
 
 
 def saved(path: Path) -> Path:

@@ -1,0 +1,165 @@
+"""Binding: the kernel calls of a schedule on one device's tensors; what all programs have in common.
+
+T tokens of a batch, R rows that are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
+from nanoflow_backend.runtime.buffers import Instance, instance_of, plan_buffers
+from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.validate import describe
+
+Kernels = ModuleType | SimpleNamespace
+
+
+class Call(NamedTuple):
+    """A kernel on its tensors. `rows` are the outputs of this call alone: pages hold what earlier steps wrote too."""
+
+    where: str
+    run: partial[None]
+    rows: tuple[Tensor, ...]
+
+
+class Binding:
+    """Weights, pages, the batch's ints and activation buffers, and which rows of them each launch works on.
+
+    weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
+    page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
+    With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
+    launches that have a cap pass it to their kernel as `num_sms`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        weights: Mapping[str, Tensor],
+        kv: Sequence[Tensor] | Tensor,
+        collectives: Collectives,
+        kernels: Kernels,
+        *,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        in_place: bool = False,
+        limit_sms: bool = False,
+    ) -> None:
+        if max_tokens > schedule.tokens:
+            raise ValueError(f"max_tokens: expected at most the schedule's {schedule.tokens}, got {max_tokens}")
+        self.model, self.schedule, self.weights, self.kv = model, schedule, weights, kv
+        self.layer = split_all_reduce(model.layer, schedule.split_all_reduces, collectives.ranks)
+        self.steps = schedule.unroll(model.num_layers)
+        self.device = torch.device(device)
+        self._collectives, self._kernels, self._limit_sms = collectives, kernels, limit_sms
+        self._in_place = in_place and collectives.ranks == 1
+        self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
+        self.plan = plan_buffers(self.layer, schedule, model.num_layers, self._same(self.layer))
+        self.buffers = [self.empty(max_tokens, buffer.width, dtype=buffer.dtype) for buffer in self.plan.buffers]
+        self.positions = self.empty(max_tokens, dtype="int32")
+        self.slots = self.empty(max_tokens, dtype="int32")
+        self.page_table: Tensor | None = None
+
+    def empty(self, *shape: int, dtype: str) -> Tensor:
+        """`dtype` as in Value."""
+        return torch.empty(shape, dtype=self._dtypes[dtype], device=self.device)
+
+    def embed(self, token_ids: Tensor) -> list[Call]:
+        """Token ids [T] to the inputs of the first layer."""
+        embedded = {
+            name: self._rows(Instance(-1, value), 0, len(token_ids))
+            for name, value in zip(self.model.embed.outputs, self.layer.outputs, strict=True)
+        }
+        return self._all(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
+
+    def layers(self, tokens: int) -> list[Call | None]:
+        """The call of each step on a batch of `tokens`; None where there is nothing to do."""
+        ranges = self.schedule.fit(tokens)
+        calls: list[Call | None] = []
+        for layer, number in self.steps:
+            start, stop = ranges[number]
+            launch = self.schedule.launches[number]
+            operation = self.layer[launch.operation]
+            if start == stop or (self._in_place and operation.resource is Resource.NETWORK):
+                calls.append(None)
+                continue
+            value = partial(self._value, layer, start=start, stop=stop)
+            where = f"{describe(number, launch)} in layer {layer}"
+            sms = launch.sms if self._limit_sms else None
+            calls.append(self._call(self.layer, operation, value, where, f"layers.{layer}.", sms))
+        return calls
+
+    def results(self, tokens: int) -> tuple[Tensor, ...]:
+        """The last layer's outputs [T, D]."""
+        last = self.model.num_layers - 1
+        return tuple(self._rows(Instance(last, value), 0, tokens) for value in self.layer.outputs)
+
+    def head(self, values: dict[str, Tensor]) -> list[Call]:
+        """Rows of the results to logits; `values` has the head's inputs, and gets all that it computes."""
+        return self._all(self.model.head, values)
+
+    def _all(self, graph: Graph, values: dict[str, Tensor]) -> list[Call]:
+        """All of a graph on whole tensors. Outputs that are not among `values` are allocated."""
+        rows = len(values[graph.inputs[0]])
+        same = self._same(graph)
+        calls = []
+        for operation in graph.operations:
+            for name in operation.outputs:
+                if name in same:
+                    values[name] = values[same[name]]
+                elif name not in values:
+                    values[name] = self.empty(rows, graph.values[name].width, dtype=graph.values[name].dtype)
+            if operation.outputs[0] not in same:
+                calls.append(self._call(graph, operation, values.__getitem__, operation.name))
+        return calls
+
+    def _same(self, graph: Graph) -> dict[str, str]:
+        """Output -> input of the collectives that have nothing to do."""
+        idle = (op for op in graph.operations if self._in_place and op.resource is Resource.NETWORK)
+        return {op.outputs[0]: op.inputs[0] for op in idle}
+
+    def _value(self, layer: int, name: str, start: int, stop: int) -> Tensor:
+        """What a launch of `layer` on rows start .. stop - 1 means by a value's name."""
+        if name == "page_table":
+            assert self.page_table is not None
+            return self.page_table
+        if self.layer.values[name].kind is Kind.PAGES:
+            return self.kv[layer]
+        if name in ("positions", "slots"):
+            return (self.positions if name == "positions" else self.slots)[start:stop]
+        return self._rows(instance_of(self.layer, layer, name), start, stop)
+
+    def _rows(self, instance: Instance, start: int, stop: int) -> Tensor:
+        return self.buffers[self.plan.holder[instance]][start:stop, : self.layer.values[instance.value].width]
+
+    def _call(
+        self,
+        graph: Graph,
+        operation: Operation,
+        value: Callable[[str], Tensor],
+        where: str,
+        prefix: str = "",
+        sms: int | None = None,
+    ) -> Call:
+        implementation = self._collectives if operation.resource is Resource.NETWORK else self._kernels
+        inputs = [value(name) for name in operation.inputs] + [self.weights[prefix + p] for p in operation.parameters]
+        outputs = tuple(value(name) for name in operation.outputs)
+        run = partial(
+            getattr(implementation, operation.kernel),
+            *inputs,
+            out=outputs if len(outputs) > 1 else outputs[0],
+            **operation.attributes,
+            **({} if sms is None else {"num_sms": sms}),
+        )
+        rows = tuple(value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS)
+        return Call(where, run, rows)

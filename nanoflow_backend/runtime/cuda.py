@@ -1,0 +1,188 @@
+"""CudaProgram: a schedule on one GPU: lanes are streams, waits are events, and an iteration is one CUDA graph.
+
+T tokens of a batch, R rows that are sampled, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.runtime.binding import Binding, Call, Kernels
+from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.schedule.plan import Schedule
+
+PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
+
+
+class CudaProgram:
+    """A Program (see there) whose calls return at once. For weights and kv see Binding.
+
+    A batch is padded to a bucket (see `bucket`). The first batch of a bucket runs a kernel at a time, which compiles
+    what is not compiled yet, and is captured; later ones replay the capture. With `cuda_graphs` off none is captured.
+    The logits of `head` are valid until its next call, on the same stream.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        weights: Mapping[str, Tensor],
+        kv: Sequence[Tensor] | Tensor,
+        collectives: Collectives,
+        *,
+        max_tokens: int,
+        max_rows: int,
+        kernels: Kernels,
+        dtype: torch.dtype = torch.bfloat16,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.binding = Binding(
+            model,
+            schedule,
+            weights,
+            kv,
+            collectives,
+            kernels,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            device="cuda",
+            in_place=True,
+            limit_sms=True,
+        )
+        for buffer in self.binding.buffers:
+            buffer.zero_()  # pad rows are computed too, wherever that costs nothing: let them be numbers
+        self.binding.slots.zero_()
+        self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device="cuda")
+        head = model.head
+        self._head_values = {
+            name: self.binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
+            for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
+        }
+        self._list_work = kernels.list_work
+        self._lanes = dict(zip(schedule.lanes, [None, *(torch.cuda.Stream() for _ in schedule.lanes[1:])], strict=True))
+        self._waits = _waits(schedule, model.num_layers)
+        self._cuda_graphs = cuda_graphs
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
+        self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
+        self._tokens = 0
+
+    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
+        """See Program. Raises: ValueError, more than max_tokens tokens."""
+        tokens, binding = len(token_ids), self.binding
+        if tokens > self.max_tokens:
+            raise ValueError(f"token_ids: expected at most {self.max_tokens} tokens, got {tokens}")
+        if page_table is not binding.page_table:
+            self._graphs.clear()
+            binding.page_table = page_table
+        padded = min(bucket(tokens), self.max_tokens)
+        self._token_ids[:tokens].copy_(token_ids)
+        binding.slots[:tokens].copy_(slots)
+        binding.positions[:tokens].copy_(positions)
+        binding.positions[tokens:padded].fill_(PAD)
+        self._tokens = tokens
+        if padded in self._graphs:
+            self._graphs[padded].replay()
+            return
+        self._issue(padded)
+        if self._cuda_graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._issue(padded)
+            self._graphs[padded] = graph
+
+    def head(self, rows: Tensor) -> Tensor:
+        """See Program. That the batch has these rows is not checked: they are on the device.
+
+        Raises:
+            ValueError: more than max_rows rows.
+        """
+        if len(rows) > self.max_rows:
+            raise ValueError(f"rows: expected at most {self.max_rows}, got {len(rows)}")
+        head = self.binding.model.head
+        values = {name: value[: len(rows)] for name, value in self._head_values.items()}
+        for name, result in zip(head.inputs, self.binding.results(self._tokens), strict=True):
+            torch.index_select(result, 0, rows, out=values[name])
+        for call in self.binding.head(values):
+            call.run()
+        return values[head.outputs[0]][:, : self.binding.model.vocab_size]
+
+    def fill(self, page_table: Tensor) -> None:
+        """Run the largest batch and tail, of padding: this takes all the memory that any batch will need."""
+        self._pad(self.max_tokens, page_table)
+        self.head(torch.zeros(self.max_rows, dtype=torch.int32, device="cuda"))
+
+    def warm_up(self, page_table: Tensor) -> None:
+        """Run every bucket, the largest first, of padding: then nothing is left to be compiled or captured."""
+        self.fill(page_table)
+        for tokens in sorted({bucket(tokens) for tokens in range(1, self.max_tokens)}, reverse=True):
+            self._pad(min(tokens, self.max_tokens), page_table)
+
+    def _pad(self, tokens: int, page_table: Tensor) -> None:
+        ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+        self.forward(ids, torch.full_like(ids, PAD), ids, page_table)
+
+    def _issue(self, tokens: int) -> None:
+        """Every launch on the stream of its lane, after the events of those that it waits for."""
+        main = torch.cuda.current_stream()
+        streams = {lane: stream or main for lane, stream in self._lanes.items()}
+        for embedding in self.binding.embed(self._token_ids[:tokens]):
+            embedding.run()
+        calls = self.binding.layers(tokens)
+        works = self._works(calls)
+        start = main.record_event()
+        for stream in streams.values():
+            stream.wait_event(start)
+        ended: dict[int, torch.cuda.Event] = {}
+        awaited = {target for targets in self._waits for target in targets}
+        for step, ((_, number), call) in enumerate(zip(self.binding.steps, calls, strict=True)):
+            stream = streams[self.binding.schedule.launches[number].lane]
+            for target in self._waits[step]:
+                stream.wait_event(ended[target])
+            if call:
+                with torch.cuda.stream(stream):
+                    call.run(**works.get(number, {}))
+            if step in awaited:
+                ended[step] = stream.record_event()
+        for stream in streams.values():
+            main.wait_event(stream.record_event())
+
+    def _works(self, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
+        """By launch number, what attention has to do: listed once, for it is the same in every layer."""
+        works: dict[int, dict[str, Any]] = {}
+        for (_, number), call in zip(self.binding.steps, calls, strict=True):
+            launch = self.binding.schedule.launches[number]
+            if call and number not in works and self.binding.layer[launch.operation].kernel == "attention":
+                q, pages, positions, slots, _ = call.run.args
+                heads = q.shape[1] // pages.shape[-1]
+                works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=launch.sms)}
+        return works
+
+
+def bucket(tokens: int) -> int:
+    """The size that a batch is padded to: a multiple of 16 up to 256, then at most an eighth more than it has.
+
+    Above 128 tokens padding stays below 12.5 %; below, a step costs the reading of the weights whatever its size.
+    """
+    grain = max(16, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // grain) * grain
+
+
+def _waits(schedule: Schedule, num_layers: int) -> list[list[int]]:
+    """For each step of the unrolled schedule the steps in other lanes that it waits for."""
+    steps = schedule.unroll(num_layers)
+    index = {step: k for k, step in enumerate(steps)}
+    lane = [launch.lane for launch in schedule.launches]
+    return [
+        [
+            index[layer - wait.layers_back, wait.launch]
+            for wait in schedule.launches[number].waits
+            if wait.layers_back <= layer and lane[wait.launch] != lane[number]
+        ]
+        for layer, number in steps
+    ]

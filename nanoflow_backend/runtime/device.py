@@ -1,0 +1,32 @@
+"""Device: what a program runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from nanoflow_backend.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    kind: Literal["cpu", "cuda"]  # as torch has it
+    name: str  # as schedule files have it: "NVIDIA H200", "cpu"
+    sms: int | None  # streaming multiprocessors
+
+    def free_bytes(self, utilization: float) -> int:
+        """What may still be allocated on a GPU when `utilization` of its memory is ours."""
+        free, total = torch.cuda.mem_get_info()
+        return free - int((1 - utilization) * total)
+
+
+def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """Raises: ConfigError, where a GPU is wanted and torch sees none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected cpu or auto, got cuda: torch sees no CUDA device")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return Device("cpu", "cpu", None)
+    properties = torch.cuda.get_device_properties()
+    return Device("cuda", properties.name, properties.multi_processor_count)

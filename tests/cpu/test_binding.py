@@ -1,0 +1,94 @@
+"""Binding: collectives of one rank that are not run, and batches that are padded to a bucket."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BATCHES, LENGTHS, TOKENS, Case
+from comparison import assert_close
+from msgspec.structs import replace
+from nanoflow_kernels import reference
+from schedules import plans, random_interleaving, random_schedule
+
+from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.cuda import bucket
+from nanoflow_backend.schedule.order import PartialOrder
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import nano_batched
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("llama"), "llama", LENGTHS, num_hidden_layers=3)
+
+
+def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_logits(case: Case) -> None:
+    graph, rng = case.model.layer, random.Random(2)
+    reduces = ("attention_reduce", "mlp_reduce")
+    split = replace(nano_batched(split_all_reduce(graph, reduces, 1), TOKENS, 2), split_all_reduces=reduces)
+    schedules = [split, *plans(graph, TOKENS).values(), *(random_schedule(graph, TOKENS, rng) for _ in range(12))]
+    for schedule in schedules:
+        binding = bound(case, schedule)
+        networks = [call is None for call in binding.layers(TOKENS)]
+        assert sum(networks) == sum("reduce" in binding.schedule.launches[n].operation for _, n in binding.steps) > 0
+        for order in (range(len(binding.steps)), random_interleaving(PartialOrder(schedule, 3), rng)):
+            check(case, binding, order)
+
+
+def bound(case: Case, schedule: Schedule) -> Binding:
+    pages, options = case.requests.empty_pages(), {"max_tokens": TOKENS, "dtype": torch.float32}
+    binding = Binding(case.model, schedule, case.weights, pages, Collectives(), reference, in_place=True, **options)
+    binding.page_table = case.requests.page_table
+    return binding
+
+
+def check(case: Case, binding: Binding, order) -> None:
+    for batch in BATCHES:
+        token_ids, positions, slots, _ = case.requests.inputs(batch)
+        tokens = len(token_ids)
+        for buffer in binding.buffers:
+            buffer.fill_(torch.nan)
+        binding.positions[:tokens], binding.slots[:tokens] = positions, slots
+        calls = binding.layers(tokens)
+        for call in binding.embed(token_ids) + [calls[step] for step in order]:
+            if call:
+                call.run()
+        values = dict(zip(case.model.head.inputs, binding.results(tokens), strict=True))
+        for call in binding.head(values):
+            call.run()
+        logits = values[case.model.head.outputs[0]]
+        assert_close(f"logits of {batch}", logits, case.requests.rows(case.logits, batch))
+
+
+def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
+    schedule = plans(case.model.layer, TOKENS)["sequential"]
+    capped = tuple(replace(x, sms=5) if x.operation == "swiglu" else x for x in schedule.launches)
+    for limit_sms, expected in ((True, {"swiglu": 5}), (False, {})):
+        binding = Binding(
+            case.model,
+            replace(schedule, launches=capped),
+            case.weights,
+            case.requests.empty_pages(),
+            Collectives(),
+            reference,
+            max_tokens=TOKENS,
+            dtype=torch.float32,
+            limit_sms=limit_sms,
+        )
+        binding.page_table = case.requests.page_table
+        calls = zip(schedule.launches, binding.layers(TOKENS), strict=True)
+        caps = {launch.operation: call.run.keywords.get("num_sms") for launch, call in calls if call}
+        assert {name: cap for name, cap in caps.items() if cap} == expected
+
+
+def test_buckets_waste_at_most_an_eighth_and_are_few() -> None:
+    for tokens in range(1, 5000):
+        padded = bucket(tokens)
+        assert bucket(padded) == padded >= tokens
+        assert padded % 16 == 0
+        assert padded <= (1.125 * tokens if tokens > 128 else tokens + 15)
+    assert len({bucket(tokens) for tokens in range(1, 2049)}) == 40

@@ -1,0 +1,140 @@
+"""CudaProgram against CpuProgram launch by launch, and against transformers, on tiny models of every architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from batches import Requests
+from cases import BATCHES, LENGTHS, TOKENS, Case
+from comparison import assert_close, relative_rms
+from msgspec.structs import replace
+from nanoflow_kernels import device, reference
+from schedules import plans
+from torch import Tensor
+
+from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.kvcache import storage
+from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.cuda import CudaProgram
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PAGE_TOKENS = (4, 64)  # 64: pages that are copied as tiles
+LAUNCH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+
+@pytest.fixture(scope="module", params=checkpoints.CONFIGS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp(request.param), request.param, LENGTHS, num_hidden_layers=3)
+
+
+def cast(weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> dict[str, Tensor]:
+    return {name: w.to(where, torch.float32 if name.endswith("frequencies") else dtype) for name, w in weights.items()}
+
+
+def program(case: Case, schedule: Schedule, requests: Requests, dtype: torch.dtype, **options: Any) -> CudaProgram:
+    pages = storage.allocate(
+        case.config, requests.num_pages, requests.page_tokens, dtype, device="cuda", poison=True
+    )  # fmt: skip
+    return CudaProgram(
+        case.model,
+        schedule,
+        cast(case.weights, dtype, "cuda"),
+        pages,
+        Collectives(),
+        **{"max_tokens": schedule.tokens, "max_rows": schedule.tokens, "kernels": device, "dtype": dtype} | options,
+    )
+
+
+@pytest.mark.parametrize("dtype", LAUNCH_TOLERANCE, ids=str)
+@pytest.mark.parametrize("page_tokens", PAGE_TOKENS)
+def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, dtype: torch.dtype) -> None:
+    """What differs is copied over after each launch: the next one starts from the same."""
+    requests = Requests(case.config, LENGTHS, page_tokens)
+    schedule, options = nano_batched(case.model.layer, TOKENS, 3), {"max_tokens": TOKENS, "dtype": dtype}
+    pages = storage.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
+    cpu = Binding(
+        case.model, schedule, cast(case.weights, dtype, "cpu"), pages, Collectives(), reference, **options
+    )  # fmt: skip
+    cuda = program(case, schedule, requests, dtype).binding
+    compared = 0
+    for batch in BATCHES:
+        token_ids, positions, slots, page_table = requests.inputs(batch)
+        tokens = len(token_ids)
+        cpu.page_table, cuda.page_table = page_table, page_table.cuda()
+        for binding in (cpu, cuda):
+            binding.positions[:tokens], binding.slots[:tokens] = positions, slots
+        steps = [
+            *zip(cpu.embed(token_ids), cuda.embed(token_ids.cuda()), strict=True),
+            *zip(cpu.layers(tokens), cuda.layers(tokens), strict=True),
+        ]
+        for ours, theirs in steps:
+            if ours:
+                ours.run()
+            if not ours or not theirs:
+                assert not theirs, "only the CPU copies what one rank has to itself"
+                continue
+            theirs.run()
+            for expected, actual in zip(ours.rows, theirs.rows, strict=True):
+                if expected.is_floating_point():
+                    assert_close(ours.where, actual.cpu(), expected, LAUNCH_TOLERANCE[dtype])
+                else:
+                    assert actual.tolist() == expected.tolist(), ours.where
+                actual.copy_(expected)
+                compared += 1
+            assert torch.equal(cuda.kv.isnan().cpu(), cpu.kv.isnan()), f"{ours.where} writes other places of pages"
+            assert_close(f"pages after {ours.where}", cuda.kv.cpu().nan_to_num(), cpu.kv.nan_to_num(), 1e-2)
+            cuda.kv.copy_(cpu.kv)
+    assert compared > 300
+    assert any(op.resource is Resource.NETWORK for op in cpu.layer.operations)
+
+
+@pytest.mark.parametrize("dtype", LOGITS_TOLERANCE, ids=str)
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_logits_are_those_of_transformers(case: Case, cuda_graphs: bool, dtype: torch.dtype) -> None:
+    """Every plan in lanes of its own; each batch is padded, and runs once as it comes and again from the capture."""
+    requests = Requests(case.config, LENGTHS, 64)
+    for name, schedule in plans(case.model.layer, 4 * TOKENS).items():
+        made = program(case, schedule, requests, dtype, cuda_graphs=cuda_graphs)
+        page_table = requests.page_table.cuda()
+        for _ in range(2):
+            for batch in BATCHES:
+                token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
+                made.forward(token_ids, positions, slots, page_table)
+                logits = made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).cpu()
+                expected = requests.rows(case.logits, batch)
+                assert logits.isfinite().all()
+                # The median row: in a router's near tie, rounding may choose other experts.
+                errors = sorted(relative_rms(a, b) for a, b in zip(logits, expected, strict=True))
+                assert errors[len(errors) // 2] < LOGITS_TOLERANCE[dtype], f"{name}, {batch}: {errors}"
+
+
+def test_capped_launches_give_the_same_logits(case: Case) -> None:
+    requests, batch = Requests(case.config, LENGTHS, 64), BATCHES[0]
+    schedule = nano_batched(case.model.layer, TOKENS, 3)
+    capped = replace(schedule, launches=tuple(replace(x, sms=20) for x in schedule.launches))
+    token_ids, positions, slots, page_table = (x.cuda() for x in requests.inputs(batch))
+    rows, logits = torch.arange(len(token_ids), device="cuda"), []
+    for plan in (schedule, capped):
+        made = program(case, plan, requests, torch.float32)
+        made.forward(token_ids, positions, slots, page_table)
+        logits.append(made.head(rows).clone())
+    assert_close("logits under a cap", logits[1].cpu(), logits[0].cpu(), 1e-5)
+
+
+def test_too_much_is_refused(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
+    made = program(case, sequential(case.model.layer, TOKENS), Requests(case.config, LENGTHS, 64), torch.float32)
+    ints = torch.zeros(TOKENS + 1, dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="token_ids: expected at most 16 tokens, got 17"):
+        made.forward(ints, ints, ints, ints[:, None])
+    with pytest.raises(ValueError, match="rows: expected at most 16, got 17"):
+        made.head(ints)

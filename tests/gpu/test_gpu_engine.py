@@ -1,0 +1,108 @@
+"""The engine on a GPU: the same tokens as on the CPU and as transformers, whatever runs ahead; and its memory."""
+
+import gc
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.kvcache import storage
+from nanoflow_backend.scheduler.request import Request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MODEL = Path(__file__).parents[2] / "demo" / "tiny-llama"
+PROMPTS = ("Return a list of", "The with statement", "This module provides", "Raise an exception if")
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+
+
+def engine(**options: Any) -> Engine:
+    return Engine.from_pretrained(
+        MODEL, **{"device": "cuda", "dense_batch_tokens": 256, "kv_cache_tokens": 65536} | options
+    )
+
+
+def token_ids(made: Engine, prompts: list[Any], params: Any) -> list[list[int]]:
+    ids = [completion.token_ids for completion in made.generate(prompts, params)]
+    made.scheduler.check()
+    assert made.scheduler.stats.used_pages == 0
+    return ids
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(24)]
+
+
+def test_greedy_tokens_are_those_of_the_cpu() -> None:
+    expected = token_ids(engine(device="cpu"), list(PROMPTS), GREEDY)
+    for schedule in ("sequential", "nano-batched-3"):
+        assert token_ids(engine(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
+
+
+def test_greedy_tokens_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
+    made = engine(dtype="float32")
+    ours = token_ids(made, list(PROMPTS), SamplingParams(max_tokens=64, min_tokens=64, temperature=0.0))
+    for prompt, tokens in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([made.tokenizer.encode(prompt)], device="cuda")
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False
+        )
+        assert out[0, ids.shape[1] :].tolist() == tokens
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "nano-batched-3"])
+def test_graphs_and_what_runs_ahead_change_no_token(prompts: list[list[int]], schedule: str) -> None:
+    """Greedy and drawn requests side by side, prompts in chunks, batches of many sizes."""
+    params = [
+        SamplingParams(max_tokens=20 + n, temperature=n % 3 / 2, seed=n, top_k=n % 5 * 10, ignore_eos=True)
+        for n in range(len(prompts))
+    ]
+    arms = [
+        token_ids(engine(schedule=schedule, chunk_tokens=32, **arm), prompts, params)
+        for arm in ({}, {"cuda_graphs": False}, {"async_scheduling": False})
+    ]
+    assert arms[0] == arms[1] == arms[2]
+
+
+def test_logprobs_come_with_their_tokens(prompts: list[list[int]]) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2, ignore_eos=True)
+    for completion in engine(dtype="float32").generate(prompts, params):
+        for token, found in zip(completion.token_ids, completion.logprobs, strict=True):
+            assert found.token_ids[:2] == [token, token]
+            assert found.sampled_rank == 1
+
+
+def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]]) -> None:
+    made, rounds = engine(), 2
+    for attempt in range(rounds):  # in the first round buckets are captured, which waits
+        torch.cuda.set_sync_debug_mode("error" if attempt == rounds - 1 else "default")
+        try:
+            for number, prompt in enumerate(prompts):
+                params = SamplingParams(max_tokens=24, temperature=number % 2, seed=number, ignore_eos=True)
+                made.add(Request(number, prompt, params))
+            while made.has_work:
+                made.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_pages_fill_the_share_of_memory_that_is_ours() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = 1 - free / total + 0.05  # what is in use, and 5 % more
+    made = engine(kv_cache_tokens=None, gpu_memory_utilization=share, dense_batch_tokens=64)
+    page_bytes = storage.page_bytes(made.model_config, made.config.page_tokens, torch.bfloat16)
+    kv_share = made.worker.num_pages * page_bytes / total
+    assert 0.03 < kv_share < 0.05
+    free, total = torch.cuda.mem_get_info()
+    assert share - 0.01 < 1 - free / total < share + 0.005
