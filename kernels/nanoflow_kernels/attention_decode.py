@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_tile import load_tile, tiles
+from nanoflow_kernels.attention_tile import bulk_tile, bulk_tiles, gathered_tile
 from nanoflow_kernels.attention_work import KEYS, AttentionWork
 
 NARROWEST = 16  # columns of the narrow side
@@ -25,12 +25,15 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never 
 @triton.jit
 def _attend(
     peak, mass, acc, qt, kv, table, tile, head, length, scale,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: peak [GP], mass [GP], acc [D, GP], qt [D, GP]."""
-    k, v = load_tile(kv, table, tile, head, length, K, D, PAGE, KEYS, TILED, MASKED)
+    if BULK:
+        k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
+    else:
+        k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
     s = tl.dot(k, qt, input_precision="ieee")
-    if MASKED:
+    if not BULK:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], s, -float("inf"))
     highest = tl.maximum(peak, tl.max(s, 0) * scale)
     p = tl.exp2(s * scale - highest[None, :])
@@ -41,10 +44,10 @@ def _attend(
 
 @triton.jit
 def _decode(
-    q, kv, positions, slots, page_table, stop_tile, first_row, counts, part_peak, part_mass, part_acc, out,
+    q, pages, tiles, positions, slots, page_table, stop_tile, first_row, counts, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    TILED: tl.constexpr, STAGES: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(counts) * K
@@ -60,10 +63,10 @@ def _decode(
             row += 1
             row_stop = tl.load(stop_tile + row)
         row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
-        tiles = row_stop - row_start
-        head = (here - row_start * K) // tiles
-        first = (here - row_start * K) % tiles
-        last = tl.minimum(tiles, first + stop - here)
+        count = row_stop - row_start
+        head = (here - row_start * K) // count
+        first = (here - row_start * K) % count
+        last = tl.minimum(count, first + stop - here)
         here += last - first
 
         length = tl.load(positions + row) + 1
@@ -73,23 +76,19 @@ def _decode(
         peak = tl.full([GP], LOWEST, tl.float32)
         mass = tl.zeros([GP], tl.float32)
         acc = tl.zeros([D, GP], tl.float32)
-        if TILED:  # V of a page that ends in no keys passes through registers to be masked: only the last one does
+        whole = first
+        if BULK:
             whole = tl.minimum(last, length // KEYS)
             for tile in tl.range(first, whole, num_stages=STAGES):
                 peak, mass, acc = _attend(
-                    peak, mass, acc, qt, kv, table, tile, head, length, scale, K, D, PAGE, KEYS, TILED, False
+                    peak, mass, acc, qt, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True
                 )
-            if whole < last:
-                peak, mass, acc = _attend(
-                    peak, mass, acc, qt, kv, table, whole, head, length, scale, K, D, PAGE, KEYS, TILED, True
-                )
-        else:
-            for tile in tl.range(first, last, num_stages=STAGES):
-                peak, mass, acc = _attend(
-                    peak, mass, acc, qt, kv, table, tile, head, length, scale, K, D, PAGE, KEYS, TILED, True
-                )
+        for tile in tl.range(whole, last, num_stages=STAGES):
+            peak, mass, acc = _attend(
+                peak, mass, acc, qt, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False
+            )
 
-        if last - first == tiles:
+        if last - first == count:
             o = acc / tl.maximum(mass, 1e-30)[None, :]
             tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=in_group)
         else:
@@ -147,7 +146,7 @@ def decode(
     out: Tensor,
 ) -> None:
     """The rows of `work` that are alone in their slot, and zeros where padded. Operands as in `attention`."""
-    tiled, kv = tiles(pages, KEYS)
+    tiles = bulk_tiles(pages, KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     narrow = max(NARROWEST, triton.next_power_of_2(group))
@@ -155,10 +154,10 @@ def decode(
     part_peak, part_mass = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
     part_acc = q.new_empty((2 * shares, narrow, head_dim), dtype=torch.float32)
     _decode[(shares,)](
-        q, kv, positions, slots, page_table, work.stop_tile, work.first_row, work.counts,
+        q, pages, tiles, positions, slots, page_table, work.stop_tile, work.first_row, work.counts,
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, narrow, head_dim, page_tokens, KEYS, tiled,
+        kv_heads, group, narrow, head_dim, page_tokens, KEYS, tiles is not None,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip
     _join[(shares,)](

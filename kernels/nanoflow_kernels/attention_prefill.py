@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_tile import load_tile, tiles
+from nanoflow_kernels.attention_tile import bulk_tile, bulk_tiles, gathered_tile
 from nanoflow_kernels.attention_work import KEYS, AttentionWork
 
 WARPS, STAGES = 4, 2
@@ -19,12 +19,15 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never 
 @triton.jit
 def _attend(
     peak, mass, acc, q, at, kv, table, tile, head, length, scale,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: peak [M], mass [M], acc [M, D], q [M, D], whose rows stand at positions `at` [M]."""
-    k, v = load_tile(kv, table, tile, head, length, K, D, PAGE, KEYS, TILED, MASKED)
+    if BULK:
+        k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
+    else:
+        k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if MASKED:
+    if not BULK:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
     highest = tl.maximum(peak, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - highest[:, None])
@@ -35,10 +38,10 @@ def _attend(
 
 @triton.jit
 def _prefill(
-    q, kv, positions, slots, page_table, query_row, counts, out,
+    q, pages, tiles, positions, slots, page_table, query_row, counts, out,
     T, q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, TILED: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     query = tl.arange(0, QUERIES * GP) // GP
     group = tl.arange(0, QUERIES * GP) % GP
@@ -66,17 +69,17 @@ def _prefill(
         peak = tl.full([QUERIES * GP], LOWEST, tl.float32)
         mass = tl.zeros([QUERIES * GP], tl.float32)
         acc = tl.zeros([QUERIES * GP, D], tl.float32)
-        whole = (position + 1) // KEYS if TILED else 0  # gathers are masked anyway
-        for tile in tl.range(0, whole, num_stages=STAGES):
+        whole = 0
+        if BULK:
+            whole = (position + 1) // KEYS
+            for tile in tl.range(0, whole, num_stages=STAGES):
+                peak, mass, acc = _attend(
+                    peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True
+                )
+        for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=STAGES):
             peak, mass, acc = _attend(
-                peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
-                K, D, PAGE, KEYS, TILED, False,
-            )  # fmt: skip
-        for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=1 if TILED else STAGES):
-            peak, mass, acc = _attend(
-                peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
-                K, D, PAGE, KEYS, TILED, True,
-            )  # fmt: skip
+                peak, mass, acc, queries, at, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False
+            )
         o = acc / mass[:, None]
         tl.store(out + row[:, None] * out_stride + place, o.to(out.dtype.element_ty), mask=real)
 
@@ -92,12 +95,12 @@ def prefill(
     out: Tensor,
 ) -> None:
     """The rows of `work` that have neighbours in their slot. Operands as in `attention`."""
-    tiled, kv = tiles(pages, KEYS)
+    tiles = bulk_tiles(pages, KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     _prefill[(work.prefill_programs,)](
-        q, kv, positions, slots, page_table, work.query_row, work.counts, out,
+        q, pages, tiles, positions, slots, page_table, work.query_row, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, page_tokens, KEYS, tiled,
+        kv_heads, group, triton.next_power_of_2(group), head_dim, work.queries, page_tokens, KEYS, tiles is not None,
         STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
     )  # fmt: skip

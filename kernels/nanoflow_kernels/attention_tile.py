@@ -1,4 +1,4 @@
-"""One tile of keys and values: part of a page, by bulk copies, or gathered token by token."""
+"""One tile of keys and values: by bulk copies where it is part of a page and full, or gathered token by token."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def tiles(pages: Tensor, keys: int) -> tuple[bool, Tensor | TensorDescriptor]:
-    """Whether pages [pages, 2, K, P, d] are whole tiles of so many keys, and what load_tile loads from."""
+def bulk_tiles(pages: Tensor, keys: int) -> TensorDescriptor | None:
+    """What bulk copies read tiles of so many keys from; None where pages [pages, 2, K, P, d] are not whole tiles."""
     page_tokens, head_dim = pages.shape[3:]
     if page_tokens % keys:
-        return False, pages
-    return True, TensorDescriptor.from_tensor(pages.view(-1, head_dim), [keys, head_dim])
+        return None
+    return TensorDescriptor.from_tensor(pages.view(-1, head_dim), [keys, head_dim])
 
 
 @triton.jit
-def load_tile(
-    kv, table, tile, head, length,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, TILED: tl.constexpr, MASKED: tl.constexpr,
+def bulk_tile(
+    rows, table, tile, head, length,
+    K: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1; V is zero from `length` on if MASKED, or gathered.
+    """K and V [KEYS, D] of keys tile KEYS .. tile KEYS + KEYS - 1, all before `length`.
 
-    kv: a descriptor of rows [pages 2 K P, D] where TILED (then pages are whole tiles), else a pointer. table: the
-    slot's pages. What is behind keys from `length` on may be NaN, and their pages may be unset.
+    rows: a descriptor of [pages 2 K P, D]. table: the slot's pages.
     """
+    page = tl.load(table + tile * KEYS // PAGE, mask=tile * KEYS < length, other=0)
+    row = (page * 2 * K + head) * PAGE + tile * KEYS % PAGE
+    return rows.load([row, 0]), rows.load([row + K * PAGE, 0])
+
+
+@triton.jit
+def gathered_tile(
+    pages, table, tile, head, length,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The same of any keys and pages, zero from `length` on: what lies there may be NaN, and its pages unset."""
     key = tile * KEYS + tl.arange(0, KEYS)
-    lane = tl.arange(0, D)
-    if TILED:
-        page = tl.load(table + tile * KEYS // PAGE, mask=tile * KEYS < length, other=0)
-        row = (page * 2 * K + head) * PAGE + tile * KEYS % PAGE
-        k = kv.load([row, 0])
-        v = kv.load([row + K * PAGE, 0])
-        if MASKED:
-            v = tl.where((key < length)[:, None], v, 0.0)
-    else:
-        page = tl.load(table + key // PAGE, mask=key < length, other=0).to(tl.int64)
-        row = (page * 2 * K + head) * PAGE + key % PAGE
-        place = row[:, None] * D + lane[None, :]
-        k = tl.load(kv + place, mask=(key < length)[:, None], other=0.0)
-        v = tl.load(kv + place + K * PAGE * D, mask=(key < length)[:, None], other=0.0)
-    return k, v
+    real = key < length
+    page = tl.load(table + key // PAGE, mask=real, other=0).to(tl.int64)
+    row = (page * 2 * K + head) * PAGE + key % PAGE
+    place = row[:, None] * D + tl.arange(0, D)[None, :]
+    k = tl.load(pages + place, mask=real[:, None], other=0.0)
+    return k, tl.load(pages + place + K * PAGE * D, mask=real[:, None], other=0.0)
