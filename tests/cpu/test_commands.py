@@ -151,7 +151,7 @@ def test_generate_prints_prompt_and_text(model):
     [
         (("--model", "nowhere"), "nowhere/config.json: No such file"),
         (("--set", "page_tokens"), "--set page_tokens: expected field=value"),
-        (("--set", "page_tokens=0"), "page_tokens: expected an integer >= 1, got 0"),
+        (("--set", "page_tokens=0"), "page_tokens: expected an integer >= 1 or null, got 0"),
         (("--set", "model=x"), "--set model=x: expected the model as --model"),
         (("--top-p", "3"), "top_p: expected a number in (0, 1], got 3.0"),
     ],
