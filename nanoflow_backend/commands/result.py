@@ -27,12 +27,17 @@ def header() -> dict[str, Any]:
             continue
     meter = find_gpu_meter()
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
+        "command": shlex.join([_program(), *map(_without_folder, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         **({"gpu": meter.name, "gpu_power_limit_w": meter.power_limit_w} if meter else {}),
         "versions": versions,
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "nanoflow" if name == "__main__.py" else name
 
 
 def _without_folder(word: str) -> str:
