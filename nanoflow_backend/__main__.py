@@ -43,7 +43,7 @@ def demo(
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
-    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "The with statement",
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "Write a string",
 ) -> None:
     """Start the server, stream one completion over gRPC and one over HTTP, and stop it."""
     from nanoflow_backend.commands.demo import demo

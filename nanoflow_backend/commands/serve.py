@@ -32,8 +32,8 @@ def serve(model_repository: Path, *, http_port: int, grpc_port: int, metrics_por
 
 def commands_to_try(server: EmbeddedServer) -> str:
     url = f"http://{server.http_url}/v2/models/nanoflow"
-    body = """'{"text_input": "The with statement", "max_tokens": 32, "temperature": 0}'"""
-    stream = """'{"text_input": "The with statement", "max_tokens": 32, "temperature": 0, "stream": true}'"""
+    body = """'{"text_input": "Write a string", "max_tokens": 32, "temperature": 0}'"""
+    stream = """'{"text_input": "Write a string", "max_tokens": 32, "temperature": 0, "stream": true}'"""
     return f"""\
 Ready: HTTP {server.http_url}, gRPC {server.grpc_url}, metrics {server.metrics_url}/metrics. Ctrl-C stops it. Try:
 
@@ -44,7 +44,7 @@ Ready: HTTP {server.http_url}, gRPC {server.grpc_url}, metrics {server.metrics_u
   import numpy
   client = InferenceServerClient("{server.grpc_url}")
   text = InferInput("text_input", [1], "BYTES")
-  text.set_data_from_numpy(numpy.array([b"The with statement"], dtype=object))
+  text.set_data_from_numpy(numpy.array([b"Write a string"], dtype=object))
   stream = InferInput("stream", [1], "BOOL")
   stream.set_data_from_numpy(numpy.array([True]))
   client.start_stream(lambda result, error: print(error or result.as_numpy("text_output")[0].decode(), end=""))
