@@ -92,10 +92,6 @@ class Graph:
         """Layer input -> the output of the layer before that becomes it."""
         return dict(zip(self.inputs, self.outputs, strict=False))
 
-    def producer(self, value: str) -> Operation | None:
-        """The operation that writes `value`; None where it comes from outside (pages: the append)."""
-        return next((op for op in self.operations if value in op.outputs), None)
-
 
 @dataclass(frozen=True)
 class Model:
