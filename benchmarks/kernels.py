@@ -70,16 +70,12 @@ def row_kernels() -> Iterator[Case]:
     yield Case("add_rms_norm", lambda i: kernels.add_rms_norm(x[i], y[i], weight, eps=1e-5, out=(z[i], w[i])), 4 * row)
     table, ids = normal(VOCABULARY, HIDDEN), torch.randint(VOCABULARY, (SETS, TOKENS), device="cuda").int()
     yield Case("embed", lambda i: kernels.embed(ids[i], table, out=(z[i], w[i])), 3 * row)
-    gate_up = [normal(TOKENS, 2 * INNER) for _ in range(SETS)]
-    h = [empty(TOKENS, INNER) for _ in range(SETS)]
-    yield Case("swiglu", lambda i: kernels.swiglu(gate_up[i], out=h[i]), 3 * TOKENS * INNER * BYTES)
 
 
 def products() -> Iterator[Case]:
     shapes = {
         "qkv": (TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
         "o": (TOKENS, HIDDEN, HIDDEN),
-        "gate_up": (TOKENS, 2 * INNER, HIDDEN),
         "down": (TOKENS, HIDDEN, INNER),
         "head": (DECODES, VOCABULARY, HIDDEN),
     }
@@ -93,6 +89,15 @@ def products() -> Iterator[Case]:
             moved,
             2.0 * rows * out * inner,
         )
+    weight = [normal(2 * INNER, HIDDEN) * 0.02 for _ in range(SETS)]
+    for rows in (16, 256, 640, 704, 1024, TOKENS):  # gate and up, the product alone and with SwiGLU
+        x, y, h = normal(rows, HIDDEN), empty(rows, 2 * INNER), empty(rows, INNER)
+        for name, call, result in (
+            ("linear", lambda i, x=x, y=y: kernels.linear(x, weight[i], out=y), y),
+            ("linear_swiglu", lambda i, x=x, h=h: kernels.linear_swiglu(x, weight[i], out=h), h),
+        ):
+            moved = (x.numel() + weight[0].numel() + result.numel()) * BYTES
+            yield Case(f"{name} gate_up [{rows}, {HIDDEN}] -> {2 * INNER}", call, moved, 4.0 * rows * INNER * HIDDEN)
 
 
 def batch(mix: list[tuple[int, int]], page_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -154,13 +159,13 @@ def experts() -> Iterator[Case]:
     yield Case("route", lambda i: kernels.route(logits, out=(ids, weights)), TOKENS * (count + 2 * chosen) * 4)
     x, gate_up = normal(TOKENS, HIDDEN), [normal(count, 2 * INNER, HIDDEN) * 0.02 for _ in range(2)]
     h, down = normal(TOKENS, chosen * INNER), [normal(count, HIDDEN, INNER) * 0.02 for _ in range(2)]
-    both, out = empty(TOKENS, chosen * 2 * INNER), empty(TOKENS, HIDDEN)
+    out = empty(TOKENS, HIDDEN)
     flop = 2.0 * TOKENS * chosen * HIDDEN * INNER
     kernels.route(logits, out=(ids, weights))
     yield Case(
-        "grouped_linear",
-        lambda i: kernels.grouped_linear(x, ids, gate_up[i % 2], out=both),
-        (gate_up[0].numel() + x.numel() + both.numel()) * BYTES,
+        "grouped_linear_swiglu",
+        lambda i: kernels.grouped_linear_swiglu(x, ids, gate_up[i % 2], out=h),
+        (gate_up[0].numel() + x.numel() + h.numel()) * BYTES,
         2 * flop,
     )
     yield Case(

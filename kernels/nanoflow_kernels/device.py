@@ -11,15 +11,15 @@ its outputs are finite where its inputs are, and no other row sees them.
 result is passed as `work`.
 """
 
-from nanoflow_kernels.activation import swiglu
 from nanoflow_kernels.attention import attention
 from nanoflow_kernels.attention_work import AttentionWork, list_work
 from nanoflow_kernels.embed import embed
 from nanoflow_kernels.gemm import linear
-from nanoflow_kernels.moe import grouped_combine, grouped_linear, route
+from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route
 from nanoflow_kernels.norm import add_rms_norm
 from nanoflow_kernels.rope import rope_append
 from nanoflow_kernels.sampling import logprobs, sample
+from nanoflow_kernels.swiglu import linear_swiglu
 
 __all__ = [
     "AttentionWork",
@@ -27,12 +27,12 @@ __all__ = [
     "attention",
     "embed",
     "grouped_combine",
-    "grouped_linear",
+    "grouped_linear_swiglu",
     "linear",
+    "linear_swiglu",
     "list_work",
     "logprobs",
     "rope_append",
     "route",
     "sample",
-    "swiglu",
 ]

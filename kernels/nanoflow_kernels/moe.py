@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
+from nanoflow_kernels.swiglu import gated
 
 ROUTE_ROWS = 16
 LIST_BLOCK = 1024
@@ -87,10 +88,11 @@ def _list_choices(experts, members, counts, C, experts_stride, CHOSEN: tl.conste
 @triton.jit
 def _grouped(
     x, weight, members, counts, scale, out, C, N, IN, E, x_stride, x_part, scale_stride, out_stride, out_part,
-    CHOSEN: tl.constexpr, SCALED: tl.constexpr, EXPERTS: tl.constexpr, TILED: tl.constexpr,
+    CHOSEN: tl.constexpr, GATED: tl.constexpr, EXPERTS: tl.constexpr, TILED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[choice] = scale[choice] weight[expert] x[choice]; choice c is part c % k of row c // k, of x and of out."""
+    """out[choice] = gated(weight[expert] x[choice]), or scale[choice] times the product; choice c is part c % k of row
+    c // k, of x and of out. N: rows of an expert's matrix."""
     expert_id = tl.arange(0, EXPERTS)
     row_tiles = tl.cdiv(tl.load(counts + expert_id, mask=expert_id < E, other=0), ROWS)
     stop_tile = tl.cumsum(row_tiles)
@@ -118,10 +120,14 @@ def _grouped(
                 b = weight + (expert.to(tl.int64) * N + column)[None, :] * IN + start + depth[:, None]
                 b_tile = tl.load(b, mask=(column < N)[None, :] & inside[:, None], other=0.0)
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
-        if SCALED:
-            acc = acc * tl.load(scale + token * scale_stride + part, mask=real, other=0.0)[:, None]
-        place = (token * out_stride + part * out_part)[:, None] + column[None, :]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=real[:, None] & (column < N)[None, :])
+        o = out + (token * out_stride + part * out_part)[:, None]
+        if GATED:
+            half = within // mine * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+            y = gated(acc, ROWS, COLUMNS).to(out.dtype.element_ty)
+            tl.store(o + half[None, :], y, mask=real[:, None] & (half < N // 2)[None, :])
+        else:
+            y = acc * tl.load(scale + token * scale_stride + part, mask=real, other=0.0)[:, None]
+            tl.store(o + column[None, :], y.to(out.dtype.element_ty), mask=real[:, None] & (column < N)[None, :])
 
 
 @triton.jit
@@ -142,8 +148,9 @@ def _grouped_product(
 ) -> None:
     if not weight.is_contiguous():
         raise ValueError(f"grouped: weight: expected contiguous, got strides {weight.stride()}")
+    """Gated where there is no scale."""
     (tokens, chosen), (count, width, inner) = experts.shape, weight.shape
-    choices = tokens * chosen
+    choices, part = tokens * chosen, width // 2 if scale is None else width
     members = torch.empty(count, choices, dtype=torch.int32, device=x.device)
     counts = torch.empty(count, dtype=torch.int32, device=x.device)
     _list_choices[(count,)](experts, members, counts, choices, experts.stride(0), chosen, LIST_BLOCK)
@@ -152,21 +159,24 @@ def _grouped_product(
     most = (choices // TILE_ROWS + count) * triton.cdiv(width, TILE_COLUMNS)
     _grouped[(programs(most, num_sms, x.device, per_sm=1),)](
         x, matrix, members, counts, scale, out, choices, width, inner, count,
-        x.stride(0), x_part, 0 if scale is None else scale.stride(0), out.stride(0), width,
-        chosen, scale is not None, triton.next_power_of_2(count), tiled,
+        x.stride(0), x_part, 0 if scale is None else scale.stride(0), out.stride(0), part,
+        chosen, scale is None, triton.next_power_of_2(count), tiled,
         TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, 1 if x.dtype == torch.float32 else STAGES, num_warps=8,
     )  # fmt: skip
 
 
-def grouped_linear(x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
-    """Each token times the matrices of its chosen experts, side by side in its row.
+def grouped_linear_swiglu(
+    x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor, num_sms: int | None = None
+) -> None:
+    """linear_swiglu of each token with the matrices of its chosen experts, side by side in its row.
 
-    x [T, in], experts [T, k] int32, weight [E, out, in] -> [T, k out], of one floating dtype.
+    x [T, in], experts [T, k] int32, weight [E, 2 F, in] -> [T, k F], of one floating dtype.
     """
-    check_rows("grouped_linear", x=x, experts=experts, out=out)
-    check_dtype("grouped_linear", x.dtype, weight=weight, out=out)
-    check_dtype("grouped_linear", torch.int32, experts=experts)
-    check_shape("grouped_linear", "weight", weight, len(weight), out.shape[1] // experts.shape[1], x.shape[1])
+    check_rows("grouped_linear_swiglu", x=x, experts=experts, out=out)
+    check_dtype("grouped_linear_swiglu", x.dtype, weight=weight, out=out)
+    check_dtype("grouped_linear_swiglu", torch.int32, experts=experts)
+    width = 2 * out.shape[1] // experts.shape[1]
+    check_shape("grouped_linear_swiglu", "weight", weight, len(weight), width, x.shape[1])
     if len(x):
         _grouped_product(x, experts, weight, None, out, 0, num_sms)
 

@@ -32,6 +32,18 @@ def check_dtype(kernel: str, dtype: torch.dtype, **operands: Tensor) -> None:
             raise ValueError(f"{kernel}: {name}: expected {dtype}, got {tensor.dtype}")
 
 
+def check_bulk(kernel: str, **operands: Tensor) -> None:
+    """What bulk copies ask of a matrix: rows that begin at multiples of 16 bytes.
+
+    Raises:
+        ValueError: names the operand.
+    """
+    for name, tensor in operands.items():
+        row_bytes = tensor.stride(0) * tensor.element_size()
+        if row_bytes % 16 or tensor.data_ptr() % 16:
+            raise ValueError(f"{kernel}: {name}: expected rows at multiples of 16 bytes, got one every {row_bytes}")
+
+
 def check_shape(kernel: str, name: str, tensor: Tensor, *shape: int) -> None:
     """Raises:
     ValueError: names the operand and both shapes.

@@ -133,13 +133,19 @@ def _gather(pages: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     return kv
 
 
-def swiglu(gate_up: Tensor, *, groups: int = 1, out: Tensor) -> None:
-    """silu(gate) * up, for each of `groups` adjacent [gate, up] pairs of a row.
+def linear_swiglu(x: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """silu(x gate^T) * (x up^T), where row 2 i of the weight is gate i and row 2 i + 1 is up i.
 
-    gate_up [T, groups 2 F] -> [T, groups F].
+    x [T, in], weight [2 F, in] -> [T, F].
     """
-    gate, up = gate_up.unflatten(1, (groups, 2, gate_up.shape[1] // (2 * groups))).float().unbind(2)
-    out.copy_((F.silu(gate) * up).flatten(1))
+    out.copy_(_gated(x @ weight.T))
+
+
+def _gated(pairs: Tensor) -> Tensor:
+    """silu(gate) * up [T, F] of columns that alternate [T, 2 F]."""
+    gate, up = pairs.float().unflatten(1, (-1, 2)).unbind(2)
+    product: Tensor = F.silu(gate) * up
+    return product
 
 
 def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
@@ -155,15 +161,15 @@ def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
     weights.copy_(chosen / chosen.sum(-1, keepdim=True))
 
 
-def grouped_linear(x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """Each token times the matrices of its chosen experts, side by side in its row.
+def grouped_linear_swiglu(x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """linear_swiglu of each token with the matrices of its chosen experts, side by side in its row.
 
-    x [T, in], experts [T, k], weight [E, out, in] -> [T, k out].
+    x [T, in], experts [T, k], weight [E, 2 F, in] -> [T, k F].
     """
-    side_by_side = out.unflatten(1, (-1, weight.shape[1]))
+    side_by_side = out.unflatten(1, (experts.shape[1], -1))
     for expert in experts.unique().tolist():
         token, choice = torch.where(experts == expert)
-        side_by_side[token, choice] = x[token] @ weight[expert].T
+        side_by_side[token, choice] = _gated(x[token] @ weight[expert].T).to(out.dtype)
 
 
 def grouped_combine(x: Tensor, experts: Tensor, weights: Tensor, weight: Tensor, *, out: Tensor) -> None:

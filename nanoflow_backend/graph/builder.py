@@ -37,13 +37,14 @@ class GraphBuilder:
 
     # parameters
 
-    def weight(self, name: str, *sources: Source, matrices: int = 1) -> str:
-        """A parameter read from the checkpoint: its sources' shards, stacked as `matrices` of equal height."""
+    def weight(self, name: str, *sources: Source, interleave: int = 1, matrices: int = 1) -> str:
+        """A parameter read from the checkpoint: its sources' shards (see Parameter), stacked as `matrices` of equal
+        height."""
         shapes = [local_shape(source, self.tp) for source in sources]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         if matrices > 1:
             shape = (matrices, shape[0] // matrices, *shape[1:])
-        self._parameters[name] = Parameter(name, shape, sources)
+        self._parameters[name] = Parameter(name, shape, sources, interleave)
         return name
 
     def constant(self, name: str, values: tuple[float, ...]) -> str:
@@ -71,6 +72,11 @@ class GraphBuilder:
         parameters = (weight,) if bias is None else (weight, bias)
         return self._append(name, "linear", Resource.COMPUTE, (x,), (y,), parameters)
 
+    def linear_swiglu(self, name: str, x: str, weight: str) -> str:
+        """silu(gate) * up, of a weight whose rows are gates and ups in turn."""
+        y = self._value(name, self._parameters[weight].shape[0] // 2)
+        return self._append(name, "linear_swiglu", Resource.COMPUTE, (x,), (y,), (weight,))
+
     def rope_append(
         self, name: str, qkv: str, batch: tuple[str, str, str], frequencies: str, kv_heads: int
     ) -> tuple[str, str]:
@@ -86,11 +92,6 @@ class GraphBuilder:
         output = self._value(name, self._values[q].width)
         return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,))
 
-    def swiglu(self, name: str, gate_up: str, groups: int = 1) -> str:
-        """silu(gate) * up, for each of `groups` adjacent [gate, up] pairs of a row."""
-        h = self._value(name, self._values[gate_up].width // 2)
-        return self._append(name, "swiglu", Resource.MEMORY, (gate_up,), (h,), groups=groups)
-
     def route(self, name: str, logits: str, experts_per_token: int) -> tuple[str, str]:
         """The chosen experts of each token and their weights: softmax over all, top k, renormalised."""
         outputs = (
@@ -100,10 +101,10 @@ class GraphBuilder:
         self._append(name, "route", Resource.MEMORY, (logits,), outputs)
         return outputs
 
-    def grouped_linear(self, name: str, x: str, experts: str, weight: str) -> str:
-        """Each token times the matrices of its chosen experts, side by side in its row."""
-        y = self._value(name, self._values[experts].width * self._parameters[weight].shape[1])
-        return self._append(name, "grouped_linear", Resource.COMPUTE, (x, experts), (y,), (weight,))
+    def grouped_linear_swiglu(self, name: str, x: str, experts: str, weight: str) -> str:
+        """linear_swiglu of each token with the matrices of its chosen experts, side by side in its row."""
+        y = self._value(name, self._values[experts].width * self._parameters[weight].shape[1] // 2)
+        return self._append(name, "grouped_linear_swiglu", Resource.COMPUTE, (x, experts), (y,), (weight,))
 
     def grouped_combine(self, name: str, x: str, experts: str, weights: str, weight: str) -> str:
         """Each chosen expert's part of the row times its matrix, summed with the router's weights."""

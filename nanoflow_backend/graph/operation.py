@@ -49,11 +49,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight as one rank holds it: the ranks' shards of its sources, one after the other along dimension 0."""
+    """A weight as one rank holds it: the ranks' shards of its sources, one after the other along dimension 0.
+
+    With `interleave` n, n consecutive sources (of one shape) take turns, a row of each: 0, 1, 0, 1, ..., 2, 3, 2, 3.
+    """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...] = ()
+    interleave: int = 1
     constant: tuple[float, ...] | None = None  # computed from the config, fp32, instead of read
 
 

@@ -36,13 +36,12 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
 
 
 def dense_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
-    """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix, whose rows take turns."""
     hidden, inner = config.hidden_size, config.intermediate_size
     gate = Source("model.layers.{layer}.mlp.gate_proj.weight", (inner, hidden), shard=0)
     up = Source("model.layers.{layer}.mlp.up_proj.weight", (inner, hidden), shard=0)
     down = Source("model.layers.{layer}.mlp.down_proj.weight", (hidden, inner), shard=1)
-    gate_up = g.linear("gate_up", x, g.weight("gate_up.weight", gate, up))
-    h = g.swiglu("swiglu", gate_up)
+    h = g.linear_swiglu("gate_up", x, g.weight("gate_up.weight", gate, up, interleave=2))
     return g.linear("down", h, g.weight("down.weight", down))
 
 

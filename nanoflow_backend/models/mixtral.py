@@ -27,6 +27,6 @@ def expert_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
 
     logits = g.linear("router", x, g.weight("router.weight", gate), dtype="float32")
     chosen, weights = g.route("route", logits, config.experts_per_token)
-    gate_up = g.grouped_linear("gate_up", x, chosen, g.weight("gate_up.weight", *w1_w3, matrices=experts))
-    h = g.swiglu("swiglu", gate_up, groups=config.experts_per_token)
+    gate_up = g.weight("gate_up.weight", *w1_w3, interleave=2, matrices=experts)
+    h = g.grouped_linear_swiglu("gate_up", x, chosen, gate_up)
     return g.grouped_combine("down", h, chosen, weights, g.weight("down.weight", *w2, matrices=experts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,11 +56,11 @@ def load(
     parameters, aliases = _parameters(model)
     places: dict[str, list[Place]] = {}
     for name, parameter in parameters.items():
-        row = 0
-        for source in parameter.sources:
-            height = local_shape(source, tp)[0]
-            places.setdefault(source.tensor, []).append(Place(name, source, slice(row, row + height)))
-            row += height
+        row, turns = 0, parameter.interleave
+        for number, source in enumerate(parameter.sources):
+            height, turn = local_shape(source, tp)[0] * turns, number % turns
+            places.setdefault(source.tensor, []).append(Place(name, source, slice(row + turn, row + height, turns)))
+            row += height if turn == turns - 1 else 0
     files = _find_files(folder)
     _check(files, places, config)
 
@@ -140,12 +141,12 @@ def _parameters(model: Model) -> tuple[dict[str, Parameter], dict[str, str]]:
         sources = tuple(
             Source(s.tensor.replace("{layer}", layer), s.shape, s.shard, s.units) for s in parameter.sources
         )
-        content = (parameter.shape, tuple(s.tensor for s in sources), parameter.constant)
+        content = (parameter.shape, tuple(s.tensor for s in sources), parameter.interleave, parameter.constant)
         if content in by_content:
             aliases[name] = by_content[content]
         else:
             by_content[content] = name
-            parameters[name] = Parameter(name, parameter.shape, sources, parameter.constant)
+            parameters[name] = replace(parameter, name=name, sources=sources)
     return parameters, aliases
 
 

@@ -66,8 +66,8 @@ def check(case: Case, binding: Binding, order) -> None:
 def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
     schedule = plans(case.model.layer, TOKENS)["sequential"]
-    capped = tuple(replace(x, sms=5) if x.operation == "swiglu" else x for x in schedule.launches)
-    for limit_sms, expected in ((True, {"swiglu": 5}), (False, {})):
+    capped = tuple(replace(x, sms=5) if x.operation == "mlp_norm" else x for x in schedule.launches)
+    for limit_sms, expected in ((True, {"mlp_norm": 5}), (False, {})):
         binding = Binding(
             case.model,
             replace(schedule, launches=capped),

@@ -36,14 +36,18 @@ def checks(request: pytest.FixtureRequest) -> Checks:
 def test_row_kernels(checks: Checks, tokens: int) -> None:
     checks.embed(tokens, 4099)
     checks.add_rms_norm(tokens, 1031)
-    checks.swiglu(tokens, 1, 2053)
-    checks.swiglu(tokens, 2, 37)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(checks: Checks, tokens: int, bias: bool) -> None:
     checks.linear(tokens, bias, wide_output=False)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, 149])
+@pytest.mark.parametrize("num_sms", [None, 1, 99])
+def test_linear_swiglu(checks: Checks, tokens: int, num_sms: int | None) -> None:
+    checks.linear_swiglu(tokens, 72, 136, num_sms)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -83,8 +87,10 @@ def test_sample(rows: int) -> None:
 
 def test_errors_name_the_operand() -> None:
     x = torch.ones(4, 6)
-    with pytest.raises(ValueError, match=r"swiglu: gate_up: expected shape \(4, 12\), got \(4, 6\)"):
-        kernels.swiglu(x, out=x)
+    with pytest.raises(ValueError, match=r"linear_swiglu: weight: expected shape \(12, 6\), got \(4, 6\)"):
+        kernels.linear_swiglu(x, x, out=x)
+    with pytest.raises(ValueError, match=r"linear_swiglu: x: expected rows at multiples of 16 bytes, got one every 24"):
+        kernels.linear_swiglu(x, x, out=x[:, :2])
     with pytest.raises(ValueError, match=r"add_rms_norm: update: expected torch.float32, got torch.float16"):
         kernels.add_rms_norm(x, x.half(), x[0], eps=1e-5, out=(x, x))
     with pytest.raises(ValueError, match=r"add_rms_norm: update: expected a matrix of contiguous rows"):

@@ -79,15 +79,15 @@ def test_linear(tokens: int, bias: bool, wide_output: bool, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_swiglu(tokens: int, groups: int, dtype: torch.dtype) -> None:
-    gate_up = random(tokens, groups * 2 * 5, dtype=dtype)
-    out = empty(tokens, groups * 5, dtype)
-    reference.swiglu(gate_up, groups=groups, out=out)
-    for group in range(groups):
-        gate, up = (gate_up[:, (2 * group + i) * 5 : (2 * group + i + 1) * 5].double() for i in (0, 1))
-        expected = gate / (1 + (-gate).exp()) * up
-        assert_close(f"group {group}", out[:, group * 5 : (group + 1) * 5], expected, TOLERANCE[dtype])
+def test_linear_swiglu(tokens: int, dtype: torch.dtype) -> None:
+    x, weight, out = random(tokens, 13, dtype=dtype), random(10, 13, dtype=dtype), empty(tokens, 5, dtype)
+    reference.linear_swiglu(x, weight, out=out)
+    assert_close("linear_swiglu", out, gated(torch.einsum("ti,oi->to", x.double(), weight.double())), TOLERANCE[dtype])
+
+
+def gated(pairs: Tensor) -> Tensor:
+    gate, up = pairs[..., 0::2], pairs[..., 1::2]
+    return gate / (1 + (-gate).exp()) * up
 
 
 # rope and attention: requests of a batch, each with `past` tokens in its pages and `new` ones in this nano-batch
@@ -191,15 +191,17 @@ def test_route_takes_the_lower_expert_of_equals() -> None:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_grouped_linear_and_combine(tokens: int, dtype: torch.dtype) -> None:
-    x, weight = random(tokens, 11, dtype=dtype), torch.randn(5, 7, 11).to(dtype)
+def test_grouped_linear_swiglu_and_combine(tokens: int, dtype: torch.dtype) -> None:
+    x, weight = random(tokens, 11, dtype=dtype), torch.randn(5, 14, 11).to(dtype)
     experts = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)] or [torch.empty(2)])[:tokens].int()
     out = empty(tokens, 2 * 7, dtype)
-    reference.grouped_linear(x, experts, weight, out=out)
-    chosen = weight[experts.long()].double()  # [T, k, out, in]
-    expected = torch.einsum("tkoi,ti->tko", chosen, x.double()).flatten(1)
-    assert_close("grouped_linear", out, expected, TOLERANCE[dtype])
+    reference.grouped_linear_swiglu(x, experts, weight, out=out)
+    chosen = weight[experts.long()].double()  # [T, k, 2 out, in]
+    expected = gated(torch.einsum("tkoi,ti->tko", chosen, x.double())).flatten(1)
+    assert_close("grouped_linear_swiglu", out, expected, TOLERANCE[dtype])
 
+    weight = torch.randn(5, 7, 11).to(dtype)
+    chosen = weight[experts.long()].double()
     parts, scale, combined = random(tokens, 2 * 11, dtype=dtype), random(tokens, 2), empty(tokens, 7, dtype)
     reference.grouped_combine(parts, experts, scale, weight, out=combined)
     expected = torch.einsum("tkoi,tki,tk->to", chosen, parts.unflatten(1, (2, 11)).double(), scale.double())
@@ -209,12 +211,12 @@ def test_grouped_linear_and_combine(tokens: int, dtype: torch.dtype) -> None:
 def test_the_expert_kernels_are_the_block_of_transformers() -> None:
     block = make("mixtral").model.layers[0].mlp
     x, gate_up, down = torch.randn(19, 64), block.experts.gate_up_proj.data, block.experts.down_proj.data
-    logits, inner, out = torch.empty(19, 8), torch.empty(19, 2 * gate_up.shape[1]), torch.empty(19, 64)
+    gate_up = gate_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # gates and ups take turns
+    logits, out = torch.empty(19, 8), torch.empty(19, 64)
     experts, weights, h = torch.empty(19, 2).int(), torch.empty(19, 2), torch.empty(19, gate_up.shape[1])
     reference.linear(x, block.gate.weight.data, out=logits)
     reference.route(logits, out=(experts, weights))
-    reference.grouped_linear(x, experts, gate_up, out=inner)
-    reference.swiglu(inner, groups=2, out=h)
+    reference.grouped_linear_swiglu(x, experts, gate_up, out=h)
     reference.grouped_combine(h, experts, weights, down, out=out)
     with torch.no_grad():
         expected = block(x[None])

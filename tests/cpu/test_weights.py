@@ -39,6 +39,11 @@ def pieces(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
     return list(torch.cat((tensor, padding), dim).split(size, dim))
 
 
+def take_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """A row of each [..., rows, columns]."""
+    return torch.stack((gate, up), -2).flatten(-3, -2)
+
+
 def expected(model: PreTrainedModel, rank: int, tp: int) -> State:
     """The layer-0 weights, embeddings and head of one rank, from the model's own modules (8 heads, head_dim 16)."""
     layer = model.model.layers[0]
@@ -64,12 +69,12 @@ def expected(model: PreTrainedModel, rank: int, tp: int) -> State:
         experts = layer.mlp.experts
         gate, up = experts.gate_up_proj.data.chunk(2, 1)
         state["layers.0.router.weight"] = layer.mlp.gate.weight.data
-        state["layers.0.gate_up.weight"] = torch.cat((pieces(gate, tp, 1)[rank], pieces(up, tp, 1)[rank]), 1)
+        state["layers.0.gate_up.weight"] = take_turns(pieces(gate, tp, 1)[rank], pieces(up, tp, 1)[rank])
         state["layers.0.down.weight"] = pieces(experts.down_proj.data, tp, 2)[rank]
     else:
         mlp = layer.mlp
         gate_up = [pieces(p.weight.data, tp, 0)[rank] for p in (mlp.gate_proj, mlp.up_proj)]
-        state["layers.0.gate_up.weight"] = torch.cat(gate_up)
+        state["layers.0.gate_up.weight"] = take_turns(*gate_up)
         state["layers.0.down.weight"] = pieces(mlp.down_proj.weight.data, tp, 1)[rank]
     return state
 

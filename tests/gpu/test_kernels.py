@@ -36,8 +36,6 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
     for width in (4099, 4096):
         checks.embed(tokens, width)
         checks.add_rms_norm(tokens, width)
-        checks.swiglu(tokens, 1, width)
-        checks.swiglu(tokens, 2, width)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -45,6 +43,13 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
 @pytest.mark.parametrize("wide_output", [False, True])
 def test_linear(checks: Checks, tokens: int, bias: bool, wide_output: bool) -> None:
     checks.linear(tokens, bias, wide_output)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, 61, 389])
+@pytest.mark.parametrize("num_sms", [None, 37, 999])
+def test_linear_swiglu(checks: Checks, tokens: int, num_sms: int | None) -> None:
+    checks.linear_swiglu(tokens, 1032, 776, num_sms)
+    checks.linear_swiglu(tokens, 72, 8, num_sms)
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -69,15 +69,12 @@ class Checks:
         reference.linear(x.float(), *(p.float() for p in parameters), out=expected)
         assert_close("linear", out.cpu(), expected, 2e-6 if wide_output else self.tolerance)
 
-    def swiglu(self, tokens: int, groups: int, width: int) -> None:
-        gate_up, out, expected = (
-            self.normal(tokens, 2 * groups * width),
-            self.empty(tokens, groups * width),
-            torch.empty(tokens, groups * width),
-        )
-        kernels.swiglu(self.there(gate_up), groups=groups, out=out)
-        reference.swiglu(gate_up, groups=groups, out=expected)
-        self.close("swiglu", out, expected)
+    def linear_swiglu(self, tokens: int, inner: int, width: int, num_sms: int | None = None) -> None:
+        x, weight = self.normal(tokens, inner), self.normal(2 * width, inner) / inner**0.5
+        out, expected = self.empty(tokens, width), torch.empty(tokens, width)
+        kernels.linear_swiglu(self.there(x), self.there(weight), out=out, num_sms=num_sms)
+        reference.linear_swiglu(x.float(), weight.float(), out=expected)
+        self.close("linear_swiglu", out, expected)
 
     def rope_append(
         self, mix: Sequence[Request], heads: int, kv_heads: int, head_dim: int, page_tokens: int, padding: int = 0
@@ -140,13 +137,14 @@ class Checks:
     def grouped(self, tokens: int, count: int, chosen: int, inner: int, width: int, unused: int = 1) -> None:
         """Both products. The last `unused` experts are chosen by nobody."""
         ranked = torch.rand(tokens, count - unused, generator=self.random).argsort(1)
-        experts, weight = ranked[:, :chosen].int(), self.normal(count, width, inner)
+        experts, weight = ranked[:, :chosen].int(), self.normal(count, 2 * width, inner)
         x, out = self.normal(tokens, inner), self.empty(tokens, chosen * width)
         expected = torch.empty(tokens, chosen * width)
-        kernels.grouped_linear(self.there(x), self.there(experts), weight.to(self.device), out=out)
-        reference.grouped_linear(x.float(), experts, weight.float(), out=expected)
-        self.close("grouped_linear", out, expected)
+        kernels.grouped_linear_swiglu(self.there(x), self.there(experts), weight.to(self.device), out=out)
+        reference.grouped_linear_swiglu(x.float(), experts, weight.float(), out=expected)
+        self.close("grouped_linear_swiglu", out, expected)
 
+        weight = self.normal(count, width, inner)
         x, scale = self.normal(tokens, chosen * inner), self.normal(tokens, chosen, dtype=torch.float32)
         out, expected = self.empty(tokens, width), torch.empty(tokens, width)
         kernels.grouped_combine(*map(self.there, (x, experts, scale)), weight.to(self.device), out=out)

@@ -131,7 +131,7 @@ RULES = {
     "missing": r"o: tokens 0\.\.8 are never computed",
     "deadlock": r"launch 0 \(attention_norm 0\.\.4\): waits for launch 5, which is not issued before it",
     "rows": r"launch 2 \(qkv 0\.\.4\) in layer 0 may start before launch 0 \(attention_norm 0\.\.4\) of layer 0",
-    "layer before": r"launch 0 \(attention_norm 0\.\.4\) in layer 1 may start before launch 20 "
+    "layer before": r"launch 0 \(attention_norm 0\.\.4\) in layer 1 may start before launch 18 "
     r"\(mlp_reduce 0\.\.4\) of layer 0 has ended: it reads what that one writes",
     "pages": r"launch 7 \(attention 4\.\.8\) in layer 0 may start before launch . \(rope_append ....\) of layer 0 has",
     "order": r"launch 0 \(mlp_reduce 0\.\.8\) in layer 0 may start before launch 1 \(down 0\.\.8\) of layer 0",
