@@ -1,59 +1,27 @@
 """Each kernel alone at the shapes of Llama-3-8B (and of Mixtral-8x7B's experts), back to back for seconds.
 
-    PYTHONPATH=.:kernels python benchmarks/kernels.py --output benchmarks/results/kernels_h200.json
+    python benchmarks/kernels.py --output benchmarks/results/kernels_h200.json
 
-A case is captured in a CUDA graph of calls that take turns with several sets of operands, so that none finds its inputs
-in the cache; the graph is replayed until clock and power are steady, then for `--seconds`. Energy is the device's
-energy counter over that time. `of_roof` is the time that the roofs below allow over the time taken.
+How they are measured: sustained.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import pynvml
 import torch
-import triton
 from nanoflow_kernels import device as kernels
+from sustained import FLOP_PER_S, READ_BYTES_PER_S, SETS, Case, measure
 from torch import Tensor
 
-READ_BYTES_PER_S = 4.57e12  # one H200, bulk copies of tiles without arithmetic
-FLOP_PER_S = 672e12  # one H200, cuBLAS bf16 on random data in the sustained state (its clock falls under the power cap)
+from nanoflow_backend.commands import result
+
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCABULARY = 4096, 32, 8, 128, 14336, 128_256
 TOKENS, DECODES, CONTEXT, CHUNK_START = 2048, 704, 1280, 256
 DTYPE, BYTES = torch.bfloat16, 2
-SETS = 4  # of operands that take turns
-CALLS = 32  # a graph: launching it must not take longer than running it
-WARM_S = 0.7
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    call: Callable[[int], Any]  # with the number of its set of operands
-    bytes: float  # that it must move
-    flop: float = 0.0
-
-
-@dataclass(frozen=True)
-class Measured:
-    name: str
-    duration_us: float
-    tb_per_s: float
-    tflop_per_s: float
-    mean_power_w: float
-    energy_mj: float
-    sm_clock_mhz: int
-    of_roof: float
 
 
 def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -92,11 +60,11 @@ def products() -> Iterator[Case]:
     weight = [normal(2 * INNER, HIDDEN) * 0.02 for _ in range(SETS)]
     for rows in (16, 256, 640, 704, 1024, TOKENS):  # gate and up, the product alone and with SwiGLU
         x, y, h = normal(rows, HIDDEN), empty(rows, 2 * INNER), empty(rows, INNER)
-        for name, call, result in (
+        for name, call, product in (
             ("linear", lambda i, x=x, y=y: kernels.linear(x, weight[i], out=y), y),
             ("linear_swiglu", lambda i, x=x, h=h: kernels.linear_swiglu(x, weight[i], out=h), h),
         ):
-            moved = (x.numel() + weight[0].numel() + result.numel()) * BYTES
+            moved = (x.numel() + weight[0].numel() + product.numel()) * BYTES
             yield Case(f"{name} gate_up [{rows}, {HIDDEN}] -> {2 * INNER}", call, moved, 4.0 * rows * INNER * HIDDEN)
 
 
@@ -193,59 +161,12 @@ def samples() -> Iterator[Case]:
         )
 
 
-def measure(case: Case, seconds: float) -> Measured:
-    gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    for i in range(SETS):
-        case.call(i)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            case.call(i % SETS)
-    replays = replay_for(graph, WARM_S)
-    replays = max(1, int(replays * seconds / WARM_S))
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
-    begin.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    clock = 0
-    while not end.query():
-        time.sleep(0.02)
-        clock = pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM) or clock
-    energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) - energy
-    duration_s = begin.elapsed_time(end) / 1e3
-    call_s = duration_s / (replays * CALLS)
-    allowed_s = max(case.bytes / READ_BYTES_PER_S, case.flop / FLOP_PER_S)
-    return Measured(
-        case.name,
-        round(call_s * 1e6, 2),
-        round(case.bytes / call_s / 1e12, 3),
-        round(case.flop / call_s / 1e12, 1),
-        round(energy / 1e3 / duration_s, 1),
-        round(energy / (replays * CALLS), 3),
-        clock,
-        round(allowed_s / call_s, 3),
-    )
-
-
-def replay_for(graph: torch.cuda.CUDAGraph, seconds: float) -> int:
-    """How many replays took about so long."""
-    stop, replays = time.monotonic() + seconds, 0
-    while time.monotonic() < stop:
-        graph.replay()
-        torch.cuda.synchronize()
-        replays += 1
-    return replays
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1.5, help="of back-to-back work that is measured, a case")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
-    pynvml.nvmlInit()
     torch.manual_seed(0)
     results = []
     for group in (row_kernels, products, attentions, experts, samples):
@@ -253,15 +174,8 @@ def main() -> None:
             if arguments.only in case.name:
                 results.append(measure(case, arguments.seconds))
                 print(" ".join(f"{key}={value}" for key, value in asdict(results[-1]).items()), flush=True)
-    header = {
-        "device": torch.cuda.get_device_name(),
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "versions": {"torch": torch.__version__, "kernel language": triton.__version__, "cuda": torch.version.cuda},
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "roofs": {"read_bytes_per_s": READ_BYTES_PER_S, "flop_per_s": FLOP_PER_S},
-    }
-    arguments.output.write_text(json.dumps({**header, "results": [asdict(result) for result in results]}, indent=1))
+    roofs = {"read_bytes_per_s": READ_BYTES_PER_S, "flop_per_s": FLOP_PER_S}
+    result.write({"roofs": roofs, "results": [asdict(measured) for measured in results]}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,14 @@ class Tile(NamedTuple):
 # cuBLAS 719 us without.
 TALL = Tile(128, 256, 64, warps=8, stages=3)
 SHORT = Tile(64, 256, 64, warps=4, stages=4)
+WIDE = Tile(64, 64, 32, warps=4, stages=1)  # fp32: twice the memory, and not for speed
 SHORT_TOKENS = 448  # up to here SHORT is faster where half of the last TALL tile would be empty
 ROW_TILES = 8  # that take turns with the same columns, which are then in the cache
 
 
-def tile_for(tokens: int) -> Tile:
+def tile_for(tokens: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return WIDE
     return SHORT if tokens <= SHORT_TOKENS and triton.cdiv(tokens, SHORT.rows) % 2 else TALL
 
 
@@ -81,12 +84,11 @@ def linear_swiglu(
     check_bulk("linear_swiglu", x=x, weight=weight, out=out)
     if len(x) == 0:
         return
-    t = tile or tile_for(len(x))
+    t = tile or tile_for(len(x), x.dtype)
     tiles = triton.cdiv(len(x), t.rows) * triton.cdiv(len(weight), t.columns)
     _linear_swiglu[(programs(tiles, num_sms, x.device, per_sm=t.per_sm),)](
         TensorDescriptor.from_tensor(x, [t.rows, t.depth]),
         TensorDescriptor.from_tensor(weight, [t.columns, t.depth]),
         TensorDescriptor.from_tensor(out, [t.rows, t.columns // 2]),
-        len(x), len(weight), x.shape[1], t.rows, t.columns, t.depth, ROW_TILES,
-        1 if x.dtype == torch.float32 else t.stages, num_warps=t.warps,
+        len(x), len(weight), x.shape[1], t.rows, t.columns, t.depth, ROW_TILES, t.stages, num_warps=t.warps,
     )  # fmt: skip

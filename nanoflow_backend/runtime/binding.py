@@ -65,7 +65,8 @@ class Binding:
         self._in_place = in_place and collectives.ranks == 1
         self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
         self.plan = plan_buffers(self.layer, schedule, model.num_layers, self._same(self.layer))
-        self.buffers = [self.empty(max_tokens, buffer.width, dtype=buffer.dtype) for buffer in self.plan.buffers]
+        # Rows begin at multiples of 16 bytes, which bulk copies ask for; _rows cuts what a value has.
+        self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in self.plan.buffers]
         self.positions = self.empty(max_tokens, dtype="int32")
         self.slots = self.empty(max_tokens, dtype="int32")
         self.page_table: Tensor | None = None

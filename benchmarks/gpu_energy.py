@@ -1,0 +1,101 @@
+"""Joules of what a loaded GPU does, by its energy counter, and those of dense products against the clock.
+
+    python benchmarks/gpu_energy.py --output benchmarks/results/gpu_energy_h200.json
+
+One layer of Llama-3-8B: its dense products on 2048 tokens, and decode attention of 704 requests at 1280. A GPU at its
+power cap lowers its clock; idle time between bursts lowers mean power, and the clock rises: so the energy of one and
+the same product is found at several clocks without touching the card's settings. The energy of the idle time (measured
+too) is taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nanoflow_kernels import device as kernels
+from sustained import SETS, WARM_S, Case, Run
+
+from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal
+from nanoflow_backend.commands import result
+from nanoflow_backend.commands.gpu_meter import GpuMeter
+
+IDLE_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
+
+
+def layer_products(scale: float) -> Callable[[int], None]:
+    """The four products of a layer, SwiGLU included; weights N(0, scale)."""
+    x, attended, h = normal(TOKENS, HIDDEN), normal(TOKENS, HIDDEN), normal(TOKENS, INNER)
+    qkv_columns = HIDDEN + 2 * KV_HEADS * (HIDDEN // HEADS)
+    shapes = {
+        "qkv": (qkv_columns, HIDDEN),
+        "o": (HIDDEN, HIDDEN),
+        "gate_up": (2 * INNER, HIDDEN),
+        "down": (HIDDEN, INNER),
+    }
+    weights = [{name: normal(*shape) * scale for name, shape in shapes.items()} for _ in range(SETS)]
+    qkv, update, inner = empty(TOKENS, qkv_columns), empty(TOKENS, HIDDEN), empty(TOKENS, INNER)
+
+    def products(i: int) -> None:
+        kernels.linear(x, weights[i]["qkv"], out=qkv)
+        kernels.linear(attended, weights[i]["o"], out=update)
+        kernels.linear_swiglu(x, weights[i]["gate_up"], out=inner)
+        kernels.linear(h, weights[i]["down"], out=update)
+
+    return products
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=5.0, help="that are measured, a point")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    meter = GpuMeter()
+    torch.zeros(1, device="cuda")
+    time.sleep(2)
+    before = meter.read()
+    time.sleep(arguments.seconds)
+    after = meter.read()
+    idle_w = (after.energy_j - before.energy_j) / (after.time_s - before.time_s)
+
+    products, zeros = layer_products(0.02), layer_products(0.0)
+    attend = next(attention("decodes", [(CONTEXT - 1, 1)] * DECODES, 64))
+
+    def both(i: int) -> None:
+        products(i)
+        attend.call(i)
+
+    points: list[dict[str, Any]] = []
+    work = [("products", products, share) for share in IDLE_SHARES]
+    work += [("products, weights of zeros", zeros, 0.0)]
+    work += [("decode attention", attend.call, share) for share in (0.0, 0.3)]
+    work += [("products, then decode attention", both, share) for share in (0.0, 0.3)]
+    for name, call, idle_share in work:
+        run = Run(Case(name, call, 0), idle_share)
+        run.go(WARM_S + 0.5)
+        used = run.go(arguments.seconds)
+        busy_j = used.energy_j - idle_w * (used.wall_s - used.busy_s)
+        points.append(
+            {
+                "work": name,
+                "idle_share": idle_share,
+                "sm_clock_mhz": used.sm_clock_mhz,
+                "mean_power_w": round(used.energy_j / used.wall_s, 1),
+                "busy_power_w": round(busy_j / used.busy_s, 1),
+                "duration_us": round(1e6 * used.busy_s / used.calls, 1),
+                "energy_mj": round(1e3 * busy_j / used.calls, 2),
+                "above_idle_mj": round(1e3 * (busy_j - idle_w * used.busy_s) / used.calls, 2),
+                "seconds": round(used.wall_s, 2),
+            }
+        )
+        print(points[-1], flush=True)
+    result.write({"idle_power_w": round(idle_w, 1), "tokens": TOKENS, "points": points}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
