@@ -5,6 +5,7 @@ T tokens of the batch, R rows that are sampled.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +20,7 @@ from torch import Tensor
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
 from nanoflow_backend.engine.sampling import Drawn, Sampler
 from nanoflow_backend.engine.transfer import to_device, to_host
+from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -29,6 +31,8 @@ from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.schedule.source import find_schedule
 from nanoflow_backend.scheduler.batch import Batch, Sampled
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,6 +129,8 @@ def _program(
     """
     tp, dtype = config.tensor_parallel, getattr(torch, config.dtype)
     model = build(model_config, tp)
+    for line in _implementations(model, kernels) if kernels else ():
+        log.info("%s", line)
     schedule = find_schedule(config, model, device.name, device.sms)
     if config.load_format == "dummy":
         loaded = weights.dummy(model, dtype=dtype, device=device.kind)
@@ -170,3 +176,13 @@ def _program(
                 f"{config.gpu_memory_utilization:.0%} of the memory of {device.name}"
             )
     return program(num_pages), num_pages
+
+
+def _implementations(model: Model, kernels: ModuleType) -> list[str]:
+    """A line for each kernel: what runs it and why, and the operations that use it."""
+    users: dict[str, list[str]] = {}
+    for graph in (model.embed, model.layer, model.head):
+        for operation in graph.operations:
+            users.setdefault(operation.kernel, []).append(operation.name)
+    notes = kernels.IMPLEMENTATIONS
+    return [f"{kernel} ({', '.join(names)}): {notes[kernel]}" for kernel, names in users.items() if kernel in notes]

@@ -13,6 +13,11 @@ if torch.cuda.is_available():
 
 from kernel_checks import Checks
 from nanoflow_kernels import device as kernels
+from shapes import config
+
+from nanoflow_backend.engine.worker import _implementations
+from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.models.model import build
 
 # the interpreter's own, on conversions and on infinities that the kernels mean
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("DeprecationWarning", "RuntimeWarning")]
@@ -97,3 +102,13 @@ def test_errors_name_the_operand() -> None:
         kernels.add_rms_norm(x, x.T.contiguous().T, x[0], eps=1e-5, out=(x, x))
     with pytest.raises(ValueError, match="num_sms: expected a positive number, got 0"):
         kernels.embed(torch.zeros(4, dtype=torch.int32), x, out=(x, x), num_sms=0)
+
+
+def test_the_engine_can_say_what_runs_every_operation() -> None:
+    for architecture in ("llama", "qwen2", "mixtral"):
+        model = build(config(architecture))
+        lines = _implementations(model, kernels)
+        for graph in (model.embed, model.layer, model.head):
+            for operation in graph.operations:
+                if operation.resource is not Resource.NETWORK:
+                    assert any(x.startswith(f"{operation.kernel} (") and operation.name in x for x in lines), operation
