@@ -9,11 +9,14 @@ import platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from nanoflow_backend.commands.gpu_meter import find_gpu_meter
+
+if TYPE_CHECKING:
+    from nanoflow_backend.engine import Engine
 
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton")
 
@@ -35,14 +38,27 @@ def header() -> dict[str, Any]:
     }
 
 
+def engine_facts(engine: Engine) -> dict[str, Any]:
+    """Which engine a result is of; its settings as they were on this device."""
+    config = engine.config
+    settings = {name: getattr(config, name) for name in config.__struct_fields__}
+    return {
+        "model": Path(config.model).name,
+        "engine": "nanoflow",
+        "engine_is": engine.description,
+        "schedule": _without_folder(config.schedule),
+        "settings": {name: _without_folder(value) for name, value in settings.items()},
+    }
+
+
 def _program() -> str:
     name = Path(sys.argv[0]).name
     return "nanoflow" if name == "__main__.py" else name
 
 
-def _without_folder(word: str) -> str:
-    """Where a file lies on this machine is nobody's business; paths inside the project stay."""
-    return Path(word).name if os.path.isabs(word) else word
+def _without_folder(word: Any) -> Any:
+    """Where a file lies on this machine is nobody's business; paths inside the project, and what is no path, stay."""
+    return Path(word).name if isinstance(word, str) and os.path.isabs(word) else word
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
