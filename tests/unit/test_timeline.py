@@ -1,4 +1,4 @@
-"""The timeline of an offline run: its counts against a token-by-token count, its steady window against hand-made runs."""
+"""The timeline of an offline run: its counts against a count token by token, its steady part on hand-made runs."""
 
 import random
 
