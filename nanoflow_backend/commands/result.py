@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         "engine": "nanoflow",
         "engine_is": engine.description,
         "schedule": _without_folder(config.schedule),
-        "settings": {name: _without_folder(value) for name, value in settings.items()},
+        "settings": without_folders(settings),
     }
 
 
@@ -59,6 +60,11 @@ def _program() -> str:
 def _without_folder(word: Any) -> Any:
     """Where a file lies on this machine is nobody's business; paths inside the project, and what is no path, stay."""
     return Path(word).name if isinstance(word, str) and os.path.isabs(word) else word
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """See `_without_folder`."""
+    return {name: _without_folder(value) for name, value in settings.items()}
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
