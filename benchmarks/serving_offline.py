@@ -3,9 +3,8 @@
     python benchmarks/serving_offline.py --model benchmarks/models/llama-3-8b --set load_format=dummy \\
         --set python=/opt/engine/bin/python --engine-result benchmarks/results/offline_llama3_8b_1024_512.json
 
-Runs in the server's Python, which needs no torch: `--set python=` names the engine's. The clients are processes of their
-own, each with one gRPC stream that carries its share of the requests, all sent at once. Random prompts, as those of
-`nanoflow bench offline`; greedy; output ids only.
+Runs in the server's Python, which needs no torch: `--set python=` names the engine's. Each client is a process with one
+gRPC stream, which carries its share of the requests, all sent at once. Prompts are those of `nanoflow bench offline`.
 """
 
 from __future__ import annotations

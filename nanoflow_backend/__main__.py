@@ -108,6 +108,24 @@ def offline(
     bench_offline(model, output, input_tokens, output_tokens, requests, trace, dataset, breakdown, settings or [])
 
 
+@bench.command()
+def online(
+    model: Model,
+    output: Result = None,
+    input_tokens: InputTokens = 1024,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Measured for each level, at least; and one of each client.")
+    ] = 32,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="A level; repeatable.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Latency with 1, 16, 64 and 256 requests in flight: time to the first token, and between tokens."""
+    from nanoflow_backend.commands.bench_online import bench_online
+
+    bench_online(model, output, input_tokens, output_tokens, requests, concurrency or [1, 16, 64, 256], settings or [])
+
+
 def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError

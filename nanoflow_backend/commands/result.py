@@ -57,14 +57,15 @@ def _program() -> str:
     return "nanoflow" if name == "__main__.py" else name
 
 
-def _without_folder(word: Any) -> Any:
-    """Where a file lies on this machine is nobody's business; paths inside the project, and what is no path, stay."""
-    return Path(word).name if isinstance(word, str) and os.path.isabs(word) else word
-
-
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """See `_without_folder`."""
-    return {name: _without_folder(value) for name, value in settings.items()}
+    """Settings as a result shows them."""
+    return {name: _without_folder(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+
+def _without_folder(word: str) -> str:
+    """Where a file lies on this machine is nobody's business; paths inside the project stay."""
+    before, equals, path = word.rpartition("=")
+    return before + equals + (Path(path).name if os.path.isabs(path) else path)
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:

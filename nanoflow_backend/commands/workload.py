@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import log, log1p, sqrt
 from pathlib import Path
@@ -37,10 +37,14 @@ class Workload:
         return sum(length for _, length in self.lengths)
 
     def prompts(self, vocab_size: int) -> Iterator[list[int]]:
-        """Random ids, the same in every engine; no two prompts share a prefix worth caching."""
-        draw, ids = random.Random(SEED), range(vocab_size)
-        for length, _ in self.lengths:
-            yield draw.choices(ids, k=length)
+        return random_prompts((length for length, _ in self.lengths), vocab_size)
+
+
+def random_prompts(lengths: Iterable[int], vocab_size: int) -> Iterator[list[int]]:
+    """Random ids, the same for every engine; no two prompts share a prefix worth caching."""
+    draw, ids = random.Random(SEED), range(vocab_size)
+    for length in lengths:
+        yield draw.choices(ids, k=length)
 
 
 def constant(input_tokens: int, output_tokens: int, requests: int) -> Workload:
