@@ -126,6 +126,17 @@ def online(
     bench_online(model, output, input_tokens, output_tokens, requests, concurrency or [1, 16, 64, 256], settings or [])
 
 
+@bench.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A result of `nanoflow bench offline`.")],
+    output: Annotated[Path, typer.Option(help="Where the picture goes: .svg, .png or .pdf.")],
+) -> None:
+    """Draw an offline run's use of compute, memory bandwidth and power over time. Needs the extra `plot`."""
+    from nanoflow_backend.commands.bench_plot import bench_plot
+
+    bench_plot(run, output)
+
+
 def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError

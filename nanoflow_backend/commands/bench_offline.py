@@ -117,14 +117,17 @@ class OfflineRun:
             a_device = found["total_tokens_per_s"] / ranks
             return found | {"tokens_per_s_per_device": round(a_device, 1), "share_of_eq5": round(a_device / optimum, 4)}
 
-        steady = timeline.steady()
+        steady: Timeline | str | dict[str, Any] = timeline.steady()
+        if isinstance(steady, Timeline):
+            from_s = steady.samples[0].time_s - timeline.samples[0].time_s
+            steady = {"from_s": round(from_s, 2), **rates(steady, steady.counts.tokens)}
         return {
             "requests": len(self.work.lengths),
             "input_tokens": self.work.input_tokens,
             **rates(timeline, self.work.input_tokens + self._outputs),
             "engine_thread_cpu_ms_per_step": round(1e3 * self._cpu_s / self._counts.steps, 3),
             "prefix_hit_tokens": engine.scheduler.stats.prefix_hit_tokens,
-            "steady": steady if isinstance(steady, str) else rates(steady, steady.counts.tokens),
+            "steady": steady,
             "eq5_tokens_per_s_per_device": round(optimum, 1),
             "gemm": msgspec.to_builtins(gemm),
             "memory": msgspec.to_builtins(memory_bytes_per_s(device)),

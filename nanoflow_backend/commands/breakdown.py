@@ -81,7 +81,7 @@ def summarise(kernels: Sequence[Kernel], steps: int, linears: Sequence[str]) -> 
 
 
 def linear_operations(engine: Engine) -> list[str]:
-    """The names of a full step's matrix products, in the order in which they run; none if several lanes have some."""
+    """The names of a full step's products by cuBLAS, in the order in which they run; none if two lanes have some."""
     config, device = engine.config, engine.worker.device
     model = build(engine.model_config, config.tensor_parallel)
     schedule = find_schedule(config, model, device.name, device.sms)

@@ -55,4 +55,4 @@ def test_the_launches_of_a_step_are_named(schedule):
     names = linear_operations(engine)
     assert names[-1] == "lm_head"
     layers = engine.model_config.num_layers
-    assert sorted(names[:-1]) == sorted(["qkv", "o", "gate_up", "down"] * layers * parts)
+    assert sorted(names[:-1]) == sorted(["qkv", "o", "down"] * layers * parts)

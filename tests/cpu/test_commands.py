@@ -219,6 +219,24 @@ def test_bench_offline_draws_lengths_and_runs_as_it_is_told(model):
     assert measured["settings"]["cuda_graphs"] is False
 
 
+def test_bench_online_measures_each_level(model):
+    levels = ("--concurrency", "1", "--concurrency", "3")
+    sizes = ("--input-tokens", "12", "--output-tokens", "5", "--requests", "2")
+    done = run("bench", "online", "--model", model, *sizes, *levels)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["workload"] == "12/5"
+    assert [(level["concurrency"], level["requests"]) for level in measured["levels"]] == [(1, 2), (3, 3)]
+    for level in measured["levels"]:
+        for times in (level["first_token_ms"], level["between_tokens_ms"]):
+            assert 0 < times["p50"] <= times["p90"] <= times["p99"] < 1e3 * level["wall_s"]
+    alone = measured["single_stream"]
+    assert alone["weight_read_bound_tokens_per_s"] == pytest.approx(
+        alone["memory"]["per_s"] / alone["weight_bytes"], rel=1e-3
+    )
+    assert 0 < alone["share_of_bound"] < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
