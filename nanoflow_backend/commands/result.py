@@ -19,7 +19,7 @@ from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 if TYPE_CHECKING:
     from nanoflow_backend.engine import Engine
 
-PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton")
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton", "vllm")
 
 
 def header() -> dict[str, Any]:
