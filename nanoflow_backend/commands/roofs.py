@@ -21,7 +21,7 @@ from nanoflow_backend.graph.operation import Model
 WARM_S = {"cuda": 1.0, "cpu": 0.05}
 GEMM_S = {"cuda": 3.0, "cpu": 0.2}
 READ_S = {"cuda": 1.0, "cpu": 0.1}
-READ_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}  # far beyond any cache
+READ_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}  # far beyond any cache, and little beside a full KV cache
 
 
 class Rate(msgspec.Struct, frozen=True):
