@@ -128,13 +128,14 @@ def generate(llm: Any, work: workload.Workload, vocab_size: int) -> dict[str, An
     outputs = sum(len(completion.outputs[0].token_ids) for completion in completions)
     assert outputs == work.output_tokens, f"{outputs} output tokens, expected {work.output_tokens}"
     total = work.input_tokens + outputs
-    found = {
+    found: dict[str, Any] = {
         "wall_s": round(wall_s, 3),
         "total_tokens_per_s": round(total / wall_s, 1),
         "output_tokens_per_s": round(outputs / wall_s, 1),
     }
-    if before and after:  # of the first GPU
+    if meter and before and after:  # of the first GPU
         energy_j = after.energy_j - before.energy_j
+        found["device"] = meter.name
         found["mean_power_w"] = round(energy_j / (after.time_s - before.time_s), 1)
         found["mj_per_token"] = round(1e3 * energy_j / total, 3)
     return found

@@ -115,15 +115,16 @@ def measure(server: EmbeddedServer, jobs: Sequence[Job], clients: int) -> dict[s
     wall_s = max(client.ended_s for client in received) - begin_s
     first_token_s = sorted(at for client in received for at in client.first_token_s)
     responses = sum(client.responses for client in received)
-    found = {
+    found: dict[str, Any] = {
         "wall_s": round(wall_s, 3),
         "tokens_per_response": round(sum(job.output_tokens for job in jobs) / responses, 2),
         "first_token_s_median": round(float(np.median(first_token_s)), 3),
         "cpu_cores_used": {name: round(seconds / wall_s, 2) for name, seconds in used_s.items()},
     }
-    if before and after:
+    if meter and before and after:
         energy_j = after.energy_j - before.energy_j
         tokens = sum(len(job.prompt) + job.output_tokens for job in jobs)
+        found["device"] = meter.name
         found["mean_power_w"] = round(energy_j / (after.time_s - before.time_s), 1)
         found["mj_per_token"] = round(1e3 * energy_j / tokens, 3)
     return found

@@ -30,10 +30,12 @@ def header() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     meter = find_gpu_meter()
+    host = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
         "command": shlex.join([_program(), *map(_without_folder, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": host,  # what runs on a GPU says so instead
+        "host": host,
         **({"gpu": meter.name, "gpu_power_limit_w": meter.power_limit_w} if meter else {}),
         "versions": versions,
     }
@@ -44,6 +46,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     config = engine.config
     settings = {name: getattr(config, name) for name in config.__struct_fields__}
     return {
+        **({"device": engine.worker.device.name} if config.device == "cuda" else {}),
         "model": Path(config.model).name,
         "engine": "nanoflow",
         "engine_is": engine.description,
