@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN = "<!-- measured: written by benchmarks/readme_table.py from benchmarks/results -->\n"
+STEADY_S = 60.0  # results from before this was asked for have shorter ones
 END = "<!-- end of measured -->"
 
 
@@ -45,21 +46,57 @@ def rows() -> Iterator[tuple[str, str, str]]:
             " / ".join(f"{arm['steps']:,} and {arm['preemptions']}" for arm in (forecast, naive, reserve)),
             "simulated, no device",
         )
-    for path in sorted(RESULTS.glob("offline_*.json")):
-        run = json.loads(path.read_text())
+    for run in load_all("offline"):
+        what = f"{requests(run)}, schedule {run['schedule']}"
+        yield f"Offline, {what}: whole run", rates(run), run["gpu"]
+        if isinstance(run["steady"], dict) and run["steady"]["wall_s"] >= STEADY_S:
+            yield f"The same, {run['steady']['wall_s']:.0f} s of its stationary part", rates(run["steady"]), run["gpu"]
+    for run in load_all("peer_vllm"):
+        yield f"vLLM {run['versions']['vllm']}, {requests(run)}: whole run", rates(run), run["gpu"]
+    for run in load_all("served"):
+        what = f"{run['clients']} gRPC clients of tritonserver, {requests(run)}, schedule {run['schedule']}"
+        share = f"; {run['share_of_engine']:.1%} of the engine alone" if "share_of_engine" in run else ""
+        yield what, rates(run) + share, run["gpu"]
+    for run in load_all("online"):
+        levels = run["levels"]
         yield (
-            f"Offline, {run['model']} with random weights, {run['workload']} tokens in and out, "
-            f"{run['requests']:,} requests at once, schedule {run['schedule']}: whole run",
-            f"{run['total_tokens_per_s']:,.0f} tokens/s; {run['mean_power_w']:.0f} W, "
-            f"{run['mj_per_token']:.1f} mJ a token",
+            f"Latency, {run['model']} with random weights, {run['workload']} tokens in and out, "
+            f"{', '.join(str(level['concurrency']) for level in levels)} requests in flight",
+            f"first token {medians(levels, 'first_token_ms')} ms; between tokens "
+            f"{medians(levels, 'between_tokens_ms')} ms (medians)",
             run["gpu"],
         )
+        if alone := run.get("single_stream"):
+            yield (
+                "One request alone: decoding, against the reading of the weights at the measured bandwidth",
+                f"{alone['tokens_per_s']:.0f} tokens/s, {alone['share_of_bound']:.0%}",
+                run["gpu"],
+            )
     if served := load("serving"):
         yield (
             f"{served['streams']} gRPC streams of the demo model through tritonserver against the engine alone",
             f"{served['served_tokens_per_s']:,.0f} against {served['engine_tokens_per_s']:,.0f} output tokens/s",
             served["device"],
         )
+
+
+def requests(run: dict[str, Any]) -> str:
+    count = f"{run['requests']:,} requests at once"
+    return f"{run['model']} with random weights, {run['workload']} tokens in and out, {count}"
+
+
+def rates(run: dict[str, Any]) -> str:
+    share = f"; {run['share_of_eq5']:.0%} of Eq. 5" if "share_of_eq5" in run else ""
+    power = f"{run['mean_power_w']:.0f} W, {run['mj_per_token']:.1f} mJ a token"
+    return f"{run['total_tokens_per_s']:,.0f} tokens/s; {power}{share}"
+
+
+def medians(levels: list[dict[str, Any]], times: str) -> str:
+    return " / ".join(f"{level[times]['p50']:,.1f}" for level in levels)
+
+
+def load_all(kind: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
 
 
 def load(name: str) -> dict[str, Any] | None:

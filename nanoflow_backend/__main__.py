@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,9 @@ Settings = Annotated[
     typer.Option("--set", help="A field of engine.json, e.g. --set dense_batch_tokens=256. Repeatable."),
 ]
 Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/config.pbtxt.")]
+Result = Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")]
+InputTokens = Annotated[int, typer.Option(min=1)]
+OutputTokens = Annotated[int, typer.Option(min=1)]
 HttpPort = Annotated[int, typer.Option(help="0: any free port.")]
 GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
 MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
@@ -86,19 +89,52 @@ def batch(
 @bench.command()
 def offline(
     model: Model,
-    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
-    input_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    output_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output: Result = None,
+    input_tokens: InputTokens = 128,
+    output_tokens: OutputTokens = 128,
     requests: Annotated[int, typer.Option(min=1, help="How many; of a trace, its first ones.")] = 64,
     trace: Annotated[
         Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
     ] = None,
+    dataset: Annotated[
+        Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
+    ] = None,
+    breakdown: Annotated[bool, typer.Option(help="Profile a few steps: the time of each operation. On a GPU.")] = False,
     settings: Settings = None,
 ) -> None:
-    """Throughput with all requests queued at once: constant lengths, or those of a trace."""
+    """Throughput with all requests queued at once: constant lengths, those of a trace, or drawn ones."""
     from nanoflow_backend.commands.bench_offline import bench_offline
 
-    bench_offline(model, output, input_tokens, output_tokens, requests, trace, settings or [])
+    bench_offline(model, output, input_tokens, output_tokens, requests, trace, dataset, breakdown, settings or [])
+
+
+@bench.command()
+def online(
+    model: Model,
+    output: Result = None,
+    input_tokens: InputTokens = 1024,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Measured for each level, at least; and one of each client.")
+    ] = 32,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="A level; repeatable.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Latency with 1, 16, 64 and 256 requests in flight: time to the first token, and between tokens."""
+    from nanoflow_backend.commands.bench_online import bench_online
+
+    bench_online(model, output, input_tokens, output_tokens, requests, concurrency or [1, 16, 64, 256], settings or [])
+
+
+@bench.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A result of `nanoflow bench offline`.")],
+    output: Annotated[Path, typer.Option(help="Where the picture goes: .svg, .png or .pdf.")],
+) -> None:
+    """Draw an offline run's use of compute, memory bandwidth and power over time. Needs the extra `plot`."""
+    from nanoflow_backend.commands.bench_plot import bench_plot
+
+    bench_plot(run, output)
 
 
 def main() -> None:

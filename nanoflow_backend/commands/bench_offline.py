@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanoflow_backend.commands import result
-from nanoflow_backend.commands.gpu_meter import GpuReading, find_gpu_meter
+from nanoflow_backend.commands import result, workload
+from nanoflow_backend.commands.breakdown import break_down
+from nanoflow_backend.commands.gpu_meter import find_gpu_meter
+from nanoflow_backend.commands.model_work import ModelWork
+from nanoflow_backend.commands.roofs import gemm_flop_per_s, memory_bytes_per_s
 from nanoflow_backend.commands.settings import make_engine
+from nanoflow_backend.commands.timeline import Counts, Sample, Timeline
+from nanoflow_backend.commands.workload import Dataset, Workload
+from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.models.model import build
 from nanoflow_backend.scheduler.request import Request
-from nanoflow_backend.scheduler.trace import read_trace
 
-SEED = 0
 SAMPLE_S = 1.0  # between two samples of the timeline
-GENERATIONS = 2  # the mix is stationary when each slot has had so many requests
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.percentage:.0f} %"),
+    TimeRemainingColumn(),
+)
 
 
 def bench_offline(
@@ -32,131 +42,109 @@ def bench_offline(
     output_tokens: int,
     requests: int,
     trace: Path | None,
+    dataset: Dataset | None,
+    breakdown: bool,
     settings: Sequence[str],
 ) -> None:
     """Total and output tokens per second of the whole run, ramp-up and tail included, and of its stationary part.
-    Tokens are counted as they are processed; prompts are random ids, so that prefixes are not shared."""
-    engine = make_engine(model, settings, max_waiting=str(max(requests, 1)))
-    if trace is None:
-        workload: dict[str, Any] = {"workload": f"{input_tokens}/{output_tokens}"}
-        lengths = ((input_tokens, output_tokens),) * requests
+
+    Raises:
+        ConfigError: both a trace and a dataset, or a breakdown without a GPU.
+    """
+    if trace and dataset:
+        raise ConfigError("--dataset: expected none beside --trace")
+    engine = make_engine(model, settings, max_waiting=str(requests))
+    if breakdown and engine.config.device != "cuda":
+        raise ConfigError(f"--breakdown: expected a GPU, the engine runs on {engine.worker.device.name}")
+    if trace:
+        work = workload.of_trace(trace, requests, engine.max_model_tokens)
+    elif dataset:
+        work = workload.drawn(dataset, requests, engine.max_model_tokens)
     else:
-        read = read_trace(trace, engine.max_model_tokens)
-        workload = {
-            "workload": trace.stem,
-            "trace_rows_dropped": read.dropped_rows,
-            "trace_rows_clipped": read.clipped_rows,
-        }
-        lengths = read.lengths[:requests]
-    measured = measure(engine, lengths)
+        work = workload.constant(input_tokens, output_tokens, requests)
+    run = OfflineRun(engine, work, breakdown)
+    run.to_the_end()
+    result.write({"workload": work.name, **work.facts, **result.engine_facts(engine), **run.measured()}, output)
     engine.close()
-    described = {
-        "model": model.name,
-        "engine": "nanoflow",
-        "engine_is": engine.description,
-        "schedule": engine.config.schedule,
-    }
-    result.write({**workload, **described, **measured}, output)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A moment of a run. `tokens` are those launched since the start; what a preemption computes again counts again."""
+class OfflineRun:
+    """One workload through one engine; measures as it goes.
 
-    time_s: float
-    tokens: int
-    output_tokens: int
-    finished: int
-    running: int
-    waiting: int
-    used_pages: int
-    gpu: GpuReading | None
+    `with_breakdown` profiles a few steps when the queue has just become empty: the mix is still that of a full engine,
+    and the stationary part is over.
+    """
 
+    def __init__(self, engine: Engine, work: Workload, with_breakdown: bool) -> None:
+        self.engine, self.work = engine, work
+        self._meter = find_gpu_meter()
+        self._counts, self._outputs, self._peak_pages = Counts(), 0, 0
+        self._breakdown_is_due = with_breakdown
+        self._breakdown: dict[str, Any] | None = None
+        for number, (prompt, (_, output_tokens)) in enumerate(
+            zip(work.prompts(engine.model_config.vocab_size), work.lengths, strict=True)
+        ):
+            params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
+            engine.add(Request(number, prompt, params))
 
-def measure(engine: Engine, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    draw = random.Random(SEED)
-    vocab_size = engine.model_config.vocab_size
-    for number, (input_tokens, output_tokens) in enumerate(lengths):
-        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
-        engine.add(Request(number, draw.choices(range(vocab_size), k=input_tokens), params))
-    total_input, total_output = (sum(tokens) for tokens in zip(*lengths, strict=True))
-    meter, outputs, steps = find_gpu_meter(), 0, 0
+    def to_the_end(self) -> None:
+        self._samples, start_cpu_s = [self._sample()], time.thread_time()
+        with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
+            task = progress.add_task("output tokens", total=self.work.output_tokens)
+            while self.engine.has_work:
+                self._step()
+                if time.perf_counter() - self._samples[-1].time_s >= SAMPLE_S:
+                    self._samples.append(self._sample())
+                    progress.update(task, completed=self._outputs)
+                if self._breakdown_is_due and not self.engine.scheduler.stats.waiting_requests:
+                    self._breakdown_is_due = False
+                    self._breakdown = break_down(self.engine, self._step)
+        self._samples.append(self._sample())
+        self._cpu_s = time.thread_time() - start_cpu_s
 
-    def sample() -> Sample:
-        stats = engine.scheduler.stats
-        gpu = meter.read() if meter else None
-        finished, running, waiting = stats.finished_requests, stats.running_requests, stats.waiting_requests
-        moment = time.perf_counter()
-        return Sample(moment, engine.launched_tokens, outputs, finished, running, waiting, stats.used_pages, gpu)
+    def measured(self) -> dict[str, Any]:
+        """Also measures what the device can do at all, with the engine still in place."""
+        engine, ranks = self.engine, self.engine.config.tensor_parallel
+        timeline = Timeline(self._samples, engine.config.dense_batch_tokens)
+        model, dtype = build(engine.model_config, ranks), getattr(torch, engine.config.dtype)
+        work = ModelWork.of(model, engine.model_config, dtype.itemsize)
+        device = engine.config.device
+        gemm = gemm_flop_per_s(model, engine.model_config, engine.config.dense_batch_tokens, dtype, device)
+        optimum = gemm.per_s / (2 * work.parameters)  # the paper's Eq. 5, of one device
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
-    timeline, start_cpu = [sample()], time.thread_time()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("output tokens", total=total_output)
-        while engine.has_work:
-            new = sum(len(delta.token_ids) for delta in engine.step())
-            outputs, steps = outputs + new, steps + 1
-            if time.perf_counter() - timeline[-1].time_s >= SAMPLE_S:
-                timeline.append(sample())
-                progress.update(task, completed=outputs)
-    timeline.append(sample())
-    cpu_s, stats = time.thread_time() - start_cpu, engine.scheduler.stats
-    steady = stationary(timeline)
-    return {
-        "requests": len(lengths),
-        "input_tokens": total_input,
-        **rates(timeline, total_input + outputs),
-        "steps": steps,
-        "dense_batch_fill": round(timeline[-1].tokens / (steps * engine.config.dense_batch_tokens), 4),
-        "engine_thread_cpu_ms_per_step": round(1e3 * cpu_s / steps, 3),
-        "preemptions": stats.preemptions,
-        "prefix_hit_tokens": stats.prefix_hit_tokens,
-        "steady": rates(steady, steady[-1].tokens - steady[0].tokens) if len(steady) > 1 else None,
-        "timeline": [moment(before, after, timeline[0].time_s) for before, after in pairwise(timeline)],
-    }
+        def rates(part: Timeline, tokens: int) -> dict[str, Any]:
+            found = part.rates(tokens)
+            a_device = found["total_tokens_per_s"] / ranks
+            return found | {"tokens_per_s_per_device": round(a_device, 1), "share_of_eq5": round(a_device / optimum, 4)}
 
+        steady: Timeline | str | dict[str, Any] = timeline.steady()
+        if isinstance(steady, Timeline):
+            from_s = steady.samples[0].time_s - timeline.samples[0].time_s
+            steady = {"from_s": round(from_s, 2), **rates(steady, steady.counts.tokens)}
+        return {
+            "requests": len(self.work.lengths),
+            "input_tokens": self.work.input_tokens,
+            **rates(timeline, self.work.input_tokens + self._outputs),
+            "engine_thread_cpu_ms_per_step": round(1e3 * self._cpu_s / self._counts.steps, 3),
+            "prefix_hit_tokens": engine.scheduler.stats.prefix_hit_tokens,
+            "steady": steady,
+            "eq5_tokens_per_s_per_device": round(optimum, 1),
+            "gemm": msgspec.to_builtins(gemm),
+            "memory": msgspec.to_builtins(memory_bytes_per_s(device)),
+            "work": msgspec.to_builtins(work),
+            "breakdown": self._breakdown,
+            "timeline": timeline.points(),
+        }
 
-def stationary(timeline: Sequence[Sample]) -> list[Sample]:
-    """The samples after GENERATIONS of requests and before the queue was empty."""
-    most_running = max(sample.running for sample in timeline)
-    return [sample for sample in timeline if sample.finished >= GENERATIONS * most_running and sample.waiting]
+    def _step(self) -> None:
+        self._outputs += sum(len(delta.token_ids) for delta in self.engine.step())
+        used_pages = self.engine.scheduler.stats.used_pages
+        self._peak_pages = max(self._peak_pages, used_pages)
+        if self.engine.last_batch:
+            self._counts.add(self.engine.last_batch, used_pages)
 
-
-def rates(timeline: Sequence[Sample], tokens: int) -> dict[str, Any]:
-    """From the first of these samples to the last, in which `tokens` were processed."""
-    first, last = timeline[0], timeline[-1]
-    wall_s = last.time_s - first.time_s
-    outputs = last.output_tokens - first.output_tokens
-    found = {
-        "wall_s": round(wall_s, 3),
-        "output_tokens": outputs,
-        "total_tokens_per_s": round(tokens / wall_s, 1),
-        "output_tokens_per_s": round(outputs / wall_s, 1),
-    }
-    if first.gpu and last.gpu:
-        energy_j = last.gpu.energy_j - first.gpu.energy_j
-        found["mean_power_w"] = round(energy_j / (last.gpu.time_s - first.gpu.time_s), 1)
-        found["mj_per_token"] = round(1e3 * energy_j / tokens, 3)
-        found["mean_sm_clock_mhz"] = round(sum(s.gpu.sm_clock_mhz for s in timeline if s.gpu) / len(timeline))
-    return found
-
-
-def moment(before: Sample, after: Sample, start_s: float) -> dict[str, Any]:
-    """One point of the timeline."""
-    found = {
-        "at_s": round(after.time_s - start_s, 2),
-        "total_tokens_per_s": round((after.tokens - before.tokens) / (after.time_s - before.time_s)),
-        "running": after.running,
-        "used_pages": after.used_pages,
-    }
-    if before.gpu and after.gpu:
-        seconds = after.gpu.time_s - before.gpu.time_s
-        found["power_w"] = round((after.gpu.energy_j - before.gpu.energy_j) / seconds)
-        found |= after.gpu._asdict()
-        del found["time_s"], found["energy_j"]
-    return found
+    def _sample(self) -> Sample:
+        gpu = self._meter.read() if self._meter else None
+        peak_pages, self._peak_pages = self._peak_pages, 0
+        stats, counts = self.engine.scheduler.stats, replace(self._counts)
+        return Sample(time.perf_counter(), counts, self._outputs, peak_pages, stats, gpu)

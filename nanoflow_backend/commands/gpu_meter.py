@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from typing import NamedTuple
-
-import torch
 
 
 class GpuReading(NamedTuple):
@@ -18,15 +17,22 @@ class GpuReading(NamedTuple):
 
 
 class GpuMeter:
-    """The current CUDA device's meter. Reading it does not wait for the device."""
+    """The meter of the first GPU that CUDA programs see here. Reading it does not wait for the GPU, nor need torch."""
 
     def __init__(self) -> None:
+        """Raises: ImportError, without nvidia-ml-py; LookupError, where there is no GPU."""
         import pynvml
 
         self._nvml = pynvml
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties().uuid
-        self._device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        try:
+            pynvml.nvmlInit()
+            if first.startswith("GPU-"):
+                self._device = pynvml.nvmlDeviceGetHandleByUUID(first)
+            else:
+                self._device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        except (pynvml.NVMLError, ValueError) as error:
+            raise LookupError(f"CUDA_VISIBLE_DEVICES={first}: {error}") from None
 
     @property
     def name(self) -> str:
@@ -46,6 +52,6 @@ class GpuMeter:
 
 def find_gpu_meter() -> GpuMeter | None:
     """None where there is no GPU, or no nvidia-ml-py."""
-    with suppress(ImportError):
-        return GpuMeter() if torch.cuda.is_available() else None
+    with suppress(ImportError, LookupError):
+        return GpuMeter()
     return None

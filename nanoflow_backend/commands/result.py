@@ -8,14 +8,18 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 
-PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton")
+if TYPE_CHECKING:
+    from nanoflow_backend.engine import Engine
+
+PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton", "vllm")
 
 
 def header() -> dict[str, Any]:
@@ -26,12 +30,28 @@ def header() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     meter = find_gpu_meter()
+    host = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
         "command": shlex.join([_program(), *map(_without_folder, sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": host,  # what runs on a GPU says so instead
+        "host": host,
         **({"gpu": meter.name, "gpu_power_limit_w": meter.power_limit_w} if meter else {}),
         "versions": versions,
+    }
+
+
+def engine_facts(engine: Engine) -> dict[str, Any]:
+    """Which engine a result is of; its settings as they were on this device."""
+    config = engine.config
+    settings = {name: getattr(config, name) for name in config.__struct_fields__}
+    return {
+        **({"device": engine.worker.device.name} if config.device == "cuda" else {}),
+        "model": Path(config.model).name,
+        "engine": "nanoflow",
+        "engine_is": engine.description,
+        "schedule": _without_folder(config.schedule),
+        "settings": without_folders(settings),
     }
 
 
@@ -40,9 +60,15 @@ def _program() -> str:
     return "nanoflow" if name == "__main__.py" else name
 
 
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a result shows them."""
+    return {name: _without_folder(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+
 def _without_folder(word: str) -> str:
     """Where a file lies on this machine is nobody's business; paths inside the project stay."""
-    return Path(word).name if os.path.isabs(word) else word
+    before, equals, path = word.rpartition("=")
+    return before + equals + (Path(path).name if os.path.isabs(path) else path)
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:

@@ -1,18 +1,20 @@
-"""Settings: `--set field=value` on the command line to an engine."""
+"""Settings: `--set field=value` on the command line; to an engine, or to an engine.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoflow_backend.config import ConfigError
-from nanoflow_backend.engine import Engine
+
+if TYPE_CHECKING:
+    from nanoflow_backend.engine import Engine
 
 
-def make_engine(model: Path, settings: Sequence[str], **defaults: Any) -> Engine:
-    """Raises: ConfigError for a setting without "=", an unknown field or a bad value."""
-    fields = dict(defaults)
+def parse(settings: Sequence[str]) -> dict[str, str]:
+    """Raises: ConfigError for a setting without "=", or one of the model."""
+    fields = {}
     for setting in settings:
         field, equals, value = setting.partition("=")
         if not equals:
@@ -20,4 +22,11 @@ def make_engine(model: Path, settings: Sequence[str], **defaults: Any) -> Engine
         if field == "model":
             raise ConfigError(f"--set {setting}: expected the model as --model")
         fields[field] = value
-    return Engine.from_pretrained(model, **fields)
+    return fields
+
+
+def make_engine(model: Path, settings: Sequence[str], **defaults: Any) -> Engine:
+    """Raises: ConfigError as `parse` does, for an unknown field or a bad value."""
+    from nanoflow_backend.engine import Engine
+
+    return Engine.from_pretrained(model, **{**defaults, **parse(settings)})

@@ -14,7 +14,7 @@ from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.runtime.device import find_device
-from nanoflow_backend.scheduler.batch import Delta
+from nanoflow_backend.scheduler.batch import Batch, Delta
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.scheduler import Scheduler
@@ -51,7 +51,7 @@ class Engine:
         if self.ranks:
             self.ranks.wait_until_ready()
         self.in_flight: Launched | None = None
-        self.launched_tokens = 0  # of all steps
+        self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **config: Any) -> Engine:
@@ -114,7 +114,7 @@ class Engine:
         if batch and self.ranks:
             self.ranks.broadcast(batch)
         launched = self.worker.launch_forward(batch) if batch else None
-        self.launched_tokens += batch.tokens if batch else 0
+        self.last_batch = batch
         results = self.worker.collect(self.in_flight) if self.in_flight else None
         deltas = self.scheduler.retire(results)
         if launched:

@@ -196,7 +196,56 @@ def test_bench_offline_counts_what_it_processed(model, tmp_path):
     assert (measured["input_tokens"], measured["output_tokens"]) == (360, 63)
     assert measured["total_tokens_per_s"] == pytest.approx(423 / measured["wall_s"], rel=0.01)
     assert 0.3 < measured["dense_batch_fill"] <= 1
-    assert {"command", "date", "device", "versions"} <= measured.keys()
+    assert 0 < measured["kv_use_mean"] <= measured["kv_use_max"] <= 1
+    assert {"command", "date", "device", "versions", "model", "engine", "schedule"} <= measured.keys()
+    assert measured["settings"]["dense_batch_tokens"] == 64
+    assert measured["steady"].startswith("too short: ")
+    optimum = measured["gemm"]["per_s"] / (2 * measured["work"]["parameters"])
+    assert measured["share_of_eq5"] == pytest.approx(measured["total_tokens_per_s"] / optimum, abs=1e-3)
+    points = measured["timeline"]
+    assert sum(point["prefill_tokens"] for point in points) == 360
+    assert sum(point["sampled_rows"] for point in points) == 63, "prefills give the first token"
+    assert sum(point["decode_tokens"] for point in points) == 63 - 9
+
+
+def test_bench_offline_draws_lengths_and_runs_as_it_is_told(model):
+    flags = ("--set", "async_scheduling=false", "--set", "cuda_graphs=false")
+    done = run("bench", "offline", "--model", model, "--dataset", "lmsys-like", "--requests", "3", *flags)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert (measured["workload"], measured["requests"]) == ("lmsys-like", 3)
+    assert "in 102 ± 169, out 222 ± 210, seed 0" in measured["lengths_drawn"]
+    assert measured["settings"]["async_scheduling"] is False
+    assert measured["settings"]["cuda_graphs"] is False
+
+
+def test_bench_online_measures_each_level(model):
+    levels = ("--concurrency", "1", "--concurrency", "3")
+    sizes = ("--input-tokens", "12", "--output-tokens", "5", "--requests", "2")
+    done = run("bench", "online", "--model", model, *sizes, *levels)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["workload"] == "12/5"
+    assert [(level["concurrency"], level["requests"]) for level in measured["levels"]] == [(1, 2), (3, 3)]
+    for level in measured["levels"]:
+        for times in (level["first_token_ms"], level["between_tokens_ms"]):
+            assert 0 < times["p50"] <= times["p90"] <= times["p99"] < 1e3 * level["wall_s"]
+    alone = measured["single_stream"]
+    assert alone["weight_read_bound_tokens_per_s"] == pytest.approx(
+        alone["memory"]["per_s"] / alone["weight_bytes"], rel=1e-3
+    )
+    assert 0 < alone["share_of_bound"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trace", ROOT / "README.md", "--dataset", "lmsys-like"), "--dataset: expected none beside --trace"),
+        (("--breakdown", "--set", "device=cpu"), "--breakdown: expected a GPU, the engine runs on cpu"),
+    ],
+)
+def test_bench_offline_names_what_does_not_go_together(model, arguments, message):
+    assert_one_line(run("bench", "offline", "--model", model, *arguments), message)
 
 
 def test_bench_offline_reads_a_trace(model, tmp_path):

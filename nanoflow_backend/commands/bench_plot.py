@@ -1,0 +1,90 @@
+"""nanoflow bench plot: how much of the device an offline run used, second by second (as the paper's Fig. 10)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from nanoflow_backend.config import ConfigError
+
+COLOURS = {"compute": "#2a78d6", "memory bandwidth": "#d1602b", "power": "#6b8f2a"}
+
+
+class Utilisation(NamedTuple):
+    """Of one interval of a run, in 1 of what the same run measured as the most; power in 1 of the device's limit."""
+
+    start_s: float
+    end_s: float
+    compute: float  # FLOPs of the model's products and attention
+    memory: float  # bytes that must be read: all weights once a step, and the context of decodes
+    power: float | None  # None where it was not measured
+
+
+def bench_plot(run: Path, output: Path) -> None:
+    """Raises: ConfigError for a file that is no result of `bench offline`, or without matplotlib."""
+    try:
+        result = msgspec.json.decode(run.read_bytes(), type=dict[str, Any])
+        intervals = utilisation(result)
+    except (OSError, msgspec.DecodeError, KeyError) as error:
+        raise ConfigError(f"{run}: expected a result of nanoflow bench offline: {error!r}") from None
+    draw(result, intervals, output)
+
+
+def utilisation(result: dict[str, Any]) -> list[Utilisation]:
+    """By tokens counted and rates that were measured: the driver's percentages say only that a GPU is busy."""
+    work, found = result["work"], []
+    for point in result["timeline"]:
+        flop = (
+            (point["prefill_tokens"] + point["decode_tokens"]) * work["linear_flop_per_token"]
+            + point["sampled_rows"] * work["head_flop_per_row"]
+            + point["attended_pairs"] * work["attention_flop_per_pair"]
+        )
+        read_bytes = point["steps"] * work["weight_bytes"] + point["kv_tokens_read"] * work["kv_bytes_per_token"]
+        power = point["power_w"] / result["gpu_power_limit_w"] if "power_w" in point else None
+        found.append(
+            Utilisation(
+                point["at_s"] - point["wall_s"],
+                point["at_s"],
+                flop / (result["gemm"]["per_s"] * point["wall_s"]),
+                read_bytes / (result["memory"]["per_s"] * point["wall_s"]),
+                power,
+            )
+        )
+    return found
+
+
+def draw(result: dict[str, Any], intervals: list[Utilisation], output: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("matplotlib is not installed: pip install 'nanoflow-triton[plot]'") from None
+
+    edges = [intervals[0].start_s, *(interval.end_s for interval in intervals)]
+    columns = {
+        "compute": [interval.compute for interval in intervals],
+        "memory bandwidth": [interval.memory for interval in intervals],
+    }
+    powers = [interval.power for interval in intervals if interval.power is not None]
+    if len(powers) == len(intervals):
+        columns["power"] = powers
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in columns.items():
+        axes.stairs([100 * value for value in values], edges, baseline=None, color=COLOURS[name], label=name, lw=1.5)
+    steady = result["steady"]
+    if isinstance(steady, dict):
+        axes.axvspan(steady["from_s"], steady["from_s"] + steady["wall_s"], color="0.93", label="stationary", zorder=0)
+    axes.set(
+        xlabel="seconds",
+        ylabel="% of what the device reaches",
+        xlim=(edges[0], edges[-1]),
+        ylim=(0, None),
+        title=f"{result['model']}, {result['workload']}, {result['schedule']}: "
+        f"{result['total_tokens_per_s']:,.0f} tokens/s on {result.get('gpu', result['device'])}",
+    )
+    axes.title.set_fontsize(10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
+    figure.savefig(output)

@@ -1,0 +1,43 @@
+"""Workloads: the lengths are those that were asked for, and the same on every run."""
+
+from statistics import mean, stdev
+
+import pytest
+
+from nanoflow_backend.commands.workload import DATASETS, constant, drawn, of_trace
+from nanoflow_backend.config import ConfigError
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_drawn_lengths_have_the_moments_of_the_papers_table(dataset):
+    work = drawn(dataset, 100_000, max_model_tokens=10**9)
+    assert work.facts["lengths_clipped"] == 0
+    for column, (expected_mean, expected_std) in zip(zip(*work.lengths, strict=True), DATASETS[dataset], strict=True):
+        assert min(column) >= 1
+        assert mean(column) == pytest.approx(expected_mean, rel=0.02)
+        assert stdev(column) == pytest.approx(expected_std, rel=0.06)
+
+
+def test_drawn_lengths_fit_the_model_and_say_how_many_were_cut():
+    whole, cut = (drawn("sharegpt-like", 2000, limit) for limit in (10**9, 1024))
+    longer = sum(sum(lengths) > 1024 for lengths in whole.lengths)
+    assert cut.facts["lengths_clipped"] == longer > 0
+    assert all(sum(lengths) <= 1024 and min(lengths) >= 1 for lengths in cut.lengths)
+    assert whole == drawn("sharegpt-like", 2000, 10**9)
+
+
+def test_prompts_are_ids_of_the_vocabulary_and_share_no_prefix():
+    work = constant(16, 3, 50)
+    prompts = list(work.prompts(vocab_size=997))
+    assert [len(prompt) for prompt in prompts] == [16] * 50
+    assert all(0 <= token < 997 for prompt in prompts for token in prompt)
+    assert len({tuple(prompt[:4]) for prompt in prompts}) == 50
+    assert prompts == list(work.prompts(vocab_size=997))
+    assert (work.name, work.input_tokens, work.output_tokens) == ("16/3", 800, 150)
+
+
+def test_a_trace_without_requests_is_named(tmp_path):
+    path = tmp_path / "empty.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 00:00:00,0,3\n")
+    with pytest.raises(ConfigError, match=r"empty\.csv: expected a row with input and output tokens"):
+        of_trace(path, 10, 100)
