@@ -37,7 +37,7 @@ def main(
     shared = draw.choices(range(vocab_size), k=longest)
     live: set[int] = set()
     ended: Counter[str] = Counter()
-    added = steps = 0
+    added = processed_tokens = 0
     begin = time.monotonic()
     print(f"{engine.description}: random traffic for {minutes} minutes", flush=True)
     while time.monotonic() - begin < 60 * minutes or engine.has_work:
@@ -59,11 +59,13 @@ def main(
             added += 1
         if live and draw.random() < 0.05:
             engine.cancel(draw.choice(sorted(live)))
-        for delta in engine.step() if engine.has_work else ():
+        if not engine.has_work:
+            continue
+        for delta in engine.step():
             if delta.finish_reason is not None:
                 live.remove(delta.request_id)
                 ended[delta.finish_reason] += 1
-        steps += 1
+        processed_tokens += engine.last_batch.tokens if engine.last_batch else 0
         engine.scheduler.check()
     stats = engine.scheduler.stats
     assert not live, f"never ended: {sorted(live)}"
@@ -76,7 +78,7 @@ def main(
         "steps": stats.steps,
         "preemptions": stats.preemptions,
         "prefix_hit_tokens": stats.prefix_hit_tokens,
-        "processed_tokens": engine.launched_tokens,
+        "processed_tokens": processed_tokens,
     }
     result.write(found, output)
 

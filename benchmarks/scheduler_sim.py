@@ -71,7 +71,7 @@ def main() -> None:
     workload_facts = {
         "trace_sha256": hashlib.sha256(options.trace.read_bytes()).hexdigest() if options.trace else None,
         "dropped_rows": trace.dropped_rows,
-        "clipped_rows": trace.clipped_rows,
+        "too_long_rows": trace.too_long_rows,
     }
     path = RESULTS / f"scheduler_sim_{options.name}.json"
     result.write({"settings": settings, **workload_facts, "arms": arms}, path)

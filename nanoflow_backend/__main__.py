@@ -92,7 +92,7 @@ def offline(
     output: Result = None,
     input_tokens: InputTokens = 128,
     output_tokens: OutputTokens = 128,
-    requests: Annotated[int, typer.Option(min=1, help="How many; of a trace, its first ones.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="How many; of a trace, drawn from all of it.")] = 64,
     trace: Annotated[
         Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
     ] = None,

@@ -29,8 +29,10 @@ IMPLEMENTATIONS = {
     "linear": "cuBLAS: as fast as our persistent kernel on full tiles, faster on others",
     "linear_swiglu": "our persistent kernel: SwiGLU in the epilogue, in the time of cuBLAS's product without it",
     "rope_append": "our kernel: rotation and append to the pages in one pass",
-    "attention": "our kernels: one grid for every mix of decodes and chunks, so one CUDA graph a bucket; decode as fast as "
-    "FlashInfer's (0.99 of its rate), prefill at 0.79 to 0.86 of FlashAttention-3's, which is 2 to 3 % of a step",
+    "attention": (
+        "our kernels: one grid for every mix of decodes and chunks, so one CUDA graph a bucket; decode at 0.99 of "
+        "FlashInfer's rate, prefill at 0.79 to 0.86 of FlashAttention-3's, which is 3 % of a step"
+    ),
     "route": "our kernel: softmax and choice in one pass",
     "grouped_linear_swiglu": "our grouped product: rows are sorted by expert on the device, SwiGLU in the epilogue",
     "grouped_combine": "our grouped product: rows are sorted by expert on the device",

@@ -17,21 +17,20 @@ class Trace:
     lengths: tuple[tuple[int, int], ...]  # input and output tokens
     arrivals_s: tuple[float, ...]  # since the first row
     dropped_rows: int = 0  # without input or without output
-    clipped_rows: int = 0  # longer than the model allows
+    too_long_rows: int = 0  # for the model: left out
 
 
 def read_trace(path: Path, max_model_tokens: int) -> Trace:
     """Read a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens (Azure LLM inference traces).
 
-    Rows with a count below 1 are dropped. A row of more than `max_model_tokens` loses prompt tokens until one
-    output token fits, and output tokens beyond that.
+    Rows with a count below 1, and those of more than `max_model_tokens` in all, are left out and counted.
 
     Raises:
         ConfigError: naming the file and the column or line.
     """
     lengths: list[tuple[int, int]] = []
     arrivals_s: list[float] = []
-    dropped = clipped = 0
+    dropped = too_long = 0
     start: datetime | None = None
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
@@ -49,9 +48,9 @@ def read_trace(path: Path, max_model_tokens: int) -> Trace:
             if input_tokens < 1 or output_tokens < 1:
                 dropped += 1
                 continue
-            kept_input = min(input_tokens, max_model_tokens - 1)
-            kept_output = min(output_tokens, max_model_tokens - kept_input)
-            clipped += (kept_input, kept_output) != (input_tokens, output_tokens)
-            lengths.append((kept_input, kept_output))
+            if input_tokens + output_tokens > max_model_tokens:
+                too_long += 1
+                continue
+            lengths.append((input_tokens, output_tokens))
             arrivals_s.append((arrival - start).total_seconds())
-    return Trace(tuple(lengths), tuple(arrivals_s), dropped, clipped)
+    return Trace(tuple(lengths), tuple(arrivals_s), dropped, too_long)

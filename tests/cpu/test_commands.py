@@ -256,4 +256,4 @@ def test_bench_offline_reads_a_trace(model, tmp_path):
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert (measured["workload"], measured["input_tokens"], measured["output_tokens"]) == ("trace", 39, 7)
-    assert (measured["trace_rows_dropped"], measured["trace_rows_clipped"]) == (1, 0)
+    assert (measured["trace_rows_dropped"], measured["trace_rows_too_long"]) == (1, 0)

@@ -10,12 +10,12 @@ from nanoflow_backend.scheduler.trace import Trace, read_trace
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
 
-def test_rows_are_read_dropped_and_clipped(tmp_path: Path) -> None:
+def test_rows_are_read_or_counted(tmp_path: Path) -> None:
     file = tmp_path / "trace.csv"
     rows = ("00.5000000,374,44", "02.7500000,0,7", "03.0000000,5,0", "04.5000000,150,80", "04.5000000,900,80")
     file.write_text(HEADER + "".join(f"2023-11-16 18:15:{row}\n" for row in rows), encoding="utf-8-sig")
     assert read_trace(file, max_model_tokens=420) == Trace(
-        lengths=((374, 44), (150, 80), (419, 1)), arrivals_s=(0.0, 4.0, 4.0), dropped_rows=2, clipped_rows=1
+        lengths=((374, 44), (150, 80)), arrivals_s=(0.0, 4.0), dropped_rows=2, too_long_rows=1
     )
 
 

@@ -41,3 +41,18 @@ def test_a_trace_without_requests_is_named(tmp_path):
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 00:00:00,0,3\n")
     with pytest.raises(ConfigError, match=r"empty\.csv: expected a row with input and output tokens"):
         of_trace(path, 10, 100)
+
+
+def test_rows_of_a_trace_are_drawn_from_all_of_it(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = [(i, 1) for i in range(1, 101)]
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        + "".join(f"2024-01-01 00:00:00,{input_tokens},{output_tokens}\n" for input_tokens, output_tokens in rows)
+    )
+    work = of_trace(path, 20, max_model_tokens=91)
+    assert work.facts == {"trace_rows_dropped": 0, "trace_rows_too_long": 10}
+    assert len(set(work.lengths)) == 20
+    assert set(work.lengths) <= set(rows[:90])
+    assert max(work.lengths) > (60, 1)
+    assert work == of_trace(path, 20, max_model_tokens=91)
