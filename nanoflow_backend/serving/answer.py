@@ -55,8 +55,12 @@ class Answer:
                 return np.array([len(self._call.prompt)], np.uint32)
             case "num_output_tokens":
                 return np.array([len(delta.token_ids)], np.uint32)
+            case "batch_index":
+                return None if self._call.batch_index is None else np.array([self._call.batch_index], np.uint32)
             case "num_cached_tokens":
                 return np.array([self._cached_tokens], np.uint32)
+            case "num_cancelled":
+                return None  # only a cancellation has it
             case "total_output_tokens":
                 return None if delta.finish_reason is None else np.array([self._tokens], np.uint32)
         raise AssertionError(f"output {name} is declared but not computed")

@@ -7,12 +7,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 
 ALL_OUTPUTS = frozenset(tensor.name for tensor in OUTPUTS)
+PROMPTS = ("text_input", "prompts", "input_ids")
 
 # Request parameters that belong to the server or to what stands before it, not to sampling: the client's request id
 # (curl users' "id" arrives as a parameter too), headers that the server was told to forward, and protocol switches.
@@ -21,7 +23,7 @@ RESERVED_PREFIXES = ("triton_", "sequence_", "x-", "grpc-")
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """One request of a client.
+    """What a client asks for one prompt; `batch_index` is its place where the request may have several.
 
     `params` is what the engine runs; it may have logprobs that the client does not see (`show_logprobs` false) but
     whose sum it wants. `timeout_us` 0 is no limit. `shown_prompt` goes before the first text.
@@ -35,6 +37,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     show_logprobs: bool
     priority: int = 0
     timeout_us: int = 0
+    batch_index: int | None = None
 
     @classmethod
     def parse(
@@ -44,8 +47,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         requested: Collection[str],
         tokenizer: Tokenizer | None,
         vocab_size: int,
-    ) -> Call:
-        """Understand a request.
+    ) -> list[Call]:
+        """Understand a request: a call for each of its prompts.
 
         Args:
             tensors: the inputs that were sent, as the table declares them; strings are bytes objects.
@@ -67,19 +70,38 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             )
         )
         _check_stop(params.stop, tokenizer)
-        prompt, text = _prompt(tensors, tokenizer, vocab_size)
+        prompts = _prompts(tensors, tokenizer, vocab_size)
+        is_batch = "prompts" in tensors or "input_lengths" in tensors
         stream = _flag(tensors, "stream") or False
-        outputs = _outputs(tensors, requested, tokenizer)
-        return cls(
-            prompt=prompt,
-            params=_with_logprobs(params) if "cumulative_logprob" in outputs else params,
-            stream=stream,
-            shown_prompt=_shown_prompt(_flag(tensors, "exclude_input_in_output"), stream, text),
-            outputs=outputs,
-            show_logprobs=params.logprobs is not None,
-            priority=priority,
-            timeout_us=timeout_us,
-        )
+        exclude = _flag(tensors, "exclude_input_in_output")
+        outputs = _outputs(tensors, requested, tokenizer, is_batch)
+        return [
+            cls(
+                prompt=prompt,
+                params=_with_logprobs(params) if "cumulative_logprob" in outputs else params,
+                stream=stream,
+                shown_prompt=_shown_prompt(exclude, stream, text),
+                outputs=outputs,
+                show_logprobs=params.logprobs is not None,
+                priority=priority,
+                timeout_us=timeout_us,
+                batch_index=index if is_batch else None,
+            )
+            for index, (prompt, text) in enumerate(prompts)
+        ]
+
+
+def is_cancellation(tensors: Arrays) -> bool:
+    """Whether a request is there to end others: it has `cancel` and nothing else.
+
+    Raises:
+        InvalidRequest: there is something else.
+    """
+    if not _flag(tensors, "cancel"):
+        return False
+    if others := [name for name in tensors if name != "cancel"]:
+        raise InvalidRequest(f"cancel: expected no other input, got {', '.join(others)}")
+    return True
 
 
 def _is_reserved(name: str) -> bool:
@@ -135,24 +157,43 @@ def _spelling(value: Any) -> str:
     return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
-def _prompt(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[list[int], str | None]:
-    """(ids, text); no text where the ids came as such."""
-    if ("text_input" in tensors) == ("input_ids" in tensors):
-        both = "both" if "text_input" in tensors else "neither"
-        raise InvalidRequest(f"text_input, input_ids: expected one of them, got {both}")
-    if "input_ids" in tensors:
-        ids = tensors["input_ids"]
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-            raise InvalidRequest(f"input_ids: expected ids in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
-        prompt, text = ids.ravel().tolist(), None
+def _prompts(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], str | None]]:
+    """(ids, text) of each prompt; no text where the ids came as such."""
+    given = [name for name in PROMPTS if name in tensors]
+    if len(given) != 1:
+        raise InvalidRequest(f"{', '.join(PROMPTS)}: expected one of them, got {' and '.join(given) or 'none'}")
+    (name,) = given
+    if "input_lengths" in tensors and name != "input_ids":
+        raise InvalidRequest(f"input_lengths: expected input_ids with them, got {name}")
+    prompts: list[tuple[list[int], str | None]]
+    if name == "input_ids":
+        prompts = [(ids, None) for ids in _ids(tensors, vocab_size)]
     elif tokenizer is None:
-        raise InvalidRequest("text_input: expected none, for the model has no tokenizer.json (use input_ids)")
+        raise InvalidRequest(f"{name}: expected none, for the model has no tokenizer.json (use input_ids)")
     else:
-        text = _text(tensors, "text_input")
-        prompt = tokenizer.encode(text)
-    if not prompt:
-        raise InvalidRequest(f"{'input_ids' if text is None else 'text_input'}: expected at least one token, got none")
-    return prompt, text
+        texts = _texts(tensors, name) if name == "prompts" else [_text(tensors, name)]
+        prompts = [(tokenizer.encode(text), text) for text in texts]
+    if not prompts:
+        raise InvalidRequest(f"{name}: expected at least one prompt, got none")
+    for index, (ids, _) in enumerate(prompts):
+        if not ids:
+            place = f" in prompt {index}" if len(prompts) > 1 else ""
+            raise InvalidRequest(f"{name}: expected at least one token, got none{place}")
+    return prompts
+
+
+def _ids(tensors: Arrays, vocab_size: int) -> list[list[int]]:
+    """The prompts in `input_ids`: one, or those of `input_lengths`."""
+    ids = tensors["input_ids"].ravel()
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise InvalidRequest(f"input_ids: expected ids in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
+    if "input_lengths" not in tensors:
+        return [ids.tolist()]
+    lengths = tensors["input_lengths"].ravel().astype(np.int64)
+    if (lengths < 1).any() or lengths.sum() != ids.size:
+        shown = lengths[:8].tolist() + ["..."] * (lengths.size > 8)
+        raise InvalidRequest(f"input_lengths: expected lengths >= 1 with a sum of {ids.size} (input_ids), got {shown}")
+    return [prompt.tolist() for prompt in np.split(ids, lengths.cumsum()[:-1])]
 
 
 def _shown_prompt(exclude: bool | None, stream: bool, text: str | None) -> str:
@@ -163,7 +204,9 @@ def _shown_prompt(exclude: bool | None, stream: bool, text: str | None) -> str:
     return "" if exclude or stream or text is None else text
 
 
-def _outputs(tensors: Arrays, requested: Collection[str], tokenizer: Tokenizer | None) -> frozenset[str]:
+def _outputs(
+    tensors: Arrays, requested: Collection[str], tokenizer: Tokenizer | None, is_batch: bool
+) -> frozenset[str]:
     """Which outputs to send; the comment at `OUTPUTS` has the rule."""
     chosen = frozenset(requested) if frozenset(requested) != ALL_OUTPUTS else frozenset()
     if tokenizer is None and "text_output" in chosen:
@@ -173,6 +216,8 @@ def _outputs(tensors: Arrays, requested: Collection[str], tokenizer: Tokenizer |
         wanted |= {"text_output"}
     if not chosen and "input_ids" in tensors:
         wanted |= {"output_ids"}
+    if not chosen and is_batch:
+        wanted |= {"batch_index", "num_output_tokens"} if "output_ids" in wanted else {"batch_index"}
     return wanted & frozenset(requested)
 
 

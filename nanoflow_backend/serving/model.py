@@ -27,10 +27,11 @@ from nanoflow_backend.engine.process import EngineError, EngineProcess
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
-from nanoflow_backend.serving.call import Call
+from nanoflow_backend.serving.batch import Batch
+from nanoflow_backend.serving.call import Call, is_cancellation
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
-from nanoflow_backend.serving.reply import Reply
+from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
 from nanoflow_backend.serving.ticker import Ticker
@@ -73,7 +74,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            channel = _Channel(request.get_response_sender())
+            channel = _Channel(request.get_response_sender(), request.request_id())
             try:
                 self._submit(request, channel)
             except Exception as error:
@@ -95,17 +96,40 @@ class TritonPythonModel:
             if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
                 tensors[tensor.name] = value.as_numpy()
         parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
-        call = Call.parse(
+        if is_cancellation(tensors):
+            channel.send({"num_cancelled": np.array([self._cancel(channel.request_id)], np.uint32)}, final=True)
+            return
+        calls = Call.parse(
             tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
         )
+        is_batch = calls[0].batch_index is not None
+        channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
+        for call, own_channel in zip(calls, channels, strict=True):
+            self._start(call, own_channel, came_s)
+
+    def _start(self, call: Call, channel: Channel, came_s: float) -> None:
+        """Never raises: what fails here is answered."""
         request_id = next(self._ids)
         deadline = came_s + call.timeout_us / 1e6 if call.timeout_us else None
-        self._senders.add(request_id, Reply(call, channel, self._tokenizer, self._canceller(request_id)))
+        try:
+            self._senders.add(request_id, Reply(call, channel, self._tokenizer, self._canceller(request_id)))
+        except Failure as closed:
+            channel.fail(closed)
+            return
         try:
             self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, deadline))
         except Exception as error:
-            # Not raised: the reply is on its sender's hands, and news of the engine's death may have come first.
+            # The reply is on its sender's hands, and news of the engine's death may have come first.
             self._senders.fail(request_id, _failure(error))
+
+    def _cancel(self, client_id: str) -> int:
+        """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
+        if not client_id:
+            raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
+        replies = [reply for reply in self._senders.live() if reply.channel.request_id == client_id]
+        for reply in replies:
+            reply.cancel()
+        return len(replies)
 
     def _canceller(self, request_id: int) -> Callable[[], None]:
         def cancel() -> None:
@@ -140,7 +164,8 @@ class _Channel:
     The final response frees what `is_cancelled` looks at: asked later, or meanwhile, the server (2.51) crashes.
     """
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, request_id: str) -> None:
+        self.request_id = request_id
         self._sender = sender
         self._ending = threading.Lock()
         self._ended = False

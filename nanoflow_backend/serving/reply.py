@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 class Channel(Protocol):
     """The server's end of one request. Each call is a round trip to the server, some 100 us."""
 
+    request_id: str  # the client's; empty where it chose none
+
     def send(self, tensors: Arrays, final: bool) -> None: ...
 
     def fail(self, failure: Failure) -> None:

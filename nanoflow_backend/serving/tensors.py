@@ -1,6 +1,9 @@
 """The tensors of the model: one table, from which config.pbtxt, auto-completion, parsing and responses derive.
 
 Names and meanings are those of Triton's vLLM backend, so that its clients work unchanged; what is new here says so.
+
+A request with `prompts`, or with `input_lengths`, has several prompts. When streaming, each response is about one of
+them (`batch_index`); otherwise the one response has an element for each prompt in every output, in their order.
 """
 
 from __future__ import annotations
@@ -21,32 +24,43 @@ class Tensor(msgspec.Struct, frozen=True):
     meaning: str
 
 
-# Every output but `text_output` is sent where the client sets the input `return_<name>`, or where it names the outputs
+# Every output but `UNSWITCHED` is sent where the client sets the input `return_<name>`, or where it names the outputs
 # that it wants and they are not simply all (a request that names none, as every HTTP one, asks for all).
 OUTPUTS = (
     Tensor("text_output", "STRING", (-1,), "the new text; all of it, after the prompt, when not streaming"),
     Tensor("finish_reason", "STRING", (-1,), '"None" before the end; then "stop", "length" or "cancelled"'),
     Tensor("cumulative_logprob", "FP32", (-1,), "sum of the log-probabilities of all output tokens so far"),
     Tensor("logprobs", "STRING", (-1,), 'JSON per new token: {id: {"logprob", "rank", "decoded_token"}}; or "null"'),
-    Tensor("num_input_tokens", "UINT32", (1,), "tokens of the prompt"),
+    Tensor("num_input_tokens", "UINT32", (-1,), "tokens of the prompt"),
     Tensor("num_output_tokens", "UINT32", (-1,), "new tokens in this response"),
     # Not in the vLLM backend. Over HTTP the server itself can lose responses of a fast stream and say nothing: a stream
     # is whole if a response with `total_output_tokens` came and the `num_output_tokens` of all responses add up to it.
-    Tensor("total_output_tokens", "UINT32", (1,), "all output tokens; in the last response only"),
+    Tensor("total_output_tokens", "UINT32", (-1,), "all output tokens; in the last response only"),
     Tensor("output_ids", "INT32", (-1,), "ids of the new tokens; always sent when the prompt came as ids"),
-    Tensor("stop_reason", "STRING", (1,), 'the stop string or stop token id that ended the output, else "None"'),
-    Tensor("num_cached_tokens", "UINT32", (1,), "prompt tokens that were in the prefix cache"),
+    Tensor("stop_reason", "STRING", (-1,), 'the stop string or stop token id that ended the output, else "None"'),
+    Tensor("num_cached_tokens", "UINT32", (-1,), "prompt tokens that were in the prefix cache"),
+    Tensor("batch_index", "UINT32", (-1,), "which prompt, from 0; always sent when the request has several"),
+    Tensor("num_cancelled", "UINT32", (1,), "answers `cancel`: how many prompts were told to stop, 0 if none runs"),
 )
+UNSWITCHED = ("text_output", "batch_index", "num_cancelled")  # outputs that no return_<name> asks for
 
-# All optional for the server; of `text_input` and `input_ids` there must be one.
+# All optional for the server; of `text_input`, `prompts` and `input_ids` there must be one.
 INPUTS = (
     Tensor("text_input", "STRING", (1,), "the prompt"),
+    # `text_input` takes one prompt only, as in the vLLM backend: perf_analyzer would want a shape for one of any size.
+    Tensor("prompts", "STRING", (-1,), "several prompts (not in the vLLM backend)"),
     Tensor("input_ids", "INT32", (-1,), "the prompt as token ids, used as they are (not in the vLLM backend)"),
+    Tensor("input_lengths", "INT32", (-1,), "`input_ids` are several prompts of so many ids, one after another"),
+    Tensor("cancel", "BOOL", (1,), "no prompt: end the requests that have this one's id; default false"),
     Tensor("stream", "BOOL", (1,), "a response per step instead of one at the end; default false"),
     Tensor("sampling_parameters", "STRING", (1,), "JSON object of sampling parameters; numbers may be strings"),
     Tensor("stop", "STRING", (-1,), "stop strings (a list cannot be an HTTP parameter; not in the vLLM backend)"),
     Tensor("exclude_input_in_output", "BOOL", (1,), "default: true for streams, else false: the prompt comes first"),
-    *(Tensor(f"return_{t.name}", "BOOL", (1,), f"send {t.name}; default false") for t in OUTPUTS[1:]),
+    *(
+        Tensor(f"return_{t.name}", "BOOL", (1,), f"send {t.name}; default false")
+        for t in OUTPUTS
+        if t.name not in UNSWITCHED
+    ),
 )
 
 

@@ -38,7 +38,8 @@ def parse(tokenizer, *, requested=ALL_OUTPUTS, parameters=None, **inputs):
     if isinstance(sampling, dict):
         inputs["sampling_parameters"] = json.dumps(sampling)
     tensors = {name: tensor(name, value) for name, value in inputs.items()}
-    return Call.parse(tensors, parameters or {}, requested, tokenizer, VOCAB_SIZE)
+    calls = Call.parse(tensors, parameters or {}, requested, tokenizer, VOCAB_SIZE)
+    return calls if {"prompts", "input_lengths"} & set(inputs) else calls[0]
 
 
 def test_a_bare_prompt(tokenizer):
@@ -74,6 +75,24 @@ def test_ids_are_taken_as_they_are_and_come_back_as_ids(tokenizer):
     assert call.shown_prompt == ""
     assert call.outputs == {"text_output", "output_ids"}
     assert parse(None, input_ids=[5]).outputs == {"output_ids"}
+
+
+def test_several_prompts_are_several_calls(tokenizer):
+    calls = parse(tokenizer, prompts=["the dog", "a", "the dog"], sampling_parameters={"max_tokens": 3})
+    assert [call.prompt for call in calls] == [tokenizer.encode(text) for text in ("the dog", "a", "the dog")]
+    assert [call.shown_prompt for call in calls] == ["the dog", "a", "the dog"]
+    assert [call.batch_index for call in calls] == [0, 1, 2]
+    assert {call.params for call in calls} == {SamplingParams(max_tokens=3)}
+    assert {call.outputs for call in calls} == {frozenset({"text_output", "batch_index"})}
+    assert [call.batch_index for call in parse(tokenizer, prompts=["a"])] == [0]
+    assert parse(tokenizer, text_input="a").batch_index is None
+
+
+def test_ids_are_several_prompts_by_their_lengths(tokenizer):
+    calls = parse(tokenizer, input_ids=[5, 6, 7, 8, 9, 10], input_lengths=[3, 1, 2])
+    assert [call.prompt for call in calls] == [[5, 6, 7], [8], [9, 10]]
+    expected = frozenset({"text_output", "output_ids", "num_output_tokens", "batch_index"})
+    assert {call.outputs for call in calls} == {expected}
 
 
 def test_outputs_are_switched_on_or_requested_by_name(tokenizer):
@@ -122,13 +141,23 @@ def test_priority_and_timeout(tokenizer):
 
 
 REFUSED = {
-    "no prompt": ({}, "text_input, input_ids: expected one of them, got neither"),
-    "two prompts": ({"text_input": "a", "input_ids": [1]}, "text_input, input_ids: expected one of them, got both"),
+    "no prompt": ({}, "text_input, prompts, input_ids: expected one of them, got none"),
+    "two prompts": ({"text_input": "a", "input_ids": [1]}, "expected one of them, got text_input and input_ids"),
     "no ids": ({"input_ids": []}, "input_ids: expected at least one token"),
     "id too high": ({"input_ids": [1, 400]}, r"input_ids: expected ids in 0\.\.399, got 1\.\.400"),
     "id negative": ({"input_ids": [-1, 2]}, r"input_ids: expected ids in 0\.\.399, got -1\.\.2"),
     "text not UTF-8": ({"text_input": b"\xff\xfe"}, "text_input: expected UTF-8 text: .*0xff"),
     "two texts": ({"text_input": ["a", "b"]}, r"text_input: expected one element, got shape \[2\]"),
+    "no prompts": ({"prompts": []}, "prompts: expected at least one prompt, got none"),
+    "prompts and a prompt": ({"text_input": "a", "prompts": ["a"]}, "got text_input and prompts"),
+    "lengths of text": ({"text_input": "a", "input_lengths": [1]}, "input_lengths: expected input_ids with them"),
+    "lengths too short": (
+        {"input_ids": [1, 2, 3], "input_lengths": [1, 1]},
+        r"input_lengths: expected lengths >= 1 with a sum of 3 \(input_ids\), got \[1, 1\]",
+    ),
+    "length 0": ({"input_ids": [1], "input_lengths": [0, 1]}, "input_lengths: expected lengths >= 1"),
+    "length negative": ({"input_ids": [1], "input_lengths": [2, -1]}, "input_lengths: expected lengths >= 1"),
+    "no lengths": ({"input_ids": [1], "input_lengths": []}, "input_lengths: expected lengths >= 1"),
     "two flags": ({"text_input": "a", "stream": [True, False]}, "stream: expected one element"),
     "prompt in a stream": (
         {"text_input": "a", "stream": True, "exclude_input_in_output": False},

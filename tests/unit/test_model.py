@@ -46,7 +46,8 @@ class ResponseSender:
 
 
 class ServerRequest:
-    def __init__(self, parameters="", timeout_us=0, **tensors):
+    def __init__(self, parameters="", timeout_us=0, request_id="", **tensors):
+        self.request_id = lambda: request_id
         self.tensors = {name: types.SimpleNamespace(as_numpy=lambda v=v: v) for name, v in tensors.items()}
         self.parameters, self.timeout = lambda: parameters, lambda: timeout_us
         self.requested_output_names = lambda: [tensor.name for tensor in OUTPUTS]
@@ -155,6 +156,17 @@ def served(module, args):
     model.finalize()
 
 
+FLAG = np.array([True])
+
+
+def until(condition):
+    """Wait for a sender thread, or for the cancellation ticker."""
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.005)
+
+
 def text(value):
     return np.array([value.encode()], np.object_)
 
@@ -188,7 +200,7 @@ def test_a_request_and_its_answer(served):
 @pytest.mark.parametrize(
     ("request_", "code", "message"),
     [
-        (ServerRequest(), "INVALID_ARG", "text_input, input_ids: expected one"),
+        (ServerRequest(), "INVALID_ARG", "text_input, prompts, input_ids: expected one"),
         (ServerRequest("{", text_input=text("a")), "INTERNAL", "JSONDecodeError"),
         (ServerRequest('{"\\ud800": 1}', text_input=text("a")), "INVALID_ARG", "\\ud800: unknown"),
     ],
@@ -201,6 +213,92 @@ def test_a_bad_request_does_not_reach_the_engine(served, request_, code, message
     assert message in request_.result().error.message
     engine.say(last(engine.requests[0].id))
     assert good.result().error is None
+
+
+def test_prompts_of_one_request_come_back_in_their_order(served):
+    model, engine = served
+    request = ServerRequest(prompts=np.array([b"a dog", b"the fox"], np.object_), return_num_output_tokens=FLAG)
+    model.execute([request])
+    first, second = engine.requests
+    assert first.prompt != second.prompt
+    engine.say(last(second.id))
+    engine.say(Delta(first.id, [5, 6]))
+    assert not request.sender.responses
+    engine.say(last(first.id))
+    outputs = request.result().outputs
+    assert len(request.sender.responses) == 1
+    assert [text[:5] for text in outputs["text_output"]] == [b"a dog", b"the f"]
+    assert outputs["num_output_tokens"].tolist() == [3, 1]
+    assert outputs["batch_index"].tolist() == [0, 1]
+
+
+def test_a_stream_of_prompts_says_whose_each_response_is(served):
+    model, engine = served
+    request = ServerRequest(input_ids=np.array([5, 6, 7], np.int32), input_lengths=np.array([1, 2]), stream=FLAG)
+    model.execute([request])
+    assert [submitted.prompt for submitted in engine.requests] == [[5], [6, 7]]
+    first, second = engine.requests
+    for delta in (Delta(second.id, [8]), last(second.id, token=9), last(first.id, token=10)):
+        before = len(request.sender.responses)
+        engine.say(delta)
+        until(lambda before=before: len(request.sender.responses) > before)
+    request.result()
+    seen = [(r.outputs["batch_index"].tolist(), r.outputs["output_ids"].tolist()) for r in request.sender.responses]
+    assert seen == [([1], [8]), ([1], [9]), ([0], [10])]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_failure_of_one_prompt_ends_them_all(served, stream):
+    model, engine = served
+    request = ServerRequest(prompts=np.array([b"a", b"b", b"c"], np.object_), stream=np.array([stream]))
+    model.execute([request])
+    ids = [submitted.id for submitted in engine.requests]
+    engine.on_refusal(Refusal(ids[1], "the queue is full", overloaded=True))
+    assert request.result().error.code == "UNAVAILABLE"
+    until(lambda: {ids[0], ids[2]} <= set(engine.cancelled))
+    until(lambda: not model._senders.live())
+
+
+def test_death_fails_a_batch_once(served):
+    model, engine = served
+    requests = [ServerRequest(prompts=np.array([b"a", b"b"], np.object_)) for _ in range(2)]
+    model.execute(requests[:1])
+    engine.on_death("process 7 ended")
+    model.execute(requests[1:])
+    assert [request.result().error.code for request in requests] == ["UNAVAILABLE"] * 2
+
+
+def test_cancel_by_request_id(served):
+    model, engine = served
+    requests = [ServerRequest(request_id=name, text_input=text("a")) for name in ("x", "y", "x", "")]
+    requests.append(ServerRequest(request_id="x", prompts=np.array([b"a", b"b"], np.object_)))
+    cancel = ServerRequest(request_id="x", cancel=FLAG)
+    model.execute([*requests, cancel])
+    assert cancel.result().outputs["num_cancelled"].tolist() == [4]
+    assert {request.result().error.code for request in (requests[0], requests[2], requests[4])} == {"CANCELLED"}
+    assert len(engine.cancelled) == 4
+    until(lambda: len(model._senders.live()) == 2)
+    again = ServerRequest(request_id="x", cancel=FLAG)
+    model.execute([again])
+    assert again.result().outputs["num_cancelled"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ServerRequest(cancel=np.array([True])), "cancel: expected the id of the requests to end"),
+        (
+            ServerRequest(request_id="x", cancel=np.array([True]), text_input=np.array([b"a"], np.object_)),
+            "cancel: expected no other input, got text_input",
+        ),
+    ],
+)
+def test_a_cancellation_that_makes_no_sense_is_refused(served, request_, message):
+    model, engine = served
+    model.execute([request_])
+    assert request_.result().error.code == "INVALID_ARG"
+    assert message in request_.result().error.message
+    assert not engine.requests
 
 
 @pytest.mark.parametrize(("overloaded", "code"), [(True, "UNAVAILABLE"), (False, "INVALID_ARG")])

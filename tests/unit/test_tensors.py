@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanoflow_backend.config import EngineConfig
-from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, complete
+from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete
 
 FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
 ENTRY = re.compile(r'\{ name: "(\w+)", data_type: TYPE_(\w+), dims: \[ ([-\d, ]+) \](, optional: true)? \}')
@@ -73,16 +73,16 @@ def test_the_names_of_the_vllm_backend_are_all_there():
         "finish_reason": ("STRING", (-1,)),
         "cumulative_logprob": ("FP32", (-1,)),
         "logprobs": ("STRING", (-1,)),
-        "num_input_tokens": ("UINT32", (1,)),
+        "num_input_tokens": ("UINT32", (-1,)),  # (1,) there: it takes one prompt a request
         "num_output_tokens": ("UINT32", (-1,)),
     }
     for declared, expected in ((INPUTS, vllm_inputs), (OUTPUTS, vllm_outputs)):
         assert expected.items() <= {t.name: (t.type, t.dims) for t in declared}.items()
 
 
-def test_every_output_but_the_text_has_its_switch():
+def test_every_other_output_has_its_switch():
     switches = {t.name.removeprefix("return_") for t in INPUTS if t.name.startswith("return_")}
-    assert switches == {t.name for t in OUTPUTS} - {"text_output"}
+    assert switches == {t.name for t in OUTPUTS} - set(UNSWITCHED)
 
 
 def test_engine_json_is_a_config_and_takes_parameters_of_config_pbtxt():
@@ -92,6 +92,6 @@ def test_engine_json_is_a_config_and_takes_parameters_of_config_pbtxt():
     assert set(json.loads(file.read_text())) <= set(EngineConfig.__struct_fields__)
 
 
-@pytest.mark.parametrize("name", ["text_input", "input_ids"])
+@pytest.mark.parametrize("name", ["text_input", "prompts", "input_ids"])
 def test_each_kind_of_prompt_can_be_left_out(name):
     assert (name, True) in {(entry[0], entry[3]) for entry in entries("input")}
