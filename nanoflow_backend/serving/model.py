@@ -53,8 +53,9 @@ class TritonPythonModel:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
         _check_numpy()
         model_config = json.loads(args["model_config"])
-        if not model_config.get("model_transaction_policy", {}).get("decoupled"):
+        if "model_transaction_policy" not in model_config:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
+        self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
         config = EngineConfig.load(
             Path(args["model_repository"], args["model_version"], "engine.json"), _engine_parameters(model_config)
         )
@@ -102,6 +103,8 @@ class TritonPythonModel:
         calls = Call.parse(
             tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
         )
+        if calls[0].stream and not self._streams:
+            raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
         is_batch = calls[0].batch_index is not None
         channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
         for call, own_channel in zip(calls, channels, strict=True):

@@ -68,13 +68,14 @@ def complete(config: Any) -> None:
     """Fill in what a model configuration leaves out (the server's `ModelConfig`, for auto_complete_config).
 
     Raises:
-        ValueError: the configuration contradicts the table, or is not decoupled.
+        ValueError: the configuration contradicts the table.
     """
     for tensor in INPUTS:
         config.add_input({**_entry(tensor), "optional": True})
     for tensor in OUTPUTS:
         config.add_output(_entry(tensor))
-    config.set_model_transaction_policy({"decoupled": True})
+    if "model_transaction_policy" not in config.as_dict():  # false is a choice: no streams, but the /infer endpoints
+        config.set_model_transaction_policy({"decoupled": True})
     config.set_max_batch_size(0)
 
 

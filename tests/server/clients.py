@@ -32,7 +32,9 @@ def tensors(**inputs: Any) -> list[tritonclient.grpc.InferInput]:
 class GrpcStream:
     """One request on a stream of its own. Iterate over its responses (dicts), or cancel it."""
 
-    def __init__(self, url: str, model: str, *, outputs=None, parameters=None, timeout_us=None, **inputs: Any):
+    def __init__(
+        self, url: str, model: str, *, outputs=None, parameters=None, timeout_us=None, request_id="", **inputs: Any
+    ):
         self.responses: queue.Queue[Any] = queue.Queue()
         self.client = tritonclient.grpc.InferenceServerClient(url)
         # Errors have their message only: the header that adds their code (triton_grpc_error) made this server abort.
@@ -43,6 +45,7 @@ class GrpcStream:
             outputs=outputs and [tritonclient.grpc.InferRequestedOutput(name) for name in outputs],
             parameters=parameters,
             timeout=timeout_us,
+            request_id=request_id,
             enable_empty_final_response=True,
         )
 

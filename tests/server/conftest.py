@@ -1,12 +1,18 @@
 """Real servers for tests: `server(model_repository=..., **options)` starts one that lives until the session ends."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from nanoflow_backend.engine import Engine
 from nanoflow_backend.serving.embedded import EmbeddedServer
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "demo" / "tiny-llama"
 
 # The server looks once a second whether its models have unloaded; two looks were needed for one model.
 EXIT_TIMEOUT_S = 5
@@ -39,3 +45,24 @@ def process_tree() -> Callable[[int], dict[int, str]]:
         return processes
 
     return tree
+
+
+@pytest.fixture(scope="session")
+def demo(server: Callable[..., EmbeddedServer], tmp_path_factory: pytest.TempPathFactory) -> EmbeddedServer:
+    """The demo model behind the drop-in folder, as `nanoflow`, and with `decoupled: false`, as `unary`."""
+    repository = tmp_path_factory.mktemp("demo")
+    for name, decoupled in (("nanoflow", "true"), ("unary", "false")):
+        shutil.copytree(ROOT / "model_repository" / "nanoflow", repository / name)
+        (repository / name / "1" / "engine.json").write_text(json.dumps({"model": str(DEMO_MODEL)}))
+        config = (repository / name / "config.pbtxt").read_text()
+        config = config.replace('name: "nanoflow"', f'name: "{name}"').replace(
+            "decoupled: true", f"decoupled: {decoupled}"
+        )
+        (repository / name / "config.pbtxt").write_text(config)
+    return server(repository, log=repository.parent / "demo.log")
+
+
+@pytest.fixture(scope="session")
+def demo_engine() -> Engine:
+    """What the demo model says, without a server."""
+    return Engine.from_pretrained(DEMO_MODEL)

@@ -396,9 +396,9 @@ def bad_parameter(folder):
     (folder / "config.pbtxt").write_text(config + parameter)
 
 
-def not_decoupled(folder):
+def no_policy(folder):
     config = (folder / "config.pbtxt").read_text()
-    (folder / "config.pbtxt").write_text(config.replace("decoupled: true", "decoupled: false"))
+    (folder / "config.pbtxt").write_text(config.replace("model_transaction_policy { decoupled: true }\n", ""))
 
 
 BROKEN = {
@@ -407,7 +407,7 @@ BROKEN = {
     no_weights: r"/empty: .*safetensors",
     no_folder: r"/nowhere/config\.json: No such file or directory",
     bad_parameter: r"engine\.json: Expected `int \| null`, got `str` - at `\$\.page_tokens`",
-    not_decoupled: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",
+    no_policy: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",
 }
 
 

@@ -379,8 +379,22 @@ def test_finalize_answers_what_is_left_and_ends_its_threads(module, args):
     assert set(threading.enumerate()) <= before
 
 
-def test_a_model_that_is_not_decoupled_is_refused(module, args):
+def test_a_stream_needs_a_decoupled_model(module, args):
     args["model_config"] = json.dumps({"model_transaction_policy": {"decoupled": False}})
+    model = module.TritonPythonModel()
+    model.initialize(args)
+    stream, whole = ServerRequest(text_input=text("a"), stream=FLAG), ServerRequest(text_input=text("a"))
+    model.execute([stream, whole])
+    assert stream.result().error.code == "INVALID_ARG"
+    assert "stream: expected false" in stream.result().error.message
+    (submitted,) = FakeEngine.latest.requests
+    FakeEngine.latest.say(last(submitted.id))
+    assert whole.result().error is None
+    model.finalize()
+
+
+def test_a_model_without_a_policy_is_refused(module, args):
+    args["model_config"] = json.dumps({})
     with pytest.raises(ValueError, match=r"config\.pbtxt: expected .*decoupled: true"):
         module.TritonPythonModel().initialize(args)
 

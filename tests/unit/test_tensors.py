@@ -23,8 +23,9 @@ def entries(section):
 class ModelConfig:
     """What auto_complete_config is given, as far as it is used."""
 
-    def __init__(self):
+    def __init__(self, **given):
         self.inputs, self.outputs, self.policy, self.max_batch_size = [], [], None, None
+        self.as_dict = lambda: given
 
     def add_input(self, entry):
         self.inputs.append(entry)
@@ -54,6 +55,12 @@ def test_auto_completion_adds_the_same():
     assert [row(entry) for entry in config.inputs] == entries("input")
     assert [row(entry) for entry in config.outputs] == entries("output")
     assert (config.policy, config.max_batch_size) == ({"decoupled": True}, 0)
+
+
+def test_auto_completion_leaves_a_chosen_policy():
+    config = ModelConfig(model_transaction_policy={"decoupled": False})
+    complete(config)
+    assert config.policy is None
 
 
 def test_the_names_of_the_vllm_backend_are_all_there():
