@@ -1,0 +1,136 @@
+"""perf_analyzer_configs/: inputs have exactly the lengths they claim, and reports the figures of their export."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tokenizers
+
+from nanoflow_backend.engine.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "perf_analyzer_configs"
+WORKLOADS = json.loads((CONFIGS / "workloads.json").read_text())
+
+
+def run(script, *arguments):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, CONFIGS / script, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Of the demo model: one with a byte-level BPE, as Llama-3's is."""
+    folder = tmp_path_factory.mktemp("inputs")
+    made = run("make_inputs.py", "--model", ROOT / "demo" / "tiny-llama", "--output", folder, "--prompts", 20)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_prompts_have_exactly_their_length(inputs, name):
+    tokenizer = Tokenizer.from_pretrained(ROOT / "demo" / "tiny-llama")
+    entries = json.loads((inputs / f"{name}.json").read_text())["data"]
+    kinds = [WORKLOADS[kind] for kind in WORKLOADS[name].get("mix", [name])]
+    lengths = {(kind["input_tokens"], kind["output_tokens"]) for kind in kinds}
+    assert len(entries) == 20
+    for entry in entries:
+        sampling = json.loads(entry["sampling_parameters"][0])
+        assert (len(tokenizer.encode(entry["text_input"][0])), sampling["max_tokens"]) in lengths
+        assert (sampling["min_tokens"], sampling["ignore_eos"]) == (sampling["max_tokens"], True)
+    lines = [json.loads(line) for line in (inputs / f"{name}.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == [entry["text_input"][0] for entry in entries]
+    assert len({line["text"] for line in lines}) == 20
+
+
+def test_prefixes_are_shared_as_token_ids(inputs):
+    tokenizer = Tokenizer.from_pretrained(ROOT / "demo" / "tiny-llama")
+    entries = json.loads((inputs / "shared_prefix.json").read_text())["data"]
+    ids = [tokenizer.encode(entry["text_input"][0]) for entry in entries]
+    shared = WORKLOADS["shared_prefix"]["prefix_tokens"]
+    assert 1 < len({tuple(prompt[:shared]) for prompt in ids}) <= WORKLOADS["shared_prefix"]["prefixes"]
+    assert len({tuple(prompt[shared:]) for prompt in ids}) == len(ids)
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path):
+    tiny_tokenizers.llama3(tmp_path / "tokenizer")
+    made = run("make_inputs.py", "--model", tmp_path / "tokenizer", "--output", tmp_path / "inputs")
+    assert (made.returncode, made.stdout) == (1, "")
+    assert "make_inputs.py: expected 100 words or more that are one token, got" in made.stderr
+
+
+def exported(*requests, mode="concurrency", value=2, switches=True):
+    """An export as perf_analyzer writes it; a request is (sent ms, [(response ms, tokens), ...])."""
+    garbage = {"finish_reason": "", "total_output_tokens": 4227858608}  # as it writes for what was not sent
+    made = [
+        {
+            "timestamp": int(1e18) + int(sent_ms * 1e6),
+            "request_inputs": {"return_num_output_tokens": switches, "return_num_input_tokens": switches},
+            "response_timestamps": [int(1e18) + int(at_ms * 1e6) for at_ms, _ in responses],
+            "response_outputs": [{**garbage, "num_output_tokens": n, "num_input_tokens": 7} for _, n in responses],
+        }
+        for sent_ms, responses in requests
+    ]
+    return {"experiments": [{"experiment": {"mode": mode, "value": value}, "requests": made}]}
+
+
+def report(folder, export, slo=None):
+    (folder / "export.json").write_text(json.dumps(export))
+    (folder / "slo.json").write_text(json.dumps(slo or {}))
+    return run("report.py", folder / "export.json", "--slo", folder / "slo.json", "--output", folder / "report")
+
+
+def test_the_figures_of_a_report(tmp_path):
+    requests = (
+        (100, [(150, 1), (170, 2), (200, 1)]),  # first 50, all 100 for 4 tokens, then 50 for 3
+        (100, [(400, 1), (500, 1)]),  # first 300, all 400 for 2, then 100 for 1
+        (200, [(1100, 4)]),  # first and all 900 for 4
+    )
+    done = report(tmp_path, exported(*requests), {"time_to_first_token_ms": 300, "time_per_output_token_ms": 20})
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "report.json").read_text())["experiments"]
+    assert (row["file"], row["concurrency"], row["requests"], row["duration_s"]) == ("export.json", 2, 3, 1.0)
+    rates = [row[f"{name}_per_s"] for name in ("requests", "input_tokens", "output_tokens", "goodput_requests")]
+    assert rates == [3.0, 21.0, 10.0, 1.0]
+    expected = {
+        "time_to_first_token_ms": [50, 300, 900],
+        "time_per_output_token_ms": [50 / 3, 100, 0],
+        "request_latency_ms": [100, 400, 900],
+        "normalized_latency_ms": [25, 200, 225],
+        "inter_token_latency_ms": [20, 30, 100],
+    }
+    for name, values in expected.items():
+        assert row[name]["mean"] == pytest.approx(np.mean(values))
+        assert row[name]["p50"] == pytest.approx(sorted(values)[1])
+        assert row[name]["p99"] == pytest.approx(np.percentile(values, 99))
+    assert row["mean_tokens_per_response"] == pytest.approx(10 / 6)
+    (line,) = csv.DictReader((tmp_path / "report.csv").open())
+    assert float(line["normalized_latency_ms_p50"]) == pytest.approx(200)
+    assert (tmp_path / "report.svg").read_text().count("<polyline") == 6
+
+
+@pytest.mark.parametrize(
+    ("export", "slo", "message"),
+    [
+        (exported((0, [(1, 1)]), switches=False), {}, "a request without return_num_output_tokens"),
+        (exported((0, [])), {}, "a request without a response"),
+        (exported((0, [(1, 1)])), {"ttft": 5}, "unknown ttft; known are time_to_first_token_ms"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(tmp_path, export, slo, message):
+    done = report(tmp_path, export, slo)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "slo").iterdir()), ids=lambda file: file.stem)
+def test_the_slo_files_are_read(tmp_path, file):
+    done = report(tmp_path, exported((0, [(1, 1)])), json.loads(file.read_text()))
+    assert "goodput 1000.00 requests/s" in done.stdout
