@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -64,12 +65,12 @@ def deepseek(folder: Path) -> Path:
     )
 
 
-def llama2(folder: Path) -> Path:
+def llama2(folder: Path, corpus: Sequence[str] = CORPUS, vocab_size: int = 200) -> Path:
     """SentencePiece BPE with byte fallback, as transformers writes Llama-2's: no pre-tokenizer at all."""
     training = Tokenizer(models.BPE())
     training.pre_tokenizer = pre_tokenizers.Metaspace()
-    latin = [line for line in CORPUS if line.isascii()]  # so that other scripts need byte fallback
-    training.train_from_iterator(latin, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    latin = [line for line in corpus if line.isascii()]  # so that other scripts need byte fallback
+    training.train_from_iterator(latin, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
     trained = json.loads(training.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(trained["vocab"])]
     tokenizer = Tokenizer(

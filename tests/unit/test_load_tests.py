@@ -24,18 +24,26 @@ def run(script, *arguments):
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
 
 
+@pytest.fixture(scope="module", params=["byte-level BPE, as Llama-3's", "SentencePiece, as Llama-2's"])
+def model(request, tmp_path_factory):
+    """A folder with a tokenizer that knows words."""
+    if request.param.startswith("byte"):
+        return ROOT / "demo" / "tiny-llama"
+    corpus = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    return tiny_tokenizers.llama2(tmp_path_factory.mktemp("llama2"), corpus, vocab_size=1000)
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Of the demo model: one with a byte-level BPE, as Llama-3's is."""
+def inputs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    made = run("make_inputs.py", "--model", ROOT / "demo" / "tiny-llama", "--output", folder, "--prompts", 20)
+    made = run("make_inputs.py", "--model", model, "--output", folder, "--prompts", 20)
     assert made.returncode == 0, made.stderr
     return folder
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_prompts_have_exactly_their_length(inputs, name):
-    tokenizer = Tokenizer.from_pretrained(ROOT / "demo" / "tiny-llama")
+def test_prompts_have_exactly_their_length(inputs, model, name):
+    tokenizer = Tokenizer.from_pretrained(model)
     entries = json.loads((inputs / f"{name}.json").read_text())["data"]
     kinds = [WORKLOADS[kind] for kind in WORKLOADS[name].get("mix", [name])]
     lengths = {(kind["input_tokens"], kind["output_tokens"]) for kind in kinds}
@@ -49,8 +57,8 @@ def test_prompts_have_exactly_their_length(inputs, name):
     assert len({line["text"] for line in lines}) == 20
 
 
-def test_prefixes_are_shared_as_token_ids(inputs):
-    tokenizer = Tokenizer.from_pretrained(ROOT / "demo" / "tiny-llama")
+def test_prefixes_are_shared_as_token_ids(inputs, model):
+    tokenizer = Tokenizer.from_pretrained(model)
     entries = json.loads((inputs / "shared_prefix.json").read_text())["data"]
     ids = [tokenizer.encode(entry["text_input"][0]) for entry in entries]
     shared = WORKLOADS["shared_prefix"]["prefix_tokens"]
