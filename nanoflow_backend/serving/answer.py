@@ -14,7 +14,7 @@ from nanoflow_backend.engine.text_stream import TextDelta
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import TokenLogprobs
 from nanoflow_backend.serving.call import Call
-from nanoflow_backend.serving.tensors import Arrays
+from nanoflow_backend.serving.tensors import Arrays, Parameters
 
 
 class Answer:
@@ -35,6 +35,17 @@ class Answer:
         self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
         values = ((name, self._value(name, delta)) for name in self._call.outputs)
         return {name: value for name, value in values if value is not None}
+
+    def parameters(self, delta: TextDelta) -> Parameters:
+        """What there is to know at the end, after the last `tensors`; without what the outputs said."""
+        known: dict[str, str | int] = {
+            "finish_reason": str(delta.finish_reason),
+            "stop_reason": str(delta.stop_reason),
+            "num_input_tokens": len(self._call.prompt),
+            "total_output_tokens": self._tokens,
+            "num_cached_tokens": self._cached_tokens,
+        }
+        return {name: value for name, value in known.items() if name not in self._call.outputs}
 
     def _value(self, name: str, delta: TextDelta) -> NDArray[Any] | None:
         match name:

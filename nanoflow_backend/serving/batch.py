@@ -8,7 +8,7 @@ import numpy as np
 
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.reply import Channel
-from nanoflow_backend.serving.tensors import Arrays
+from nanoflow_backend.serving.tensors import Arrays, Parameters
 
 
 class Batch:
@@ -32,16 +32,18 @@ class Batch:
         self._waiting = prompts
         return [_Part(self, index, self._channel.request_id) for index in range(prompts)]
 
-    def send(self, index: int, tensors: Arrays, final: bool) -> None:
+    def send(self, index: int, tensors: Arrays, final: bool, parameters: Parameters) -> None:
         with self._lock:
             if self._over:
                 return
             self._waiting -= final
             last = self._waiting == 0
-            if not self._stream:
+            if self._stream:
+                self._channel.send(tensors, last, parameters)
+            else:
                 self._gathered[index] = tensors
-            if self._stream or last:
-                self._channel.send(tensors if self._stream else self._all(), final=last)
+                if last:
+                    self._channel.send(self._all(), last, {})  # a parameter has one value
             self._over = last  # only now: where sending fails, `fail` must still get through
 
     def fail(self, failure: Failure) -> None:
@@ -66,8 +68,8 @@ class _Part:
         self._batch = batch
         self._index = index
 
-    def send(self, tensors: Arrays, final: bool) -> None:
-        self._batch.send(self._index, tensors, final)
+    def send(self, tensors: Arrays, final: bool, parameters: Parameters) -> None:
+        self._batch.send(self._index, tensors, final, parameters)
 
     def fail(self, failure: Failure) -> None:
         self._batch.fail(failure)

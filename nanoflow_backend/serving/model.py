@@ -7,6 +7,7 @@ Its way out: news of the engine process (reader thread) -> Senders (a few thread
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -14,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.senders import Senders
-from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
+from nanoflow_backend.serving.tensors import INPUTS, Arrays, Parameters, complete
 from nanoflow_backend.serving.ticker import Ticker
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
@@ -69,7 +69,7 @@ class TritonPythonModel:
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
             labels = {"model": args["model_name"], "version": args["model_version"]}
-            self._gauges = Gauges(partial(_Gauge, labels=labels), self._ready)
+            self._gauges = Gauges(functools.partial(_Gauge, labels=labels), self._ready)
             self._tickers.append(Ticker("gauges", FLUSH_PERIOD_S, self._gauges.flush))
         pb_utils.Logger.log_info(f"{args['model_name']}: {self._ready.description}")
 
@@ -98,7 +98,7 @@ class TritonPythonModel:
                 tensors[tensor.name] = value.as_numpy()
         parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
         if is_cancellation(tensors):
-            channel.send({"num_cancelled": np.array([self._cancel(channel.request_id)], np.uint32)}, final=True)
+            channel.send({"num_cancelled": np.array([self._cancel(channel.request_id)], np.uint32)}, True, {})
             return
         calls = Call.parse(
             tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
@@ -173,8 +173,10 @@ class _Channel:
         self._ending = threading.Lock()
         self._ended = False
 
-    def send(self, tensors: Arrays, final: bool) -> None:
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+    def send(self, tensors: Arrays, final: bool, parameters: Parameters) -> None:
+        extra = {"parameters": dict(parameters)} if parameters and _has_response_parameters() else {}
+        outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
+        response = pb_utils.InferenceResponse(outputs, **extra)
         if final:
             self._end(response)
         else:
@@ -228,12 +230,17 @@ def _check_numpy() -> None:
 
     They do not say which they are. Parameters of a response came with 25.02: what has them is new enough.
     """
-    if int(np.__version__.split(".")[0]) < 2:
-        return
-    try:
-        pb_utils.InferenceResponse([], parameters={})
-    except TypeError:
+    if int(np.__version__.split(".")[0]) >= 2 and not _has_response_parameters():
         raise RuntimeError(
             f"numpy {np.__version__} does not work with this server, which is older than 25.02: "
             f"install 'numpy<2' for {sys.executable}"
-        ) from None
+        )
+
+
+@functools.cache
+def _has_response_parameters() -> bool:
+    try:
+        pb_utils.InferenceResponse([], parameters={})
+    except TypeError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
-from nanoflow_backend.serving.tensors import Arrays
+from nanoflow_backend.serving.tensors import Arrays, Parameters
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Channel(Protocol):
 
     request_id: str  # the client's; empty where it chose none
 
-    def send(self, tensors: Arrays, final: bool) -> None: ...
+    def send(self, tensors: Arrays, final: bool, parameters: Parameters) -> None: ...
 
     def fail(self, failure: Failure) -> None:
         """Send the failure as the final response."""
@@ -80,7 +80,7 @@ class Reply:
         if delta.finish_reason is FinishReason.CANCELLED and "finish_reason" not in self._call.outputs:
             raise Failure("CANCELLED", "the request was cancelled")  # else a part would pass for the whole
         last = delta.finish_reason is not None
-        self.channel.send(self._answer.tensors(delta), final=last)
+        self.channel.send(self._answer.tensors(delta), last, self._answer.parameters(delta) if last else {})
         self.finished = last
 
     def _worth_sending(self, delta: TextDelta) -> bool:

@@ -2,6 +2,9 @@
 
 Names and meanings are those of Triton's vLLM backend, so that its clients work unchanged; what is new here says so.
 
+Where the server has parameters of responses, the last one about a prompt has finish_reason, stop_reason,
+num_input_tokens, total_output_tokens and num_cached_tokens as such, as far as they are not among its outputs.
+
 A request with `prompts`, or with `input_lengths`, has several prompts. When streaming, each response is about one of
 them (`batch_index`); otherwise the one response has an element for each prompt in every output, in their order.
 """
@@ -15,6 +18,7 @@ import msgspec
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]  # tensors by name; strings are objects: bytes
+Parameters = Mapping[str, str | int]  # of a response; servers before 25.02 have none
 
 
 class Tensor(msgspec.Struct, frozen=True):

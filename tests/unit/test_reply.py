@@ -34,12 +34,14 @@ class Client:
         self.delay_s, self.broken_after = delay_s, broken_after
         self.responses, self.finals, self.failure, self.threads = [], 0, None, set()
 
-    def send(self, tensors, final):
+    def send(self, tensors, final, parameters):
         assert not self.finals, "a response after the final one"
         if self.broken_after is not None and len(self.responses) >= self.broken_after:
             raise RuntimeError("shared memory is full")
         self.threads.add(threading.get_ident())
         time.sleep(self.delay_s)
+        assert bool(parameters) <= final
+        self.parameters = parameters
         for name, value in tensors.items():
             declared = DECLARED[name]
             assert value.dtype == DTYPES[declared.type]
@@ -156,6 +158,18 @@ def test_all_outputs_of_one_token(tokenizer):
     assert (last["num_cached_tokens"], last["total_output_tokens"]) == ([2], [2])
 
 
+def test_the_last_response_has_what_was_not_asked_for_as_parameters(tokenizer):
+    talk = Conversation(tokenizer, outputs=["text_output", "finish_reason"], stream=True)
+    talk.reply.feed([Delta(0, [5, 6], cached_tokens=2)])
+    talk.reply.feed([Delta(0, [9], finish_reason=FinishReason.STOP, stop_reason=9)])
+    assert talk.client.parameters == {
+        "stop_reason": "9",
+        "num_input_tokens": 3,
+        "total_output_tokens": 3,
+        "num_cached_tokens": 2,
+    }
+
+
 def test_logprobs_that_were_not_asked_for_are_null(tokenizer):
     talk = Conversation(tokenizer, outputs=["text_output", "logprobs", "cumulative_logprob"])
     talk.reply.feed([Delta(0, [5], [TokenLogprobs([5], [-1.0], 1)], FinishReason.LENGTH)])
@@ -228,8 +242,8 @@ def test_a_slow_client_gets_fewer_and_larger_responses(tokenizer):
     released = threading.Event()
 
     class Slow(Client):
-        def send(self, tensors, final):
-            super().send(tensors, final)
+        def send(self, tensors, final, parameters):
+            super().send(tensors, final, parameters)
             assert released.wait(30)
 
     outputs = ["output_ids", "num_output_tokens"]
