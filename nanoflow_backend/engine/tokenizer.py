@@ -123,7 +123,7 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **extra: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation. Encode it with `add_special_tokens=False`: templates write their BOS.
 
@@ -135,7 +135,7 @@ class Tokenizer:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise InvalidRequest(f"messages: the model has no default chat template; it has {sorted(self._templates)}")
-        return self._templates[name].render(messages, tools, add_generation_prompt, **extra)
+        return self._templates[name].render(messages, tools, add_generation_prompt, variables)
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from nanoflow_backend.engine.bad_words import encode_bad_words
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
@@ -24,7 +25,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a client.
 
     `params` is what the engine runs; it may have logprobs that the client does not see (`show_logprobs` false) but
-    whose sum it wants. `timeout_us` 0 is no limit. `shown_prompt` goes before the first text.
+    whose sum it wants, and bad words are tokens there. `timeout_us` 0 is no limit. `shown_prompt` goes before the first text.
     """
 
     prompt: list[int]
@@ -59,14 +60,16 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         fields = {name: value for name, value in parameters.items() if not _is_reserved(name)}
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
         timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
+        sampling = "sampling_parameters" in tensors
         params = SamplingParams.parse(
             _merge(
-                ("sampling_parameters", _json_object(tensors)),
+                ("sampling_parameters", _json(tensors, "sampling_parameters", dict) if sampling else {}),
                 ("the request's parameters", fields),
                 ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
             )
         )
         _check_stop(params.stop, tokenizer)
+        params = encode_bad_words(params, tokenizer)
         prompt, text = _prompt(tensors, tokenizer, vocab_size)
         stream = _flag(tensors, "stream") or False
         outputs = _outputs(tensors, requested, tokenizer)
@@ -107,16 +110,15 @@ def _check_stop(stop: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         raise InvalidRequest(f"stop: expected valid Unicode text: {error}") from None
 
 
-def _json_object(tensors: Arrays) -> dict[str, Any]:
-    if "sampling_parameters" not in tensors:
-        return {}
-    text = _text(tensors, "sampling_parameters")
+def _json(tensors: Arrays, name: str, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+    """The JSON object or list in a text."""
+    text = _text(tensors, name)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"sampling_parameters: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"sampling_parameters: expected a JSON object, got {text[:80]}")
+        raise InvalidRequest(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{name}: expected a JSON {'object' if kind is dict else 'list'}, got {text[:80]}")
     return value
 
 
@@ -137,29 +139,51 @@ def _spelling(value: Any) -> str:
 
 def _prompt(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[list[int], str | None]:
     """(ids, text); no text where the ids came as such."""
-    if ("text_input" in tensors) == ("input_ids" in tensors):
-        both = "both" if "text_input" in tensors else "neither"
-        raise InvalidRequest(f"text_input, input_ids: expected one of them, got {both}")
-    if "input_ids" in tensors:
+    source, *others = [name for name in ("text_input", "input_ids", "messages") if name in tensors] or ["none"]
+    if others or source == "none":
+        raise InvalidRequest(f"text_input, input_ids, messages: expected one of them, got {', '.join([source, *others])}")
+    if source != "messages":
+        _refuse_chat_inputs(tensors)
+    text = None
+    if source == "input_ids":
         ids = tensors["input_ids"]
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise InvalidRequest(f"input_ids: expected ids in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
-        prompt, text = ids.ravel().tolist(), None
+        prompt = ids.ravel().tolist()
     elif tokenizer is None:
-        raise InvalidRequest("text_input: expected none, for the model has no tokenizer.json (use input_ids)")
+        raise InvalidRequest(f"{source}: expected none, for the model has no tokenizer.json (use input_ids)")
+    elif source == "messages":
+        prompt = tokenizer.encode(_chat(tensors, tokenizer), add_special_tokens=False)
     else:
         text = _text(tensors, "text_input")
         prompt = tokenizer.encode(text)
     if not prompt:
-        raise InvalidRequest(f"{'input_ids' if text is None else 'text_input'}: expected at least one token, got none")
+        raise InvalidRequest(f"{source}: expected at least one token, got none")
     return prompt, text
+
+
+def _refuse_chat_inputs(tensors: Arrays) -> None:
+    for name in ("tools", "add_generation_prompt", "chat_template_kwargs"):
+        if name in tensors:
+            raise InvalidRequest(f"{name}: expected it with messages only")
+
+
+def _chat(tensors: Arrays, tokenizer: Tokenizer) -> str:
+    """The text of a conversation, by the model's chat template."""
+    generation_prompt = _flag(tensors, "add_generation_prompt")
+    return tokenizer.apply_chat_template(
+        _json(tensors, "messages", list),
+        _json(tensors, "tools", list) if "tools" in tensors else None,
+        generation_prompt is None or generation_prompt,
+        _json(tensors, "chat_template_kwargs", dict) if "chat_template_kwargs" in tensors else {},
+    )
 
 
 def _shown_prompt(exclude: bool | None, stream: bool, text: str | None) -> str:
     if exclude is False and stream:
         raise InvalidRequest("exclude_input_in_output: expected true, or nothing, when streaming")
     if exclude is False and text is None:
-        raise InvalidRequest("exclude_input_in_output: expected true, or nothing, with input_ids")
+        raise InvalidRequest("exclude_input_in_output: expected true, or nothing, with input_ids or messages")
     return "" if exclude or stream or text is None else text
 
 

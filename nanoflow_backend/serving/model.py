@@ -107,10 +107,10 @@ class TritonPythonModel:
             # Not raised: the reply is on its sender's hands, and news of the engine's death may have come first.
             self._senders.fail(request_id, _failure(error))
 
-    def _canceller(self, request_id: int) -> Callable[[], None]:
-        def cancel() -> None:
+    def _canceller(self, request_id: int) -> Callable[[int | None], None]:
+        def cancel(index: int | None) -> None:
             with contextlib.suppress(EngineError):  # a dead engine runs nothing
-                self._engine.cancel(request_id)
+                self._engine.cancel(request_id, index)
 
         return cancel
 
