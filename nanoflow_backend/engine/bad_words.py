@@ -21,7 +21,10 @@ def encode_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sam
         raise InvalidRequest("bad_words: expected none, for the model has no tokenizer.json (use bad_words_token_ids)")
     sequences = list(params.bad_words_token_ids)
     for word in params.bad_words:
-        bare, spaced = (tokenizer.encode(space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
+        try:
+            bare, spaced = (tokenizer.encode(space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
+        except InvalidRequest:
+            raise InvalidRequest(f"bad_words: expected valid Unicode text, got {word!r}") from None
         if not bare:
             raise InvalidRequest(f"bad_words: expected words with at least one token, got {word!r}")
         sequences.append(tuple(bare))

@@ -10,6 +10,7 @@ import msgspec
 from nanoflow_backend.scheduler.invalid_request import InvalidRequest
 
 MOST_CHARACTERS = 65536  # of a schema, a grammar or all choices together
+MOST_CHOICES = 1000
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -37,9 +38,17 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         kind = given[0]
         if not getattr(self, kind):
             raise InvalidRequest(f"structured_outputs.{kind}: expected it not to be empty or false")
-        size = sum(map(len, self.choice or (getattr(self, kind),))) if kind != "json_object" else 0
-        if size + len(self.whitespace_pattern or "") > MOST_CHARACTERS:
-            raise InvalidRequest(f"structured_outputs.{kind}: expected at most {MOST_CHARACTERS} characters, got {size}")
+        texts = self.choice or () if kind == "choice" else () if self.json_object else (getattr(self, kind),)
+        text = "".join(texts) + (self.whitespace_pattern or "")
+        if len(text) > MOST_CHARACTERS or len(texts) > MOST_CHOICES:
+            raise InvalidRequest(
+                f"structured_outputs.{kind}: expected at most {MOST_CHARACTERS} characters and {MOST_CHOICES} choices, "
+                f"got {len(text)} and {len(texts)}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell a lone surrogate
+            raise InvalidRequest(f"structured_outputs.{kind}: expected valid Unicode text: {error}") from None
 
     @classmethod
     def parse(cls, value: Any) -> StructuredOutputs:
@@ -56,7 +65,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
             if known.pop(name, False):
                 raise InvalidRequest(f"structured_outputs.{name}: not implemented; expected it not to be set")
         if isinstance(known.get("json"), Mapping | bool):
-            known["json"] = msgspec.json.encode(known["json"]).decode()
+            try:
+                known["json"] = msgspec.json.encode(known["json"]).decode()
+            except (RecursionError, UnicodeError) as error:
+                raise InvalidRequest(f"structured_outputs.json: expected a JSON schema: {error}") from None
         if known.get("json_object") in (False, "false"):
             del known["json_object"]
         try:

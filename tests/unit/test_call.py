@@ -122,8 +122,8 @@ def test_priority_and_timeout(tokenizer):
 
 
 REFUSED = {
-    "no prompt": ({}, "text_input, input_ids: expected one of them, got neither"),
-    "two prompts": ({"text_input": "a", "input_ids": [1]}, "text_input, input_ids: expected one of them, got both"),
+    "no prompt": ({}, "text_input, input_ids, messages: expected one of them, got none"),
+    "two prompts": ({"text_input": "a", "input_ids": [1]}, "expected one of them, got text_input, input_ids"),
     "no ids": ({"input_ids": []}, "input_ids: expected at least one token"),
     "id too high": ({"input_ids": [1, 400]}, r"input_ids: expected ids in 0\.\.399, got 1\.\.400"),
     "id negative": ({"input_ids": [-1, 2]}, r"input_ids: expected ids in 0\.\.399, got -1\.\.2"),
@@ -148,7 +148,7 @@ REFUSED = {
     "not a number": ({"text_input": "a", "sampling_parameters": '{"temperature": NaN}'}, "temperature: expected"),
     "far too many": ({"text_input": "a", "parameters": {"max_tokens": 10**30}}, "max_tokens: "),
     "endless": ({"text_input": "a", "sampling_parameters": '{"max_tokens": 1e999}'}, "max_tokens: "),
-    "not implemented": ({"text_input": "a", "parameters": {"n": 2}}, "n: not implemented; expected .* 1, got 2"),
+    "not implemented": ({"text_input": "a", "parameters": {"best_of": 2}}, "best_of: not implemented; .* got 2"),
     "twice": (
         {"text_input": "a", "sampling_parameters": {"seed": 1}, "parameters": {"seed": 2}},
         "seed: 1 in sampling_parameters, but 2 in the request's parameters",

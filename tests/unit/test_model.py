@@ -106,7 +106,7 @@ class FakeEngine:
             raise self.broken
         self.requests.append(request)
 
-    def cancel(self, request_id):
+    def cancel(self, request_id, index=None):
         self.cancelled.append(request_id)
         self.say(Delta(request_id, [], finish_reason=FinishReason.CANCELLED))
 
@@ -188,7 +188,7 @@ def test_a_request_and_its_answer(served):
 @pytest.mark.parametrize(
     ("request_", "code", "message"),
     [
-        (ServerRequest(), "INVALID_ARG", "text_input, input_ids: expected one"),
+        (ServerRequest(), "INVALID_ARG", "text_input, input_ids, messages: expected one"),
         (ServerRequest("{", text_input=text("a")), "INTERNAL", "JSONDecodeError"),
         (ServerRequest('{"\\ud800": 1}', text_input=text("a")), "INVALID_ARG", "\\ud800: unknown"),
     ],

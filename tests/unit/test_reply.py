@@ -77,8 +77,9 @@ class Conversation:
         )
         self.reply = Reply(self.call, self.client, tokenizer, self._cancel)
 
-    def _cancel(self):
+    def _cancel(self, index):
         self.cancels += 1
+        self.cancelled = index
 
 
 def deltas(ids, request_id=0, reason=FinishReason.LENGTH, **last):
