@@ -98,26 +98,14 @@ class Grammars:
         ends = self._eos_token_ids or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
         if not ends:
             raise InvalidRequest("structured_outputs: expected none, for the model has no EOS token to end with")
-        vocabulary = library.TokenizerWrapper(_Vocabulary(tokenizer, self._vocab_size, ends[0]))
-        return library.LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=ends)
+        try:
+            return library.LLTokenizer(tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends)
+        except ValueError as error:
+            raise InvalidRequest(f"structured_outputs: expected none, with this tokenizer: {error}") from None
 
     @cached_property
     def _executor(self) -> Any:
         return _library().LLExecutor()
-
-
-class _Vocabulary:
-    """A tokenizer as llguidance wants it: the bytes of every id of the model."""
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
-        pieces = tokenizer.token_bytes()
-        self.eos_token_id, self.bos_token_id = eos_token_id, tokenizer.bos_id
-        self.tokens = [pieces[token] for token in range(vocab_size)]
-        self.special_token_ids = sorted(token for token in tokenizer.special_ids if token < vocab_size)
-        self._tokenizer = tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 def _definition(outputs: StructuredOutputs) -> tuple[str, str]:

@@ -114,6 +114,11 @@ class Tokenizer:
         """One token's own text, leading space included: what logprobs show. Part of a character is U+FFFD."""
         return self._bytes[token_id].decode(errors="replace")
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, with the tokens that only tokenizer_config.json names."""
+        text: str = self._backend.to_str()
+        return text
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
