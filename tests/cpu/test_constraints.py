@@ -106,11 +106,9 @@ def test_json_follows_its_schema(tokenizer: Tokenizer) -> None:
 
 def test_everything_that_has_the_form_is_allowed(tokenizer: Tokenizer) -> None:
     constraints = make(tokenizer)
-    constraints.admit([Admission(0, 1, params(structured_outputs={"regex": "(the dog|a cat)s?"}), [1])])
-    for token in (*tokenizer.encode("the dogs", add_special_tokens=False)[:], tokenizer.eos_id):
+    constraints.admit([Admission(0, 1, params(structured_outputs={"regex": " ?(the dog|a cat)s?"}), [1])])
+    for token in (*tokenizer.encode("the dogs", add_special_tokens=False), tokenizer.eos_id):
         (allowed,) = ids(constraints.masks([0]))
-        if tokenizer.token_bytes()[token].startswith(b" the"):  # SentencePiece begins a text with a space
-            pytest.skip("the tokenizer writes a space first")
         assert token in allowed
         constraints.observe([0], [token])
 
