@@ -55,7 +55,7 @@ class ChatTemplate:
         given = {"messages": stated, "tools": tools, "add_generation_prompt": add_generation_prompt}
         extra = dict(variables or {})
         if taken := sorted(extra.keys() & {*given, *self._template.globals}):
-            raise InvalidRequest(f"chat_template_kwargs: expected no {', '.join(taken)}: that is given to templates anyway")
+            raise InvalidRequest(f"chat_template_kwargs: expected no {', '.join(taken)}: templates are given that")
         try:
             return self._template.render({"documents": None, **extra, **given})
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:

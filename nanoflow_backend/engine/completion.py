@@ -57,7 +57,7 @@ class Progress(NamedTuple):
 
     delta: TextDelta
     num_input_tokens: int
-    index: int
+    sequence: int  # among the `n` of the prompt
 
 
 @dataclass
@@ -94,9 +94,9 @@ def stream(
                 except InvalidRequest as error:
                     yield number, error
             deltas = engine.step()
-            for number, error in engine.refused():
+            for number, refusal in engine.refused():
                 if live.pop(number, None) is not None:
-                    yield number, error
+                    yield number, refusal
             for delta in deltas:
                 request = live.get(delta.request_id)
                 if request is None:  # refused
@@ -126,10 +126,10 @@ def complete(
         if isinstance(progress, InvalidRequest):
             yield number, progress
             continue
-        key = number, progress.index
+        key = number, progress.sequence
         deltas[key].append(progress.delta)
         if progress.delta.finish_reason:
-            yield number, Completion.of(deltas.pop(key), progress.num_input_tokens, progress.index)
+            yield number, Completion.of(deltas.pop(key), progress.num_input_tokens, progress.sequence)
 
 
 def _submit(

@@ -48,7 +48,9 @@ class Grammar:
 class Grammars:
     """Compiles grammars for one tokenizer; keeps those that were used last."""
 
-    def __init__(self, tokenizer: Callable[[], Tokenizer | None], vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Callable[[], Tokenizer | None], vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
         """`tokenizer` is called when the first grammar is compiled."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -76,7 +78,7 @@ class Grammars:
         kind, text = _definition(outputs)
         try:
             if kind == "json":
-                options = {"whitespace_flexible": not outputs.disable_any_whitespace}
+                options: dict[str, Any] = {"whitespace_flexible": not outputs.disable_any_whitespace}
                 if outputs.whitespace_pattern is not None:
                     options["whitespace_pattern"] = outputs.whitespace_pattern
                 source = library.LLMatcher.grammar_from_json_schema(text, overrides=options)
@@ -95,11 +97,10 @@ class Grammars:
         library, tokenizer = _library(), self._tokenizer()
         if tokenizer is None:
             raise InvalidRequest("structured_outputs: expected none, for the model has no tokenizer.json")
-        ends = self._eos_token_ids or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-        if not ends:
-            raise InvalidRequest("structured_outputs: expected none, for the model has no EOS token to end with")
+        if not self._eos_token_ids:
+            raise InvalidRequest("structured_outputs: expected none, for the model's config names no eos_token_id")
         try:
-            return library.LLTokenizer(tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=ends)
+            return library.LLTokenizer(tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
         except ValueError as error:
             raise InvalidRequest(f"structured_outputs: expected none, with this tokenizer: {error}") from None
 

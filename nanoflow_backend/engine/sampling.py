@@ -72,7 +72,8 @@ class Sampler:
             self._ints[:, slot] = params.top_k, params.seed or 0
             self._logprobs_wanted[slot] = -1 if params.logprobs is None else params.logprobs
             stages = (self._bias, self._min_tokens, self._penalties)
-            self._edits[slot] = any([stage.admit(admission) for stage in stages])  # each must forget who was here
+            concerned = [stage.admit(admission) for stage in stages]  # all of them: each must forget who was here
+            self._edits[slot] = any(concerned)
 
     def sample(
         self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], masks: Masks | None = None
@@ -102,9 +103,7 @@ class Sampler:
             self._penalties.count(drawing, ids)
         return Drawn(ids, self._logprobs(raw, ids, self._logprobs_wanted[slots_]))
 
-    def _edit(
-        self, scores: Tensor, slots: np.ndarray, positions: np.ndarray, masks: Masks | None
-    ) -> Drawing | None:
+    def _edit(self, scores: Tensor, slots: np.ndarray, positions: np.ndarray, masks: Masks | None) -> Drawing | None:
         self._bias.apply(scores, slots)
         self._min_tokens.apply(scores, slots, positions)
         drawing = self._penalties.apply(scores, slots)

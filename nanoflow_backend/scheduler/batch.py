@@ -89,7 +89,7 @@ class FinishReason(StrEnum):
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, and no cycle to collect
-    """A sequence's news of one step. Its last one carries `finish_reason`; each of a request's gets exactly one such."""
+    """A sequence's news of one step. Its last one carries `finish_reason`; every sequence gets exactly one such."""
 
     request_id: int
     token_ids: list[int]  # with the EOS or stop id that ended it

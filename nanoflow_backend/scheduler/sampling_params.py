@@ -27,8 +27,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     runs in; of `n` sequences, sequence i has seed + i.
 
     repetition_penalty divides positive logits of tokens of prompt and output (and multiplies negative ones);
-    frequency_penalty is subtracted for each time that the output has a token, presence_penalty once. A bad word is never
-    completed by the output; `bad_words_token_ids` says the same in tokens, and is what `bad_words` becomes.
+    frequency_penalty is subtracted for each time that the output has a token, presence_penalty once. The output never
+    completes a bad word; `bad_words_token_ids` says the same in tokens, and is what `bad_words` becomes.
     """
 
     max_tokens: int = 16
@@ -113,9 +113,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.n == 1:
             return self
         seed = None if self.seed is None else (self.seed + index) % 2**63
-        return msgspec.structs.replace(
-            self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs
-        )
+        return msgspec.structs.replace(self, n=1, seed=seed, prompt_logprobs=None if index else self.prompt_logprobs)
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> SamplingParams:
@@ -136,7 +134,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             fields["structured_outputs"] = older
         for name, value in fields.items():
             if name in cls.__struct_fields__:
-                if value is not None or name == "max_tokens":  # None is the default; of max_tokens, no limit, as in vLLM
+                if (
+                    value is not None or name == "max_tokens"
+                ):  # None is the default; for max_tokens no limit, as in vLLM
                     known[name] = _normalise(name, value)
             elif name not in NEUTRAL_VALUES:
                 known_names = ", ".join(cls.__struct_fields__)

@@ -205,9 +205,9 @@ class Scheduler:
                 self._finish(s, delta.finish_reason)
         if scored:
             for delta in deltas:
-                s = scored.get((delta.request_id, delta.index))
-                if s is not None and delta.token_ids and s.output_tokens == 1:
-                    delta.prompt_logprobs, s.prompt_logprobs = s.prompt_logprobs, []
+                whose = scored.get((delta.request_id, delta.index))
+                if whose is not None and delta.token_ids and whose.output_tokens == 1:
+                    delta.prompt_logprobs, whose.prompt_logprobs = whose.prompt_logprobs, []
         for s in [s for s in self._slots.leaving.values() if s.last_step <= self._returned_step]:
             self._release(s)
         return deltas

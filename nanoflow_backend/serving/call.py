@@ -25,7 +25,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a client.
 
     `params` is what the engine runs; it may have logprobs that the client does not see (`show_logprobs` false) but
-    whose sum it wants, and bad words are tokens there. `timeout_us` 0 is no limit. `shown_prompt` goes before the first text.
+    whose sum it wants, and bad words are tokens there. `timeout_us` 0 is no limit. `shown_prompt` goes before the
+    first text.
     """
 
     prompt: list[int]
@@ -141,7 +142,8 @@ def _prompt(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> tu
     """(ids, text); no text where the ids came as such."""
     source, *others = [name for name in ("text_input", "input_ids", "messages") if name in tensors] or ["none"]
     if others or source == "none":
-        raise InvalidRequest(f"text_input, input_ids, messages: expected one of them, got {', '.join([source, *others])}")
+        given = ", ".join([source, *others])
+        raise InvalidRequest(f"text_input, input_ids, messages: expected one of them, got {given}")
     if source != "messages":
         _refuse_chat_inputs(tensors)
     text = None

@@ -36,7 +36,7 @@ OUTPUTS = (
     Tensor("total_output_tokens", "UINT32", (1,), "all output tokens; in the last response only"),
     # Of several sequences one after the other: `num_output_tokens` says where each one's end.
     Tensor("output_ids", "INT32", (-1,), "ids of the new tokens; always sent when the prompt came as ids"),
-    Tensor("prompt_logprobs", "STRING", (1,), 'as logprobs, per prompt token, the first "null"; in the first response only'),
+    Tensor("prompt_logprobs", "STRING", (1,), "as logprobs, per prompt token, null for the first; in one response"),
     Tensor("stop_reason", "STRING", (-1,), 'the stop string or stop token id that ended the output, else "None"'),
     Tensor("num_cached_tokens", "UINT32", (1,), "prompt tokens that were in the prefix cache"),
 )

@@ -87,9 +87,7 @@ def written(tokenizer: Tokenizer, asked: SamplingParams, random: Random, preempt
     ],
     ids=["choice", "regex", "gbnf", "lark"],
 )
-def test_what_is_drawn_has_the_form(
-    tokenizer: Tokenizer, asked: dict[str, Any], pattern: str, preempt: bool
-) -> None:
+def test_what_is_drawn_has_the_form(tokenizer: Tokenizer, asked: dict[str, Any], pattern: str, preempt: bool) -> None:
     for seed in range(4):
         text = written(tokenizer, params(structured_outputs=asked), Random(seed), preempt)
         assert re.fullmatch(pattern, text), text
@@ -205,7 +203,7 @@ def test_what_is_no_grammar_is_refused_by_name(tokenizer: Tokenizer, asked: dict
 def test_without_a_tokenizer_there_are_no_grammars() -> None:
     compiled = make(None).prepare(params(structured_outputs={"regex": "a"}))
     assert compiled is not None
-    with pytest.raises(InvalidRequest, match=r"structured_outputs: expected none, for the model has no tokenizer\.json"):
+    with pytest.raises(InvalidRequest, match="structured_outputs: expected none, for the model has no tokenizer"):
         compiled.result(60)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from nanoflow_backend.engine import Completion, Engine, SamplingParams
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
+from nanoflow_backend.scheduler.forecast import ReserveNothing
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 
@@ -33,9 +34,9 @@ POINT = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("model"))
-    return checkpoints.save(
-        checkpoints.make("llama", vocab_size=Tokenizer.from_pretrained(folder).vocab_size), folder
-    )
+    tokenizer = Tokenizer.from_pretrained(folder)
+    made = checkpoints.make("llama", vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id)
+    return checkpoints.save(made, folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,9 @@ def test_preemption_changes_no_token(
 ) -> None:
     """What was counted and where a grammar was is made again from the tokens."""
     scarce = Engine.from_pretrained(model, kv_cache_tokens=128, page_tokens=4, dense_batch_tokens=32)
-    scarce.generate(prompts * 2, SamplingParams(max_tokens=2))  # it learns to expect short outputs, and admits too many
+    scarce.scheduler._forecast = ReserveNothing()  # it admits too many
     assert comparable(scarce.generate(prompts, asked)) == comparable(expected)
-    assert scarce.scheduler.stats.preemptions > 10
+    assert scarce.scheduler.stats.preemptions >= 10
     scarce.scheduler.check()
 
 

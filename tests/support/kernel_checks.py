@@ -168,7 +168,6 @@ class Checks:
         ids = kernels.sample(self.there(logits), *map(self.there, columns))
         assert ids.tolist() == reference_sampling.sample(logits, *columns).tolist()
 
-
     def penalise(self, rows: int, penalised: int, vocabulary: int) -> None:
         """Some rows of the logits, in any order, by some entries of the table."""
         logits = self.normal(rows, vocabulary, dtype=torch.float32) * 3

@@ -224,7 +224,8 @@ def run_histories(seeds: range) -> Counter[str]:
 @pytest.mark.parametrize("first", range(0, HISTORIES_IN_CI, CHUNK))
 def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK))
-    for event in (*FinishReason, "preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings"):
+    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
+    for event in (*FinishReason, *others):
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
 
 
