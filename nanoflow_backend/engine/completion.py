@@ -82,12 +82,17 @@ def stream(
     numbered = enumerate(jobs)
     live: dict[int, _Live] = {}
     exhausted = False
+    read_ahead: tuple[int, Job] | None = None  # has more sequences than there was room for
     try:
         while not exhausted or live:
-            while not exhausted and engine.has_room:
-                number, job = next(numbered, (-1, None))
+            while not exhausted and engine.has_room():
+                number, job = read_ahead or next(numbered, (-1, None))
+                read_ahead = None
                 if job is None:
                     exhausted = True
+                    break
+                if live and not engine.has_room(job[1].n):
+                    read_ahead = number, job
                     break
                 try:
                     live[number] = _submit(engine, tokenizer, number, *job)

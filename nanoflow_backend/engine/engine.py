@@ -86,10 +86,9 @@ class Engine:
             f"B_dense {config.dense_batch_tokens}; {self.worker.num_pages} pages of {config.page_tokens} tokens"
         )
 
-    @property
-    def has_room(self) -> bool:
-        """The queue takes one more request."""
-        return self.scheduler.stats.waiting_requests < self.config.max_waiting
+    def has_room(self, sequences: int = 1) -> bool:
+        """The queue takes one more request, of so many sequences."""
+        return self.scheduler.stats.waiting_requests + sequences <= self.config.max_waiting
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -117,6 +116,8 @@ class Engine:
 
         What has ended is left alone.
         """
+        if index is None:
+            self._compiling.pop(request_id, None)
         self.scheduler.cancel(request_id, index)
 
     def refused(self) -> list[tuple[int, InvalidRequest]]:
@@ -130,7 +131,7 @@ class Engine:
     def cancel_all(self) -> None:
         """End every request; `step` reports it."""
         for request_id in self.scheduler.live_ids:
-            self.scheduler.cancel(request_id)
+            self.cancel(request_id)
 
     def step(self) -> list[Delta]:
         """Launch one batch, then collect the one before it: EOS is seen one step late (paper section 4.2.1).

@@ -102,6 +102,8 @@ class Scheduler:
         """
         if request.id in self._live:
             raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
+        if request.params.n > self._max_waiting:
+            raise InvalidRequest(f"n: expected at most {self._max_waiting} (max_waiting), got {request.params.n}")
         sequences = self._intake.accept(request)
         waiting = len(self._waiting) + self._held
         if waiting + len(sequences) > self._max_waiting:

@@ -164,7 +164,10 @@ def test_messages_go_through_the_chat_template(chatty, inputs, end):
         ({"messages": CHAT, "tools": '["f"]'}, r"tools\[0\]: expected an object, got 'f'"),
         ({"messages": CHAT, "chat_template_kwargs": "[]"}, "chat_template_kwargs: expected a JSON object"),
         ({"messages": CHAT, "chat_template_kwargs": '{"messages": []}'}, "chat_template_kwargs: expected no messages"),
-        ({"messages": CHAT, "chat_template_kwargs": '{"bos_token": ""}'}, "chat_template_kwargs: expected no bos_token"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": '{"bos_token": ""}'},
+            "chat_template_kwargs: expected no bos_token",
+        ),
         ({"messages": CHAT, "exclude_input_in_output": False}, "exclude_input_in_output: expected true, or nothing"),
     ],
 )

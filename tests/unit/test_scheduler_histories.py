@@ -50,13 +50,14 @@ class History:
         self.num_pages = rng.randint(2, 12)
         self.max_model_tokens = rng.choice((rng.randint(2, 20), 60))
         max_running = rng.randint(1, 6)
+        self.max_waiting = rng.randint(1, 8)
         self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
         self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
         self.scheduler = Scheduler(
             dense_batch_tokens=self.dense_batch_tokens,
             chunk_tokens=self.chunk_tokens,
             max_running=max_running,
-            max_waiting=rng.randint(1, 8),
+            max_waiting=self.max_waiting,
             num_pages=self.num_pages,
             page_tokens=self.page_tokens,
             max_model_tokens=self.max_model_tokens,
@@ -117,7 +118,8 @@ class History:
         try:
             self.scheduler.add(request, held)
         except InvalidRequest:
-            assert len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
+            too_long = len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
+            assert too_long or params.n > self.max_waiting
             self.seen["invalid"] += 1
         except QueueFull:
             self.seen["queue full"] += 1
