@@ -147,12 +147,19 @@ def experts() -> Iterator[Case]:
 def samples() -> Iterator[Case]:
     logits = [normal(DECODES, VOCABULARY, dtype=torch.float32) * 3 for _ in range(2)]
     seed, position = torch.arange(2 * DECODES, device="cuda").view(2, -1)
-    ways = {"greedy": (0, 0, 1), "plain": (1, 0, 1), "top_k 50": (1, 50, 1), "top_k 50, top_p 0.9": (0.8, 50, 0.9)}
-    for name, (temperature, top_k, top_p) in ways.items():
+    ways = {
+        "greedy": (0, 0, 1, 0),
+        "plain": (1, 0, 1, 0),
+        "top_k 50": (1, 50, 1, 0),
+        "top_k 50, top_p 0.9": (0.8, 50, 0.9, 0),
+        "min_p 0.05": (1, 0, 1, 0.05),
+    }
+    for name, (temperature, top_k, top_p, min_p) in ways.items():
         columns = (
             torch.full((DECODES,), temperature, device="cuda", dtype=torch.float64),
             torch.full((DECODES,), top_k, device="cuda", dtype=torch.int64),
             torch.full((DECODES,), top_p, device="cuda", dtype=torch.float64),
+            torch.full((DECODES,), min_p, device="cuda", dtype=torch.float64),
         )
         yield Case(
             f"sample {name}",

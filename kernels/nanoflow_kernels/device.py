@@ -18,7 +18,7 @@ from nanoflow_kernels.gemm import linear
 from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route
 from nanoflow_kernels.norm import add_rms_norm
 from nanoflow_kernels.rope import rope_append
-from nanoflow_kernels.sampling import logprobs, sample
+from nanoflow_kernels.sampling import logprobs, mask, penalise, sample
 from nanoflow_kernels.swiglu import linear_swiglu
 
 # What each operation's kernel is and why, for people. Figures: one H200, benchmarks/results/kernels_h200.json and
@@ -50,6 +50,8 @@ __all__ = [
     "linear_swiglu",
     "list_work",
     "logprobs",
+    "mask",
+    "penalise",
     "rope_append",
     "route",
     "sample",

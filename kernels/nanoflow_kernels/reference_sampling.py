@@ -2,7 +2,7 @@
 
 A row's token depends on that row alone: its logits, its parameters, its seed and its position; never on the batch.
 
-Shape legend: R rows, V vocabulary. Ids, seeds and positions are int64.
+Shape legend: R rows, V vocabulary, P of the rows. Ids, seeds and positions are int64.
 """
 
 from __future__ import annotations
@@ -13,25 +13,31 @@ from torch import Tensor
 LOW_32 = 0xFFFFFFFF
 ROUND = (0xD2511F53, 0xCD9E8D57)  # multipliers and key steps of Philox4x32 (Salmon et al., SC 2011)
 KEY_STEP = (0x9E3779B9, 0xBB67AE85)
+IN_PROMPT = 1 << 30  # in a count of outputs: the token is in the prompt, too
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> Tensor:
     """One token id for each row: the most likely one where the temperature is 0 (the lowest id where equal).
 
     Elsewhere one uniform u = uniform(seed, position) picks from softmax(logits / temperature), restricted first to
-    the top_k most likely tokens (0: all), then to the smallest set of those that holds at least top_p of their mass
-    (lower ids first where equal): the first id, in order of ids, whose cumulative probability exceeds u.
+    tokens at least min_p times as likely as the most likely one, then to the top_k most likely of these (0: all), then
+    to the smallest set of those that holds at least top_p of their mass (lower ids first where equal): the first id, in
+    order of ids, whose cumulative probability exceeds u. A row without a possible token gives some id below V.
 
-    logits [R, V] fp32 (-inf: never), temperature [R], top_k [R], top_p [R], seed [R], position [R] -> [R].
+    logits [R, V] fp32 (-inf: never), temperature, top_k, top_p, min_p, seed, position [R] -> [R].
     """
-    ids = logits.argmax(-1)
-    drawn = temperature > 0
+    peak, ids = logits.max(-1)
+    drawn = (temperature > 0) & (peak > -torch.inf)
     if not drawn.any():
         return ids
     rows = torch.where(drawn)[0]
     scores = logits[rows].double()
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature[rows, None]
+    scores = (scores - peak[rows, None]) / temperature[rows, None]
     probabilities = scores.softmax(-1)
+    if (min_p[rows] > 0).any():
+        probabilities[scores.exp() < min_p[rows, None]] = 0
     cut = torch.where((top_k[rows] > 0) | (top_p[rows] < 1))[0]
     if len(cut):
         probabilities[cut] = _restrict(probabilities[cut], top_k[rows][cut], top_p[rows][cut])
@@ -39,6 +45,34 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, se
     u = uniform(seed[rows], position[rows])[:, None]
     ids[rows] = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
     return ids
+
+
+def penalise(
+    logits: Tensor, rows: Tensor, seen: Tensor, entries: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> None:
+    """Change `rows` of logits in place, by what each has seen (transformers' and OpenAI's penalties, in this order):
+
+    of seen tokens, x / repetition where x > 0, else x * repetition; then, of those that the output has c times,
+    x - frequency c - presence.
+
+    logits [R, V] fp32, rows [P], seen [E, V] int32: how often the output has a token, plus IN_PROMPT; entries [P]: the
+    row of `seen` for each of `rows`; the penalties are fp32 [P].
+    """
+    held = seen[entries]
+    count = held & (IN_PROMPT - 1)
+    x = logits[rows]
+    x = torch.where(held > 0, torch.where(x > 0, x / repetition[:, None], x * repetition[:, None]), x)
+    logits[rows] = x - (frequency[:, None] * count + presence[:, None] * (count > 0))
+
+
+def mask(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    """Make -inf, in `rows` of logits, of the tokens that are not allowed.
+
+    logits [R, V] fp32, rows [P], allowed [P, at least V / 32] int32: bit i % 32 of word i / 32 is token i's.
+    """
+    bits = allowed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=allowed.device) & 1
+    forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
 
 
 def _restrict(probabilities: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Sampling on the device, without a word from the host: what reference_sampling says, in a few passes over a row.
 
-Both restrictions keep the ids above a threshold of the logit, and of those at it the lowest few. Thresholds are found
+All restrictions keep the ids above a threshold of the logit, and of those at it the lowest few. Thresholds are found
 three bits at a time, from the top: how many ids, or how much of their mass, is at or above each of seven candidates.
 
-Shape legend: R rows, V vocabulary.
+Shape legend: R rows, V vocabulary, P of the rows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.operands import check_dtype, check_rows
-from nanoflow_kernels.reference_sampling import logprobs
+from nanoflow_kernels.reference_sampling import IN_PROMPT, logprobs
 
-__all__ = ["logprobs", "sample"]
+__all__ = ["logprobs", "mask", "penalise", "sample"]
 
 BLOCK = 8192  # ids a program looks at at once
 LANES = 2048  # the same, where it compares each with seven candidates
 WARPS = 16
 STAGES = tl.constexpr(3)  # blocks on their way
+PROMPT_BIT = tl.constexpr(IN_PROMPT)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _kept(x, id, V, peak, temperature, threshold, ties, seen):
 
 @triton.jit
 def _sample(
-    logits, temperatures, top_ks, top_ps, seeds, positions, ids, V, logits_stride,
+    logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, ids, V, logits_stride,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -105,6 +106,11 @@ def _sample(
             threshold = _threshold(row, V, peak, temperature, threshold, top_k.to(tl.float64), False, LANES)
             count, _ = _amounts(row, V, peak, temperature, threshold, BLOCK)
             ties = top_k.to(tl.int32) - count
+        min_p = tl.load(min_ps + program).to(tl.float32)
+        if min_p > 0:
+            likely = _order(peak + temperature * tl.log(min_p))
+            ties = tl.where(likely > threshold, V, ties)
+            threshold = tl.maximum(likely, threshold)
         if top_p < 1:
             seen = 0
             total = tl.zeros([], tl.float64)
@@ -150,17 +156,77 @@ def _sample(
     tl.store(ids + program, best)
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> Tensor:
     """One token id for each row, as reference_sampling.sample says, with weights in fp32 and their sums in fp64.
 
-    logits [R, V] fp32 (-inf: never), temperature [R], top_k [R], top_p [R], seed [R], position [R] -> [R] int64.
+    logits [R, V] fp32 (-inf: never), temperature, top_k, top_p, min_p, seed, position [R] -> [R] int64.
     """
     check_rows("sample", logits=logits)
     check_dtype("sample", torch.float32, logits=logits)
     ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     if len(logits):
         _sample[(len(logits),)](
-            logits, temperature, top_k, top_p, seed, position, ids, logits.shape[1], logits.stride(0), BLOCK,
+            logits, temperature, top_k, top_p, min_p, seed, position, ids, logits.shape[1], logits.stride(0), BLOCK,
             LANES, num_warps=WARPS,
         )  # fmt: skip
     return ids
+
+
+@triton.jit
+def _penalise(
+    logits, rows, seen, entries, repetitions, presences, frequencies, V, logits_stride, seen_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    id = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = logits + tl.load(rows + program).to(tl.int64) * logits_stride
+    held = tl.load(seen + tl.load(entries + program).to(tl.int64) * seen_stride + id, mask=id < V, other=0)
+    x = tl.load(row + id, mask=id < V, other=0.0)
+    repetition = tl.load(repetitions + program)
+    x = tl.where(held > 0, tl.where(x > 0, x / repetition, x * repetition), x)
+    count = (held & (PROMPT_BIT - 1)).to(tl.float32)
+    x -= tl.load(frequencies + program) * count + tl.where(count > 0, tl.load(presences + program), 0.0)
+    tl.store(row + id, x, mask=id < V)
+
+
+def penalise(
+    logits: Tensor, rows: Tensor, seen: Tensor, entries: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> None:
+    """Change `rows` of logits in place, as reference_sampling.penalise says, in one pass over them.
+
+    logits [R, V] fp32, rows [P], seen [E, V] int32, entries [P]; the penalties are fp32 [P].
+    """
+    check_rows("penalise", logits=logits, seen=seen)
+    check_dtype("penalise", torch.float32, logits=logits, repetition=repetition)
+    check_dtype("penalise", torch.int32, seen=seen)
+    if len(rows):
+        _penalise[(len(rows), triton.cdiv(logits.shape[1], BLOCK))](
+            logits, rows, seen, entries, repetition, presence, frequency, logits.shape[1], logits.stride(0),
+            seen.stride(0), BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _mask(logits, rows, allowed, V, logits_stride, allowed_stride, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    id = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(allowed + program.to(tl.int64) * allowed_stride + id // 32, mask=id < V, other=-1)
+    row = logits + tl.load(rows + program).to(tl.int64) * logits_stride
+    forbidden = ((words >> (id % 32)) & 1) == 0
+    tl.store(row + id, tl.full([BLOCK], -float("inf"), tl.float32), mask=(id < V) & forbidden)
+
+
+def mask(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    """Forbid tokens in `rows` of logits in place, as reference_sampling.mask says.
+
+    logits [R, V] fp32, rows [P], allowed [P, at least V / 32] int32.
+    """
+    check_rows("mask", logits=logits, allowed=allowed)
+    check_dtype("mask", torch.float32, logits=logits)
+    check_dtype("mask", torch.int32, allowed=allowed)
+    if len(rows):
+        _mask[(len(rows), triton.cdiv(logits.shape[1], BLOCK))](
+            logits, rows, allowed, logits.shape[1], logits.stride(0), allowed.stride(0), BLOCK, num_warps=WARPS
+        )

@@ -61,11 +61,17 @@ def parse_line(text: bytes, number: int) -> Line:
         prompt: str | list[int] = (
             msgspec.convert(text_prompt, str) if token_ids is None else msgspec.convert(token_ids, list[int])
         )
-        return Line(id, job=(prompt, SamplingParams.parse(fields)))
+        return Line(id, job=(prompt, single(SamplingParams.parse(fields))))
     except msgspec.ValidationError as error:
         return Line(id, error=f"{'prompt_token_ids' if text_prompt is None else 'prompt'}: {error}")
     except InvalidRequest as error:
         return Line(id, error=str(error))
+
+
+def single(params: SamplingParams) -> SamplingParams:
+    if params.n != 1:
+        raise InvalidRequest(f"n: expected 1, for every line has one result, got {params.n}")
+    return params
 
 
 def resume(output: Path, lines: list[Line]) -> int:

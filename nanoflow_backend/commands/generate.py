@@ -12,6 +12,8 @@ from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingP
 
 def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Sequence[str]) -> None:
     params = SamplingParams.parse(sampling)
+    if params.n != 1:
+        raise InvalidRequest(f"n: expected 1, for one text is shown, got {params.n}")
     engine = make_engine(model, settings)
     print(prompt, end="", flush=True)
     for _, progress in engine.stream([(prompt, params)]):

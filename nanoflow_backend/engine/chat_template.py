@@ -35,9 +35,9 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **extra: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation; `extra` are variables of the template (`enable_thinking`, ...).
+        """The prompt text of a conversation; `variables` are further ones of the template (`enable_thinking`, ...).
 
         Raises:
             InvalidRequest: naming the message that is not one, or with what the template says against them.
@@ -49,9 +49,15 @@ class ChatTemplate:
                 raise InvalidRequest(f'messages[{index}]: expected an object with a "role", got {message!r}')
         # clients send `"tool_calls": null`; templates ask whether the key is there
         stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        variables = {"documents": None, **extra, "messages": stated, "tools": tools}
+        for index, tool in enumerate(tools or ()):
+            if not isinstance(tool, Mapping):
+                raise InvalidRequest(f"tools[{index}]: expected an object, got {tool!r}")
+        given = {"messages": stated, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        extra = dict(variables or {})
+        if taken := sorted(extra.keys() & {*given, *self._template.globals}):
+            raise InvalidRequest(f"chat_template_kwargs: expected no {', '.join(taken)}: templates are given that")
         try:
-            return self._template.render(variables, add_generation_prompt=add_generation_prompt)
+            return self._template.render({"documents": None, **extra, **given})
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             # a template is a program run on the client's data: whatever it raises is about that data
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from nanoflow_backend.engine.bad_words import encode_bad_words
 from nanoflow_backend.engine.text_stream import TextDelta, TextStream, merge
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
@@ -21,7 +23,7 @@ Job = tuple[str | list[int], SamplingParams]  # a prompt, as text or as token id
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole continuation of one prompt. `text` is empty for a model without a tokenizer."""
+    """A whole continuation of one prompt. `text` is empty for a model without a tokenizer."""
 
     text: str
     token_ids: list[int]
@@ -30,9 +32,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     num_input_tokens: int
     num_cached_tokens: int
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first; with index 0 only
+    index: int = 0  # among the `n` of the prompt
 
     @classmethod
-    def of(cls, deltas: list[TextDelta], num_input_tokens: int) -> Completion:
+    def of(cls, deltas: list[TextDelta], num_input_tokens: int, index: int) -> Completion:
         whole = merge(*deltas)
         assert whole.finish_reason is not None, "a request that ended says why"
         return cls(
@@ -43,14 +47,24 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
             num_input_tokens=num_input_tokens,
             num_cached_tokens=whole.cached_tokens,
             logprobs=whole.logprobs,
+            prompt_logprobs=whole.prompt_logprobs,
+            index=index,
         )
 
 
 class Progress(NamedTuple):
-    """What a step brought to one prompt."""
+    """What a step brought to one sequence of a prompt."""
 
     delta: TextDelta
     num_input_tokens: int
+    sequence: int  # among the `n` of the prompt
+
+
+@dataclass
+class _Live:
+    texts: list[TextStream]  # of each sequence
+    num_input_tokens: int
+    unfinished: int  # sequences
 
 
 def stream(
@@ -66,27 +80,41 @@ def stream(
     if engine.scheduler.live_ids:
         raise RuntimeError("the engine runs other requests: expected their stream to be exhausted or closed first")
     numbered = enumerate(jobs)
-    live: dict[int, tuple[TextStream, int]] = {}
+    live: dict[int, _Live] = {}
     exhausted = False
+    read_ahead: tuple[int, Job] | None = None  # has more sequences than there was room for
     try:
         while not exhausted or live:
-            while not exhausted and engine.has_room:
-                number, job = next(numbered, (-1, None))
+            while not exhausted and engine.has_room():
+                number, job = read_ahead or next(numbered, (-1, None))
+                read_ahead = None
                 if job is None:
                     exhausted = True
+                    break
+                if live and not engine.has_room(job[1].n):
+                    read_ahead = number, job
                     break
                 try:
                     live[number] = _submit(engine, tokenizer, number, *job)
                 except InvalidRequest as error:
                     yield number, error
-            for delta in engine.step():
-                text, num_input_tokens = live[delta.request_id]
+            deltas = engine.step()
+            for number, refusal in engine.refused():
+                if live.pop(number, None) is not None:
+                    yield number, refusal
+            for delta in deltas:
+                request = live.get(delta.request_id)
+                if request is None:  # refused
+                    continue
+                text = request.texts[delta.index]
                 if not text.finished:
-                    yield delta.request_id, Progress(text.push(delta), num_input_tokens)
+                    yield delta.request_id, Progress(text.push(delta), request.num_input_tokens, delta.index)
                 if delta.finish_reason:
-                    del live[delta.request_id]
+                    request.unfinished -= 1
+                    if not request.unfinished:
+                        del live[delta.request_id]
                 elif text.finished:  # at a stop string, which the engine does not see
-                    engine.cancel(delta.request_id)
+                    engine.cancel(delta.request_id, delta.index)
     except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing of it
         engine.cancel_all()
         while engine.has_work:
@@ -97,24 +125,26 @@ def stream(
 def complete(
     engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job]
 ) -> Iterator[tuple[int, Completion | InvalidRequest]]:
-    """Run `jobs` as `stream` does; yield (number of the job, its result) in order of ending."""
-    deltas: defaultdict[int, list[TextDelta]] = defaultdict(list)
+    """Run `jobs` as `stream` does; yield (number of the job, a result) in order of ending: `n` for each, by index."""
+    deltas: defaultdict[tuple[int, int], list[TextDelta]] = defaultdict(list)
     for number, progress in stream(engine, tokenizer, jobs):
         if isinstance(progress, InvalidRequest):
             yield number, progress
             continue
-        deltas[number].append(progress.delta)
+        key = number, progress.sequence
+        deltas[key].append(progress.delta)
         if progress.delta.finish_reason:
-            yield number, Completion.of(deltas.pop(number), progress.num_input_tokens)
+            yield number, Completion.of(deltas.pop(key), progress.num_input_tokens, progress.sequence)
 
 
 def _submit(
     engine: Engine, tokenizer: Tokenizer | None, number: int, prompt: str | list[int], params: SamplingParams
-) -> tuple[TextStream, int]:
+) -> _Live:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidRequest("prompt: expected token ids, for the model has no tokenizer")
         prompt = tokenizer.encode(prompt)
-    text = TextStream(tokenizer, params, prompt)
+    params = encode_bad_words(params, tokenizer)
+    texts = [TextStream(tokenizer, params, prompt) for _ in range(params.n)]
     engine.add(Request(number, prompt, params))
-    return text, len(prompt)
+    return _Live(texts, len(prompt), params.n)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
+from nanoflow_backend.engine.constraints import Constraints, Masks
+from nanoflow_backend.engine.grammar import Grammar, Grammars
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.runtime.device import find_device
-from nanoflow_backend.scheduler.batch import Batch, Delta
+from nanoflow_backend.scheduler.batch import Batch, Delta, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+COMPILATION_POLL_S = 0.01  # while there is nothing else to do
 
 
 class Engine:
@@ -50,6 +55,11 @@ class Engine:
         )
         if self.ranks:
             self.ranks.wait_until_ready()
+        model = self.model_config
+        grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
+        self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
+        self._compiling: dict[int, Future[Grammar]] = {}  # by request id; they are held meanwhile
+        self._refused: list[tuple[int, InvalidRequest]] = []
         self.in_flight: Launched | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
@@ -76,10 +86,9 @@ class Engine:
             f"B_dense {config.dense_batch_tokens}; {self.worker.num_pages} pages of {config.page_tokens} tokens"
         )
 
-    @property
-    def has_room(self) -> bool:
-        """The queue takes one more request."""
-        return self.scheduler.stats.waiting_requests < self.config.max_waiting
+    def has_room(self, sequences: int = 1) -> bool:
+        """The queue takes one more request, of so many sequences."""
+        return self.scheduler.stats.waiting_requests + sequences <= self.config.max_waiting
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -88,21 +97,41 @@ class Engine:
         return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises: InvalidRequest, QueueFull."""
-        vocab_size = self.model_config.vocab_size
-        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-            lowest, highest = min(request.prompt), max(request.prompt)
-            raise InvalidRequest(f"prompt: expected token ids in 0..{vocab_size - 1}, got {lowest}..{highest}")
-        self.scheduler.add(request)
+        """Queue a request; one with a grammar waits until that is compiled. Raises: InvalidRequest, QueueFull."""
+        params = request.params
+        self._check_ids("prompt", request.prompt)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("allowed_token_ids", params.allowed_token_ids)
+        self._check_ids("bad_words_token_ids", list(chain.from_iterable(params.bad_words_token_ids)))
+        grammar = self.constraints.prepare(params)
+        if grammar is not None and grammar.done():
+            grammar.result()
+        held = grammar is not None and not grammar.done()
+        self.scheduler.add(request, held)
+        if grammar is not None and held:
+            self._compiling[request.id] = grammar
 
-    def cancel(self, request_id: int) -> None:
-        """End a request early; its last delta says "cancelled". One that has ended is left alone."""
-        self.scheduler.cancel(request_id)
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """End a request, or one of its sequences, early; the last delta of each says "cancelled".
+
+        What has ended is left alone.
+        """
+        if index is None:
+            self._compiling.pop(request_id, None)
+        self.scheduler.cancel(request_id, index)
+
+    def refused(self) -> list[tuple[int, InvalidRequest]]:
+        """Requests that `add` took and that turned out to be invalid since the last call: grammars, once compiled.
+
+        Their last deltas, which say "cancelled", are handed over by a later step.
+        """
+        refused, self._refused = self._refused, []
+        return refused
 
     def cancel_all(self) -> None:
         """End every request; `step` reports it."""
         for request_id in self.scheduler.live_ids:
-            self.scheduler.cancel(request_id)
+            self.cancel(request_id)
 
     def step(self) -> list[Delta]:
         """Launch one batch, then collect the one before it: EOS is seen one step late (paper section 4.2.1).
@@ -110,21 +139,25 @@ class Engine:
         Raises:
             RuntimeError: there is work, but nothing that could run.
         """
+        if self._compiling:
+            self._release_compiled()
         batch = self.scheduler.schedule()
         if batch and self.ranks:
             self.ranks.broadcast(batch)
         launched = self.worker.launch_forward(batch) if batch else None
         self.last_batch = batch
-        results = self.worker.collect(self.in_flight) if self.in_flight else None
+        results = self._collect(self.in_flight) if self.in_flight else None
         deltas = self.scheduler.retire(results)
         if launched:
-            self.worker.launch_tail(launched)
+            self.worker.launch_tail(launched, self._masks(launched.batch))
         self.in_flight = launched
         if launched and not self.config.async_scheduling:
-            deltas += self.scheduler.retire(self.worker.collect(launched))
+            deltas += self.scheduler.retire(self._collect(launched))
             self.in_flight = None
-        if not (batch or results or deltas) and self.scheduler.has_work:  # as after a step that was interrupted
-            raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
+        if not (batch or results or deltas) and self.scheduler.has_work:
+            if not self._compiling:  # as after a step that was interrupted
+                raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
+            wait(self._compiling.values(), COMPILATION_POLL_S, FIRST_COMPLETED)
         return deltas
 
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
@@ -140,6 +173,8 @@ class Engine:
     ) -> list[Completion]:
         """Complete `prompts` (texts or token ids), each with its own `params` or all with the same.
 
+        Completions come in order of the prompts, `params.n` for each of them.
+
         Raises:
             InvalidRequest: a prompt or parameter that cannot be served, with its number; the others are cancelled.
         """
@@ -149,12 +184,56 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
             raise InvalidRequest(f"params: expected one, or one for each of {len(prompts)} prompts; got {len(each)}")
-        results: dict[int, Completion] = {}
+        results: dict[tuple[int, int], Completion] = {}
         for number, result in self.complete(zip(prompts, each, strict=True)):
             if isinstance(result, InvalidRequest):
                 raise InvalidRequest(f"prompt {number}: {result}")
-            results[number] = result
-        return [results[number] for number in range(len(prompts))]
+            results[number, result.index] = result
+        return [results[key] for key in sorted(results)]
+
+    def _check_ids(self, field: str, ids: Collection[int]) -> None:
+        vocab_size = self.model_config.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise InvalidRequest(f"{field}: expected token ids in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)}")
+
+    def _release_compiled(self) -> None:
+        """Let those requests in whose grammars are compiled now, and refuse those that have none."""
+        for request_id, grammar in list(self._compiling.items()):
+            if not grammar.done():
+                continue
+            del self._compiling[request_id]
+            error = grammar.exception()
+            if error is None:
+                self.scheduler.release(request_id)
+            elif isinstance(error, InvalidRequest):
+                self._refuse(request_id, error)
+            else:
+                raise error
+
+    def _refuse(self, request_id: int, error: InvalidRequest) -> None:
+        self._refused.append((request_id, error))
+        self.scheduler.cancel(request_id)
+
+    def _collect(self, launched: Launched) -> Sampled:
+        sampled = self.worker.collect(launched)
+        if self.constraints:
+            self.constraints.observe(launched.batch.sampled_slots, sampled.token_ids)
+        return sampled
+
+    def _masks(self, batch: Batch) -> Masks | None:
+        """What the rows of a batch may sample, now that the step before has come back."""
+        self.constraints.admit(batch.admitted)
+        if not self.constraints:
+            return None
+        slots = batch.sampled_slots
+        masks = self.constraints.masks(slots)
+        if masks is None:
+            return None
+        if self.ranks:
+            self.ranks.broadcast(masks)
+        for slot, why in self.constraints.broken(slots).items():
+            self._refuse(self.scheduler.id_at(slot), InvalidRequest(f"structured_outputs: cannot go on: {why}"))
+        return masks
 
     def close(self) -> None:
         if self.ranks:

@@ -61,6 +61,8 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                 break
             handle(message, engine, parent)
         deltas = engine.step()
+        for request_id, error in engine.refused():
+            parent.send(Refusal(request_id, str(error), overloaded=False))
         if deltas or not engine.has_work:  # pages come free after the last delta
             parent.send(News(deltas, engine.scheduler.stats))
     engine.close()
@@ -73,8 +75,8 @@ def handle(message: ToEngine, engine: Engine, parent: Parent) -> None:
                 engine.add(request)
             except (InvalidRequest, QueueFull) as error:
                 parent.send(Refusal(request.id, str(error), overloaded=isinstance(error, QueueFull)))
-        case Cancel(request_id):
-            engine.cancel(request_id)
+        case Cancel(request_id, index):
+            engine.cancel(request_id, index)
 
 
 if __name__ == "__main__":

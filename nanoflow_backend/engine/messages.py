@@ -22,6 +22,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: int
+    index: int | None = None  # of one sequence; None: all of the request's
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -45,7 +46,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, tag=True):
-    """A request that never entered the scheduler."""
+    """A request that cannot be served: nothing more of it is to be shown."""
 
     request_id: int
     message: str

@@ -23,7 +23,7 @@ class EngineProcess:
 
     Args:
         on_news: what a step brought.
-        on_refusal: a request that was not accepted; no delta follows.
+        on_refusal: a request that was not accepted, or turned out to be invalid; deltas that follow mean nothing.
         on_death: the process is gone without having been asked; nothing more will come.
         host_pid: a server whose end must also be the end of this process and of the engine's.
     """
@@ -77,9 +77,12 @@ class EngineProcess:
         """Raises: EngineError when the process is gone."""
         self._send(Submit(request))
 
-    def cancel(self, request_id: int) -> None:
-        """End a request early: its last delta says "cancelled". One that has ended already is left alone."""
-        self._send(Cancel(request_id))
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """End a request, or one of its sequences, early: the last delta of each says "cancelled".
+
+        What has ended already is left alone.
+        """
+        self._send(Cancel(request_id, index))
 
     def stop(self) -> None:
         """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless."""

@@ -19,12 +19,13 @@ import torch.distributed as dist
 
 from nanoflow_backend.config import ModelConfig, SettledConfig
 from nanoflow_backend.engine.child import Child, ChildDied, Parent
+from nanoflow_backend.engine.constraints import Masks
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.scheduler.batch import Batch
 
 
 class StartRank(msgspec.Struct, frozen=True):
-    """The first message to a rank; every later one is a Batch."""
+    """The first message to a rank. Then come batches, each with its masks after it if it has a row to constrain."""
 
     config: SettledConfig
     max_model_tokens: int
@@ -58,10 +59,10 @@ class Ranks:
         for ready in self._ready:
             ready.result()
 
-    def broadcast(self, batch: Batch) -> None:
-        message = self._encoder.encode(batch)
+    def broadcast(self, message: Batch | Masks) -> None:
+        encoded = self._encoder.encode(message)
         for child in self._children:
-            child.send_bytes(message)
+            child.send_bytes(encoded)
 
     def close(self) -> None:
         self._closing = True
@@ -105,9 +106,15 @@ def main() -> None:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))
         raise
     parent.send(RankReady())
-    decoder = msgspec.msgpack.Decoder(Batch)
+    batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks)
+    constrained: set[int] = set()  # slots, as in rank 0's Constraints
     while True:
-        worker.launch_tail(worker.launch_forward(parent.receive(decoder)))
+        batch = parent.receive(batches)
+        launched = worker.launch_forward(batch)
+        for admission in batch.admitted:
+            (constrained.add if admission.params.is_constrained else constrained.discard)(admission.slot)
+        masked = not constrained.isdisjoint(batch.sampled_slots)
+        worker.launch_tail(launched, parent.receive(masks) if masked else None)
 
 
 if __name__ == "__main__":

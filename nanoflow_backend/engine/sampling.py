@@ -5,49 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
+from nanoflow_backend.engine.constraints import Masks
+from nanoflow_backend.engine.logit_edits import LogitBias, MinTokens
+from nanoflow_backend.engine.penalties import Drawing, Penalties
 from nanoflow_backend.engine.transfer import to_device, to_host
 from nanoflow_backend.scheduler.batch import Admission, TokenLogprobs
 
-
-class LogitsProcessor(Protocol):
-    """Changes logits before a token is drawn from them; log-probabilities are of the logits before."""
-
-    def admit(self, admission: Admission) -> None:
-        """A new request takes its slot: forget the one before."""
-
-    def __call__(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
-        """New logits [R, V]; the same tensor where no row is concerned. Never changes its argument."""
-
-
-class MinTokens:
-    """No EOS and no stop token id before `min_tokens` outputs; with ignore_eos, too, EOS is not drawn before."""
-
-    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
-        self.first_free_position = np.zeros(num_slots, np.int64)
-        self.banned: list[list[int]] = [[] for _ in range(num_slots)]
-
-    def admit(self, admission: Admission) -> None:
-        params, slot = admission.params, admission.slot
-        # Output k is drawn at position prompt_tokens + k - 1.
-        self.first_free_position[slot] = admission.prompt_tokens - 1 + params.min_tokens
-        self.banned[slot] = [i for i in {*self.eos_token_ids, *params.stop_token_ids} if i < self.vocab_size]
-
-    def __call__(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
-        rows = np.flatnonzero(positions < self.first_free_position[slots])
-        pairs = [(row, token) for row in rows for token in self.banned[slots[row]]]
-        if not pairs:
-            return logits
-        row, token = to_device(np.array(pairs, np.int64).T, logits.device)
-        return logits.index_put((row, token), logits.new_tensor(-torch.inf))
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -73,7 +44,7 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """The sampling state of every slot, filled from admissions. What changes logits is a list, applied in order."""
+    """The sampling state of every slot, filled from admissions."""
 
     def __init__(
         self,
@@ -81,44 +52,65 @@ class Sampler:
         vocab_size: int,
         eos_token_ids: Sequence[int] = (),
         kernels: ModuleType = reference_sampling,
+        device: torch.device = CPU,
     ) -> None:
         self.vocab_size = vocab_size
         self._kernels = kernels
-        self.temperature = np.zeros(num_slots, np.float64)
-        self.top_k = np.zeros(num_slots, np.int64)
-        self.top_p = np.ones(num_slots, np.float64)
-        self.seed = np.zeros(num_slots, np.int64)
-        self.logprobs = np.full(num_slots, -1, np.int64)  # how many alternatives to report; -1: no log-probabilities
-        self.processors: list[LogitsProcessor] = [MinTokens(num_slots, vocab_size, eos_token_ids)]
+        self._floats = np.zeros((3, num_slots), np.float64)  # temperature, top_p, min_p
+        self._ints = np.zeros((2, num_slots), np.int64)  # top_k, seed
+        self._logprobs_wanted = np.full(num_slots, -1, np.int64)  # how many alternatives; -1: no log-probabilities
+        self._edits = np.zeros(num_slots, np.bool_)  # logits are not sampled from as they are
+        self._bias = LogitBias(num_slots)
+        self._min_tokens = MinTokens(num_slots, vocab_size, eos_token_ids)
+        self._penalties = Penalties(num_slots, vocab_size, kernels, device)
 
     def admit(self, admissions: Iterable[Admission]) -> None:
         """Requests take their slots. Their params carry a seed, unless they are greedy."""
         for admission in admissions:
             slot, params = admission.slot, admission.params
-            self.temperature[slot] = params.temperature
-            self.top_k[slot] = params.top_k
-            self.top_p[slot] = params.top_p
-            self.seed[slot] = params.seed or 0
-            self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
-            for processor in self.processors:
-                processor.admit(admission)
+            self._floats[:, slot] = params.temperature, params.top_p, params.min_p
+            self._ints[:, slot] = params.top_k, params.seed or 0
+            self._logprobs_wanted[slot] = -1 if params.logprobs is None else params.logprobs
+            stages = (self._bias, self._min_tokens, self._penalties)
+            concerned = [stage.admit(admission) for stage in stages]  # all of them: each must forget who was here
+            self._edits[slot] = any(concerned)
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Drawn:
+    def sample(
+        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], masks: Masks | None = None
+    ) -> Drawn:
         """A token for each row, and the log-probabilities of those rows that asked for them. Waits for nothing.
+
+        Log-probabilities are of the logits as they come; tokens are drawn after logit_bias, min_tokens, penalties and
+        masks, in this order.
 
         logits [R, V or padded beyond] fp32, kept as it is; slots [R]; positions [R] of the tokens that were read.
         """
         slots_, positions_ = np.asarray(slots, np.int64), np.asarray(positions, np.int64)
         raw = logits[:, : self.vocab_size]
-        scores = raw
-        for processor in self.processors:
-            scores = processor(scores, slots_, positions_)
-        if self.temperature[slots_].any():
-            columns = (self.temperature[slots_], self.top_k[slots_], self.top_p[slots_], self.seed[slots_], positions_)
-            ids = self._kernels.sample(scores, *(to_device(column, scores.device) for column in columns))
+        scores, drawing = raw, None
+        if masks is not None or self._edits[slots_].any():
+            scores = raw.clone()
+            drawing = self._edit(scores, slots_, positions_, masks)
+        floats = self._floats.take(slots_, axis=1)
+        if floats[0].any():
+            ints = np.concatenate((self._ints.take(slots_, axis=1), positions_[None]))
+            temperature, top_p, min_p = to_device(floats, scores.device)
+            top_k, seed, position = to_device(ints, scores.device)
+            ids = self._kernels.sample(scores, temperature, top_k, top_p, min_p, seed, position)
         else:
             ids = scores.argmax(-1)
-        return Drawn(ids, self._logprobs(raw, ids, self.logprobs[slots_]))
+        if drawing:
+            self._penalties.count(drawing, ids)
+        return Drawn(ids, self._logprobs(raw, ids, self._logprobs_wanted[slots_]))
+
+    def _edit(self, scores: Tensor, slots: np.ndarray, positions: np.ndarray, masks: Masks | None) -> Drawing | None:
+        self._bias.apply(scores, slots)
+        self._min_tokens.apply(scores, slots, positions)
+        drawing = self._penalties.apply(scores, slots)
+        if masks is not None:
+            rows, allowed = to_device(masks.row_numbers, scores.device), to_device(masks.allowed, scores.device)
+            self._kernels.mask(scores, rows, allowed)
+        return drawing
 
     def _logprobs(self, logits: Tensor, ids: Tensor, wanted: np.ndarray) -> Logprobs:
         rows = np.flatnonzero(wanted >= 0)

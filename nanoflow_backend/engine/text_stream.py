@@ -29,6 +29,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the stop token id; None for EOS
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 def merge(*deltas: TextDelta) -> TextDelta:
@@ -42,6 +43,7 @@ def merge(*deltas: TextDelta) -> TextDelta:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         cached_tokens=max(delta.cached_tokens for delta in deltas),
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
     )
 
 
@@ -86,6 +88,7 @@ class TextStream:
             finish_reason=finish_reason,
             stop_reason=delta.stop_reason if stop is None else stop,
             cached_tokens=delta.cached_tokens,
+            prompt_logprobs=delta.prompt_logprobs,
         )
 
 

@@ -114,6 +114,11 @@ class Tokenizer:
         """One token's own text, leading space included: what logprobs show. Part of a character is U+FFFD."""
         return self._bytes[token_id].decode(errors="replace")
 
+    def to_json(self) -> str:
+        """As a tokenizer.json, with the tokens that only tokenizer_config.json names."""
+        text: str = self._backend.to_str()
+        return text
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
@@ -123,7 +128,7 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **extra: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation. Encode it with `add_special_tokens=False`: templates write their BOS.
 
@@ -135,7 +140,7 @@ class Tokenizer:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise InvalidRequest(f"messages: the model has no default chat template; it has {sorted(self._templates)}")
-        return self._templates[name].render(messages, tools, add_generation_prompt, **extra)
+        return self._templates[name].render(messages, tools, add_generation_prompt, variables)
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

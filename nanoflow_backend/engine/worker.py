@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,8 @@ from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
+from nanoflow_backend.engine.constraints import Masks
+from nanoflow_backend.engine.prompt_scorer import PromptScorer, Scored
 from nanoflow_backend.engine.sampling import Drawn, Sampler
 from nanoflow_backend.engine.transfer import to_device, to_host
 from nanoflow_backend.graph.operation import Model
@@ -45,6 +47,7 @@ class Launched:
     positions: list[int]  # R, of the tokens in those rows
     drawn: Drawn | None = None  # once the tail is launched; to be read when `ended` has come
     token_ids: Tensor | None = None
+    scored: list[Scored] = field(default_factory=list)
     ended: torch.cuda.Event | None = None  # None on the CPU, where a launch returns when it is done
 
 
@@ -64,13 +67,21 @@ class Worker:
         # The kernel language is there where a GPU is.
         kernels = import_module("nanoflow_kernels.device") if config.device == "cuda" else None
         self._sampler = Sampler(
-            config.max_running, model_config.vocab_size, model_config.eos_token_ids, kernels or reference_sampling
+            config.max_running,
+            model_config.vocab_size,
+            model_config.eos_token_ids,
+            kernels or reference_sampling,
+            self._torch_device,
+        )
+        self._scorer = PromptScorer(
+            model_config.vocab_size, kernels or reference_sampling, self._torch_device, config.max_running
         )
         self.program, self.num_pages = _program(config, model_config, self.device, kernels, self._page_table, rank)
 
     def launch_forward(self, batch: Batch) -> Launched:
         """Embedding and layers on all T tokens."""
         self._sampler.admit(batch.admitted)
+        self._scorer.admit(batch.admitted)
         decodes = len(batch.decode_slots)
         slots, positions = list(batch.decode_slots), list(batch.decode_positions)
         rows, prompt_ids = list(range(decodes)), []
@@ -90,10 +101,11 @@ class Worker:
         self.program.forward(token_ids, positions_, slots_, self._page_table)
         return Launched(batch, rows_, slots_[rows_], [positions[row] for row in rows])
 
-    def launch_tail(self, launched: Launched) -> None:
-        """LM head and sampling on the R rows that decode or end a prompt."""
+    def launch_tail(self, launched: Launched, masks: Masks | None = None) -> None:
+        """LM head and sampling on the R rows that decode or end a prompt; the head on prompts that are scored, too."""
+        launched.scored = self._scorer.score(launched.batch, self.program.head)
         logits = self.program.head(launched.rows)
-        launched.drawn = self._sampler.sample(logits, launched.batch.sampled_slots, launched.positions)
+        launched.drawn = self._sampler.sample(logits, launched.batch.sampled_slots, launched.positions, masks)
         self._last_sampled[launched.slots] = launched.drawn.token_ids.int()
         launched.token_ids = to_host(launched.drawn.token_ids)
         if self.device.kind == "cuda":
@@ -106,7 +118,8 @@ class Worker:
             raise RuntimeError("collect comes after launch_tail")
         if launched.ended:
             launched.ended.synchronize()
-        return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.drawn.logprobs.by_row())
+        scores = [scored.scores() for scored in launched.scored]
+        return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.drawn.logprobs.by_row(), scores)
 
     def _send(self, *columns: Sequence[int]) -> list[Tensor]:
         """int32 on the device, all columns in one copy."""

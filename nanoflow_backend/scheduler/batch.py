@@ -22,6 +22,7 @@ class Admission(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     prompt_tokens: int  # output token k = 0, 1, ... is sampled from the row at position prompt_tokens + k - 1
     params: SamplingParams  # its seed is set: the scheduler draws one where the client gave none
+    tokens: list[int] = []  # all known ones, where `params.reads_tokens`; after a preemption also what was generated
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
@@ -63,12 +64,21 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     sampled_rank: int  # 1 is the most likely
 
 
+class PromptScores(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of consecutive prompt tokens, from `position` on, each given those before it."""
+
+    slot: int
+    position: int
+    tokens: list[TokenLogprobs]
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """What a step sampled, one entry for each of the batch's `sampled_slots`; a step that sampled nothing has none."""
 
     step: int
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by index into token_ids, for requests that asked
+    prompt_scores: list[PromptScores] = []  # of prefill chunks, for requests that asked
 
 
 class FinishReason(StrEnum):
@@ -79,7 +89,7 @@ class FinishReason(StrEnum):
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, and no cycle to collect
-    """A request's news of one step. The last one carries `finish_reason`; every request gets exactly one such."""
+    """A sequence's news of one step. Its last one carries `finish_reason`; every sequence gets exactly one such."""
 
     request_id: int
     token_ids: list[int]  # with the EOS or stop id that ended it
@@ -87,3 +97,5 @@ class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, 
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id; None for EOS
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    index: int = 0  # of the sequence, among the `n` of its request
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first, with the first token

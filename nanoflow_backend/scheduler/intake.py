@@ -1,4 +1,4 @@
-"""Intake: from a request to a sequence that can run to its end, or to an error that says why not."""
+"""Intake: from a request to its sequences, which can run to their end, or to an error that says why not."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ class Intake:
         self._seeds = random.Random(seed)
         self._arrivals = 0
 
-    def accept(self, request: Request) -> Sequence:
-        """A waiting sequence.
+    def accept(self, request: Request) -> list[Sequence]:
+        """Its `n` sequences, held. All but the first are the first one's siblings.
 
         Raises:
             InvalidRequest: it could never run; the message names the field and what was expected.
         """
         self._validate(request.prompt)
-        params, prompt_tokens = request.params, len(request.prompt)
+        sequences = [self._sequence(request, index) for index in range(request.params.n)]
+        sequences[0].siblings = sequences[1:]
+        return sequences
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        params, prompt_tokens = request.params.of_sequence(index), len(request.prompt)
         if params.seed is None:  # sampling is a function of (seed, position): a preempted request repeats its tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         stop_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         self._arrivals += 1
         return Sequence(
             id=request.id,
+            index=index,
             params=params,
             priority=request.priority,
             arrival=self._arrivals,

@@ -20,7 +20,9 @@ class PageAccount:
 
     def known_prefix(self, sequence: Sequence) -> list[int]:
         """Pages that hold the leading tokens of a waiting sequence already."""
-        return self._prefix.lookup(sequence.digests, sequence.tokens) if self._prefix_caching else []
+        if not self._prefix_caching or sequence.params.prompt_logprobs is not None:  # every row must be computed
+            return []
+        return self._prefix.lookup(sequence.digests, sequence.tokens)
 
     def cost(self, sequence: Sequence, known: list[int]) -> int:
         """Pages that come into use if the sequence is admitted now."""

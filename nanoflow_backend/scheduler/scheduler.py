@@ -74,9 +74,10 @@ class Scheduler:
         self._account = PageAccount(num_pages, page_tokens, prefix_caching)
         self._pool = self._account.pool
 
-        self._live: dict[int, Sequence] = {}  # by request id, until the last delta is handed over
+        self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
         self._waiting = WaitingQueue()
+        self._held = 0  # sequences that wait, and may not be admitted yet
         self._slots = Slots(max_running)
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, with the sequences that they sample
@@ -90,8 +91,10 @@ class Scheduler:
         self._prefix_query_tokens = 0
         self._prefix_hit_tokens = 0
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, request: Request, held: bool = False) -> None:
+        """Queue a request; one that is `held` is admitted after `release` only.
+
+        Its first sequence goes first: when that one's prompt is in the pages, the others share it.
 
         Raises:
             InvalidRequest: it could never run; the message names the field and what was expected.
@@ -99,17 +102,33 @@ class Scheduler:
         """
         if request.id in self._live:
             raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
-        sequence = self._intake.accept(request)
-        if len(self._waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting, as many as max_waiting allows")
-        self._live[request.id] = sequence
-        self._waiting.push(sequence)
+        if request.params.n > self._max_waiting:
+            raise InvalidRequest(f"n: expected at most {self._max_waiting} (max_waiting), got {request.params.n}")
+        sequences = self._intake.accept(request)
+        waiting = len(self._waiting) + self._held
+        if waiting + len(sequences) > self._max_waiting:
+            raise QueueFull(f"{waiting} requests are waiting, as many as max_waiting allows")
+        self._live[request.id] = sequences
+        self._held += len(sequences)
+        if not held:
+            self._queue(sequences[:1])
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
 
-    def cancel(self, request_id: int) -> None:
-        """End a request; `retire` hands over its last delta. An id that is unknown or has ended is left alone."""
-        self._end_early(request_id, FinishReason.CANCELLED)
+    def release(self, request_id: int) -> None:
+        """A held request may be admitted. An id that is unknown or has ended is left alone."""
+        self._queue(self._live.get(request_id, [])[:1])
+
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """End a request, or one of its sequences; `retire` hands over the last delta of each.
+
+        What is unknown or has ended is left alone.
+        """
+        self._end_early(request_id, FinishReason.CANCELLED, index)
+
+    def id_at(self, slot: int) -> int:
+        """The request in a slot. Raises: KeyError, there is none."""
+        return self._slots.at(slot).id
 
     @property
     def has_work(self) -> bool:
@@ -126,6 +145,8 @@ class Scheduler:
         self._expire()
         for s in self._filled:
             self._account.publish(s)
+            if s.siblings and s.computed >= s.prompt_tokens:
+                self._queue(s.siblings)
         self._filled = []
 
         step = self._step + 1
@@ -162,15 +183,16 @@ class Scheduler:
         """
         deltas, self._news = self._news, []
         for delta in deltas:
-            del self._live[delta.request_id]
+            self._forget(delta.request_id, delta.index)
         if sampled is None:
             return deltas
+        scored = self._take_prompt_scores(sampled)
         for index, (s, token) in enumerate(zip(self._returning(sampled), sampled.token_ids, strict=True)):
             if s.finish_reason is not None:
                 self._overshoot_tokens += 1
                 continue
             s.tokens.append(token)
-            delta = Delta(s.id, [token], None, None, None, s.cached_tokens)
+            delta = Delta(s.id, [token], None, None, None, s.cached_tokens, s.index)
             if sampled.logprobs and index in sampled.logprobs:
                 delta.logprobs = [sampled.logprobs[index]]
             if token in s.stop_ids and s.output_tokens >= s.params.min_tokens:
@@ -181,8 +203,13 @@ class Scheduler:
                 delta.finish_reason = FinishReason.LENGTH
             deltas.append(delta)
             if delta.finish_reason is not None:
-                del self._live[s.id]
+                self._forget(s.id, s.index)
                 self._finish(s, delta.finish_reason)
+        if scored:
+            for delta in deltas:
+                whose = scored.get((delta.request_id, delta.index))
+                if whose is not None and delta.token_ids and whose.output_tokens == 1:
+                    delta.prompt_logprobs, whose.prompt_logprobs = whose.prompt_logprobs, []
         for s in [s for s in self._slots.leaving.values() if s.last_step <= self._returned_step]:
             self._release(s)
         return deltas
@@ -190,7 +217,7 @@ class Scheduler:
     @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
-            waiting_requests=len(self._waiting),
+            waiting_requests=len(self._waiting) + self._held,
             running_requests=len(self._slots),
             num_pages=self._pool.num_pages,
             used_pages=self._pool.used,
@@ -208,9 +235,15 @@ class Scheduler:
         self._waiting.check()
         self._slots.check()
         self._account.check(self._slots)
-        placed = [s for s in chain(self._waiting, self._slots) if s.finish_reason is None]
+        held = [s for sequences in self._live.values() for s in sequences if s.state is State.HELD]
+        assert len(held) == self._held, f"{self._held} sequences are said to be held, {len(held)} are"
+        for s in held:
+            leader = self._live[s.id][0]
+            assert leader.state is State.HELD or s in leader.siblings, f"nothing will queue request {s.id}"
+        placed = [s for s in chain(self._waiting, self._slots, held) if s.finish_reason is None]
         ids = Counter(s.id for s in placed) + Counter(delta.request_id for delta in self._news)
-        assert ids == Counter(self._live.keys()), f"requests are lost or in two places: {ids} and {self._live.keys()}"
+        live = Counter({id: len(sequences) for id, sequences in self._live.items()})
+        assert ids == live, f"requests are lost or in two places: {ids} and {live}"
         assert all(s.state is State.WAITING and s.finish_reason is None for s in self._waiting), "the ended do not wait"
         in_flight = Counter(s.arrival for _, sampled in self._in_flight for s in sampled)
         for s in self._slots:
@@ -228,8 +261,8 @@ class Scheduler:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
-            s = self._live.get(request_id)
-            if s is not None and s.deadline == deadline:  # the id may be in its second life
+            sequences = self._live.get(request_id)
+            if sequences and sequences[0].deadline == deadline:  # the id may be in its second life
                 self._end_early(request_id, FinishReason.DEADLINE)
 
     def _grow(self, page_table: list[tuple[int, int, int]]) -> list[Sequence]:
@@ -271,7 +304,8 @@ class Scheduler:
                 self._prefix_query_tokens += s.prompt_tokens
                 self._prefix_hit_tokens += s.computed
             page_table.extend((s.slot, index, page) for index, page in enumerate(s.pages))
-            admitted.append(Admission(s.slot, s.prompt_tokens, s.params))
+            known_tokens = s.tokens.tolist() if s.params.reads_tokens else []
+            admitted.append(Admission(s.slot, s.prompt_tokens, s.params, known_tokens))
             yield s
 
     def _prefill(self, s: Sequence, step: int, budget: int) -> Prefill:
@@ -300,11 +334,34 @@ class Scheduler:
         self._returned_step = step
         return sequences
 
-    def _end_early(self, request_id: int, reason: FinishReason) -> None:
-        s = self._live.get(request_id)
-        if s is not None and s.finish_reason is None:
-            self._news.append(Delta(request_id, [], None, reason, None, s.cached_tokens))
-            self._finish(s, reason)
+    def _queue(self, sequences: Iterable[Sequence]) -> None:
+        """Those of them that are held may be admitted from now on."""
+        for s in sequences:
+            if s.state is State.HELD:
+                self._held -= 1
+                s.state = State.WAITING
+                self._waiting.push(s)
+
+    def _forget(self, request_id: int, index: int) -> None:
+        """The last delta of a sequence is handed over."""
+        self._live[request_id] = [s for s in self._live[request_id] if s.index != index]
+        if not self._live[request_id]:
+            del self._live[request_id]
+
+    def _take_prompt_scores(self, sampled: Sampled) -> dict[tuple[int, int], Sequence]:
+        """The sequences that a step brought scores of their prompts, by request and index."""
+        scored = {}
+        for scores in sampled.prompt_scores:
+            s = self._slots.at(scores.slot)
+            s.prompt_logprobs[scores.position - 1 :] = scores.tokens  # after a preemption they come again
+            scored[s.id, s.index] = s
+        return scored
+
+    def _end_early(self, request_id: int, reason: FinishReason, index: int | None = None) -> None:
+        for s in self._live.get(request_id, ()):
+            if s.finish_reason is None and index in (None, s.index):
+                self._news.append(Delta(request_id, [], None, reason, None, s.cached_tokens, s.index))
+                self._finish(s, reason)
 
     def _finish(self, s: Sequence, reason: FinishReason) -> None:
         s.finish_reason = reason
@@ -314,8 +371,12 @@ class Scheduler:
         if s.state is State.WAITING:
             self._waiting.remove(s)
             s.state = State.ENDED
+        elif s.state is State.HELD:
+            self._held -= 1
+            s.state = State.ENDED
         elif s.state is not State.LEAVING:
             self._leave(s)
+        self._queue(s.siblings)  # there will be no prompt to share
 
     def _leave(self, s: Sequence) -> None:
         """No further step for this sequence; its pages go when nothing in flight writes them."""

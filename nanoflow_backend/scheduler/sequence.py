@@ -6,11 +6,12 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
 class State(Enum):
+    HELD = auto()  # as WAITING, but not to be admitted yet
     WAITING = auto()  # no slot, no pages
     PREFILLING = auto()  # some of its known tokens are not computed yet
     DECODING = auto()  # one token per step
@@ -24,7 +25,8 @@ class Sequence:
     prompt's and those that came back. While decoding, computed + 1 - len(tokens) samples are in flight.
     """
 
-    id: int
+    id: int  # of its request
+    index: int  # among the sequences of its request
     params: SamplingParams  # with a seed
     priority: int
     arrival: int  # a running number
@@ -34,10 +36,12 @@ class Sequence:
     stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
     tokens: array[int]  # of C ints: a list would cost nine times the memory, and the collector would walk it
 
-    state: State = State.WAITING
+    state: State = State.HELD
     finish_reason: FinishReason | None = None
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
+    siblings: list[Sequence] = field(default_factory=list)  # held until this one's prompt is there for them to share
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as computed, where asked for
 
     slot: int = -1  # this and all below: of no meaning without a slot
     computed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from itertools import chain
 
@@ -23,6 +24,10 @@ class Slots:
 
     def __len__(self) -> int:
         return self.count - len(self.free)
+
+    def at(self, slot: int) -> Sequence:
+        """Raises: KeyError, the slot is free."""
+        return ChainMap(self.decoding, self.prefilling, self.leaving)[slot]
 
     @property
     def running(self) -> Iterator[Sequence]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -12,9 +12,25 @@ from numpy.typing import NDArray
 
 from nanoflow_backend.engine.text_stream import TextDelta
 from nanoflow_backend.engine.tokenizer import Tokenizer
-from nanoflow_backend.scheduler.batch import TokenLogprobs
+from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.tensors import Arrays, Parameters
+
+
+class _Sequence:
+    """What adds up over the responses, of one sequence."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.logprob = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        self.tokens += len(delta.token_ids)
+        self.logprob += math.fsum(entry.logprobs[0] for entry in delta.logprobs or ())
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 class Answer:
@@ -24,48 +40,58 @@ class Answer:
         self._call = call
         self._tokenizer = tokenizer
         self._unshown = call.shown_prompt
-        self._tokens = 0
-        self._logprob = 0.0
+        self._sequences = [_Sequence() for _ in range(call.params.n)]
         self._cached_tokens = 0
 
-    def tensors(self, delta: TextDelta) -> Arrays:
-        """The outputs of one response, which carries `delta`: by name, with the dtypes and dims of the table."""
-        self._tokens += len(delta.token_ids)
-        self._logprob += math.fsum(entry.logprobs[0] for entry in delta.logprobs or ())
-        self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
-        values = ((name, self._value(name, delta)) for name in self._call.outputs)
-        return {name: value for name, value in values if value is not None}
+    def tensors(self, deltas: Sequence[TextDelta], last: bool) -> Arrays:
+        """The outputs of one response: by name, with the dtypes and dims of the table.
 
-    def parameters(self, delta: TextDelta) -> Parameters:
-        """What there is to know at the end, after the last `tensors`; without what the outputs said."""
+        `deltas` is what is new of each sequence.
+        """
+        for sequence, delta in zip(self._sequences, deltas, strict=True):
+            sequence.add(delta)
+            self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
+        values = ((name, self._value(name, deltas, last)) for name in self._call.outputs)
+        tensors = {name: value for name, value in values if value is not None}
+        self._unshown = ""
+        return tensors
+
+    def parameters(self) -> Parameters:
+        """What there is to know at the end, after the last `tensors`; without what the outputs said.
+
+        A parameter has one value: of several sequences there is only what they share.
+        """
         known: dict[str, str | int] = {
-            "finish_reason": str(delta.finish_reason),
-            "stop_reason": str(delta.stop_reason),
             "num_input_tokens": len(self._call.prompt),
-            "total_output_tokens": self._tokens,
+            "total_output_tokens": sum(sequence.tokens for sequence in self._sequences),
             "num_cached_tokens": self._cached_tokens,
         }
+        if len(self._sequences) == 1:
+            known["finish_reason"] = str(self._sequences[0].finish_reason)
+            known["stop_reason"] = str(self._sequences[0].stop_reason)
         return {name: value for name, value in known.items() if name not in self._call.outputs}
 
-    def _value(self, name: str, delta: TextDelta) -> NDArray[Any] | None:
+    def _value(self, name: str, deltas: Sequence[TextDelta], last: bool) -> NDArray[Any] | None:
         match name:
             case "text_output":
-                text, self._unshown = self._unshown + delta.text, ""
-                return _strings(text)
+                return _strings(self._unshown + delta.text for delta in deltas)
             case "finish_reason":
-                return _strings(str(delta.finish_reason))
+                return _strings(str(sequence.finish_reason) for sequence in self._sequences)
             case "stop_reason":
-                return _strings(str(delta.stop_reason))
+                return _strings(str(sequence.stop_reason) for sequence in self._sequences)
             case "logprobs":
-                return _strings(self._logprobs_json(delta.logprobs or ()) if self._call.show_logprobs else "null")
+                shown = self._call.show_logprobs
+                return _strings(self._logprobs_json(delta.logprobs or ()) if shown else "null" for delta in deltas)
+            case "prompt_logprobs":
+                return self._prompt_logprobs(deltas[0])
             case "cumulative_logprob":
-                return np.array([self._logprob], np.float32)
+                return np.array([sequence.logprob for sequence in self._sequences], np.float32)
             case "output_ids":
-                return np.array(delta.token_ids, np.int32)
+                return np.array([token for delta in deltas for token in delta.token_ids], np.int32)
             case "num_input_tokens":
                 return np.array([len(self._call.prompt)], np.uint32)
             case "num_output_tokens":
-                return np.array([len(delta.token_ids)], np.uint32)
+                return np.array([len(delta.token_ids) for delta in deltas], np.uint32)
             case "batch_index":
                 return None if self._call.batch_index is None else np.array([self._call.batch_index], np.uint32)
             case "num_cached_tokens":
@@ -73,8 +99,13 @@ class Answer:
             case "num_cancelled":
                 return None  # only a cancellation has it
             case "total_output_tokens":
-                return None if delta.finish_reason is None else np.array([self._tokens], np.uint32)
+                return np.array([sum(sequence.tokens for sequence in self._sequences)], np.uint32) if last else None
         raise AssertionError(f"output {name} is declared but not computed")
+
+    def _prompt_logprobs(self, delta: TextDelta) -> NDArray[Any] | None:
+        if delta.prompt_logprobs is None:
+            return None
+        return _strings([msgspec.json.encode([None, *map(self._of_token, delta.prompt_logprobs)]).decode()])
 
     def _logprobs_json(self, entries: Sequence[TokenLogprobs]) -> str:
         return msgspec.json.encode([self._of_token(entry) for entry in entries]).decode()
@@ -91,5 +122,5 @@ class Answer:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
 
-def _strings(text: str) -> NDArray[Any]:
-    return np.array([text.encode()], np.object_)
+def _strings(texts: Iterable[str]) -> NDArray[Any]:
+    return np.array([text.encode() for text in texts], np.object_)

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from nanoflow_backend.engine.bad_words import encode_bad_words
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 
 ALL_OUTPUTS = frozenset(tensor.name for tensor in OUTPUTS)
-PROMPTS = ("text_input", "prompts", "input_ids")
+PROMPTS = ("text_input", "prompts", "input_ids", "messages")
 
 # Request parameters that belong to the server or to what stands before it, not to sampling: the client's request id
 # (curl users' "id" arrives as a parameter too), headers that the server was told to forward, and protocol switches.
@@ -26,7 +27,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """What a client asks for one prompt; `batch_index` is its place where the request may have several.
 
     `params` is what the engine runs; it may have logprobs that the client does not see (`show_logprobs` false) but
-    whose sum it wants. `timeout_us` 0 is no limit. `shown_prompt` goes before the first text.
+    whose sum it wants, and bad words are tokens there. `timeout_us` 0 is no limit. `shown_prompt` goes before the
+    first text.
     """
 
     prompt: list[int]
@@ -62,14 +64,16 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         fields = {name: value for name, value in parameters.items() if not _is_reserved(name)}
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
         timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
+        sampling = "sampling_parameters" in tensors
         params = SamplingParams.parse(
             _merge(
-                ("sampling_parameters", _json_object(tensors)),
+                ("sampling_parameters", _json(tensors, "sampling_parameters", dict) if sampling else {}),
                 ("the request's parameters", fields),
                 ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
             )
         )
         _check_stop(params.stop, tokenizer)
+        params = encode_bad_words(params, tokenizer)
         prompts = _prompts(tensors, tokenizer, vocab_size)
         is_batch = "prompts" in tensors or "input_lengths" in tensors
         stream = _flag(tensors, "stream") or False
@@ -129,16 +133,15 @@ def _check_stop(stop: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         raise InvalidRequest(f"stop: expected valid Unicode text: {error}") from None
 
 
-def _json_object(tensors: Arrays) -> dict[str, Any]:
-    if "sampling_parameters" not in tensors:
-        return {}
-    text = _text(tensors, "sampling_parameters")
+def _json(tensors: Arrays, name: str, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+    """The JSON object or list in a text."""
+    text = _text(tensors, name)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"sampling_parameters: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"sampling_parameters: expected a JSON object, got {text[:80]}")
+        raise InvalidRequest(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{name}: expected a JSON {'object' if kind is dict else 'list'}, got {text[:80]}")
     return value
 
 
@@ -163,6 +166,8 @@ def _prompts(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> l
     if len(given) != 1:
         raise InvalidRequest(f"{', '.join(PROMPTS)}: expected one of them, got {' and '.join(given) or 'none'}")
     (name,) = given
+    if name != "messages":
+        _refuse_chat_inputs(tensors)
     if "input_lengths" in tensors and name != "input_ids":
         raise InvalidRequest(f"input_lengths: expected input_ids with them, got {name}")
     prompts: list[tuple[list[int], str | None]]
@@ -170,6 +175,8 @@ def _prompts(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> l
         prompts = [(ids, None) for ids in _ids(tensors, vocab_size)]
     elif tokenizer is None:
         raise InvalidRequest(f"{name}: expected none, for the model has no tokenizer.json (use input_ids)")
+    elif name == "messages":
+        prompts = [(tokenizer.encode(_chat(tensors, tokenizer), add_special_tokens=False), None)]
     else:
         texts = _texts(tensors, name) if name == "prompts" else [_text(tensors, name)]
         prompts = [(tokenizer.encode(text), text) for text in texts]
@@ -196,11 +203,28 @@ def _ids(tensors: Arrays, vocab_size: int) -> list[list[int]]:
     return [prompt.tolist() for prompt in np.split(ids, lengths.cumsum()[:-1])]
 
 
+def _refuse_chat_inputs(tensors: Arrays) -> None:
+    for name in ("tools", "add_generation_prompt", "chat_template_kwargs"):
+        if name in tensors:
+            raise InvalidRequest(f"{name}: expected it with messages only")
+
+
+def _chat(tensors: Arrays, tokenizer: Tokenizer) -> str:
+    """The text of a conversation, by the model's chat template."""
+    generation_prompt = _flag(tensors, "add_generation_prompt")
+    return tokenizer.apply_chat_template(
+        _json(tensors, "messages", list),
+        _json(tensors, "tools", list) if "tools" in tensors else None,
+        generation_prompt is None or generation_prompt,
+        _json(tensors, "chat_template_kwargs", dict) if "chat_template_kwargs" in tensors else {},
+    )
+
+
 def _shown_prompt(exclude: bool | None, stream: bool, text: str | None) -> str:
     if exclude is False and stream:
         raise InvalidRequest("exclude_input_in_output: expected true, or nothing, when streaming")
     if exclude is False and text is None:
-        raise InvalidRequest("exclude_input_in_output: expected true, or nothing, with input_ids")
+        raise InvalidRequest("exclude_input_in_output: expected true, or nothing, with input_ids or messages")
     return "" if exclude or stream or text is None else text
 
 

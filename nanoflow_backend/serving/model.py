@@ -134,10 +134,10 @@ class TritonPythonModel:
             reply.cancel()
         return len(replies)
 
-    def _canceller(self, request_id: int) -> Callable[[], None]:
-        def cancel() -> None:
+    def _canceller(self, request_id: int) -> Callable[[int | None], None]:
+        def cancel(index: int | None) -> None:
             with contextlib.suppress(EngineError):  # a dead engine runs nothing
-                self._engine.cancel(request_id)
+                self._engine.cancel(request_id, index)
 
         return cancel
 

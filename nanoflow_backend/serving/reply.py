@@ -38,15 +38,22 @@ class Reply:
         finished: it was sent; the engine, where it still runs the request, was told to stop.
     """
 
-    def __init__(self, call: Call, channel: Channel, tokenizer: Tokenizer | None, cancel: Callable[[], None]) -> None:
-        """`cancel` ends the request in the engine, which then reports a last delta."""
+    def __init__(
+        self, call: Call, channel: Channel, tokenizer: Tokenizer | None, cancel: Callable[[int | None], None]
+    ) -> None:
+        """`cancel` ends the request in the engine, or one sequence of it, which then reports a last delta of each."""
         self.channel = channel
-        self.cancel = cancel
         self.finished = False
         self._call = call
-        self._text = TextStream(tokenizer, call.params, call.prompt)
+        self._cancel = cancel
+        self._texts = [TextStream(tokenizer, call.params, call.prompt) for _ in range(call.params.n)]
+        self._running = set(range(call.params.n))  # the sequences that the engine may still run
         self._answer = Answer(call, tokenizer)
-        self._unsent: list[TextDelta] = []
+        self._unsent: list[list[TextDelta]] = [[] for _ in self._texts]  # of each sequence
+
+    def cancel(self) -> None:
+        """End the request in the engine."""
+        self._cancel(None)
 
     def awaits(self, delta: Delta) -> bool:
         """Whether something may have to be done now: nothing leaves early where no one waits for each token."""
@@ -60,27 +67,38 @@ class Reply:
             for item in news:
                 if isinstance(item, Failure):
                     raise item
-                self._unsent.append(self._text.push(item))
-            if self._text.finished or self._call.stream:
-                self._send(merge(*self._unsent))
+                self._push(item)
+            if self._call.stream or all(text.finished for text in self._texts):
+                self._send([merge(*deltas) if deltas else TextDelta() for deltas in self._unsent])
         except Failure as failure:
             self._fail(failure)
         except Exception as error:
             log.exception("a reply broke")
             self._fail(Failure("INTERNAL", f"{type(error).__name__}: {error}"))
-        if self.finished and not any(isinstance(item, Delta) and item.finish_reason for item in news):
+        if self.finished and self._running:
             self.cancel()  # a stop string, or a failure: the engine does not know yet
 
-    def _send(self, delta: TextDelta) -> None:
-        if delta.finish_reason is None and not self._worth_sending(delta):
+    def _push(self, delta: Delta) -> None:
+        text = self._texts[delta.index]
+        if not text.finished:
+            self._unsent[delta.index].append(text.push(delta))
+        if delta.finish_reason is not None:
+            self._running.discard(delta.index)
+        elif text.finished and len(self._running) > 1:  # a stop string, while others go on
+            self._running.discard(delta.index)
+            self._cancel(delta.index)
+
+    def _send(self, deltas: list[TextDelta]) -> None:
+        if not any(delta.finish_reason or self._worth_sending(delta) for delta in deltas):
             return
-        self._unsent = []
-        if delta.finish_reason is FinishReason.DEADLINE:
+        self._unsent = [[] for _ in deltas]
+        reasons = {delta.finish_reason for delta in deltas}
+        if FinishReason.DEADLINE in reasons:
             raise Failure("UNAVAILABLE", f"timeout: not done {self._call.timeout_us} us after the request came")
-        if delta.finish_reason is FinishReason.CANCELLED and "finish_reason" not in self._call.outputs:
+        if FinishReason.CANCELLED in reasons and "finish_reason" not in self._call.outputs:
             raise Failure("CANCELLED", "the request was cancelled")  # else a part would pass for the whole
-        last = delta.finish_reason is not None
-        self.channel.send(self._answer.tensors(delta), last, self._answer.parameters(delta) if last else {})
+        last = all(text.finished for text in self._texts)
+        self.channel.send(self._answer.tensors(deltas, last), last, self._answer.parameters() if last else {})
         self.finished = last
 
     def _worth_sending(self, delta: TextDelta) -> bool:

@@ -28,6 +28,7 @@ class Tensor(msgspec.Struct, frozen=True):
     meaning: str
 
 
+# Where `n` sequences were asked for, outputs of a sequence have `n` elements, in every response.
 # Every output but `UNSWITCHED` is sent where the client sets the input `return_<name>`, or where it names the outputs
 # that it wants and they are not simply all (a request that names none, as every HTTP one, asks for all).
 OUTPUTS = (
@@ -40,7 +41,9 @@ OUTPUTS = (
     # Not in the vLLM backend. Over HTTP the server itself can lose responses of a fast stream and say nothing: a stream
     # is whole if a response with `total_output_tokens` came and the `num_output_tokens` of all responses add up to it.
     Tensor("total_output_tokens", "UINT32", (-1,), "all output tokens; in the last response only"),
+    # Of several sequences one after the other: `num_output_tokens` says where each one's end.
     Tensor("output_ids", "INT32", (-1,), "ids of the new tokens; always sent when the prompt came as ids"),
+    Tensor("prompt_logprobs", "STRING", (-1,), "as logprobs, per prompt token, null for the first; in one response"),
     Tensor("stop_reason", "STRING", (-1,), 'the stop string or stop token id that ended the output, else "None"'),
     Tensor("num_cached_tokens", "UINT32", (-1,), "prompt tokens that were in the prefix cache"),
     Tensor("batch_index", "UINT32", (-1,), "which prompt, from 0; always sent when the request has several"),
@@ -48,7 +51,7 @@ OUTPUTS = (
 )
 UNSWITCHED = ("text_output", "batch_index", "num_cancelled")  # outputs that no return_<name> asks for
 
-# All optional for the server; of `text_input`, `prompts` and `input_ids` there must be one.
+# All optional for the server; of `text_input`, `prompts`, `input_ids` and `messages` there must be one.
 INPUTS = (
     Tensor("text_input", "STRING", (1,), "the prompt"),
     # `text_input` takes one prompt only, as in the vLLM backend: perf_analyzer would want a shape for one of any size.
@@ -56,6 +59,10 @@ INPUTS = (
     Tensor("input_ids", "INT32", (-1,), "the prompt as token ids, used as they are (not in the vLLM backend)"),
     Tensor("input_lengths", "INT32", (-1,), "`input_ids` are several prompts of so many ids, one after another"),
     Tensor("cancel", "BOOL", (1,), "no prompt: end the requests that have this one's id; default false"),
+    Tensor("messages", "STRING", (1,), "JSON list of chat messages, for the model's chat template"),
+    Tensor("tools", "STRING", (1,), "JSON list of tools, for the chat template"),
+    Tensor("add_generation_prompt", "BOOL", (1,), "whether the chat template begins the answer; default true"),
+    Tensor("chat_template_kwargs", "STRING", (1,), "JSON object of further variables for the chat template"),
     Tensor("stream", "BOOL", (1,), "a response per step instead of one at the end; default false"),
     Tensor("sampling_parameters", "STRING", (1,), "JSON object of sampling parameters; numbers may be strings"),
     Tensor("stop", "STRING", (-1,), "stop strings (a list cannot be an HTTP parameter; not in the vLLM backend)"),

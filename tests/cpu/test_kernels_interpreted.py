@@ -90,6 +90,13 @@ def test_sample(rows: int) -> None:
     Checks("cpu", torch.float32).sample(rows, 97)
 
 
+@pytest.mark.parametrize(("rows", "concerned"), [(1, 0), (1, 1), (11, 7)])
+def test_edits_of_logits(rows: int, concerned: int) -> None:
+    checks = Checks("cpu", torch.float32)
+    checks.penalise(rows, concerned, 97)
+    checks.mask(rows, concerned, 97)
+
+
 def test_errors_name_the_operand() -> None:
     x = torch.ones(4, 6)
     with pytest.raises(ValueError, match=r"linear_swiglu: weight: expected shape \(12, 6\), got \(4, 6\)"):

@@ -49,9 +49,9 @@ RAND = [
 
 
 def rows(count: int, **columns: Any) -> tuple[Tensor, ...]:
-    """temperature, top_k, top_p, seed, position of `count` rows."""
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5, "position": range(count)}
-    dtypes = {"temperature": torch.float64, "top_p": torch.float64}
+    """temperature, top_k, top_p, min_p, seed, position of `count` rows."""
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 5, "position": range(count)}
+    dtypes = {"temperature": torch.float64, "top_p": torch.float64, "min_p": torch.float64}
     return tuple(
         torch.tensor(list(v) if isinstance(v, range | list) else [v] * count, dtype=dtypes.get(name, torch.int64))
         for name, v in (defaults | columns).items()
@@ -77,9 +77,10 @@ def test_uniform_is_uniform_over_positions_and_over_seeds() -> None:
         assert kstest(u.double().numpy(), "uniform").pvalue > 0.001
 
 
-def exact(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+def exact(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
     """The distribution by the definition, a token at a time."""
     weights = [math.exp(x / temperature) for x in logits]
+    weights = [w if w >= min_p * max(weights) else 0.0 for w in weights]
     order = sorted(range(len(logits)), key=lambda i: (-weights[i], i))[: top_k or None]
     mass = sum(weights[i] for i in order)
     kept, total = [], 0.0
@@ -93,24 +94,28 @@ def exact(logits: list[float], temperature: float, top_k: int, top_p: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
+    ("temperature", "top_k", "top_p", "min_p"),
     [
-        (1, 0, 1),
-        (0.5, 0, 1),
-        (2.5, 0, 1),
-        (1, 5, 1),
-        (1, 1, 1),
-        (1, 0, 0.8),
-        (1, 0, 1e-9),
-        (0.7, 7, 0.6),
-        (1, 99, 0.99),
+        (1, 0, 1, 0),
+        (0.5, 0, 1, 0),
+        (2.5, 0, 1, 0),
+        (1, 5, 1, 0),
+        (1, 1, 1, 0),
+        (1, 0, 0.8, 0),
+        (1, 0, 1e-9, 0),
+        (0.7, 7, 0.6, 0),
+        (1, 99, 0.99, 0),
+        (1, 0, 1, 0.1),
+        (1.5, 0, 1, 1),
+        (2, 5, 1, 0.02),
+        (2, 0, 0.9, 0.1),
     ],
 )
-def test_frequencies_are_the_probabilities(temperature: float, top_k: int, top_p: float) -> None:
+def test_frequencies_are_the_probabilities(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     random, draws = Random(1), 20_000
     logits = [random.gauss(0, 1.5) for _ in range(13)]
-    expected = np.array(exact(logits, temperature, top_k, top_p))
-    parameters = rows(draws, temperature=float(temperature), top_k=top_k, top_p=float(top_p))
+    expected = np.array(exact(logits, temperature, top_k, top_p, min_p))
+    parameters = rows(draws, temperature=float(temperature), top_k=top_k, top_p=float(top_p), min_p=float(min_p))
     ids = sample(torch.tensor(logits).repeat(draws, 1), *parameters)
     counts = np.bincount(ids.numpy(), minlength=13)
     assert not counts[expected == 0].any()
@@ -136,6 +141,8 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, [0, 4]] = -torch.inf
     for top_p in (1.0, 0.9):
         assert set(sample(logits, *rows(2000, top_p=top_p)).tolist()) == {1, 2, 3}
+    logits[:] = -torch.inf
+    assert set(sample(logits, *rows(2000)).tolist()) <= set(range(5)), "nothing is possible: still an id of the model"
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e30])
@@ -153,6 +160,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         temperature=[random.choice([0.0, 0.3, 1.0, 2.0]) for _ in range(count)],
         top_k=[random.choice([0, 1, 7, 50]) for _ in range(count)],
         top_p=[random.choice([1.0, 0.9, 0.2]) for _ in range(count)],
+        min_p=[random.choice([0.0, 0.0, 0.1]) for _ in range(count)],
         seed=[random.randrange(2**63) for _ in range(count)],
         position=[random.randrange(100_000) for _ in range(count)],
     )

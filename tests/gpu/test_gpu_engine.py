@@ -73,6 +73,42 @@ def test_graphs_and_what_runs_ahead_change_no_token(prompts: list[list[int]], sc
     assert arms[0] == arms[1] == arms[2]
 
 
+WAYS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.5, "min_p": 0.02},
+    {"presence_penalty": 1.5, "frequency_penalty": -0.5},
+    {"structured_outputs": {"regex": "[0-9]{2}(-[0-9]{2}){1,9}"}, "repetition_penalty": 1.2},
+    {"bad_words_token_ids": [[5], [7, 9]], "logit_bias": {"11": 3, "12": -100}, "min_tokens": 30},
+    {"n": 3, "frequency_penalty": 1, "top_k": 40},
+    {"prompt_logprobs": 2, "allowed_token_ids": list(range(30, 90))},
+]
+
+
+def in_turns(count: int, **fields: Any) -> list[SamplingParams]:
+    return [SamplingParams.parse({"max_tokens": 40, "seed": k, **WAYS[k % len(WAYS)], **fields}) for k in range(count)]
+
+
+def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]]) -> None:
+    params = in_turns(len(prompts))
+    arms = [
+        token_ids(engine(dtype="float32", **arm), prompts, params)
+        for arm in ({}, {"async_scheduling": False}, {"schedule": "nano-batched-3", "chunk_tokens": 32})
+    ]
+    assert arms[0] == arms[1] == arms[2]
+    greedy = in_turns(len(prompts), temperature=0, n=1)
+    assert token_ids(engine(dtype="float32"), prompts, greedy) == token_ids(engine(device="cpu"), prompts, greedy)
+
+
+def test_prompt_logprobs_are_those_of_the_cpu(prompts: list[list[int]]) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    found, expected = (engine(**on).generate(prompts, params) for on in ({"dtype": "float32"}, {"device": "cpu"}))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.prompt_logprobs is not None
+        assert theirs.prompt_logprobs is not None
+        for a, b in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
+            assert a.token_ids == b.token_ids
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
 def test_logprobs_come_with_their_tokens(prompts: list[list[int]]) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2, ignore_eos=True)
     for completion in engine(dtype="float32").generate(prompts, params):
@@ -89,6 +125,8 @@ def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]]) -> N
             for number, prompt in enumerate(prompts):
                 params = SamplingParams(max_tokens=24, temperature=number % 2, seed=number, ignore_eos=True)
                 made.add(Request(number, prompt, params))
+            for number, params in enumerate(in_turns(12), start=len(prompts)):
+                made.add(Request(number, prompts[0], params))
             while made.has_work:
                 made.step()
         finally:

@@ -87,6 +87,13 @@ def test_sample(rows: int, vocabulary: int) -> None:
     Checks("cuda", torch.float32).sample(rows, vocabulary)
 
 
+@pytest.mark.parametrize(("rows", "concerned", "vocabulary"), [(1, 0, 7), (1, 1, 128_256), (139, 70, 32_003)])
+def test_edits_of_logits(rows: int, concerned: int, vocabulary: int) -> None:
+    checks = Checks("cuda", torch.float32)
+    checks.penalise(rows, concerned, vocabulary)
+    checks.mask(rows, concerned, vocabulary)
+
+
 def test_a_captured_graph_serves_every_mix() -> None:
     """Rows of one size, as decodes, chunks and padding: what was captured for one mix is right for another."""
     rows, heads, kv_heads, head_dim, page_tokens = 211, 8, 2, 128, 64

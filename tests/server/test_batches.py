@@ -61,6 +61,16 @@ def test_prompts_share_a_stream(demo, expected, over):
         assert own[-1]["total_output_tokens"] == sum(response["num_output_tokens"] for response in own)
 
 
+def test_each_prompt_has_its_n_sequences(demo, demo_engine):
+    params = {"max_tokens": 8, "seed": 5, "n": 2}
+    expected = demo_engine.generate(PROMPTS[:3], SamplingParams(**params))
+    request = {"prompts": PROMPTS[:3], "exclude_input_in_output": True, "return_num_output_tokens": True, **params}
+    answer = generate(demo.http_url, "nanoflow", **request)
+    assert len(answer["text_output"]) == len(answer["num_output_tokens"]) == 6
+    assert answer["batch_index"] == [0, 1, 2]
+    assert answer["text_output"] == [completion.text for completion in expected]
+
+
 def test_ids_of_several_prompts(demo, demo_engine):
     prompts = [[5, 6, 7], [8], [9, 10]]
     expected = demo_engine.generate(prompts, SamplingParams(**GREEDY))

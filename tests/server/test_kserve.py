@@ -19,6 +19,7 @@ WIRE = {"STRING": "BYTES"}  # the protocol's name; the other types have their ow
 CONTENTS = {"BYTES": "bytes_contents", "BOOL": "bool_contents", "INT32": "int_contents"}
 ID = "one that nothing runs under"
 PROMPT = {"text_input": ["Write a string"]}
+CHAT = {"messages": ['[{"role": "user", "content": "Write a string"}]']}
 # A value of each input, and what must come with it. Every switch is simply on.
 SAMPLES = {
     "text_input": (["Return"], {}),
@@ -26,6 +27,10 @@ SAMPLES = {
     "input_ids": ([5, 6, 7], {}),
     "input_lengths": ([1, 2], {"input_ids": [5, 6, 7]}),
     "cancel": ([True], {}),
+    "messages": (CHAT["messages"], {}),
+    "tools": (["[]"], CHAT),
+    "add_generation_prompt": ([False], CHAT),
+    "chat_template_kwargs": (['{"mood": "calm"}'], CHAT),
     "stream": ([False], PROMPT),
     "sampling_parameters": (['{"max_tokens": 4}'], PROMPT),
     "stop": (["never", "there"], PROMPT),
@@ -110,13 +115,14 @@ def test_every_input_alone_in_every_encoding(demo, name, encoding):
         assert len(shape) == len(DECLARED[output].dims)
         assert all(declared in (-1, size) for declared, size in zip(DECLARED[output].dims, shape, strict=True))
     asked = name.removeprefix("return_")
-    assert asked == name or asked in outputs
+    assert asked in (name, "prompt_logprobs") or asked in outputs  # nothing without the parameter of that name
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_output_comes_as_declared(demo, encoding):
     switches = {tensor.name: [True] for tensor in INPUTS if tensor.name.startswith("return_")}
-    outputs = ENCODINGS[encoding](demo, {"prompts": ["Return", "Write"], **switches})
+    sampling = ['{"prompt_logprobs": 1, "logprobs": 1}']
+    outputs = ENCODINGS[encoding](demo, {"prompts": ["Return", "Write"], "sampling_parameters": sampling, **switches})
     outputs |= ENCODINGS[encoding](demo, {"cancel": [True]})
     assert {name: datatype for name, (datatype, _) in outputs.items()} == {t.name: wire_type(t.name) for t in OUTPUTS}
 

@@ -65,6 +65,7 @@ def read(responses, stream):
 
 
 ANSWERED = {case["name"]: case for case in CASES if "engine" in case}
+TOOLS = {case["name"]: case for case in CASES if "json" in case}
 REFUSED = {case["name"]: case for case in CASES if "error" in case}
 
 
@@ -83,6 +84,14 @@ def test_what_the_frontend_reads_is_what_the_engine_says(demo, demo_engine, name
     for shown, entry in zip(logprobs, completion.logprobs or (), strict=True):
         assert next(iter(shown.values())) == pytest.approx(max(entry.logprobs), rel=1e-4)
         assert all(isinstance(token, str) for token in shown)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tools_arguments_are_json_of_its_schema(demo, name):
+    text, *_ = read(infer(demo.grpc_url, TOOLS[name]["inputs"]), stream=False)
+    arguments = json.loads(text)
+    assert arguments.keys() == TOOLS[name]["json"].keys()
+    assert all(value in TOOLS[name]["json"][key] for key, value in arguments.items())
 
 
 @pytest.mark.parametrize("name", REFUSED)

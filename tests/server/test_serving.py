@@ -214,7 +214,7 @@ def test_a_model_without_tokenizer_continues_ids(served, engine):
 A = {"text_input": "a"}
 # Over HTTP: body -> message. This server's `generate` says 400 for every error of a model, 500 for its own.
 MALFORMED = {
-    "no prompt": ({}, "text_input, prompts, input_ids: expected one of them, got none"),
+    "no prompt": ({}, "text_input, prompts, input_ids, messages: expected one of them, got none"),
     "two prompts": ({**A, "input_ids": [1]}, "expected one of them, got text_input and input_ids"),
     "no JSON": (b'{"text_input": "a"', "failed to parse the request JSON buffer"),
     "two texts": ({"text_input": ["a", "b"]}, "text_input"),

@@ -161,11 +161,46 @@ class Checks:
             torch.tensor([0, 0.5, 1, 2], dtype=torch.float64)[ways[0]],
             torch.tensor([0, 1, 5, 17, 2**40])[ways[1]],
             torch.tensor([1, 0.9, 0.3, 1e-9, 0.99, 0.7, 1], dtype=torch.float64)[ways[2]],
+            torch.tensor([0, 0.03, 0], dtype=torch.float64)[torch.arange(rows) % 3],
             torch.randint(2**62, (rows,), generator=self.random),
             torch.randint(2**31, (rows,), generator=self.random),
         )
         ids = kernels.sample(self.there(logits), *map(self.there, columns))
         assert ids.tolist() == reference_sampling.sample(logits, *columns).tolist()
+
+    def penalise(self, rows: int, penalised: int, vocabulary: int) -> None:
+        """Some rows of the logits, in any order, by some entries of the table."""
+        logits = self.normal(rows, vocabulary, dtype=torch.float32) * 3
+        logits[::2, : vocabulary // 4] = -torch.inf
+        entries = torch.randperm(penalised + 2, generator=self.random)[:penalised]
+        seen = torch.randint(-3, 4, (penalised + 2, vocabulary), generator=self.random).clamp(min=0)
+        seen += (torch.rand(seen.shape, generator=self.random) < 0.2) * reference_sampling.IN_PROMPT
+        seen = seen.to(torch.int32)
+        chosen = torch.randperm(rows, generator=self.random)[:penalised]
+        penalties = [torch.rand(penalised, generator=self.random) * 2 + low for low in (0.1, -1.0, -1.0)]
+        changed = self.there(logits)
+        kernels.penalise(
+            changed, *map(self.there, (chosen, seen, entries)), *(penalty.to(self.device) for penalty in penalties)
+        )
+        reference_sampling.penalise(logits, chosen, seen, entries, *penalties)
+        possible = logits > -torch.inf
+        assert (changed.cpu() > -torch.inf).equal(possible)
+        assert_close("penalise", changed.cpu()[possible], logits[possible], self.tolerance)
+        assert_untouched_beside("penalise", changed)
+
+    def mask(self, rows: int, masked: int, vocabulary: int) -> None:
+        """Some rows, with more words than the vocabulary needs; the other rows stay as they are."""
+        logits = self.normal(rows, vocabulary, dtype=torch.float32)
+        allowed = torch.randint(-(2**31), 2**31, (masked, vocabulary // 32 + 2), generator=self.random).to(torch.int32)
+        chosen = torch.randperm(rows, generator=self.random)[:masked]
+        changed = self.there(logits)
+        kernels.mask(changed, self.there(chosen), self.there(allowed))
+        reference_sampling.mask(logits, chosen, allowed)
+        assert changed.cpu().equal(logits)
+        assert_untouched_beside("mask", changed)
+        for row, words in zip(chosen.tolist(), allowed.tolist(), strict=True):
+            kept = [token for token in range(vocabulary) if words[token // 32] >> token % 32 & 1]
+            assert torch.where(logits[row] > -torch.inf)[0].tolist() == kept
 
 
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nanoflow_backend.scheduler.batch import Batch, Sampled
+from nanoflow_backend.scheduler.batch import Batch, PromptScores, Sampled, TokenLogprobs
 
 VOCABULARY = 12
 EOS = 0
@@ -54,6 +54,7 @@ class LedgerWorker:
         self._tables: dict[int, dict[int, int]] = {}  # by slot
         self._slot_stories: dict[int, Story] = {}
         self._last_sample: dict[int, int] = {}
+        self._scored_prompts: dict[int, list[int]] = {}  # by slot
         self._in_flight: deque[tuple[Sampled, dict[int, int]]] = deque()  # results, and who writes which page
 
     def launch(self, batch: Batch) -> None:
@@ -61,6 +62,11 @@ class LedgerWorker:
             self._slot_stories[admission.slot] = self.stories[admission.params.seed]
             self._tables[admission.slot] = {}
             self._last_sample.pop(admission.slot, None)
+            self._scored_prompts.pop(admission.slot, None)
+            if admission.params.reads_tokens:
+                known = self._slot_stories[admission.slot].tokens[: len(admission.tokens)]
+                assert admission.tokens == known, "a request is not what it was"
+                self._scored_prompts[admission.slot] = known[: admission.prompt_tokens]
         for slot, index, page in batch.page_table:
             self._tables[slot][index] = page
         rows = [
@@ -78,7 +84,12 @@ class LedgerWorker:
         ends = {slot: start + len(token_ids) for slot, start, token_ids in rows}
         for slot in batch.sampled_slots:
             self._last_sample[slot] = self._slot_stories[slot].tokens[ends[slot]]
-        results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots])
+        scores = [
+            PromptScores(p.slot, p.start + 1, [TokenLogprobs([token], [-1.0], 1) for token in prompt[p.start + 1 :]])
+            for p in batch.prefills
+            if p.start < len(prompt := self._scored_prompts.get(p.slot, [])[: p.start + len(p.token_ids) + 1])
+        ]
+        results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots], {}, scores)
         self._in_flight.append((results, writers))
 
     def collect(self) -> Sampled:

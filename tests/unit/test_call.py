@@ -82,7 +82,7 @@ def test_several_prompts_are_several_calls(tokenizer):
     assert [call.prompt for call in calls] == [tokenizer.encode(text) for text in ("the dog", "a", "the dog")]
     assert [call.shown_prompt for call in calls] == ["the dog", "a", "the dog"]
     assert [call.batch_index for call in calls] == [0, 1, 2]
-    assert {call.params for call in calls} == {SamplingParams(max_tokens=3)}
+    assert [call.params for call in calls] == [SamplingParams(max_tokens=3)] * 3
     assert {call.outputs for call in calls} == {frozenset({"text_output", "batch_index"})}
     assert [call.batch_index for call in parse(tokenizer, prompts=["a"])] == [0]
     assert parse(tokenizer, text_input="a").batch_index is None
@@ -140,8 +140,76 @@ def test_priority_and_timeout(tokenizer):
     assert (call.priority, call.timeout_us, call.params) == (-2, 1500, SamplingParams())
 
 
+CHAT = '[{"role": "user", "content": "the dog"}]'
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A tokenizer whose chat template shows all that it is given."""
+    folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("chatty"))
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{{ tools | tojson }} {{ mood }}{% if add_generation_prompt %} assistant:{% endif %}"
+    )
+    return Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "end"),
+    [
+        ({}, "null  assistant:"),
+        ({"tools": '[{"name": "f"}]', "add_generation_prompt": False}, '[{"name": "f"}] '),
+        ({"chat_template_kwargs": '{"mood": "calm"}'}, "null calm assistant:"),
+    ],
+)
+def test_messages_go_through_the_chat_template(chatty, inputs, end):
+    call = parse(chatty, messages=CHAT, **inputs)
+    assert chatty.decode(call.prompt, skip_special_tokens=False) == f"<|begin_of_text|>user: the dog\n{end}"
+    assert call.prompt.count(chatty.bos_id) == 1
+    assert (call.shown_prompt, call.outputs) == ("", {"text_output"})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"messages": CHAT, "text_input": "a"}, "expected one of them, got text_input and messages"),
+        ({"text_input": "a", "tools": "[]"}, "tools: expected it with messages only"),
+        ({"input_ids": [1], "add_generation_prompt": True}, "add_generation_prompt: expected it with messages only"),
+        ({"messages": "hello"}, "messages: not valid JSON"),
+        ({"messages": "{}"}, "messages: expected a JSON list"),
+        ({"messages": "[]"}, "messages: expected a list of at least one message"),
+        ({"messages": '[{"content": "x"}]'}, r'messages\[0\]: expected an object with a "role"'),
+        ({"messages": CHAT, "tools": "{}"}, "tools: expected a JSON list"),
+        ({"messages": CHAT, "tools": '["f"]'}, r"tools\[0\]: expected an object, got 'f'"),
+        ({"messages": CHAT, "chat_template_kwargs": "[]"}, "chat_template_kwargs: expected a JSON object"),
+        ({"messages": CHAT, "chat_template_kwargs": '{"messages": []}'}, "chat_template_kwargs: expected no messages"),
+        (
+            {"messages": CHAT, "chat_template_kwargs": '{"bos_token": ""}'},
+            "chat_template_kwargs: expected no bos_token",
+        ),
+        ({"messages": CHAT, "exclude_input_in_output": False}, "exclude_input_in_output: expected true, or nothing"),
+    ],
+)
+def test_bad_messages_are_refused(chatty, inputs, message):
+    with pytest.raises(InvalidRequest, match=message):
+        parse(chatty, **inputs)
+
+
+def test_messages_need_a_template(tokenizer):
+    with pytest.raises(InvalidRequest, match="messages: the model has no default chat template"):
+        parse(tokenizer, messages=CHAT)
+    with pytest.raises(InvalidRequest, match=r"messages: expected none, for the model has no tokenizer\.json"):
+        parse(None, messages=CHAT)
+
+
+def test_bad_words_become_tokens(tokenizer):
+    call = parse(tokenizer, text_input="a", sampling_parameters={"bad_words": ["dog"]})
+    assert call.params.bad_words == ()
+    assert {tokenizer.decode(list(ids)).strip() for ids in call.params.bad_words_token_ids} == {"dog"}
+
+
 REFUSED = {
-    "no prompt": ({}, "text_input, prompts, input_ids: expected one of them, got none"),
+    "no prompt": ({}, "text_input, prompts, input_ids, messages: expected one of them, got none"),
     "two prompts": ({"text_input": "a", "input_ids": [1]}, "expected one of them, got text_input and input_ids"),
     "no ids": ({"input_ids": []}, "input_ids: expected at least one token"),
     "id too high": ({"input_ids": [1, 400]}, r"input_ids: expected ids in 0\.\.399, got 1\.\.400"),
@@ -177,7 +245,7 @@ REFUSED = {
     "not a number": ({"text_input": "a", "sampling_parameters": '{"temperature": NaN}'}, "temperature: expected"),
     "far too many": ({"text_input": "a", "parameters": {"max_tokens": 10**30}}, "max_tokens: "),
     "endless": ({"text_input": "a", "sampling_parameters": '{"max_tokens": 1e999}'}, "max_tokens: "),
-    "not implemented": ({"text_input": "a", "parameters": {"n": 2}}, "n: not implemented; expected .* 1, got 2"),
+    "not implemented": ({"text_input": "a", "parameters": {"best_of": 2}}, "best_of: not implemented; .* got 2"),
     "twice": (
         {"text_input": "a", "sampling_parameters": {"seed": 1}, "parameters": {"seed": 2}},
         "seed: 1 in sampling_parameters, but 2 in the request's parameters",

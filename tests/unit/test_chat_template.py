@@ -135,7 +135,8 @@ def test_renders_as_transformers(
 ) -> None:
     tokenizer, reference = _load(tmp_path, template)
     expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **extra)
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, **extra)
+    variables = {name: value for name, value in extra.items() if name != "tools"}
+    text = tokenizer.apply_chat_template(messages, extra.get("tools"), generation, variables)
     assert text == expected
     ids = reference.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False, **extra)
     assert tokenizer.encode(text, add_special_tokens=False) == ids

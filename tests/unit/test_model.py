@@ -107,7 +107,7 @@ class FakeEngine:
             raise self.broken
         self.requests.append(request)
 
-    def cancel(self, request_id):
+    def cancel(self, request_id, index=None):
         self.cancelled.append(request_id)
         self.say(Delta(request_id, [], finish_reason=FinishReason.CANCELLED))
 
@@ -200,7 +200,7 @@ def test_a_request_and_its_answer(served):
 @pytest.mark.parametrize(
     ("request_", "code", "message"),
     [
-        (ServerRequest(), "INVALID_ARG", "text_input, prompts, input_ids: expected one"),
+        (ServerRequest(), "INVALID_ARG", "text_input, prompts, input_ids, messages: expected one"),
         (ServerRequest("{", text_input=text("a")), "INTERNAL", "JSONDecodeError"),
         (ServerRequest('{"\\ud800": 1}', text_input=text("a")), "INVALID_ARG", "\\ud800: unknown"),
     ],

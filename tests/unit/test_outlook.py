@@ -14,6 +14,7 @@ from nanoflow_backend.scheduler.sequence import Sequence
 def sequence(prompt_tokens: int, output_tokens: int, max_tokens: int, first_token: int = 0) -> Sequence:
     return Sequence(
         id=0,
+        index=0,
         params=SamplingParams(),
         priority=0,
         arrival=0,

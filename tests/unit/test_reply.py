@@ -32,7 +32,7 @@ class Client:
 
     def __init__(self, delay_s=0.0, broken_after=None):
         self.delay_s, self.broken_after = delay_s, broken_after
-        self.responses, self.finals, self.failure, self.threads = [], 0, None, set()
+        self.whole, self.responses, self.finals, self.failure, self.threads = [], [], 0, None, set()
 
     def send(self, tensors, final, parameters):
         assert not self.finals, "a response after the final one"
@@ -47,6 +47,7 @@ class Client:
             assert value.dtype == DTYPES[declared.type]
             assert value.ndim == len(declared.dims)
             assert declared.dims[0] in (-1, value.size)
+        self.whole.append(tensors)
         self.responses.append({n: v[0].decode() if v.dtype == np.object_ else v.tolist() for n, v in tensors.items()})
         self.finals += final
 
@@ -79,8 +80,9 @@ class Conversation:
         )
         self.reply = Reply(self.call, self.client, tokenizer, self._cancel)
 
-    def _cancel(self):
+    def _cancel(self, index):
         self.cancels += 1
+        self.cancelled = index
 
 
 def deltas(ids, request_id=0, reason=FinishReason.LENGTH, **last):
@@ -129,6 +131,58 @@ def test_a_stop_string_ends_the_reply_and_the_request(tokenizer, stream):
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", "lazy d")
     assert sum(n for (n,) in talk.client.sent("num_output_tokens")) < len(ids)
     assert (talk.client.finals, talk.cancels) == (1, 1)
+
+
+def test_several_sequences_share_their_responses(tokenizer):
+    outputs = ["text_output", "finish_reason", "num_output_tokens", "output_ids", "stop_reason", "total_output_tokens"]
+    talk = Conversation(tokenizer, outputs=[*outputs, "cumulative_logprob"], n=2, stop=("lazy",), logprobs=0)
+    texts, lazy = ["", ""], tokenizer.encode("the lazy dog", add_special_tokens=False)
+    said = [lazy, tokenizer.encode("a brown fox jumps over the quick dog, and", add_special_tokens=False)]
+    assert len(said[0]) < len(said[1])
+    for k in range(len(said[1])):
+        news = [
+            Delta(0, [ids[k]], [TokenLogprobs([ids[k]], [-1.0], 1)], index=index)
+            for index, ids in enumerate(said)
+            if k < len(ids)
+        ]
+        news[-1].finish_reason = FinishReason.LENGTH if k == len(said[1]) - 1 else None
+        talk.reply.feed(news)
+    for response in talk.client.whole:
+        assert {len(response[name]) for name in (*outputs[:3], "stop_reason", "cumulative_logprob")} == {2}
+        assert sum(response["num_output_tokens"]) == len(response["output_ids"])
+        texts = [before + new.decode() for before, new in zip(texts, response["text_output"], strict=True)]
+    assert texts == ["the ", "a brown fox jumps over the quick dog, and"]
+    last = talk.client.whole[-1]
+    assert last["finish_reason"].tolist() == [b"stop", b"length"]
+    assert last["stop_reason"].tolist() == [b"lazy", b"None"]
+    assert ["total_output_tokens" in response for response in talk.client.whole].count(True) == 1
+    stopped = -last["cumulative_logprob"][0]
+    assert last["total_output_tokens"] == [stopped + len(said[1])]
+    assert (talk.client.finals, talk.cancels, talk.cancelled) == (1, 1, 0)  # only the one that stopped
+
+
+def test_without_streaming_several_sequences_come_together(tokenizer):
+    talk = Conversation(tokenizer, stream=False, n=3, shown_prompt="Say: ", prompt_logprobs=0)
+    talk.reply.feed([Delta(0, tokenizer.encode("dog", False), finish_reason=FinishReason.LENGTH, index=2)])
+    talk.reply.feed([Delta(0, tokenizer.encode("fox", False), finish_reason=FinishReason.LENGTH, index=0)])
+    assert talk.client.responses == []
+    talk.reply.feed([Delta(0, tokenizer.encode("the", False), finish_reason=FinishReason.LENGTH, index=1)])
+    (response,) = talk.client.whole
+    assert [text.decode() for text in response["text_output"]] == ["Say: fox", "Say: the", "Say: dog"]
+    assert (talk.client.finals, talk.cancels) == (1, 0)
+
+
+def test_the_prompts_logprobs_come_once(tokenizer):
+    talk = Conversation(tokenizer, outputs=["prompt_logprobs", "output_ids"], prompt_logprobs=1)
+    scores = [TokenLogprobs([2, 9], [-1.5, -0.5], 2), TokenLogprobs([3, 3], [-0.5, -0.5], 1)]
+    talk.reply.feed([Delta(0, [5], prompt_logprobs=scores)])
+    talk.reply.feed([Delta(0, [6], finish_reason=FinishReason.LENGTH)])
+    first, last = talk.client.responses
+    assert "prompt_logprobs" not in last
+    nothing, second, third = json.loads(first["prompt_logprobs"])
+    assert nothing is None
+    assert (second["2"]["rank"], second["9"]["rank"], second["9"]["logprob"]) == (2, 1, -0.5)
+    assert third["3"]["decoded_token"] == tokenizer.token_text(3)
 
 
 def test_all_outputs_of_one_token(tokenizer):

@@ -23,11 +23,12 @@ from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 HISTORIES_IN_CI = 10_000
 CHUNK = 1_000
+SEEDS_EACH = 3  # the most sequences of a request
 
 
 @dataclass
 class Life:
-    """What became of one request."""
+    """What became of one sequence of a request."""
 
     request: Request
     story: Story
@@ -35,6 +36,7 @@ class Life:
     output: list[int] = field(default_factory=list)
     ends: list[FinishReason] = field(default_factory=list)
     stop_reason: int | None = None
+    scored: list[int] | None = None  # the prompt's tokens that came with log-probabilities
 
 
 class History:
@@ -48,13 +50,14 @@ class History:
         self.num_pages = rng.randint(2, 12)
         self.max_model_tokens = rng.choice((rng.randint(2, 20), 60))
         max_running = rng.randint(1, 6)
+        self.max_waiting = rng.randint(1, 8)
         self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
         self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
         self.scheduler = Scheduler(
             dense_batch_tokens=self.dense_batch_tokens,
             chunk_tokens=self.chunk_tokens,
             max_running=max_running,
-            max_waiting=rng.randint(1, 8),
+            max_waiting=self.max_waiting,
             num_pages=self.num_pages,
             page_tokens=self.page_tokens,
             max_model_tokens=self.max_model_tokens,
@@ -64,7 +67,9 @@ class History:
             forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
         )
         self.worker = LedgerWorker(self.num_pages, self.page_tokens)
-        self.lives: dict[int, Life] = {}
+        self.lives: dict[tuple[int, int], Life] = {}  # by request and sequence
+        self.requests: list[int] = []
+        self.held: list[int] = []
         self.seen: Counter[str] = Counter()
         self.interrupted = 0
 
@@ -74,10 +79,15 @@ class History:
             if action < 0.4:
                 self.add()
             elif action < 0.45 and self.lives:
-                self.scheduler.cancel(self.rng.choice([*self.lives, -1]))
+                self.scheduler.cancel(self.rng.choice([*self.requests, -1]), self.rng.choice((None, 0, 1)))
+                self.scheduler.check()
+            elif action < 0.5 and self.held:
+                self.scheduler.release(self.held.pop())
                 self.scheduler.check()
             else:
                 self.step()
+        for request_id in self.held:
+            self.scheduler.release(request_id)
         idle_steps = 0
         while self.scheduler.has_work:  # no deadlock, and no livelock: two steps without any work end no history
             idle_steps = 0 if self.step() else idle_steps + 1
@@ -96,16 +106,20 @@ class History:
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
-            seed=len(self.lives),
+            seed=SEEDS_EACH * len(self.requests),
+            n=rng.choice((1, 1, 1, 2, SEEDS_EACH)),
+            prompt_logprobs=rng.choice((None, None, None, 0)),
             stop_token_ids=(1,) if rng.random() < 0.3 else (),
             ignore_eos=rng.random() < 0.3,
         )
         deadline = self.now + rng.randint(0, 20) if rng.random() < 0.15 else None
-        request = Request(len(self.lives), prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline)
+        held = rng.random() < 0.1
+        request = Request(len(self.requests), prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline)
         try:
-            self.scheduler.add(request)
+            self.scheduler.add(request, held)
         except InvalidRequest:
-            assert len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
+            too_long = len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
+            assert too_long or params.n > self.max_waiting
             self.seen["invalid"] += 1
         except QueueFull:
             self.seen["queue full"] += 1
@@ -113,9 +127,14 @@ class History:
             most = min(len(prompt) + max_tokens, self.max_model_tokens, self.num_pages * self.page_tokens + 1)
             # a sampler masks them; the scheduler does not rely on it. Two tokens more than anyone can see: overshoot
             masked = rng.choice((frozenset({EOS, 1}), frozenset[int]()))
-            story = Story.of(prompt, request.id, max_tokens + 2, masked, params.min_tokens)
-            self.lives[request.id] = Life(request, story, most)
-            self.worker.stories[request.id] = story
+            self.requests.append(request.id)
+            self.held += [request.id] if held else []
+            for index in range(params.n):
+                seed = params.of_sequence(index).seed
+                assert seed is not None
+                story = Story.of(prompt, seed, max_tokens + 2, masked, params.min_tokens)
+                self.lives[request.id, index] = Life(request, story, most)
+                self.worker.stories[seed] = story
         self.scheduler.check()
 
     def step(self) -> bool:
@@ -141,8 +160,12 @@ class History:
         self.seen["decodes and prefills together"] += bool(batch.decode_slots and batch.prefills)
 
     def take(self, delta: Delta) -> None:
-        life = self.lives[delta.request_id]
+        life = self.lives[delta.request_id, delta.index]
         assert not life.ends, f"request {delta.request_id} has news after its end"
+        if delta.prompt_logprobs is not None:
+            assert life.scored is None, f"request {delta.request_id} is scored twice"
+            assert not life.output, f"request {delta.request_id} is scored late"
+            life.scored = [scores.token_ids[0] for scores in delta.prompt_logprobs]
         life.output += delta.token_ids
         if delta.finish_reason is not None:
             life.ends.append(delta.finish_reason)
@@ -154,9 +177,14 @@ class History:
         stats = self.scheduler.stats
         assert (stats.used_pages, stats.running_requests, stats.waiting_requests) == (0, 0, 0)
         assert self.worker.batches_in_flight == 0
-        for request_id, life in self.lives.items():
-            assert len(life.ends) == 1, f"request {request_id} ended {len(life.ends)} times"
+        for (request_id, index), life in self.lives.items():
+            assert len(life.ends) == 1, f"sequence {index} of request {request_id} ended {len(life.ends)} times"
             self.verify_output(life)
+            scores = index == 0 and life.request.params.prompt_logprobs is not None and life.output
+            expected = life.request.prompt[1:] if scores else None
+            assert life.scored == expected, f"request {request_id} is scored wrongly"
+            self.seen["scored"] += life.scored is not None
+            self.seen["siblings"] += index
         stopped = self.seen[FinishReason.STOP]
         interrupted = self.seen[FinishReason.CANCELLED] + self.seen[FinishReason.DEADLINE]
         # a cancelled request may lose the token in flight
@@ -198,7 +226,8 @@ def run_histories(seeds: range) -> Counter[str]:
 @pytest.mark.parametrize("first", range(0, HISTORIES_IN_CI, CHUNK))
 def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK))
-    for event in (*FinishReason, "preemptions", "prefix hits", "overshoot", "queue full", "invalid"):
+    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
+    for event in (*FinishReason, *others):
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
 
 

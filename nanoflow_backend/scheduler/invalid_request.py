@@ -1,0 +1,5 @@
+"""InvalidRequest: the caller's fault."""
+
+
+class InvalidRequest(ValueError):
+    """The message names the field and what was expected."""
