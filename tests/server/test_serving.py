@@ -214,8 +214,8 @@ def test_a_model_without_tokenizer_continues_ids(served, engine):
 A = {"text_input": "a"}
 # Over HTTP: body -> message. This server's `generate` says 400 for every error of a model, 500 for its own.
 MALFORMED = {
-    "no prompt": ({}, "text_input, input_ids: expected one of them, got neither"),
-    "two prompts": ({**A, "input_ids": [1]}, "text_input, input_ids: expected one of them, got both"),
+    "no prompt": ({}, "text_input, input_ids, messages: expected one of them, got none"),
+    "two prompts": ({**A, "input_ids": [1]}, "expected one of them, got text_input, input_ids"),
     "no JSON": (b'{"text_input": "a"', "failed to parse the request JSON buffer"),
     "two texts": ({"text_input": ["a", "b"]}, "text_input"),
     "number as text": ({"text_input": 5}, "JSON non-string"),
