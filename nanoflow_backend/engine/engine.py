@@ -104,9 +104,9 @@ class Engine:
         self._check_ids("allowed_token_ids", params.allowed_token_ids)
         self._check_ids("bad_words_token_ids", list(chain.from_iterable(params.bad_words_token_ids)))
         grammar = self.constraints.prepare(params)
-        if grammar is not None and grammar.done():
+        held = grammar is not None and not grammar.done()  # asked once: it may be done in the next moment
+        if grammar is not None and not held:
             grammar.result()
-        held = grammar is not None and not grammar.done()
         self.scheduler.add(request, held)
         if grammar is not None and held:
             self._compiling[request.id] = grammar

@@ -240,7 +240,7 @@ MALFORMED = {
     "seed": ({**A, "seed": -1}, "seed: expected .* got -1"),
     "logprobs": ({**A, "logprobs": 1000}, "logprobs: expected .* got 1000"),
     "empty stop": ({**A, "stop": [""]}, "stop: expected non-empty strings"),
-    "not implemented": ({**A, "use_beam_search": True}, "use_beam_search: not implemented"),
+    "not implemented": ({**A, "best_of": 3}, "best_of: not implemented"),
     "a list as parameter": ({**A, "temperature": [1]}, "temperature"),
     "twice": ({**A, "sampling_parameters": '{"seed": 1}', "seed": 2}, "seed: 1 in sampling_parameters, but 2"),
     "deadline": ({**A, "max_tokens": 4000, "timeout": 1}, "timeout: not done 1 us after"),

@@ -158,10 +158,10 @@ def recorded(outcome: Outcome) -> Iterator[list[dict[int, Tensor]]]:
                 by_slot[admission.slot] = {}
                 records.append(by_slot[admission.slot])
 
-        def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Any:
+        def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], masks: Any = None) -> Any:
             for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
                 by_slot[slot][position] = logits[row].clone()
-            return super().sample(logits, slots, positions)
+            return super().sample(logits, slots, positions, masks)
 
     class RecordingProgram(CpuProgram):
         def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
