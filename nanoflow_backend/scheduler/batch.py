@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
@@ -87,3 +88,4 @@ class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, 
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id; None for EOS
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    account: Account | None = None  # in the last one

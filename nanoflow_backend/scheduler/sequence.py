@@ -38,6 +38,15 @@ class Sequence:
     finish_reason: FinishReason | None = None
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
+    peak_pages: int = 0  # of those that it gave back
+
+    # The observer's; moments in seconds of the scheduler's clock.
+    arrived_s: float = 0.0
+    admitted_s: float | None = None  # for the first time
+    first_token_s: float | None = None
+    last_token_s: float = 0.0  # of meaning while it pauses
+    energy_j: float = 0.0
+    decode_mark_j: float | None = None  # while it decodes: the observer's sum at the start
 
     slot: int = -1  # this and all below: of no meaning without a slot
     computed: int = 0

@@ -24,6 +24,7 @@ import triton_python_backend_utils as pb_utils
 from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.engine.messages import News, Refusal
 from nanoflow_backend.engine.process import EngineError, EngineProcess
+from nanoflow_backend.engine.ticker import Ticker
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
@@ -33,7 +34,6 @@ from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
-from nanoflow_backend.serving.ticker import Ticker
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1

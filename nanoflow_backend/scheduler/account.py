@@ -1,0 +1,34 @@
+"""Account: what one request took."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Account(msgspec.Struct, frozen=True, array_like=True):
+    """Moments are in seconds of `time.monotonic()`; None: it never came to that."""
+
+    arrived_s: float
+    admitted_s: float | None  # for the first time
+    first_token_s: float | None  # when the step that sampled it came back
+    ended_s: float
+    peak_pages: int  # of the KV cache, those shared with others too
+    energy_j: float | None  # its tokens' share of what the device used; None where nothing measures that
+
+    @property
+    def queue_time_s(self) -> float:
+        return (self.ended_s if self.admitted_s is None else self.admitted_s) - self.arrived_s
+
+    @property
+    def prefill_time_s(self) -> float:
+        if self.admitted_s is None:
+            return 0.0
+        return (self.ended_s if self.first_token_s is None else self.first_token_s) - self.admitted_s
+
+    @property
+    def decode_time_s(self) -> float:
+        return 0.0 if self.first_token_s is None else self.ended_s - self.first_token_s
+
+    @property
+    def total_time_s(self) -> float:
+        return self.ended_s - self.arrived_s
