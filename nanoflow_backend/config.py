@@ -155,6 +155,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
     cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
+    otlp_traces_endpoint: str | None = None  # of a collector, OTLP over HTTP: "http://collector:4318/v1/traces"
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:

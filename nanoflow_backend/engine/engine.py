@@ -14,7 +14,7 @@ from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.runtime.device import find_device
-from nanoflow_backend.scheduler.batch import Batch, Delta
+from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.scheduler import Scheduler
@@ -95,9 +95,9 @@ class Engine:
             raise InvalidRequest(f"prompt: expected token ids in 0..{vocab_size - 1}, got {lowest}..{highest}")
         self.scheduler.add(request)
 
-    def cancel(self, request_id: int) -> None:
-        """End a request early; its last delta says "cancelled". One that has ended is left alone."""
-        self.scheduler.cancel(request_id)
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End a request early; its last delta gives the reason. One that has ended is left alone."""
+        self.scheduler.cancel(request_id, reason)
 
     def cancel_all(self) -> None:
         """End every request; `step` reports it."""

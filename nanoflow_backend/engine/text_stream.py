@@ -9,6 +9,7 @@ import msgspec
 
 from nanoflow_backend.engine.stop_strings import StopStrings
 from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 
@@ -29,6 +30,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the stop token id; None for EOS
     cached_tokens: int = 0
+    account: Account | None = None  # the engine's, with its last news; a stop string ends the text before that
 
 
 def merge(*deltas: TextDelta) -> TextDelta:
@@ -42,6 +44,7 @@ def merge(*deltas: TextDelta) -> TextDelta:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         cached_tokens=max(delta.cached_tokens for delta in deltas),
+        account=next((delta.account for delta in deltas if delta.account is not None), None),
     )
 
 
@@ -71,9 +74,9 @@ class TextStream:
         self._text = None if tokenizer is None else _Text(tokenizer, params, prompt_ids)
 
     def push(self, delta: Delta) -> TextDelta:
-        """The new text and ids. Whatever is pushed after the end is ignored: an empty delta."""
+        """The new text and ids. Of what is pushed after the end only the account counts."""
         if self.finished:
-            return TextDelta()
+            return TextDelta(account=delta.account)
         text, taken, stop = "", len(delta.token_ids), None
         if self._text is not None:
             text, taken, stop = self._text.add(delta)
@@ -86,6 +89,7 @@ class TextStream:
             finish_reason=finish_reason,
             stop_reason=delta.stop_reason if stop is None else stop,
             cached_tokens=delta.cached_tokens,
+            account=delta.account,
         )
 
 

@@ -50,7 +50,7 @@ class Observed(msgspec.Struct):
     prompt_tokens: Histogram = _histogram(TOKENS)
     output_tokens: Histogram = _histogram(TOKENS)
     inter_token_s: Histogram = _histogram(STEP_TIMES_S)  # from one token of a request to its next
-    step_time_s: Histogram = _histogram(STEP_TIMES_S)  # from the step's launch, or the end of the one before, to its end
+    step_time_s: Histogram = _histogram(STEP_TIMES_S)  # from its launch, or the end of the step before, to its end
     dense_batch_fill: Histogram = _histogram(RATIOS)  # tokens of a step over dense_batch_tokens
     delivered_tokens: int = 0
     ended: dict[str, int] = {}  # requests by finish reason

@@ -18,19 +18,23 @@ from nanoflow_backend.serving.tensors import Arrays
 
 
 class Answer:
-    """Keeps what adds up over the responses of one call. Computes only the outputs that the call wants."""
+    """Keeps what adds up over the responses of one call. Computes only the outputs that the call wants.
+
+    Attributes:
+        output_tokens: so far.
+    """
 
     def __init__(self, call: Call, tokenizer: Tokenizer | None) -> None:
         self._call = call
         self._tokenizer = tokenizer
         self._unshown = call.shown_prompt
-        self._tokens = 0
+        self.output_tokens = 0
         self._logprob = 0.0
         self._cached_tokens = 0
 
     def tensors(self, delta: TextDelta) -> Arrays:
         """The outputs of one response, which carries `delta`: by name, with the dtypes and dims of the table."""
-        self._tokens += len(delta.token_ids)
+        self.output_tokens += len(delta.token_ids)
         self._logprob += math.fsum(entry.logprobs[0] for entry in delta.logprobs or ())
         self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
         values = ((name, self._value(name, delta)) for name in self._call.outputs)
@@ -58,7 +62,12 @@ class Answer:
             case "num_cached_tokens":
                 return np.array([self._cached_tokens], np.uint32)
             case "total_output_tokens":
-                return None if delta.finish_reason is None else np.array([self._tokens], np.uint32)
+                return None if delta.finish_reason is None else np.array([self.output_tokens], np.uint32)
+            case "queue_time_s" | "prefill_time_s" | "decode_time_s" | "total_time_s" | "energy_j":
+                value = None if delta.account is None else getattr(delta.account, name)
+                return None if value is None else np.array([value], np.float32)
+            case "peak_kv_pages":
+                return None if delta.account is None else np.array([delta.account.peak_pages], np.uint32)
         raise AssertionError(f"output {name} is declared but not computed")
 
     def _logprobs_json(self, entries: Sequence[TokenLogprobs]) -> str:

@@ -8,11 +8,13 @@ from typing import Protocol
 
 from nanoflow_backend.engine.text_stream import TextDelta, TextStream, merge
 from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
-from nanoflow_backend.serving.tensors import Arrays
+from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS, Arrays
+from nanoflow_backend.serving.tracing import RequestTrace
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,14 @@ class Reply:
         finished: it was sent; the engine, where it still runs the request, was told to stop.
     """
 
-    def __init__(self, call: Call, channel: Channel, tokenizer: Tokenizer | None, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        call: Call,
+        channel: Channel,
+        tokenizer: Tokenizer | None,
+        cancel: Callable[[FinishReason], None],
+        trace: RequestTrace | None = None,
+    ) -> None:
         """`cancel` ends the request in the engine, which then reports a last delta."""
         self.channel = channel
         self.cancel = cancel
@@ -45,6 +54,9 @@ class Reply:
         self._text = TextStream(tokenizer, call.params, call.prompt)
         self._answer = Answer(call, tokenizer)
         self._unsent: list[TextDelta] = []
+        self._account: Account | None = None
+        self._trace = trace
+        self._needs_account = trace is not None or not call.outputs.isdisjoint(ACCOUNT_OUTPUTS)
 
     def awaits(self, delta: Delta) -> bool:
         """Whether something may have to be done now: nothing leaves early where no one waits for each token."""
@@ -54,20 +66,25 @@ class Reply:
         """Take news in order; send at most one response for all of it."""
         if self.finished:
             return
+        ended = any(isinstance(item, Delta) and item.finish_reason is not None for item in news)  # in the engine
         try:
             for item in news:
                 if isinstance(item, Failure):
                     raise item
                 self._unsent.append(self._text.push(item))
-            if self._text.finished or self._call.stream:
-                self._send(merge(*self._unsent))
+            delta = merge(*self._unsent)
+            self._account = delta.account
+            if self._text.finished and self._needs_account and not ended:
+                self.cancel(FinishReason.STOP)  # a stop string; the account comes with the engine's last delta
+            elif self._text.finished or self._call.stream:
+                self._send(delta)
         except Failure as failure:
             self._fail(failure)
         except Exception as error:
             log.exception("a reply broke")
             self._fail(Failure("INTERNAL", f"{type(error).__name__}: {error}"))
-        if self.finished and not any(isinstance(item, Delta) and item.finish_reason for item in news):
-            self.cancel()  # a stop string, or a failure: the engine does not know yet
+        if self.finished and not ended:
+            self.cancel(FinishReason.STOP if self._text.finished else FinishReason.CANCELLED)
 
     def _send(self, delta: TextDelta) -> None:
         if delta.finish_reason is None and not self._worth_sending(delta):
@@ -80,6 +97,8 @@ class Reply:
         last = delta.finish_reason is not None
         self.channel.send(self._answer.tensors(delta), final=last)
         self.finished = last
+        if last:
+            self._end_trace(str(delta.finish_reason))
 
     def _worth_sending(self, delta: TextDelta) -> bool:
         """Text is held back for a moment within a character or a possible stop string; ids never are."""
@@ -93,3 +112,8 @@ class Reply:
             self.channel.fail(failure)
         except Exception:
             log.exception("the server did not take a final response")
+        self._end_trace(failure.code)
+
+    def _end_trace(self, outcome: str) -> None:
+        if self._trace is not None:
+            self._trace.end(outcome, len(self._call.prompt), self._answer.output_tokens, self._account)

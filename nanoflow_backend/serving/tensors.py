@@ -36,6 +36,16 @@ OUTPUTS = (
     Tensor("output_ids", "INT32", (-1,), "ids of the new tokens; always sent when the prompt came as ids"),
     Tensor("stop_reason", "STRING", (1,), 'the stop string or stop token id that ended the output, else "None"'),
     Tensor("num_cached_tokens", "UINT32", (1,), "prompt tokens that were in the prefix cache"),
+    # What the request took, in the last response only. Times from when the server's request came.
+    Tensor("queue_time_s", "FP32", (1,), "until it was admitted"),
+    Tensor("prefill_time_s", "FP32", (1,), "from then to its first token"),
+    Tensor("decode_time_s", "FP32", (1,), "from then to its last"),
+    Tensor("total_time_s", "FP32", (1,), "of all three"),
+    Tensor("peak_kv_pages", "UINT32", (1,), "KV pages it held at once, at most; those shared with others too"),
+    Tensor("energy_j", "FP32", (1,), "its tokens' share of the GPU's energy; absent where nothing measures that"),
+)
+ACCOUNT_OUTPUTS = frozenset(
+    {"queue_time_s", "prefill_time_s", "decode_time_s", "total_time_s", "peak_kv_pages", "energy_j"}
 )
 
 # All optional for the server; of `text_input` and `input_ids` there must be one.

@@ -18,11 +18,9 @@ from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.messages import News, Ready, Refusal
 from nanoflow_backend.engine.process import EngineError
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
-from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.serving.tensors import OUTPUTS
 
 FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
-STATS = SchedulerStats(*range(len(SchedulerStats.__struct_fields__)))
 FINAL = 1
 
 
@@ -70,7 +68,7 @@ def stub_module():
             self.message, self.code = message, code
 
     class MetricFamily:
-        GAUGE = "gauge"
+        GAUGE, COUNTER = "gauge", "counter"
 
         def __init__(self, name, description, kind):
             raise stub.TritonModelException("metrics not supported")
@@ -92,9 +90,9 @@ class FakeEngine:
 
     latest = None
 
-    def __init__(self, config, on_news, on_refusal, on_death, host_pid):
+    def __init__(self, config, on_news, on_stats, on_refusal, on_death, host_pid):
         self.config, self.on_refusal, self.on_death = config, on_refusal, on_death
-        self.say = lambda *deltas: on_news(News(list(deltas), STATS))
+        self.say = lambda *deltas: on_news(News(list(deltas)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
         FakeEngine.latest = self
 
@@ -106,7 +104,7 @@ class FakeEngine:
             raise self.broken
         self.requests.append(request)
 
-    def cancel(self, request_id):
+    def cancel(self, request_id, reason):
         self.cancelled.append(request_id)
         self.say(Delta(request_id, [], finish_reason=FinishReason.CANCELLED))
 

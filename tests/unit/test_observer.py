@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -183,7 +184,7 @@ def test_random_histories_match_the_diary(seed: int) -> None:
     whole = [id for id, reason in diary.reasons.items() if reason in ("stop", "length")]
     waited_s = {id: account.queue_time_s for id, account in diary.accounts.items() if account.admitted_s is not None}
     assert len(diary.accounts) == 40
-    assert_same(observed.inter_token_s, [b - a for times in came_s.values() for a, b in zip(times, times[1:])])
+    assert_same(observed.inter_token_s, [b - a for times in came_s.values() for a, b in pairwise(times)])
     assert_same(observed.first_token_s, [times[0] - arrived_s[id] for id, times in came_s.items() if times])
     assert_same(observed.queue_time_s, list(waited_s.values()))
     assert_same(observed.total_time_s, [diary.accounts[id].total_time_s for id in whole])
@@ -210,5 +211,5 @@ def test_the_histories_do_preempt_and_wait() -> None:
         scheduler.add(Request(id, [id + 1] * 6, SamplingParams(max_tokens=16)))
     diary.finish()
     assert scheduler.stats.preemptions > 0
-    gaps = [b - a for times in diary.came_s.values() for a, b in zip(times, times[1:])]
+    gaps = [b - a for times in diary.came_s.values() for a, b in pairwise(times)]
     assert max(gaps) > 0.015
