@@ -48,10 +48,12 @@ def make(clock: Clock, **changes: Any) -> Scheduler:
 
 
 class Diary:
-    """Runs a scheduler as the engine does, one step ahead, and notes each token of each request when it comes."""
+    """Runs a scheduler as the engine does, one step ahead or not, and notes each token of a request when it comes."""
 
-    def __init__(self, scheduler: Scheduler, clock: Clock, step_s: Any, energy: Any = lambda: None) -> None:
-        self.scheduler, self.clock, self.step_s, self.energy = scheduler, clock, step_s, energy
+    def __init__(
+        self, scheduler: Scheduler, clock: Clock, step_s: Any, energy: Any = lambda: None, ahead: bool = True
+    ) -> None:
+        self.scheduler, self.clock, self.step_s, self.energy, self.ahead = scheduler, clock, step_s, energy, ahead
         self.came_s: defaultdict[int, list[float]] = defaultdict(list)
         self.accounts: dict[int, Account] = {}
         self.reasons: dict[int, FinishReason] = {}
@@ -72,6 +74,8 @@ class Diary:
             self._token_energy_j = offered_j or 0.0  # taken over between two steps
         self.scheduler.observer.token_energy_j = self.energy()
         self.clock.now_s += self.step_s()
+        if not self.ahead:
+            self._in_flight = (batch, formed_s) if batch else None
         results = None
         if self._in_flight:
             before, before_formed_s = self._in_flight
@@ -84,7 +88,7 @@ class Diary:
                 assert delta.account is not None
                 self.accounts[delta.request_id] = delta.account
                 self.reasons[delta.request_id] = delta.finish_reason
-        self._in_flight = (batch, formed_s) if batch else None
+        self._in_flight = (batch, formed_s) if batch and self.ahead else None
         self.scheduler.check()
 
     def finish(self, **how: Any) -> None:
@@ -156,15 +160,16 @@ def test_a_request_that_ends_in_the_queue() -> None:
     assert sum(scheduler.observer.observed.total_time_s.counts) == 1, "a cancelled request has no whole result"
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_histories_match_the_diary(seed: int) -> None:
+def test_random_histories_match_the_diary(seed: int, ahead: bool) -> None:
     """Preemptions, waits for a page, ends of every kind: each time, each count and the whole energy."""
     draw = random.Random(seed)
     clock = Clock()
     scheduler = make(clock, num_pages=draw.choice((12, 14, 20, 40)))
     energy_j = draw.choice((lambda: 2.5, lambda: draw.choice((0.5, 2.0, 8.0))))
     scheduler.observer.token_energy_j = 2.5
-    diary = Diary(scheduler, clock, lambda: draw.choice((0.0061, 0.0127, 0.034, 0.41)), energy_j)
+    diary = Diary(scheduler, clock, lambda: draw.choice((0.0061, 0.0127, 0.034, 0.41)), energy_j, ahead)
     arrived_s: dict[int, float] = {}
     prompts: dict[int, int] = {}
     waited_s: dict[int, float] = {}
