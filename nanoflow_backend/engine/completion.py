@@ -86,7 +86,7 @@ def stream(
                 if delta.finish_reason:
                     del live[delta.request_id]
                 elif text.finished:  # at a stop string, which the engine does not see
-                    engine.cancel(delta.request_id)
+                    engine.cancel(delta.request_id, FinishReason.STOP)
     except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing of it
         engine.cancel_all()
         while engine.has_work:

@@ -11,7 +11,7 @@ from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.scheduler.sequence import Sequence
 
-WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
+WHOLE = (FinishReason.STOP, FinishReason.LENGTH)  # a request that ends so has all of its result
 
 
 class _Step(NamedTuple):

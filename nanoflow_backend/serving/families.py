@@ -14,6 +14,7 @@ import msgspec
 from nanoflow_backend.engine.messages import Ready, Stats
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Histogram
+from nanoflow_backend.scheduler.observer import WHOLE
 
 Kind = Literal["gauge", "counter", "histogram"]
 # Reasons that are there from the start, so that their first rise is seen as one. Others may come.
@@ -64,13 +65,17 @@ def _blocks(view: View) -> Values:
 
 
 def _whole(view: View) -> Values:
-    ended = view.stats.observed.ended
-    return {(str(reason),): ended.get(reason, 0) for reason in (FinishReason.STOP, FinishReason.LENGTH)}
+    return {(str(reason),): view.stats.observed.ended.get(reason, 0) for reason in WHOLE}
+
+
+def refused_by_engine(stats: Stats) -> Counter[str]:
+    """Requests that it ended otherwise than their client would have it."""
+    return Counter({r: n for r, n in stats.observed.ended.items() if r not in (*WHOLE, FinishReason.CANCELLED)})
 
 
 def _refused(view: View) -> Values:
-    by_reason = view.refused + Counter(deadline=view.stats.observed.ended.get(FinishReason.DEADLINE, 0))
-    return {(reason,): by_reason[reason] for reason in view.refused}
+    of_engine = refused_by_engine(view.stats)
+    return {(reason,): view.refused[reason] + of_engine[reason] for reason in {**view.refused, **of_engine}}
 
 
 ENGINE_FAMILIES = (
@@ -89,9 +94,9 @@ ENGINE_FAMILIES = (
            lambda v: v.stats.observed.delivered_tokens),
     Family("nanoflow_overshoot_tokens_total", "counter", "Tokens sampled after the end of their request, never shown",
            lambda v: v.stats.scheduler.overshoot_tokens),
-    Family("nanoflow_prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache",
+    Family("nanoflow_prefix_cache_queries_total", "counter", "Prompt tokens that the prefix cache might have had",
            lambda v: v.stats.scheduler.prefix_query_tokens),
-    Family("nanoflow_prefix_cache_hits_total", "counter", "Prompt tokens found there",
+    Family("nanoflow_prefix_cache_hits_total", "counter", "Prompt tokens that the prefix cache had",
            lambda v: v.stats.scheduler.prefix_hit_tokens),
     Family("nanoflow_num_preemptions_total", "counter", "Requests sent back to the queue for lack of KV pages",
            lambda v: v.stats.scheduler.preemptions),

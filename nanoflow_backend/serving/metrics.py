@@ -14,10 +14,9 @@ from typing import Protocol
 import msgspec
 
 from nanoflow_backend.engine.messages import Ready, Stats
-from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Histogram, Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
-from nanoflow_backend.serving.families import ENGINE_FAMILIES, STUB_FAMILIES, Family, Kind, View
+from nanoflow_backend.serving.families import ENGINE_FAMILIES, STUB_FAMILIES, Family, Kind, View, refused_by_engine
 
 FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a timer writes them, not every step
 
@@ -34,7 +33,7 @@ class Metrics:
             self._view.stats = stats
 
     def refused(self, reason: str, requests: int = 1) -> None:
-        """They get no result. Any reason will do; the engine counts by itself those that their deadline ends."""
+        """They get no result. Any reason will do; those that the engine ends (by their deadline) count by themselves."""
         with self._lock:
             self._view.refused[reason] += requests
 
@@ -46,7 +45,7 @@ class Metrics:
         """To be told before its first statistics, which count from zero."""
         with self._lock:
             view = self._view
-            view.refused["deadline"] += view.stats.observed.ended.get(FinishReason.DEADLINE, 0)
+            view.refused.update(refused_by_engine(view.stats))
             view.ready, view.stats, view.up = ready, _nothing(ready), True
             view.restarts += 1
 

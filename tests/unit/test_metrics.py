@@ -143,6 +143,15 @@ def test_refusals_of_any_reason_from_any_thread(server, metrics, page):
     assert server.value("nanoflow_requests_refused_total", "reason=invalid") == 0
 
 
+def test_requests_that_the_engine_ends_for_a_reason_of_its_own_are_refusals(server, metrics, page):
+    metrics.refused("deadline", 2)
+    metrics.take(stats(Observed(ended={"stop": 8, "cancelled": 4, "deadline": 3, "evicted": 1})))
+    page.flush()
+    assert server.value("nanoflow_requests_refused_total", "reason=deadline") == 5
+    assert server.value("nanoflow_requests_refused_total", "reason=evicted") == 1
+    assert server.value("nanoflow_requests_cancelled_total") == 4
+
+
 def test_names_follow_the_conventions_of_prometheus():
     for family in FAMILIES:
         assert re.fullmatch(r"[a-z][a-z0-9_]*", family.name)

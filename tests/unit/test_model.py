@@ -209,6 +209,7 @@ def test_a_refusal_has_its_code(served, overloaded, code):
     engine.on_refusal(Refusal(engine.requests[0].id, "prompt: too long", overloaded))
     error = request.result().error
     assert (error.code, error.message) == (code, "prompt: too long")
+    assert model._metrics.view().refused["queue_full" if overloaded else "invalid"] == 1
 
 
 @pytest.mark.parametrize(("error", "code"), [(EngineError("gone"), "UNAVAILABLE"), (OverflowError("!"), "INTERNAL")])
@@ -230,6 +231,9 @@ def test_death_fails_what_runs_and_what_comes(served):
     for request in requests:
         assert request.result().error.code == "UNAVAILABLE"
         assert "process 7 ended with SIGKILL" in request.result().error.message
+    view = model._metrics.view()
+    assert not view.up
+    assert (view.refused["engine_failure"], view.refused["unavailable"]) == (8, 1)
 
 
 def test_an_abandoned_request_is_cancelled(served):
