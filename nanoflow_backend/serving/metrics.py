@@ -33,7 +33,7 @@ class Metrics:
             self._view.stats = stats
 
     def refused(self, reason: str, requests: int = 1) -> None:
-        """They get no result. Any reason will do; those that the engine ends (by their deadline) count by themselves."""
+        """They get no result. Any reason will do; those that the engine ends count by themselves."""
         with self._lock:
             self._view.refused[reason] += requests
 

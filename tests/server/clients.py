@@ -7,7 +7,8 @@ import http.client
 import json
 import queue
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,14 @@ def generate_stream(url: str, model: str, **body: Any) -> list[dict[str, Any]]:
     status, text = post(url, model, "generate_stream", body)
     assert status == 200, text
     return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for something that other processes do."""
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.02)
 
 
 def metrics_page(url: str) -> str:

@@ -15,7 +15,7 @@ import observability
 import pytest
 import tiny_tokenizers
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
+from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post, until
 
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.serving.families import FAMILIES
@@ -88,13 +88,6 @@ def served(server, collector, tmp_path_factory):
     trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
     arguments = [f"--trace-config={setting}" for setting in trace]
     return server(repository, log=tmp_path_factory.mktemp("log") / "server.log", arguments=arguments)
-
-
-def until(condition):
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.05)
 
 
 def shown(served):

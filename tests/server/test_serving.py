@@ -18,7 +18,7 @@ import checkpoints
 import pytest
 import tiny_tokenizers
 import tritonclient.grpc
-from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
+from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post, until
 from tritonclient.utils import InferenceServerException
 
 from nanoflow_backend.engine import Engine, SamplingParams
@@ -84,14 +84,6 @@ def expected(engine, prompts):
 
 def loader(served):
     return contextlib.closing(tritonclient.grpc.InferenceServerClient(served.grpc_url))
-
-
-def until(condition):
-    """Wait for something that other processes do."""
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.02)
 
 
 def refused(message):
