@@ -168,10 +168,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization: expected a number in (0, 1], got {self.gpu_memory_utilization}")
-        if not (self.otlp_traces_endpoint or "http://").startswith(("http://", "https://")):
-            raise ConfigError(
-                f"otlp_traces_endpoint: expected an http(s) URL or null, got {self.otlp_traces_endpoint!r}"
-            )
+        collector = self.otlp_traces_endpoint
+        if collector is not None and not collector.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_traces_endpoint: expected an http(s) URL or null, got {collector!r}")
         if self.tensor_parallel not in (1, 2, 4, 8):
             raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
