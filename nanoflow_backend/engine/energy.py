@@ -24,16 +24,16 @@ class TokenEnergy:
 
     Args:
         read_energy_j: the device's counter.
-        launched_tokens: of all steps so far.
+        computed_tokens: of all steps so far.
     """
 
-    def __init__(self, read_energy_j: Callable[[], float], launched_tokens: Callable[[], int]) -> None:
-        self._read_energy_j, self._launched_tokens = read_energy_j, launched_tokens
-        self._energy_j, self._tokens = read_energy_j(), launched_tokens()
+    def __init__(self, read_energy_j: Callable[[], float], computed_tokens: Callable[[], int]) -> None:
+        self._read_energy_j, self._computed_tokens = read_energy_j, computed_tokens
+        self._energy_j, self._tokens = read_energy_j(), computed_tokens()
 
     def of_a_token_j(self) -> float | None:
         """None where nothing was launched since the last look."""
-        energy_j, tokens = self._read_energy_j(), self._launched_tokens()
+        energy_j, tokens = self._read_energy_j(), self._computed_tokens()
         used_j, done = energy_j - self._energy_j, tokens - self._tokens
         self._energy_j, self._tokens = energy_j, tokens
         return used_j / done if done else None
@@ -45,7 +45,7 @@ def measure_energy(engine: Engine) -> Ticker | None:
         meter = find_gpu_meter() if engine.worker.device.kind == "cuda" else None
         if meter is None:
             return None
-        energy = TokenEnergy(lambda: meter.read().energy_j, lambda: engine.launched_tokens)
+        energy = TokenEnergy(lambda: meter.read().energy_j, lambda: engine.scheduler.observer.observed.computed_tokens)
     except Exception as error:  # such as a GPU that is shared in parts: no reason not to serve
         log.warning("requests have no energy: %s: %s", type(error).__name__, error)
         return None

@@ -52,5 +52,6 @@ class Observed(msgspec.Struct):
     inter_token_s: Histogram = _histogram(STEP_TIMES_S)  # from one token of a request to its next
     step_time_s: Histogram = _histogram(STEP_TIMES_S)  # from its launch, or the end of the step before, to its end
     dense_batch_fill: Histogram = _histogram(RATIOS)  # tokens of a step over dense_batch_tokens
-    delivered_tokens: int = 0
+    computed_tokens: int = 0  # of all steps
+    delivered_tokens: int = 0  # sampled, and given to their requests
     ended: dict[str, int] = {}  # requests by finish reason

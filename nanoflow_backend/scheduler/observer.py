@@ -84,6 +84,7 @@ class Observer:
         self._resumed = []
         self._decode_energy_j += self._step_energy_j
         self._step_energy_j = self.token_energy_j or 0.0
+        self.observed.computed_tokens += tokens
         self.observed.dense_batch_fill.observe(tokens / self._dense_batch_tokens)
 
     def returned(self, step: int) -> None:

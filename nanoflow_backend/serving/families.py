@@ -92,6 +92,8 @@ ENGINE_FAMILIES = (
            lambda v: v.stats.scheduler.prefix_query_tokens),
     Family("nanoflow_generation_tokens_total", "counter", "Tokens generated",
            lambda v: v.stats.observed.delivered_tokens),
+    Family("nanoflow_computed_tokens_total", "counter", "Tokens of all steps, of prompts and of outputs",
+           lambda v: v.stats.observed.computed_tokens),
     Family("nanoflow_overshoot_tokens_total", "counter", "Tokens sampled after the end of their request, never shown",
            lambda v: v.stats.scheduler.overshoot_tokens),
     Family("nanoflow_prefix_cache_queries_total", "counter", "Prompt tokens that the prefix cache might have had",

@@ -24,7 +24,6 @@ def engine(meter, kind="cuda"):
     return SimpleNamespace(
         worker=SimpleNamespace(device=SimpleNamespace(kind=kind)),
         scheduler=SimpleNamespace(observer=Observer(lambda: 0.0, 8)),
-        launched_tokens=meter.tokens,
     )
 
 
@@ -55,18 +54,19 @@ def test_a_thread_tells_the_observer(monkeypatch):
     deadline_s = time.monotonic() + 30
     while not served.scheduler.observer.token_energy_j and time.monotonic() < deadline_s:
         meter.energy_j += 30
-        served.launched_tokens += 60
+        served.scheduler.observer.observed.computed_tokens += 60
     ticker.stop(10)
     assert served.scheduler.observer.token_energy_j > 0
 
 
-def test_where_nothing_measures_there_is_no_energy(monkeypatch, caplog):
-    meter = Meter()
+def test_where_nothing_measures_there_is_no_energy(monkeypatch):
+    meter, warnings = Meter(), []
+    monkeypatch.setattr(energy.log, "warning", lambda text, *values: warnings.append(text % values))
     monkeypatch.setattr(energy, "find_gpu_meter", lambda: None)
     assert measure_energy(engine(meter)) is None
     monkeypatch.setattr(energy, "find_gpu_meter", lambda: meter)
     assert measure_energy(engine(meter, kind="cpu")) is None
-    assert not caplog.records
+    assert not warnings
     meter.broken = True
     assert measure_energy(engine(meter)) is None
-    assert "requests have no energy: RuntimeError: not supported" in caplog.text
+    assert warnings == ["requests have no energy: RuntimeError: not supported"]

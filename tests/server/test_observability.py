@@ -132,7 +132,9 @@ def test_requests_are_counted_exactly(served):
     assert grown['nanoflow_request_success_total{finished_reason="length"}'] == 8
     assert grown["nanoflow_generation_tokens_total"] == 36
     assert grown["nanoflow_prompt_tokens_total"] == 8 * 40
-    assert grown["nanoflow_prefix_cache_hits_total"] >= 7 * 32  # pages of 16 tokens
+    hits = grown["nanoflow_prefix_cache_hits_total"]
+    assert grown["nanoflow_computed_tokens_total"] == 8 * 40 - hits + 36 - 8  # the last of each is never an input
+    assert hits >= 7 * 32  # pages of 16 tokens
     for name, count in (
         ("time_to_first_token_seconds", 8),
         ("e2e_request_latency_seconds", 8),

@@ -198,6 +198,7 @@ def test_random_histories_match_the_diary(seed: int, ahead: bool) -> None:
     assert_same(observed.prompt_tokens, [prompts[id] for id in whole])
     assert_same(observed.output_tokens, [len(came_s[id]) for id in whole])
     assert observed.delivered_tokens == sum(map(len, came_s.values()))
+    assert observed.computed_tokens == sum(diary.step_tokens)
     assert sum(observed.ended.values()) == 40
     for id, account in diary.accounts.items():
         assert account.arrived_s == arrived_s[id]
