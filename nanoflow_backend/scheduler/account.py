@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
+
+
+@dataclass(slots=True, eq=False)
+class OpenAccount:
+    """Of a request that has not ended. Apart from its sequence: every step reads a thousand of those.
+
+    Moments are in seconds of the scheduler's clock.
+    """
+
+    arrived_s: float = 0.0
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float = 0.0  # of meaning while it pauses
+    energy_j: float = 0.0
+    decode_mark_j: float | None = None  # while it decodes: the observer's sum at the start
 
 
 class Account(msgspec.Struct, frozen=True, array_like=True):

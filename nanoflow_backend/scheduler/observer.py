@@ -45,18 +45,18 @@ class Observer:
         self._decode_energy_j = 0.0  # of a request that has decoded in every step so far
 
     def arrived(self, s: Sequence, arrived_s: float | None) -> None:
-        s.arrived_s = self._clock() if arrived_s is None else arrived_s
+        s.account.arrived_s = self._clock() if arrived_s is None else arrived_s
 
     def admitted(self, s: Sequence) -> None:
         """For the first time."""
-        s.admitted_s = self._clock()
-        self.observed.queue_time_s.observe(s.admitted_s - s.arrived_s)
+        s.account.admitted_s = self._clock()
+        self.observed.queue_time_s.observe(s.account.admitted_s - s.account.arrived_s)
 
     def prefilled(self, s: Sequence, tokens: int, complete: bool) -> None:
         """The step that is being formed computes known tokens; those after it decode, when these are complete."""
-        s.energy_j += tokens * self._step_energy_j
+        s.account.energy_j += tokens * self._step_energy_j
         if complete:
-            s.decode_mark_j = self._decode_energy_j + self._step_energy_j
+            s.account.decode_mark_j = self._decode_energy_j + self._step_energy_j
 
     def finishing(self, s: Sequence) -> None:
         """The step that is being formed is its last."""
@@ -64,18 +64,18 @@ class Observer:
 
     def paused(self, s: Sequence, returned_step: int) -> None:
         """No token of the step that is being formed, nor of those until it resumes. May be told more than once."""
-        if s.decode_mark_j is None:
+        if s.account.decode_mark_j is None:
             return
         self._end_decoding(s, self._decode_energy_j)
         if s.last_step > returned_step:
             self._pausing.append((s.last_step, s))
         else:
-            s.last_token_s = self._returned_s
+            s.account.last_token_s = self._returned_s
 
     def resumed(self, s: Sequence) -> None:
         """It has the page that it needs for the step that is being formed. It need not have paused."""
-        if s.decode_mark_j is None:
-            s.decode_mark_j = self._decode_energy_j
+        if s.account.decode_mark_j is None:
+            s.account.decode_mark_j = self._decode_energy_j
             self._resumed.append(s)
 
     def formed(self, tokens: int, sampled: list[Sequence], decodes: int) -> None:
@@ -96,14 +96,14 @@ class Observer:
         alive = [s for s in strays if s.finish_reason is None]
         self._stray_tokens = len(alive)
         for s in alive:
-            if s.first_token_s is None:
+            if s.account.first_token_s is None:
                 self._first_token(s, now_s)
             else:
-                self.observed.inter_token_s.observe(now_s - s.last_token_s)
+                self.observed.inter_token_s.observe(now_s - s.account.last_token_s)
         if self._pausing:
             for last_step, s in self._pausing:
                 if last_step == step:
-                    s.last_token_s = now_s
+                    s.account.last_token_s = now_s
             self._pausing = [pausing for pausing in self._pausing if pausing[0] != step]
 
     def delivered(self, tokens: int) -> None:
@@ -116,12 +116,12 @@ class Observer:
         now_s, observed = self._clock(), self.observed
         self._end_decoding(s, self._decode_energy_j)
         account = Account(
-            arrived_s=s.arrived_s,
-            admitted_s=s.admitted_s,
-            first_token_s=s.first_token_s,
+            arrived_s=s.account.arrived_s,
+            admitted_s=s.account.admitted_s,
+            first_token_s=s.account.first_token_s,
             ended_s=now_s,
             peak_pages=max(s.peak_pages, len(s.pages)),
-            energy_j=None if self.token_energy_j is None else s.energy_j,
+            energy_j=None if self.token_energy_j is None else s.account.energy_j,
         )
         observed.ended[reason] = observed.ended.get(reason, 0) + 1
         if reason in WHOLE:
@@ -132,12 +132,12 @@ class Observer:
         return account
 
     def _first_token(self, s: Sequence, now_s: float) -> None:
-        s.first_token_s = now_s
-        self.observed.first_token_s.observe(now_s - s.arrived_s)
-        assert s.admitted_s is not None, "a token of a request that was never admitted"
-        self.observed.prefill_time_s.observe(now_s - s.admitted_s)
+        s.account.first_token_s = now_s
+        self.observed.first_token_s.observe(now_s - s.account.arrived_s)
+        assert s.account.admitted_s is not None, "a token of a request that was never admitted"
+        self.observed.prefill_time_s.observe(now_s - s.account.admitted_s)
 
     def _end_decoding(self, s: Sequence, energy_j: float) -> None:
-        if s.decode_mark_j is not None:
-            s.energy_j += energy_j - s.decode_mark_j
-            s.decode_mark_j = None
+        if s.account.decode_mark_j is not None:
+            s.account.energy_j += energy_j - s.account.decode_mark_j
+            s.account.decode_mark_j = None

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanoflow_backend.scheduler.account import OpenAccount
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
@@ -38,6 +39,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
+    account: OpenAccount = field(default_factory=OpenAccount)  # the observer's
     peak_pages: int = 0  # of those that it gave back
 
     slot: int = -1  # this and all below: of no meaning without a slot
@@ -48,14 +50,6 @@ class Sequence:
     shared_pages: int = 0  # of its pages, those that another sequence already held when this one was admitted
     published: int = 0  # its leading pages that the prefix index was offered
     digests: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
-
-    # The observer's; moments in seconds of the scheduler's clock.
-    arrived_s: float = 0.0
-    admitted_s: float | None = None  # for the first time
-    first_token_s: float | None = None
-    last_token_s: float = 0.0  # of meaning while it pauses
-    energy_j: float = 0.0
-    decode_mark_j: float | None = None  # while it decodes: the observer's sum at the start
 
     @property
     def output_tokens(self) -> int:
