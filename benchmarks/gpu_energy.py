@@ -22,7 +22,7 @@ from sustained import SETS, WARM_S, Case, Run
 
 from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal
 from nanoflow_backend.commands import result
-from nanoflow_backend.commands.gpu_meter import GpuMeter
+from nanoflow_backend.runtime.gpu_meter import GpuMeter
 
 IDLE_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
 

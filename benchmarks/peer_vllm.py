@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from nanoflow_backend.commands import result, workload
-from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 from nanoflow_backend.commands.workload import Dataset
 from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 # Before vLLM is imported. A function goes to its workers (the weights); NVLink multicast stays off on shared hosts.
 ENVIRONMENT = {

@@ -28,9 +28,9 @@ import typer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 
 from nanoflow_backend.commands import result, workload
-from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 from nanoflow_backend.commands.settings import parse
 from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"

@@ -13,9 +13,9 @@ import typer
 
 from nanoflow_backend.commands import result, workload
 from nanoflow_backend.commands.breakdown import break_down
-from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.engine import SamplingParams
+from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 from nanoflow_backend.scheduler.request import Request
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanoflow_backend.commands.gpu_meter import GpuMeter
+from nanoflow_backend.runtime.gpu_meter import GpuMeter
 
 READ_BYTES_PER_S = 4.57e12  # one H200, bulk copies of tiles without arithmetic
 FLOP_PER_S = 672e12  # one H200, cuBLAS bf16 on random data in the sustained state (its clock falls under the power cap)

@@ -155,6 +155,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
     cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
+    otlp_traces_endpoint: str | None = None  # of a collector, OTLP over HTTP: "http://collector:4318/v1/traces"
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
@@ -167,6 +168,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization: expected a number in (0, 1], got {self.gpu_memory_utilization}")
+        collector = self.otlp_traces_endpoint
+        if collector is not None and not collector.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_traces_endpoint: expected an http(s) URL or null, got {collector!r}")
         if self.tensor_parallel not in (1, 2, 4, 8):
             raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoflow_backend.commands import result, workload
 from nanoflow_backend.commands.breakdown import break_down
-from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 from nanoflow_backend.commands.model_work import ModelWork
 from nanoflow_backend.commands.roofs import gemm_flop_per_s, memory_bytes_per_s
 from nanoflow_backend.commands.settings import make_engine
@@ -24,6 +23,7 @@ from nanoflow_backend.commands.workload import Dataset, Workload
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 from nanoflow_backend.scheduler.request import Request
 
 SAMPLE_S = 1.0  # between two samples of the timeline

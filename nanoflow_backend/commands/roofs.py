@@ -13,9 +13,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from nanoflow_backend.commands.gpu_meter import find_gpu_meter
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 # A GPU under load is held by its power cap: only after about a second do clock and rate stay what they are.
 WARM_S = {"cuda": 1.0, "cpu": 0.05}

@@ -8,7 +8,7 @@ from itertools import pairwise, takewhile
 from math import ceil
 from typing import Any
 
-from nanoflow_backend.commands.gpu_meter import GpuReading
+from nanoflow_backend.runtime.gpu_meter import GpuReading
 from nanoflow_backend.scheduler.batch import Batch
 from nanoflow_backend.scheduler.stats import SchedulerStats
 

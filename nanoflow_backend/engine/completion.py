@@ -114,7 +114,7 @@ def stream(
                     if not request.unfinished:
                         del live[delta.request_id]
                 elif text.finished:  # at a stop string, which the engine does not see
-                    engine.cancel(delta.request_id, delta.index)
+                    engine.cancel(delta.request_id, FinishReason.STOP, delta.index)
     except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing of it
         engine.cancel_all()
         while engine.has_work:

@@ -18,7 +18,7 @@ from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.runtime.device import find_device
-from nanoflow_backend.scheduler.batch import Batch, Delta, Sampled
+from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.scheduler import Scheduler
@@ -111,14 +111,14 @@ class Engine:
         if grammar is not None and held:
             self._compiling[request.id] = grammar
 
-    def cancel(self, request_id: int, index: int | None = None) -> None:
-        """End a request, or one of its sequences, early; the last delta of each says "cancelled".
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
+        """End a request, or one of its sequences, early; the last delta of each gives the reason.
 
         What has ended is left alone.
         """
         if index is None:
             self._compiling.pop(request_id, None)
-        self.scheduler.cancel(request_id, index)
+        self.scheduler.cancel(request_id, reason, index)
 
     def refused(self) -> list[tuple[int, InvalidRequest]]:
         """Requests that `add` took and that turned out to be invalid since the last call: grammars, once compiled.

@@ -5,13 +5,27 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 import traceback
 
 import msgspec
 
 from nanoflow_backend.engine.child import Parent
+from nanoflow_backend.engine.energy import measure_energy
 from nanoflow_backend.engine.engine import Engine
-from nanoflow_backend.engine.messages import Cancel, Failed, News, Ready, Refusal, Start, Stop, Submit, ToEngine
+from nanoflow_backend.engine.messages import (
+    STATS_PERIOD_S,
+    Cancel,
+    Failed,
+    News,
+    Ready,
+    Refusal,
+    Start,
+    Stats,
+    Stop,
+    Submit,
+    ToEngine,
+)
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
@@ -23,6 +37,7 @@ def main() -> None:
     try:
         start: Start = parent.receive(decoder)
         engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how))
+        measure_energy(engine)
         gc.collect()
         gc.freeze()  # what lives from here on is small: a full collection took 12 ms every hundred steps before
         parent.send(ready(engine))
@@ -52,6 +67,7 @@ def ready(engine: Engine) -> Ready:
 def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngine]) -> None:
     """Until told to stop: all messages that have come, then one step; wait for a message when there is no work."""
     stopping = False
+    stats_due_s = 0.0
     while not stopping or engine.has_work:
         while parent.has_message() or not engine.has_work:
             message = parent.receive(decoder)
@@ -63,8 +79,11 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
         deltas = engine.step()
         for request_id, error in engine.refused():
             parent.send(Refusal(request_id, str(error), overloaded=False))
-        if deltas or not engine.has_work:  # pages come free after the last delta
-            parent.send(News(deltas, engine.scheduler.stats))
+        if deltas:
+            parent.send(News(deltas))
+        if (now_s := time.monotonic()) >= stats_due_s or not engine.has_work:  # pages come free after the last delta
+            parent.send(Stats(engine.scheduler.stats, engine.scheduler.observer.observed))
+            stats_due_s = now_s + STATS_PERIOD_S
     engine.close()
 
 
@@ -75,8 +94,8 @@ def handle(message: ToEngine, engine: Engine, parent: Parent) -> None:
                 engine.add(request)
             except (InvalidRequest, QueueFull) as error:
                 parent.send(Refusal(request.id, str(error), overloaded=isinstance(error, QueueFull)))
-        case Cancel(request_id, index):
-            engine.cancel(request_id, index)
+        case Cancel(request_id, reason, index):
+            engine.cancel(request_id, reason, index)
 
 
 if __name__ == "__main__":

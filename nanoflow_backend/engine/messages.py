@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from nanoflow_backend.config import EngineConfig
-from nanoflow_backend.scheduler.batch import Delta
+from nanoflow_backend.scheduler.batch import Delta, FinishReason
+from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.stats import SchedulerStats
 
@@ -21,7 +22,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request early; STOP where its text had a stop string, which only the stub can see."""
+
     request_id: int
+    reason: FinishReason = FinishReason.CANCELLED
     index: int | None = None  # of one sequence; None: all of the request's
 
 
@@ -54,11 +58,19 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought, and how things stand after it."""
+    """What one step brought."""
 
     deltas: list[Delta]
-    stats: SchedulerStats
 
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """How things stand. Comes every STATS_PERIOD_S while there is work, and when the work ends."""
+
+    scheduler: SchedulerStats
+    observed: Observed
+
+
+STATS_PERIOD_S = 0.5  # well below the period of any collector; encoding takes 3 us
 
 ToEngine = Start | Submit | Cancel | Stop
-FromEngine = Ready | Failed | Refusal | News
+FromEngine = Ready | Failed | Refusal | News | Stats

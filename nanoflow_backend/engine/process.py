@@ -10,7 +10,19 @@ import msgspec
 
 from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.engine.child import Child, ChildDied
-from nanoflow_backend.engine.messages import Cancel, Failed, FromEngine, News, Ready, Refusal, Start, Stop, Submit
+from nanoflow_backend.engine.messages import (
+    Cancel,
+    Failed,
+    FromEngine,
+    News,
+    Ready,
+    Refusal,
+    Start,
+    Stats,
+    Stop,
+    Submit,
+)
+from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
 
 
@@ -23,6 +35,7 @@ class EngineProcess:
 
     Args:
         on_news: what a step brought.
+        on_stats: how things stand, from time to time.
         on_refusal: a request that was not accepted, or turned out to be invalid; deltas that follow mean nothing.
         on_death: the process is gone without having been asked; nothing more will come.
         host_pid: a server whose end must also be the end of this process and of the engine's.
@@ -32,12 +45,13 @@ class EngineProcess:
         self,
         config: EngineConfig,
         on_news: Callable[[News], None],
+        on_stats: Callable[[Stats], None],
         on_refusal: Callable[[Refusal], None],
         on_death: Callable[[str], None],
         host_pid: int | None = None,
     ) -> None:
         self._config = config
-        self._on_news, self._on_refusal = on_news, on_refusal
+        self._on_news, self._on_stats, self._on_refusal = on_news, on_stats, on_refusal
         self._on_death = on_death
         self._host_pid = host_pid
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -77,12 +91,12 @@ class EngineProcess:
         """Raises: EngineError when the process is gone."""
         self._send(Submit(request))
 
-    def cancel(self, request_id: int, index: int | None = None) -> None:
-        """End a request, or one of its sequences, early: the last delta of each says "cancelled".
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
+        """End a request, or one of its sequences, early: the last delta of each gives the reason.
 
         What has ended already is left alone.
         """
-        self._send(Cancel(request_id, index))
+        self._send(Cancel(request_id, reason, index))
 
     def stop(self) -> None:
         """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless."""
@@ -113,6 +127,8 @@ class EngineProcess:
                 match message:
                     case News():
                         self._on_news(message)
+                    case Stats():
+                        self._on_stats(message)
                     case Refusal():
                         self._on_refusal(message)
                     case Failed():

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
@@ -99,3 +100,4 @@ class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, 
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
     index: int = 0  # of the sequence, among the `n` of its request
     prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first, with the first token
+    account: Account | None = None  # in the last one

@@ -65,6 +65,7 @@ class PageAccount:
         """Give all pages back. The steps that write them have returned."""
         self.publish(sequence)
         self.pool.release(reversed(sequence.pages))  # a prefix is of use to more requests than what follows it
+        sequence.peak_pages = max(sequence.peak_pages, len(sequence.pages))
         sequence.pages = []
         sequence.computed = sequence.room = sequence.shared_pages = sequence.published = 0
 

@@ -8,9 +8,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Admission, Batch, Delta, FinishReason, Prefill, Sampled
 from nanoflow_backend.scheduler.forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.intake import Intake
+from nanoflow_backend.scheduler.observer import Observer
 from nanoflow_backend.scheduler.outlook import Outlook
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.request import Request
@@ -73,6 +75,7 @@ class Scheduler:
         self._forecast = forecast or LengthForecast()
         self._account = PageAccount(num_pages, page_tokens, prefix_caching)
         self._pool = self._account.pool
+        self.observer = Observer(clock, dense_batch_tokens)
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
@@ -108,6 +111,8 @@ class Scheduler:
         waiting = len(self._waiting) + self._held
         if waiting + len(sequences) > self._max_waiting:
             raise QueueFull(f"{waiting} requests are waiting, as many as max_waiting allows")
+        for s in sequences:
+            self.observer.arrived(s, request.arrived_s)
         self._live[request.id] = sequences
         self._held += len(sequences)
         if not held:
@@ -119,12 +124,12 @@ class Scheduler:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
         self._queue(self._live.get(request_id, [])[:1])
 
-    def cancel(self, request_id: int, index: int | None = None) -> None:
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
         """End a request, or one of its sequences; `retire` hands over the last delta of each.
 
         What is unknown or has ended is left alone.
         """
-        self._end_early(request_id, FinishReason.CANCELLED, index)
+        self._end_early(request_id, reason, index)
 
     def id_at(self, slot: int) -> int:
         """The request in a slot. Raises: KeyError, there is none."""
@@ -158,6 +163,7 @@ class Scheduler:
             s.last_step = step
             s.computed = computed = s.computed + 1
             if computed + 1 >= s.max_total_tokens:
+                self.observer.finishing(s)
                 self._leave(s)  # its last token is on its way
 
         prefills: list[Prefill] = []
@@ -173,6 +179,7 @@ class Scheduler:
         if not slots and not prefills:
             return None
         self._step = step
+        self.observer.formed(self._dense_batch_tokens - budget, sampled, len(slots))
         self._in_flight.append((step, sampled))
         return Batch(step, slots, positions, prefills, page_table, admitted)
 
@@ -187,7 +194,10 @@ class Scheduler:
         if sampled is None:
             return deltas
         scored = self._take_prompt_scores(sampled)
-        for index, (s, token) in enumerate(zip(self._returning(sampled), sampled.token_ids, strict=True)):
+        overshoot_tokens = self._overshoot_tokens
+        sequences = self._returning(sampled)
+        self.observer.returned(sampled.step)
+        for index, (s, token) in enumerate(zip(sequences, sampled.token_ids, strict=True)):
             if s.finish_reason is not None:
                 self._overshoot_tokens += 1
                 continue
@@ -204,7 +214,8 @@ class Scheduler:
             deltas.append(delta)
             if delta.finish_reason is not None:
                 self._forget(s.id, s.index)
-                self._finish(s, delta.finish_reason)
+                delta.account = self._finish(s, delta.finish_reason)
+        self.observer.delivered(len(sequences) - (self._overshoot_tokens - overshoot_tokens))
         if scored:
             for delta in deltas:
                 whose = scored.get((delta.request_id, delta.index))
@@ -277,11 +288,15 @@ class Scheduler:
             victim = max(self._slots.running, key=rank)
             needy.pop(victim.slot, None)
             victim.preemptions += 1
+            self.observer.paused(victim, self._returned_step)
             self._preemptions += 1
             self._leave(victim)
         for s in sorted(needy.values(), key=rank)[: self._pool.available]:
             page_table.append((s.slot, len(s.pages), self._account.grow(s)))
+            self.observer.resumed(s)
             del needy[s.slot]
+        for s in needy.values():
+            self.observer.paused(s, self._returned_step)
         return [s for s in self._slots.decoding.values() if s.slot not in needy]
 
     def _admit(self, page_table: list[tuple[int, int, int]], admitted: list[Admission]) -> Iterator[Sequence]:
@@ -301,6 +316,7 @@ class Scheduler:
             self._slots.enter(s)
             if not s.preemptions:
                 s.cached_tokens = s.computed
+                self.observer.admitted(s)
                 self._prefix_query_tokens += s.prompt_tokens
                 self._prefix_hit_tokens += s.computed
             page_table.extend((s.slot, index, page) for index, page in enumerate(s.pages))
@@ -315,9 +331,11 @@ class Scheduler:
         s.last_step = step
         self._filled.append(s)
         complete = s.computed == len(s.tokens)
+        self.observer.prefilled(s, s.computed - start, complete)
         if complete:
             self._slots.start_decoding(s)
             if s.computed + 1 >= s.max_total_tokens:
+                self.observer.finishing(s)
                 self._leave(s)
         return Prefill(s.slot, start, s.tokens[start : s.computed].tolist(), complete)
 
@@ -360,10 +378,11 @@ class Scheduler:
     def _end_early(self, request_id: int, reason: FinishReason, index: int | None = None) -> None:
         for s in self._live.get(request_id, ()):
             if s.finish_reason is None and index in (None, s.index):
-                self._news.append(Delta(request_id, [], None, reason, None, s.cached_tokens, s.index))
-                self._finish(s, reason)
+                account = self._finish(s, reason)
+                self._news.append(Delta(request_id, [], None, reason, None, s.cached_tokens, s.index, account=account))
 
-    def _finish(self, s: Sequence, reason: FinishReason) -> None:
+    def _finish(self, s: Sequence, reason: FinishReason) -> Account:
+        account = self.observer.ended(s, reason)
         s.finish_reason = reason
         self._finished += 1
         if s.output_tokens:  # cancelled ones count: that is how a stop string ends a request
@@ -377,6 +396,7 @@ class Scheduler:
         elif s.state is not State.LEAVING:
             self._leave(s)
         self._queue(s.siblings)  # there will be no prompt to share
+        return account
 
     def _leave(self, s: Sequence) -> None:
         """No further step for this sequence; its pages go when nothing in flight writes them."""

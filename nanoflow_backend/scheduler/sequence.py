@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanoflow_backend.scheduler.account import OpenAccount
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
@@ -42,6 +43,8 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
     siblings: list[Sequence] = field(default_factory=list)  # held until this one's prompt is there for them to share
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as computed, where asked for
+    account: OpenAccount = field(default_factory=OpenAccount)  # the observer's
+    peak_pages: int = 0  # of those that it gave back
 
     slot: int = -1  # this and all below: of no meaning without a slot
     computed: int = 0

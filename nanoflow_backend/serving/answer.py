@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nanoflow_backend.engine.text_stream import TextDelta
 from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.tensors import Arrays, Parameters
@@ -43,15 +44,25 @@ class Answer:
         self._sequences = [_Sequence() for _ in range(call.params.n)]
         self._cached_tokens = 0
 
-    def tensors(self, deltas: Sequence[TextDelta], last: bool) -> Arrays:
+    @property
+    def output_tokens(self) -> int:
+        """So far, of all sequences."""
+        return sum(sequence.tokens for sequence in self._sequences)
+
+    @property
+    def outcome(self) -> str:
+        """Why the sequences ended, in one word where they agree."""
+        return ",".join(sorted({str(sequence.finish_reason) for sequence in self._sequences}))
+
+    def tensors(self, deltas: Sequence[TextDelta], account: Account | None, last: bool) -> Arrays:
         """The outputs of one response: by name, with the dtypes and dims of the table.
 
-        `deltas` is what is new of each sequence.
+        `deltas` is what is new of each sequence; `account` what the prompt took, with the last response.
         """
         for sequence, delta in zip(self._sequences, deltas, strict=True):
             sequence.add(delta)
             self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
-        values = ((name, self._value(name, deltas, last)) for name in self._call.outputs)
+        values = ((name, self._value(name, deltas, account, last)) for name in self._call.outputs)
         tensors = {name: value for name, value in values if value is not None}
         self._unshown = ""
         return tensors
@@ -63,7 +74,7 @@ class Answer:
         """
         known: dict[str, str | int] = {
             "num_input_tokens": len(self._call.prompt),
-            "total_output_tokens": sum(sequence.tokens for sequence in self._sequences),
+            "total_output_tokens": self.output_tokens,
             "num_cached_tokens": self._cached_tokens,
         }
         if len(self._sequences) == 1:
@@ -71,7 +82,9 @@ class Answer:
             known["stop_reason"] = str(self._sequences[0].stop_reason)
         return {name: value for name, value in known.items() if name not in self._call.outputs}
 
-    def _value(self, name: str, deltas: Sequence[TextDelta], last: bool) -> NDArray[Any] | None:
+    def _value(
+        self, name: str, deltas: Sequence[TextDelta], account: Account | None, last: bool
+    ) -> NDArray[Any] | None:
         match name:
             case "text_output":
                 return _strings(self._unshown + delta.text for delta in deltas)
@@ -99,7 +112,12 @@ class Answer:
             case "num_cancelled":
                 return None  # only a cancellation has it
             case "total_output_tokens":
-                return np.array([sum(sequence.tokens for sequence in self._sequences)], np.uint32) if last else None
+                return np.array([self.output_tokens], np.uint32) if last else None
+            case "queue_time_s" | "prefill_time_s" | "decode_time_s" | "total_time_s" | "energy_j":
+                value = None if account is None else getattr(account, name)
+                return None if value is None else np.array([value], np.float32)
+            case "peak_kv_pages":
+                return None if account is None else np.array([account.peak_pages], np.uint32)
         raise AssertionError(f"output {name} is declared but not computed")
 
     def _prompt_logprobs(self, delta: TextDelta) -> NDArray[Any] | None:

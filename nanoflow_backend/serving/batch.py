@@ -57,7 +57,8 @@ class Batch:
 
     def _all(self) -> Arrays:
         parts = [self._gathered[index] for index in sorted(self._gathered)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        names = [name for name in parts[0] if all(name in part for part in parts)]  # energy_j is not there at first
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 class _Part:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,27 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from nanoflow_backend.config import EngineConfig
-from nanoflow_backend.engine.messages import News, Refusal
+from nanoflow_backend.engine.messages import News, Refusal, Stats
 from nanoflow_backend.engine.process import EngineError, EngineProcess
+from nanoflow_backend.engine.ticker import Ticker
 from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.serving.batch import Batch
 from nanoflow_backend.serving.call import Call, is_cancellation
 from nanoflow_backend.serving.failure import Failure
-from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
+from nanoflow_backend.serving.families import Kind
+from nanoflow_backend.serving.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, Parameters, complete
-from nanoflow_backend.serving.ticker import Ticker
+from nanoflow_backend.serving.tracing import Tracer
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
 JOIN_TIMEOUT_S = 5.0
+REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": "unavailable", "INTERNAL": "internal"}
 
 
 class TritonPythonModel:
@@ -62,15 +66,18 @@ class TritonPythonModel:
         has_tokenizer = Path(config.model, "tokenizer.json").is_file()
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
-        self._gauges: Gauges | None = None
-        self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
+        endpoint = config.otlp_traces_endpoint
+        self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
+        self._engine = EngineProcess(
+            config, self._on_news, self._on_stats, self._on_refusal, self._on_death, host_pid=os.getppid()
+        )
         self._ready = self._engine.start()
+        self._metrics = Metrics(self._ready)
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            labels = {"model": args["model_name"], "version": args["model_version"]}
-            self._gauges = Gauges(functools.partial(_Gauge, labels=labels), self._ready)
-            self._tickers.append(Ticker("gauges", FLUSH_PERIOD_S, self._gauges.flush))
+            server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"]})
+            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
         pb_utils.Logger.log_info(f"{args['model_name']}: {self._ready.description}")
 
     def execute(self, requests: list[Any]) -> None:
@@ -79,7 +86,9 @@ class TritonPythonModel:
             try:
                 self._submit(request, channel)
             except Exception as error:
-                channel.fail(_failure(error))
+                failure = _failure(error)
+                self._metrics.refused(REFUSED[failure.code])
+                channel.fail(failure)
 
     def finalize(self) -> None:
         """The server calls this when no request is in flight, or none will be waited for any longer."""
@@ -88,6 +97,8 @@ class TritonPythonModel:
         self._engine.stop()
         self._senders.close(Failure("UNAVAILABLE", "the model is being unloaded"))
         self._senders.stop(JOIN_TIMEOUT_S)
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _submit(self, request: Any, channel: _Channel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
@@ -98,7 +109,7 @@ class TritonPythonModel:
                 tensors[tensor.name] = value.as_numpy()
         parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
         if is_cancellation(tensors):
-            channel.send({"num_cancelled": np.array([self._cancel(channel.request_id)], np.uint32)}, True, {})
+            channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
         calls = Call.parse(
             tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
@@ -107,25 +118,29 @@ class TritonPythonModel:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
         is_batch = calls[0].batch_index is not None
         channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
+        context = request.trace().get_context() if self._tracer else None
         for call, own_channel in zip(calls, channels, strict=True):
-            self._start(call, own_channel, came_s)
+            self._start(call, own_channel, came_s, context)
 
-    def _start(self, call: Call, channel: Channel, came_s: float) -> None:
-        """Never raises: what fails here is answered."""
+    def _start(self, call: Call, channel: Channel, came_s: float, context: str | None) -> None:
+        """Never raises: what fails here is answered. `context`: of the server's trace."""
         request_id = next(self._ids)
         deadline = came_s + call.timeout_us / 1e6 if call.timeout_us else None
+        trace = self._tracer.request(context, came_s) if self._tracer else None
+        cancel = functools.partial(self._cancel, request_id)
         try:
-            self._senders.add(request_id, Reply(call, channel, self._tokenizer, self._canceller(request_id)))
+            self._senders.add(request_id, Reply(call, channel, self._tokenizer, cancel, trace))
         except Failure as closed:
+            self._metrics.refused(REFUSED[closed.code])
             channel.fail(closed)
             return
         try:
-            self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, deadline))
+            self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, deadline, came_s))
         except Exception as error:
             # The reply is on its sender's hands, and news of the engine's death may have come first.
             self._senders.fail(request_id, _failure(error))
 
-    def _cancel(self, client_id: str) -> int:
+    def _cancel_named(self, client_id: str) -> int:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
         if not client_id:
             raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
@@ -134,12 +149,9 @@ class TritonPythonModel:
             reply.cancel()
         return len(replies)
 
-    def _canceller(self, request_id: int) -> Callable[[int | None], None]:
-        def cancel(index: int | None) -> None:
-            with contextlib.suppress(EngineError):  # a dead engine runs nothing
-                self._engine.cancel(request_id, index)
-
-        return cancel
+    def _cancel(self, request_id: int, reason: FinishReason, index: int | None) -> None:
+        with contextlib.suppress(EngineError):  # a dead engine runs nothing
+            self._engine.cancel(request_id, reason, index)
 
     def _cancel_abandoned(self) -> None:
         for reply in self._senders.live():
@@ -148,15 +160,19 @@ class TritonPythonModel:
 
     def _on_news(self, news: News) -> None:
         self._senders.file(news.deltas)
-        if self._gauges is not None:
-            self._gauges.take(news.stats)
+
+    def _on_stats(self, stats: Stats) -> None:
+        self._metrics.take(stats)
 
     def _on_refusal(self, refusal: Refusal) -> None:
+        self._metrics.refused("queue_full" if refusal.overloaded else "invalid")
         failure = Failure("UNAVAILABLE" if refusal.overloaded else "INVALID_ARG", refusal.message)
         self._senders.fail(refusal.request_id, failure)
 
     def _on_death(self, how: str) -> None:
         message = f"the engine is gone: {how}; reload the model"
+        self._metrics.engine_died()
+        self._metrics.refused("engine_failure", len(self._senders.live()))
         self._senders.close(Failure("UNAVAILABLE", message))
         pb_utils.Logger.log_error(message)
 
@@ -214,15 +230,18 @@ def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
     return {name: entry["string_value"] for name, entry in entries if not name.isupper()}
 
 
-class _Gauge:
-    """A metric of the server; it lives as long as its family does."""
+class _ServerMetrics:
+    """Makes metrics of the server, which live as long as their families do."""
 
-    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
-        self._family = pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
-        self._metric = self._family.Metric(labels=labels)
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = labels
+        self._families: dict[str, Any] = {}
 
-    def set(self, value: float) -> None:
-        self._metric.set(value)
+    def create(self, kind: Kind, name: str, meaning: str, labels: Mapping[str, str]) -> Any:
+        if name not in self._families:
+            of_server = getattr(pb_utils.MetricFamily, kind.upper())
+            self._families[name] = pb_utils.MetricFamily(name=name, description=meaning, kind=of_server)
+        return self._families[name].Metric(labels={**self._labels, **labels})
 
 
 def _check_numpy() -> None:

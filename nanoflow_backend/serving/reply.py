@@ -8,11 +8,13 @@ from typing import Protocol
 
 from nanoflow_backend.engine.text_stream import TextDelta, TextStream, merge
 from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
-from nanoflow_backend.serving.tensors import Arrays, Parameters
+from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS, Arrays, Parameters
+from nanoflow_backend.serving.tracing import RequestTrace
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,12 @@ class Reply:
     """
 
     def __init__(
-        self, call: Call, channel: Channel, tokenizer: Tokenizer | None, cancel: Callable[[int | None], None]
+        self,
+        call: Call,
+        channel: Channel,
+        tokenizer: Tokenizer | None,
+        cancel: Callable[[FinishReason, int | None], None],
+        trace: RequestTrace | None = None,
     ) -> None:
         """`cancel` ends the request in the engine, or one sequence of it, which then reports a last delta of each."""
         self.channel = channel
@@ -50,10 +57,13 @@ class Reply:
         self._running = set(range(call.params.n))  # the sequences that the engine may still run
         self._answer = Answer(call, tokenizer)
         self._unsent: list[list[TextDelta]] = [[] for _ in self._texts]  # of each sequence
+        self._trace = trace
+        self._accounts: list[Account] = []  # of the sequences that have ended
+        self._needs_accounts = trace is not None or not call.outputs.isdisjoint(ACCOUNT_OUTPUTS)
 
     def cancel(self) -> None:
-        """End the request in the engine."""
-        self._cancel(None)
+        """End the request in the engine: nobody wants it."""
+        self._cancel(FinishReason.CANCELLED, None)
 
     def awaits(self, delta: Delta) -> bool:
         """Whether something may have to be done now: nothing leaves early where no one waits for each token."""
@@ -68,27 +78,37 @@ class Reply:
                 if isinstance(item, Failure):
                     raise item
                 self._push(item)
-            if self._call.stream or all(text.finished for text in self._texts):
-                self._send([merge(*deltas) if deltas else TextDelta() for deltas in self._unsent])
+            done = all(text.finished for text in self._texts)
+            if self._has_accounts() if done else self._call.stream:
+                self._send([merge(*deltas) if deltas else TextDelta() for deltas in self._unsent], done)
         except Failure as failure:
             self._fail(failure)
         except Exception as error:
             log.exception("a reply broke")
             self._fail(Failure("INTERNAL", f"{type(error).__name__}: {error}"))
         if self.finished and self._running:
-            self.cancel()  # a stop string, or a failure: the engine does not know yet
+            self.cancel()  # a failure: the engine does not know yet
 
     def _push(self, delta: Delta) -> None:
         text = self._texts[delta.index]
         if not text.finished:
             self._unsent[delta.index].append(text.push(delta))
+        if delta.account is not None:
+            self._accounts.append(delta.account)
         if delta.finish_reason is not None:
             self._running.discard(delta.index)
-        elif text.finished and len(self._running) > 1:  # a stop string, while others go on
+        elif text.finished and delta.index in self._running:  # a stop string, which the engine does not see
             self._running.discard(delta.index)
-            self._cancel(delta.index)
+            self._cancel(FinishReason.STOP, delta.index)
 
-    def _send(self, deltas: list[TextDelta]) -> None:
+    def _has_accounts(self) -> bool:
+        """What the last response needs is there. After a stop string it comes with the engine's last delta."""
+        return not self._needs_accounts or len(self._accounts) == len(self._texts)
+
+    def _account(self) -> Account | None:
+        return Account.joined(self._accounts) if self._accounts else None
+
+    def _send(self, deltas: list[TextDelta], last: bool) -> None:
         if not any(delta.finish_reason or self._worth_sending(delta) for delta in deltas):
             return
         self._unsent = [[] for _ in deltas]
@@ -97,9 +117,11 @@ class Reply:
             raise Failure("UNAVAILABLE", f"timeout: not done {self._call.timeout_us} us after the request came")
         if FinishReason.CANCELLED in reasons and "finish_reason" not in self._call.outputs:
             raise Failure("CANCELLED", "the request was cancelled")  # else a part would pass for the whole
-        last = all(text.finished for text in self._texts)
-        self.channel.send(self._answer.tensors(deltas, last), last, self._answer.parameters() if last else {})
+        tensors = self._answer.tensors(deltas, self._account() if last else None, last)
+        self.channel.send(tensors, last, self._answer.parameters() if last else {})
         self.finished = last
+        if last:
+            self._end_trace(self._answer.outcome)
 
     def _worth_sending(self, delta: TextDelta) -> bool:
         """Text is held back for a moment within a character or a possible stop string; ids never are."""
@@ -113,3 +135,8 @@ class Reply:
             self.channel.fail(failure)
         except Exception:
             log.exception("the server did not take a final response")
+        self._end_trace(failure.code)
+
+    def _end_trace(self, outcome: str) -> None:
+        if self._trace is not None:
+            self._trace.end(outcome, len(self._call.prompt), self._answer.output_tokens, self._account())

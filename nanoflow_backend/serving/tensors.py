@@ -46,8 +46,18 @@ OUTPUTS = (
     Tensor("prompt_logprobs", "STRING", (-1,), "as logprobs, per prompt token, null for the first; in one response"),
     Tensor("stop_reason", "STRING", (-1,), 'the stop string or stop token id that ended the output, else "None"'),
     Tensor("num_cached_tokens", "UINT32", (-1,), "prompt tokens that were in the prefix cache"),
+    # What a prompt took, all its sequences together; in the last response only. Times from when the request came.
+    Tensor("queue_time_s", "FP32", (-1,), "until it was admitted"),
+    Tensor("prefill_time_s", "FP32", (-1,), "from then to its first token"),
+    Tensor("decode_time_s", "FP32", (-1,), "from then to its last"),
+    Tensor("total_time_s", "FP32", (-1,), "of all three"),
+    Tensor("peak_kv_pages", "UINT32", (-1,), "KV pages it held at once, at most; each counts for all who share it"),
+    Tensor("energy_j", "FP32", (-1,), "its tokens' share of the GPU's energy; absent where nothing measures that"),
     Tensor("batch_index", "UINT32", (-1,), "which prompt, from 0; always sent when the request has several"),
     Tensor("num_cancelled", "UINT32", (1,), "answers `cancel`: how many prompts were told to stop, 0 if none runs"),
+)
+ACCOUNT_OUTPUTS = frozenset(
+    {"queue_time_s", "prefill_time_s", "decode_time_s", "total_time_s", "peak_kv_pages", "energy_j"}
 )
 UNSWITCHED = ("text_output", "batch_index", "num_cancelled")  # outputs that no return_<name> asks for
 

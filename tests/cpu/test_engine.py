@@ -13,6 +13,7 @@ import tiny_tokenizers
 
 from nanoflow_backend.config import ConfigError, EngineConfig
 from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine.messages import Stats
 from nanoflow_backend.engine.process import EngineError, EngineProcess
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason
@@ -167,7 +168,8 @@ class Client:
         self.finished: dict[int, FinishReason] = {}
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
-        self.process = EngineProcess(config, self.on_news, self.on_refusal, self.on_death)
+        self.process = EngineProcess(config, self.on_news, self.on_stats, self.on_refusal, self.on_death)
+        self.stats: Stats | None = None
 
     def on_news(self, news):
         with self.changed:
@@ -176,6 +178,11 @@ class Client:
                 if delta.finish_reason:
                     assert delta.request_id not in self.finished, "a request ends once"
                     self.finished[delta.request_id] = delta.finish_reason
+            self.changed.notify_all()
+
+    def on_stats(self, stats):
+        with self.changed:
+            self.stats = stats
             self.changed.notify_all()
 
     def on_refusal(self, refusal):
@@ -209,6 +216,10 @@ def test_the_engine_process_answers_as_the_engine_does(model, prompts):
     client.wait_for(lambda: len(client.finished) == len(prompts) and len(client.refused) == 2)
     assert [client.tokens[number] for number in range(len(prompts))] == [c.token_ids for c in expected]
     assert client.refused.keys() == {100, 101}
+    client.wait_for(lambda: client.stats and client.stats.scheduler.used_pages == 0)  # the last ones come when all ends
+    assert client.stats.observed.delivered_tokens == sum(map(len, client.tokens.values()))
+    assert sum(client.stats.observed.ended.values()) == len(prompts)
+    assert client.stats.scheduler.running_requests == client.stats.scheduler.waiting_requests == 0
     client.process.stop()
     client.process.stop()
     assert client.deaths == []
@@ -223,12 +234,14 @@ def test_cancelled_requests_end_once_and_stopping_cancels_the_rest(model, prompt
         client.process.submit(Request(number, prompt, long))
     client.wait_for(lambda: len(client.tokens) == 4)
     client.process.cancel(2)
+    client.process.cancel(3, FinishReason.STOP)
     client.process.cancel(77)  # unknown: left alone
-    client.wait_for(lambda: 2 in client.finished)
+    client.wait_for(lambda: client.finished.keys() >= {2, 3})
     client.process.stop()
     assert client.finished[2] is FinishReason.CANCELLED
+    assert client.finished.pop(3) is FinishReason.STOP
     assert set(client.finished.values()) <= {FinishReason.CANCELLED, FinishReason.LENGTH}
-    assert len(client.finished) == 4
+    assert len(client.finished) == 3
 
 
 def test_a_failed_start_says_what_failed(model, tmp_path):

@@ -235,7 +235,7 @@ def test_a_grammar_that_takes_long_holds_up_nobody_else(model: Path, monkeypatch
     seen = [end for _ in range(12) for end in ends(engine.step())]  # idle steps wait a little, and find nothing
     assert seen == [(0, FinishReason.CANCELLED)] * 2 + [(3, FinishReason.LENGTH)]
     assert engine.scheduler.stats.waiting_requests == 4
-    engine.cancel(1, 1)
+    engine.cancel(1, index=1)
     compilation.future.set_result(None)
     monkeypatch.undo()
     texts: dict[tuple[int, int], list[int]] = {}

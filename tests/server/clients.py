@@ -6,7 +6,9 @@ import contextlib
 import http.client
 import json
 import queue
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -101,10 +103,27 @@ def generate_stream(url: str, model: str, **body: Any) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
 
 
-def metrics(url: str, model: str) -> dict[str, float]:
-    """The project's own gauges of a model."""
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for something that other processes do."""
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.02)
+
+
+def metrics_page(url: str) -> str:
     with contextlib.closing(http.client.HTTPConnection(url, timeout=PATIENCE_S)) as connection:
         connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-    own = [line.rsplit(" ", 1) for line in lines if line.startswith("nanoflow_") and f'model="{model}"' in line]
-    return {series.split("{")[0]: float(value) for series, value in own}
+        return connection.getresponse().read().decode()
+
+
+def metrics(url: str, model: str) -> dict[str, float]:
+    """The project's own metrics of a model, by name and, where there are any, by labels other than the model's."""
+    values = {}
+    for name, labels, value in re.findall(r"^(\w+){(.*)} (\S+)$", metrics_page(url), re.MULTILINE):
+        named = dict(re.findall(r'(\w+)="(.*?)"', labels))
+        if named.pop("model", None) == model and not name.startswith("nv_inference"):
+            del named["version"]
+            others = ",".join(f'{label}="{text}"' for label, text in sorted(named.items()))
+            values[f"{name}{{{others}}}" if others else name] = float(value)
+    return values

@@ -18,7 +18,7 @@ import checkpoints
 import pytest
 import tiny_tokenizers
 import tritonclient.grpc
-from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
+from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post, until
 from tritonclient.utils import InferenceServerException
 
 from nanoflow_backend.engine import Engine, SamplingParams
@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "does", "not", "mind", "stop", "page"]
 MINIMAL_CONFIG = 'backend: "python"\ninstance_group [ { kind: KIND_MODEL } ]\n'
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
+USED_PAGES = 'nanoflow_kv_cache_pages{state="used",tier="device"}'
 COUNTS = {"return_num_output_tokens": True, "return_total_output_tokens": True, "return_finish_reason": True}
 
 
@@ -83,14 +84,6 @@ def expected(engine, prompts):
 
 def loader(served):
     return contextlib.closing(tritonclient.grpc.InferenceServerClient(served.grpc_url))
-
-
-def until(condition):
-    """Wait for something that other processes do."""
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.02)
 
 
 def refused(message):
@@ -272,12 +265,12 @@ def test_a_full_queue_is_unavailable(served):
     running = GrpcStream(served.grpc_url, "narrow", **long)
     next(iter(running))
     waiting = GrpcStream(served.grpc_url, "narrow", **long)
-    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_waiting_requests"] == 1)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_waiting"] == 1)
     with refused("1 requests are waiting, as many as max_waiting allows"):
         grpc(served.grpc_url, "narrow", input_ids=[5])
     for stream in (running, waiting):
         stream.close(cancel=True)
-    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_running_requests"] == 0)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_running"] == 0)
     assert generate(served.http_url, "narrow", input_ids=[5], **GREEDY)
 
 
@@ -307,15 +300,15 @@ def test_200_cancels_return_every_page(served, prompts):
         jobs = [pool.submit(cancel_sse if n % 8 == 0 else cancel_grpc, n) for n in range(200)]
         seen = 0.0
         while not all(job.done() for job in jobs):
-            seen = max(seen, metrics(served.metrics_url, "nanoflow")["nanoflow_kv_used_pages"])
+            seen = max(seen, metrics(served.metrics_url, "nanoflow")[USED_PAGES])
             time.sleep(0.05)
         for job in jobs:
             job.result()
     assert seen > 0
-    until(lambda: metrics(served.metrics_url, "nanoflow")["nanoflow_kv_used_pages"] == 0)
+    until(lambda: metrics(served.metrics_url, "nanoflow")[USED_PAGES] == 0)
     now = metrics(served.metrics_url, "nanoflow")
-    assert (now["nanoflow_running_requests"], now["nanoflow_waiting_requests"]) == (0, 0)
-    assert now["nanoflow_kv_pages"] == 4096
+    assert (now["nanoflow_num_requests_running"], now["nanoflow_num_requests_waiting"]) == (0, 0)
+    assert sum(pages for series, pages in now.items() if series.startswith("nanoflow_kv_cache_pages")) == 4096
 
 
 def test_unloading_waits_for_streams_and_ends_the_engine(served, process_tree, checkpoint, prompts, expected):
@@ -353,7 +346,7 @@ def test_a_killed_engine_is_said_and_leaves_no_one_waiting(served, process_tree,
         waiting.start()
         for stream in streams:
             next(iter(stream))
-        until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_running_requests"] == 9)
+        until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_num_requests_running"] == 9)
         os.kill(engine, signal.SIGKILL)
         for stream in streams:
             with refused(f"the engine is gone: process {engine} ended with SIGKILL"):

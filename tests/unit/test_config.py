@@ -282,6 +282,7 @@ def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
         ({"dense_batch_tokens": 8, "max_running": 9}, ["max_running", "dense_batch_tokens (8)", "9"]),
         ({"max_waiting": 0}, ["max_waiting", ">= 1", "0"]),
         ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "(0, 1]", "1.5"]),
+        ({"otlp_traces_endpoint": "collector:4317"}, ["otlp_traces_endpoint", "http(s) URL", "collector:4317"]),
         ({"load_format": "pickle"}, ["load_format", "pickle"]),
         ({"dtype": "int8"}, ["int8", "dtype"]),
         ({"device": "tpu"}, ["tpu", "device"]),

@@ -18,11 +18,9 @@ from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.messages import News, Ready, Refusal
 from nanoflow_backend.engine.process import EngineError
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
-from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.serving.tensors import OUTPUTS
 
 FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
-STATS = SchedulerStats(*range(len(SchedulerStats.__struct_fields__)))
 FINAL = 1
 
 
@@ -71,7 +69,7 @@ def stub_module():
             self.message, self.code = message, code
 
     class MetricFamily:
-        GAUGE = "gauge"
+        GAUGE, COUNTER = "gauge", "counter"
 
         def __init__(self, name, description, kind):
             raise stub.TritonModelException("metrics not supported")
@@ -93,9 +91,9 @@ class FakeEngine:
 
     latest = None
 
-    def __init__(self, config, on_news, on_refusal, on_death, host_pid):
+    def __init__(self, config, on_news, on_stats, on_refusal, on_death, host_pid):
         self.config, self.on_refusal, self.on_death = config, on_refusal, on_death
-        self.say = lambda *deltas: on_news(News(list(deltas), STATS))
+        self.say = lambda *deltas: on_news(News(list(deltas)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
         FakeEngine.latest = self
 
@@ -107,7 +105,7 @@ class FakeEngine:
             raise self.broken
         self.requests.append(request)
 
-    def cancel(self, request_id, index=None):
+    def cancel(self, request_id, reason, index=None):
         self.cancelled.append(request_id)
         self.say(Delta(request_id, [], finish_reason=FinishReason.CANCELLED))
 
@@ -309,6 +307,7 @@ def test_a_refusal_has_its_code(served, overloaded, code):
     engine.on_refusal(Refusal(engine.requests[0].id, "prompt: too long", overloaded))
     error = request.result().error
     assert (error.code, error.message) == (code, "prompt: too long")
+    assert model._metrics.view().refused["queue_full" if overloaded else "invalid"] == 1
 
 
 @pytest.mark.parametrize(("error", "code"), [(EngineError("gone"), "UNAVAILABLE"), (OverflowError("!"), "INTERNAL")])
@@ -330,6 +329,9 @@ def test_death_fails_what_runs_and_what_comes(served):
     for request in requests:
         assert request.result().error.code == "UNAVAILABLE"
         assert "process 7 ended with SIGKILL" in request.result().error.message
+    view = model._metrics.view()
+    assert not view.up
+    assert (view.refused["engine_failure"], view.refused["unavailable"]) == (8, 1)
 
 
 def test_an_abandoned_request_is_cancelled(served):

@@ -7,19 +7,22 @@ import time
 import numpy as np
 import pytest
 import tiny_tokenizers
+from msgspec import structs
 
 from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs
 from nanoflow_backend.scheduler.sampling_params import SamplingParams
 from nanoflow_backend.serving.call import ALL_OUTPUTS, Call
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
-from nanoflow_backend.serving.tensors import OUTPUTS
+from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS, OUTPUTS
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. 😀"
 DTYPES = {"STRING": np.object_, "INT32": np.int32, "UINT32": np.uint32, "FP32": np.float32}
 DECLARED = {t.name: t for t in OUTPUTS}
+ACCOUNT = Account(100.0, 100.5, 102.0, 104.0, peak_pages=7, energy_j=12.5)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +69,11 @@ class Client:
 class Conversation:
     """A reply with what it talks to."""
 
-    def __init__(self, tokenizer, *, stream=True, shown_prompt="", outputs=("text_output",), client=None, **params):
+    def __init__(
+        self, tokenizer, *, stream=True, shown_prompt="", outputs=("text_output",), client=None, trace=None, **params
+    ):
         self.client = client or Client()
-        self.cancels = 0
+        self.reasons = []
         self.call = Call(
             prompt=[1, 2, 3],
             params=SamplingParams(max_tokens=1000, **params),
@@ -78,19 +83,21 @@ class Conversation:
             show_logprobs=params.get("logprobs") is not None,
             timeout_us=1500,
         )
-        self.reply = Reply(self.call, self.client, tokenizer, self._cancel)
+        self.reply = Reply(self.call, self.client, tokenizer, self._cancel, trace)
 
-    def _cancel(self, index):
-        self.cancels += 1
+    def _cancel(self, reason, index):
+        self.reasons.append(reason)
         self.cancelled = index
+
+    @property
+    def cancels(self):
+        return len(self.reasons)
 
 
 def deltas(ids, request_id=0, reason=FinishReason.LENGTH, **last):
-    """One delta per token, the last with a finish reason."""
-    return [
-        Delta(request_id, [token], finish_reason=reason if index == len(ids) - 1 else None, **last)
-        for index, token in enumerate(ids)
-    ]
+    """One delta per token, the last with a finish reason and what else is given."""
+    *before, end = ids
+    return [*(Delta(request_id, [token]) for token in before), Delta(request_id, [end], finish_reason=reason, **last)]
 
 
 def test_a_stream_is_deltas_and_one_final_response(tokenizer):
@@ -190,7 +197,8 @@ def test_all_outputs_of_one_token(tokenizer):
     (dog,) = tokenizer.encode(" dog", add_special_tokens=False)[-1:]
     entry = TokenLogprobs([dog, 7, dog], [-1.5, -0.5, -1.5], sampled_rank=2)
     talk.reply.feed([Delta(0, [dog], logprobs=[entry], cached_tokens=2)])
-    talk.reply.feed([Delta(0, [9], [TokenLogprobs([9], [-2.0], 5)], FinishReason.STOP, stop_reason=9)])
+    last_logprobs = [TokenLogprobs([9], [-2.0], 5)]
+    talk.reply.feed([Delta(0, [9], last_logprobs, FinishReason.STOP, stop_reason=9, account=ACCOUNT)])
     first, last = talk.client.responses
     assert json.loads(first.pop("logprobs")) == [
         {
@@ -210,6 +218,93 @@ def test_all_outputs_of_one_token(tokenizer):
     }
     assert (last["finish_reason"], last["stop_reason"], last["cumulative_logprob"]) == ("stop", "9", [-3.5])
     assert (last["num_cached_tokens"], last["total_output_tokens"]) == ([2], [2])
+    assert {name: last[name][0] for name in ACCOUNT_OUTPUTS} == {
+        "queue_time_s": 0.5,
+        "prefill_time_s": 1.5,
+        "decode_time_s": 2.0,
+        "total_time_s": 4.0,
+        "peak_kv_pages": 7,
+        "energy_j": 12.5,
+    }
+
+
+def test_where_nothing_measures_energy_there_is_no_such_output(tokenizer):
+    talk = Conversation(tokenizer, outputs=["energy_j", "total_time_s"], stream=False)
+    talk.reply.feed([Delta(0, [5], finish_reason=FinishReason.LENGTH, account=structs.replace(ACCOUNT, energy_j=None))])
+    assert talk.client.responses == [{"total_time_s": [4.0]}]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_with_a_stop_string_the_account_is_waited_for(tokenizer, stream):
+    ids = tokenizer.encode(TEXT)[1:]
+    outputs = ["text_output", "finish_reason", "peak_kv_pages", "total_output_tokens"]
+    talk = Conversation(tokenizer, stream=stream, outputs=outputs, stop=("lazy d",))
+    for delta in deltas(ids, reason=None):
+        talk.reply.feed([delta])
+    assert not talk.reply.finished
+    assert talk.reasons
+    assert set(talk.reasons) == {FinishReason.STOP}
+    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.STOP, account=ACCOUNT)])
+    assert "".join(talk.client.sent("text_output")) == "The quick brown fox jumps over the "
+    last = talk.client.responses[-1]
+    assert (last["finish_reason"], last["peak_kv_pages"]) == ("stop", [7])
+    assert last["total_output_tokens"][0] < len(ids)
+    assert talk.client.finals == 1
+
+
+def test_several_sequences_have_one_account(tokenizer):
+    talk = Conversation(tokenizer, outputs=["output_ids", *ACCOUNT_OUTPUTS], n=2, stop=("quick",))
+    other = Account(100.0, 101.0, 101.5, 105.0, peak_pages=3, energy_j=2.5)
+    for delta in deltas(tokenizer.encode(TEXT)[1:], reason=None):
+        talk.reply.feed([delta])
+    assert (talk.reasons, talk.cancelled) == ([FinishReason.STOP], 0)
+    talk.reply.feed([Delta(0, [5], index=1, finish_reason=FinishReason.LENGTH, account=other)])
+    assert not talk.reply.finished
+    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.STOP, account=ACCOUNT)])
+    assert {name: talk.client.responses[-1][name] for name in ACCOUNT_OUTPUTS} == {
+        "queue_time_s": [0.5],
+        "prefill_time_s": [1.0],
+        "decode_time_s": [3.5],
+        "total_time_s": [5.0],
+        "peak_kv_pages": [10],
+        "energy_j": [15.0],
+    }
+
+
+def test_while_the_account_is_waited_for_the_engine_may_die(tokenizer):
+    talk = Conversation(tokenizer, outputs=["text_output", "total_time_s"], stop=("quick",))
+    for delta in deltas(tokenizer.encode(TEXT)[1:], reason=None):
+        talk.reply.feed([delta])
+    talk.reply.feed([Failure("UNAVAILABLE", "the engine is gone")])
+    assert (talk.client.finals, talk.client.failure.code) == (1, "UNAVAILABLE")
+
+
+class Trace:
+    """Keeps how it was told to end."""
+
+    def __init__(self):
+        self.ends = []
+
+    def end(self, *how):
+        self.ends.append(how)
+
+
+def test_a_trace_is_ended_once_with_the_account(tokenizer):
+    trace = Trace()
+    talk = Conversation(tokenizer, trace=trace)
+    for delta in deltas([5, 6, 7], account=ACCOUNT):
+        talk.reply.feed([delta])
+    talk.reply.feed([Delta(0, [8])])
+    assert trace.ends == [("length", 3, 3, ACCOUNT)]
+
+
+def test_a_trace_of_a_failure_has_its_code(tokenizer):
+    refused, late = Trace(), Trace()
+    Conversation(tokenizer, trace=refused).reply.feed([Failure("INVALID_ARG", "prompt: too long")])
+    news = [Delta(0, [5]), Delta(0, [], finish_reason=FinishReason.DEADLINE, account=ACCOUNT)]
+    Conversation(tokenizer, stream=False, trace=late).reply.feed(news)
+    assert refused.ends == [("INVALID_ARG", 3, 0, None)]
+    assert late.ends == [("UNAVAILABLE", 3, 0, ACCOUNT)]
 
 
 def test_the_last_response_has_what_was_not_asked_for_as_parameters(tokenizer):

@@ -79,7 +79,7 @@ class History:
             if action < 0.4:
                 self.add()
             elif action < 0.45 and self.lives:
-                self.scheduler.cancel(self.rng.choice([*self.requests, -1]), self.rng.choice((None, 0, 1)))
+                self.scheduler.cancel(self.rng.choice([*self.requests, -1]), index=self.rng.choice((None, 0, 1)))
                 self.scheduler.check()
             elif action < 0.5 and self.held:
                 self.scheduler.release(self.held.pop())

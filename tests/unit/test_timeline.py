@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from nanoflow_backend.commands.gpu_meter import GpuReading
 from nanoflow_backend.commands.timeline import Counts, Sample, Timeline
+from nanoflow_backend.runtime.gpu_meter import GpuReading
 from nanoflow_backend.scheduler.batch import Batch, Prefill
 from nanoflow_backend.scheduler.stats import SchedulerStats
 
