@@ -27,9 +27,11 @@ from nanoflow_backend.engine.process import EngineError, EngineProcess
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
+from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
@@ -51,6 +53,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
         _check_numpy()
+        shared_memory.make_private()
         model_config = json.loads(args["model_config"])
         if not model_config.get("model_transaction_policy", {}).get("decoupled"):
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
@@ -61,15 +64,20 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
         self._gauges: Gauges | None = None
-        self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
+        config, environment = place(config, args, model_config, os.environ)
+        self._engine = EngineProcess(
+            config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid(), environment=environment
+        )
         self._ready = self._engine.start()
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            labels = {"model": args["model_name"], "version": args["model_version"]}
+            # Equal labels are one metric on the server's page: instances would overwrite each other's values.
+            engine = args["model_instance_name"]
+            labels = {"model": args["model_name"], "version": args["model_version"], "engine": engine}
             self._gauges = Gauges(partial(_Gauge, labels=labels), self._ready)
             self._tickers.append(Ticker("gauges", FLUSH_PERIOD_S, self._gauges.flush))
-        pb_utils.Logger.log_info(f"{args['model_name']}: {self._ready.description}")
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {self._ready.description}")
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -181,7 +189,7 @@ def _failure(error: Exception) -> Failure:
 def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
     """The `parameters` of config.pbtxt; those in capitals (EXECUTION_ENV_PATH, ...) are the Python backend's."""
     entries = model_config.get("parameters", {}).items()
-    return {name: entry["string_value"] for name, entry in entries if not name.isupper()}
+    return {name: entry["string_value"] for name, entry in entries if not name.isupper() and name != GPU_DEVICE_IDS}
 
 
 class _Gauge:
