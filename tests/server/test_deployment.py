@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import venv
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc
 from packaging.requirements import Requirement
 from server.clients import generate
 
@@ -28,6 +30,13 @@ GREEDY = {"temperature": 0.0, "max_tokens": 24}
 PROMPTS = [
     f"Return the {word}" for word in ("list", "string", "number of items", "value", "name", "file", "type", "key")
 ]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docker" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def add_model(repository, name, config, **engine):
@@ -53,10 +62,12 @@ def expected():
 
 @pytest.fixture(scope="module")
 def twins(server, tmp_path_factory):
-    """One model on two engines, from the backend folder."""
+    """One model on two engines, and one as the container's entrypoint writes it; both from the backend folder."""
     repository = add_model(tmp_path_factory.mktemp("repository"), "twins", pbtxt(count=2))
+    script("entrypoint").write_model({"MODEL": str(DEMO), "MODEL_NAME": "described"}, repository)
     log = tmp_path_factory.mktemp("log") / "server.log"
-    return server(repository, backends=ROOT / "backends", log=log, exit_timeout_s=30)
+    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    return server(repository, backends=ROOT / "backends", log=log, exit_timeout_s=30, arguments=arguments)
 
 
 def engines(processes):
@@ -75,7 +86,7 @@ def cached_pages(url):
 
 
 def test_two_engines_share_the_requests_of_one_model(twins, process_tree, expected):
-    assert len(engines(process_tree(twins.pid))) == 2
+    assert len(engines(process_tree(twins.pid))) == 3
 
     def run(number):
         prompt = PROMPTS[number % len(PROMPTS)]
@@ -85,8 +96,26 @@ def test_two_engines_share_the_requests_of_one_model(twins, process_tree, expect
         answers = list(pool.map(run, range(64)))
     assert [answer["text_output"] for answer in answers] == [completion.text for completion in expected] * 8
     pages = cached_pages(twins.metrics_url)
-    assert pages.keys() == {"twins_0_0", "twins_0_1"}
-    assert all(pages.values()), pages  # each has served some
+    assert pages.keys() - {"described_0_0"} == {"twins_0_0", "twins_0_1"}
+    assert pages["twins_0_0"] > 0
+    assert pages["twins_0_1"] > 0
+
+
+def test_the_entrypoints_folder_serves(twins, expected):
+    answer = generate(twins.http_url, "described", text_input=PROMPTS[0], exclude_input_in_output=True, **GREEDY)
+    assert answer["text_output"] == expected[0].text
+
+
+def test_the_health_check_asks_each_model(twins):
+    check = [sys.executable, "-I", ROOT / "docker" / "healthcheck.py"]
+    assert subprocess.run([*check, f"http://{twins.http_url}"], timeout=60).returncode == 0
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(twins.grpc_url)) as client:
+        client.unload_model("described")
+    sick = subprocess.run([*check, f"http://{twins.http_url}"], capture_output=True, text=True, timeout=60)
+    assert sick.returncode == 1
+    assert sick.stderr.startswith("not ready: model described: UN")  # UNLOADING or UNAVAILABLE
+    nobody = subprocess.run([*check, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    assert (nobody.returncode, nobody.stderr[:10]) == (1, "not ready:")
 
 
 def test_the_shared_memory_is_private(twins):
@@ -96,10 +125,6 @@ def test_the_shared_memory_is_private(twins):
 
 def test_a_packed_environment(server, process_tree, tmp_path, monkeypatch, expected):
     """The stub runs in the archive's packages, which have no torch; the engine in an interpreter that has it."""
-    spec = importlib.util.spec_from_file_location("pack_environment", ROOT / "docker" / "pack_environment.py")
-    pack_environment = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pack_environment)
-
     environment = tmp_path / "environment"
     venv.create(environment, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(environment), "platbase": str(environment)}))
@@ -111,7 +136,7 @@ def test_a_packed_environment(server, process_tree, tmp_path, monkeypatch, expec
                 shutil.copyfile(file.locate(), site / file)
     for package in OWN_PACKAGES:
         shutil.copytree(Path(importlib.util.find_spec(package).origin).parent, site / package)
-    pack_environment.pack(environment, tmp_path / "environment.tar.gz")
+    script("pack_environment").pack(environment, tmp_path / "environment.tar.gz")
     shutil.rmtree(environment)
 
     sources = [Path(importlib.util.find_spec(package).origin).parents[1] for package in OWN_PACKAGES]
