@@ -144,6 +144,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of weights, activations and KV pages
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
+    gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
@@ -169,6 +170,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"gpu_memory_utilization: expected a number in (0, 1], got {self.gpu_memory_utilization}")
         if self.tensor_parallel not in (1, 2, 4, 8):
             raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
+        gpus, ranks = self.gpus, self.tensor_parallel
+        if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
+            raise ConfigError(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
+        if gpus is not None and self.device == "cpu":
+            raise ConfigError(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
             raise ConfigError(
                 f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "

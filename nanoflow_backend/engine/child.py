@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,16 +36,9 @@ class Child:
     """`python -m module`, running. Sending is thread-safe; receiving is for one thread.
 
     With `host_pid`, the child also watches that process (a stub's server): when it ends, the child kills us and ends.
-    `environment` is added to ours.
     """
 
-    def __init__(
-        self,
-        module: str,
-        python: str | None = None,
-        host_pid: int | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, module: str, python: str | None = None, host_pid: int | None = None) -> None:
         """Raises: OSError where there is no such interpreter."""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as inherited:
@@ -58,7 +50,7 @@ class Child:
                 [python or sys.executable, "-P", "-m", module, *map(str, fds)],
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
-                env={**_environment(python), **(environment or {})},
+                env=_environment(python),
             )
         self._connection = Connection(ours.detach())
         self._sending = threading.Lock()

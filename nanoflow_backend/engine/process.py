@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 
@@ -26,7 +26,6 @@ class EngineProcess:
         on_refusal: a request that was not accepted; no delta follows.
         on_death: the process is gone without having been asked; nothing more will come.
         host_pid: a server whose end must also be the end of this process and of the engine's.
-        environment: what the engine's has beside this process's, e.g. CUDA_VISIBLE_DEVICES.
     """
 
     def __init__(
@@ -36,13 +35,11 @@ class EngineProcess:
         on_refusal: Callable[[Refusal], None],
         on_death: Callable[[str], None],
         host_pid: int | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._config = config
         self._on_news, self._on_refusal = on_news, on_refusal
         self._on_death = on_death
         self._host_pid = host_pid
-        self._environment = environment or {}
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
         self._child: Child | None = None  # while it runs
@@ -55,7 +52,7 @@ class EngineProcess:
             EngineError: what failed.
         """
         try:
-            child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid, self._environment)
+            child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
         except OSError as error:
             raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
         try:

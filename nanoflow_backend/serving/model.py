@@ -64,10 +64,8 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
         self._gauges: Gauges | None = None
-        config, environment = place(config, args, model_config, os.environ)
-        self._engine = EngineProcess(
-            config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid(), environment=environment
-        )
+        config = place(config, args, model_config)
+        self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
         self._ready = self._engine.start()
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]

@@ -92,8 +92,7 @@ class FakeEngine:
 
     latest = None
 
-    def __init__(self, config, on_news, on_refusal, on_death, host_pid, environment):
-        self.environment = environment
+    def __init__(self, config, on_news, on_refusal, on_death, host_pid):
         self.config, self.on_refusal, self.on_death = config, on_refusal, on_death
         self.say = lambda *deltas: on_news(News(list(deltas), STATS))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
@@ -171,18 +170,15 @@ def test_engine_json_and_the_parameters_of_config_pbtxt(served, args):
     _, engine = served
     assert engine.config.model == str(Path(args["model_repository"], "checkpoint"))
     assert engine.config.page_tokens == 32
-    assert engine.environment == {}
 
 
-def test_an_instance_has_its_own_gpus(module, args, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+def test_an_instance_has_its_own_gpus(module, args):
     config = json.loads(args["model_config"])
     config["parameters"]["gpu_device_ids"] = {"string_value": "2;0"}
     config["instance_group"] = [{"name": "tiny_0", "kind": "KIND_MODEL", "count": 2}]
     model = module.TritonPythonModel()
     model.initialize(args | {"model_config": json.dumps(config), "model_instance_name": "tiny_0_1"})
-    assert FakeEngine.latest.environment == {"CUDA_VISIBLE_DEVICES": "4"}
-    assert FakeEngine.latest.config.device == "cuda"
+    assert FakeEngine.latest.config.gpus == (0,)
     model.finalize()
 
 
