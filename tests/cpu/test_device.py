@@ -13,15 +13,15 @@ from nanoflow_backend.runtime.device import show_only
 @pytest.mark.parametrize(
     ("visible", "gpus", "expected"),
     [
-        (None, [1], "1"),
-        (None, [3, 2], "3,2"),
+        ("", [1], "1"),
+        ("", [3, 2], "3,2"),
         ("", [0], "0"),
         ("4,5", [1], "5"),
         ("GPU-a,GPU-b", [1, 0], "GPU-b,GPU-a"),
     ],
 )
 def test_only_these_are_shown(monkeypatch, visible, gpus, expected):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: os.environ["CUDA_VISIBLE_DEVICES"].count(",") + 1)
     show_only(gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
