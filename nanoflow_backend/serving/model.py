@@ -29,8 +29,9 @@ from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call
-from nanoflow_backend.serving.failure import Failure
+from nanoflow_backend.serving.failure import Failure, without_words
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
+from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.senders import Senders
@@ -67,6 +68,7 @@ class TritonPythonModel:
         config = place(config, args, model_config)
         self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
         self._ready = self._engine.start()
+        self._limits = Limits.of(self._ready.max_model_tokens, self._tokenizer)
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
@@ -100,7 +102,10 @@ class TritonPythonModel:
         for tensor in INPUTS:
             if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
                 tensors[tensor.name] = value.as_numpy()
-        parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
+        self._limits.check(tensors)
+        own = request.parameters() or "{}"
+        check_parameters(own)
+        parameters = {"timeout": request.timeout(), **json.loads(own)}
         call = Call.parse(
             tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
         )
@@ -180,7 +185,8 @@ def _failure(error: Exception) -> Failure:
             return Failure("INVALID_ARG", str(error))
         case EngineError():
             return Failure("UNAVAILABLE", str(error))
-    pb_utils.Logger.log_error(f"a request broke: {type(error).__name__}: {error}")
+    pb_utils.Logger.log_error(f"a request broke: {without_words(error)}")
+    pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
 
 

@@ -11,7 +11,7 @@ from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
-from nanoflow_backend.serving.failure import Failure
+from nanoflow_backend.serving.failure import Failure, without_words
 from nanoflow_backend.serving.tensors import Arrays
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Reply:
         except Failure as failure:
             self._fail(failure)
         except Exception as error:
-            log.exception("a reply broke")
+            log.error("a reply broke: %s", without_words(error))
             self._fail(Failure("INTERNAL", f"{type(error).__name__}: {error}"))
         if self.finished and not any(isinstance(item, Delta) and item.finish_reason for item in news):
             self.cancel()  # a stop string, or a failure: the engine does not know yet
@@ -91,5 +91,5 @@ class Reply:
         self.finished = True
         try:
             self.channel.fail(failure)
-        except Exception:
-            log.exception("the server did not take a final response")
+        except Exception as error:
+            log.error("the server did not take a final response: %s", without_words(error))
