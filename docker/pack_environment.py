@@ -1,6 +1,6 @@
 """Pack a Python environment for the server's EXECUTION_ENV_PATH: a tar.gz that works wherever it is unpacked.
 
-    python3 docker/pack_environment.py nanoflow-env.tar.gz              # what the stub needs: no torch, some 60 MB
+    python3 docker/pack_environment.py nanoflow-env.tar.gz              # what the stub needs: no torch, some 40 MB
     python3 docker/pack_environment.py nanoflow-env.tar.gz --extra gpu  # the engine too, several gigabytes
 
 Run it with the Python of the server's image, in the image: the environment links to this interpreter by its path.
