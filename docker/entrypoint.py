@@ -61,8 +61,10 @@ def command(
         raise ConfigError(f"{PREFIX}{min(given)}: expected {PREFIX}MODEL too; without it {mounted} is served as it is")
     elif not any(mounted.glob("*/config.pbtxt")):
         raise ConfigError(f"{PREFIX}MODEL is not set, and {mounted} has no model folder with a config.pbtxt")
-    repository = generated if "MODEL" in given else mounted
-    return ["tritonserver", f"--model-repository={repository}", f"--exit-timeout-secs={exit_timeout_s}", *arguments]
+    server = ["tritonserver", f"--model-repository={generated if 'MODEL' in given else mounted}"]
+    if ";" in given.get("GPU_DEVICE_IDS", ""):
+        server.append("--rate-limit=execution_count")  # without it one of two engines got two thirds of the requests
+    return [*server, f"--exit-timeout-secs={exit_timeout_s}", *arguments]
 
 
 def write_model(given: Mapping[str, str], repository: Path) -> None:

@@ -66,7 +66,7 @@ def twins(server, tmp_path_factory):
     repository = add_model(tmp_path_factory.mktemp("repository"), "twins", pbtxt(count=2))
     script("entrypoint").write_model({"MODEL": str(DEMO), "MODEL_NAME": "described"}, repository)
     log = tmp_path_factory.mktemp("log") / "server.log"
-    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    arguments = ["--model-control-mode=explicit", "--load-model=*", "--rate-limit=execution_count"]
     return server(repository, backends=ROOT / "backends", log=log, exit_timeout_s=30, arguments=arguments)
 
 

@@ -52,6 +52,7 @@ def test_the_environment_becomes_a_model_folder(command, tmp_path):
     assert command(environment, ["--log-verbose=1"]) == [
         "tritonserver",
         f"--model-repository={generated}",
+        "--rate-limit=execution_count",
         "--exit-timeout-secs=7",
         "--log-verbose=1",
     ]
