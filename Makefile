@@ -19,7 +19,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test lint perf-analyzer clean
+.PHONY: setup demo serve test lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -48,6 +48,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Dockerfile, compose, Kubernetes and shell scripts; says which linters are missing.
+lint-deploy: setup
+	$(PIP_INSTALL) --no-build-isolation --editable .[deploy]
+	$(BIN)/python docker/lint.py
 
 # The real load generator (see perf_analyzer_configs/README.md).
 perf-analyzer: setup

@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+MOST_FILE_BYTES = 256 * 2**20  # of JSON; the largest tokenizer.json of today has some 35 MB
+MOST_REPEATS = 4096  # of what is a loop here: layers, experts
+
 T = TypeVar("T")
 Dtype = Literal["float32", "float16", "bfloat16"]
 ROPE_KEYS = {  # that a scaling cannot do without
@@ -76,10 +79,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"{origin}: key {key!r} is missing")
             return hf[key]
 
-        def size(key: str, default: int | None = None) -> int:
+        def size(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
             value = need(key) if default is None else hf.get(key) or default
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{origin}: {key}: expected an integer >= 1, got {value!r}")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"{origin}: {key}: expected an integer in 1..{most}, got {value!r}")
             return value
 
         def refuse(used: object, what: str) -> None:
@@ -106,7 +109,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             "vocab_size": size("vocab_size"),
             "hidden_size": hidden,
             "intermediate_size": size("intermediate_size"),
-            "num_layers": size("num_hidden_layers"),
+            "num_layers": size("num_hidden_layers", most=MOST_REPEATS),
             "num_heads": heads,
             "num_kv_heads": size("num_key_value_heads", heads),
             "head_dim": size("head_dim", hidden // heads),
@@ -115,7 +118,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             "max_model_tokens": size("max_position_embeddings"),
             "tie_word_embeddings": hf.get("tie_word_embeddings", False),
             "qkv_bias": architecture == "qwen2",
-            "num_experts": size("num_local_experts") if moe else 0,
+            "num_experts": size("num_local_experts", most=MOST_REPEATS) if moe else 0,
             "experts_per_token": size("num_experts_per_tok") if moe else 0,
             "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",  # what transformers assumes
             "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
@@ -144,6 +147,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of weights, activations and KV pages
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
+    gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
@@ -173,6 +177,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"otlp_traces_endpoint: expected an http(s) URL or null, got {collector!r}")
         if self.tensor_parallel not in (1, 2, 4, 8):
             raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
+        gpus, ranks = self.gpus, self.tensor_parallel
+        if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
+            raise ConfigError(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
+        if gpus is not None and self.device == "cpu":
+            raise ConfigError(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
             raise ConfigError(
                 f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
@@ -266,14 +275,28 @@ def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:
     return _convert(fields, RopeConfig, f"{origin}: rope")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> bytes:
+    """A whole file of a model's folder. It may be a link, as in a cache of downloads.
+
+    Raises:
+        ConfigError: it cannot be read, is no file (a pipe would keep us waiting), or larger than any such file is.
+    """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: expected a file, got something else")
+        if (size := path.stat().st_size) > MOST_FILE_BYTES:
+            raise ConfigError(f"{path}: expected at most {MOST_FILE_BYTES} bytes, got {size}")
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(read_file(path), type=dict[str, Any])
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nanoflow_backend.engine.template_sandbox import Sandbox
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 
 Message = Mapping[str, Any]
@@ -28,7 +28,8 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self._template = _environment().from_string(source, globals=dict(special_tokens))
+        self._sandbox = _sandbox()
+        self._template = self._sandbox.from_string(source, globals=dict(special_tokens))
 
     def render(
         self,
@@ -57,7 +58,7 @@ class ChatTemplate:
         if taken := sorted(extra.keys() & {*given, *self._template.globals}):
             raise InvalidRequest(f"chat_template_kwargs: expected no {', '.join(taken)}: templates are given that")
         try:
-            return self._template.render({"documents": None, **extra, **given})
+            return self._sandbox.render(self._template, {"documents": None, **extra, **given})
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             # a template is a program run on the client's data: whatever it raises is about that data
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}") from error
@@ -74,14 +75,12 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+def _sandbox() -> Sandbox:
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    sandbox.filters["tojson"] = _tojson
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.globals["strftime_now"] = _strftime_now
+    return sandbox
 
 
 def _tojson(

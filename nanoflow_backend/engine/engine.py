@@ -17,7 +17,7 @@ from nanoflow_backend.engine.grammar import Grammar, Grammars
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
-from nanoflow_backend.runtime.device import find_device
+from nanoflow_backend.runtime.device import find_device, show_only
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
@@ -36,6 +36,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, on_rank_death: Callable[[str], None] = log.error) -> None:
+        if config.gpus is not None:
+            show_only(config.gpus)
         self.config = config = config.settle(find_device(config.device).kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)

@@ -11,7 +11,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config import ConfigError, read_file
 from nanoflow_backend.engine.chat_template import ChatTemplate, Message
 from nanoflow_backend.engine.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
@@ -60,7 +60,7 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{folder}: expected a tokenizer.json (other tokenizer formats are not read)")
-        content = file.read_bytes()
+        content = read_file(file)
         try:
             decoding = Decoding.of(msgspec.json.decode(content, type=_File).decoder)
             backend = Backend.from_buffer(content)
@@ -79,6 +79,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest token id. A model's own vocabulary may be padded beyond it."""
         return max(self._backend.get_vocab_size(), 1 + max(self._backend.get_added_tokens_decoder(), default=-1))
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more bytes of text; it may be less, for vocabularies spell some bytes with several."""
+        return max(len(token.encode()) for token in self._backend.get_vocab())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -218,7 +223,7 @@ def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_file(path).decode() for name, path in files.items()}
     if isinstance(config.chat_template, str):
         return {"default": config.chat_template}
     return {named.name: named.template for named in config.chat_template or []}
@@ -228,6 +233,6 @@ def _read(path: Path, kind: type[T]) -> T | None:
     if not path.is_file():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # "Expected `str`, got `int` - at `$.bos_token`"
+        return msgspec.json.decode(read_file(path), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidTokenizer(f"{path}: {error}") from error

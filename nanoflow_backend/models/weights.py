@@ -14,7 +14,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanoflow_backend.config import ConfigError, ModelConfig
+from nanoflow_backend.config import ConfigError, ModelConfig, read_file
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Model, Parameter, Source
 
@@ -158,13 +158,15 @@ def _find_files(folder: Path) -> dict[Path, set[str] | None]:
             raise WeightsError(f"{folder}: expected {SINGLE} or {INDEX}, found neither")
         return {folder / SINGLE: None}
     try:
-        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        weight_map = msgspec.json.decode(read_file(index), type=_Index).weight_map
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{index}: {error}") from None
     if not weight_map:
         raise WeightsError(f"{index}: weight_map is empty")
     files: dict[Path, set[str] | None] = {}
     for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise WeightsError(f"{index}: expected names of files in this folder, got {name!r}")
         files[folder / name] = {tensor for tensor, file in weight_map.items() if file == name}
     return files
 
@@ -209,6 +211,8 @@ def _may_be_extra(name: str, config: ModelConfig) -> bool:
 
 
 def _open(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        raise WeightsError(f"{path}: expected a file, got something else")
     try:
         return safe_open(path, framework="pt")
     except OSError as error:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from nanoflow_backend.config import ConfigError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,21 @@ class Device:
         """What may still be allocated on a GPU when `utilization` of its memory is ours."""
         free, total = torch.cuda.mem_get_info()
         return free - int((1 - utilization) * total)
+
+
+def show_only(gpus: Sequence[int]) -> None:
+    """Make these, in this order, the GPUs that this process and its children have. It must not have used one yet.
+
+    Raises:
+        ConfigError: there are no such GPUs.
+    """
+    visible = os.environ.get(VISIBLE)
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
+    if max(gpus) >= len(names):
+        raise ConfigError(f"gpus: expected ids below {len(names)}, for {VISIBLE} is {visible}, got {list(gpus)}")
+    os.environ[VISIBLE] = ",".join(names[gpu] for gpu in gpus)
+    if torch.cuda.device_count() != len(gpus):
+        raise ConfigError(f"gpus: torch does not see {list(gpus)}; it sees {torch.cuda.device_count()} of them")
 
 
 def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:

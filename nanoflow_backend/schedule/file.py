@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from nanoflow_backend.config import ConfigError, read_file
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 
@@ -43,14 +44,14 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def load(cls, path: Path) -> ScheduleFile:
         """Raises: ScheduleError, naming the file and the place in it."""
         try:
-            content = path.read_bytes()
+            content = read_file(path)
             version = msgspec.json.decode(content, type=_Versioned).header.format_version
             if version != FORMAT_VERSION:  # before keys that another version may have
                 raise ScheduleError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}")
             return msgspec.json.decode(content, type=cls)
-        except OSError as error:
-            raise ScheduleError(f"{path}: {error.strerror}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except ConfigError as error:
+            raise ScheduleError(str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ScheduleError(f"{path}: {error.__cause__ or error}") from None
 
     def save(self, path: Path) -> None:

@@ -7,6 +7,8 @@ from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError
 
+MOST_LAUNCHES = 4096  # of a layer; a plan of 16 nano-batches has some 200
+
 
 def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int | None = None) -> None:
     """Check `schedule` against a layer's `graph` (its all-reduces already in the schedule's form).
@@ -16,8 +18,10 @@ def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int 
             granularity, every dependency (by token range, and through the KV pages) is ordered by lanes and waits,
             and SM shares keep inside a declared partition.
     """
+    if len(schedule.launches) > MOST_LAUNCHES:
+        raise ScheduleError(f"launches: expected at most {MOST_LAUNCHES}, got {len(schedule.launches)}")
     for number, launch in enumerate(schedule.launches):
-        _check_launch(number, launch, schedule, graph)
+        _check_launch(number, launch, schedule, graph, num_layers)
     _check_coverage(schedule, graph)
     _check_partition(schedule, device_sms)
     _check_dependencies(schedule, graph, num_layers)
@@ -27,7 +31,7 @@ def describe(number: int, launch: Launch) -> str:
     return f"launch {number} ({launch.operation} {launch.start}..{launch.stop})"
 
 
-def _check_launch(number: int, launch: Launch, schedule: Schedule, graph: Graph) -> None:
+def _check_launch(number: int, launch: Launch, schedule: Schedule, graph: Graph, num_layers: int) -> None:
     where = describe(number, launch)
     if launch.operation not in {op.name for op in graph.operations}:
         raise ScheduleError(f"{where}: the model has no such operation; it has {[op.name for op in graph.operations]}")
@@ -36,8 +40,8 @@ def _check_launch(number: int, launch: Launch, schedule: Schedule, graph: Graph)
     for boundary in (launch.start, launch.stop):
         if boundary % schedule.granularity and boundary != schedule.tokens:
             raise ScheduleError(f"{where}: {boundary} is not a multiple of the granularity {schedule.granularity}")
-    if launch.layers_ahead < 0:
-        raise ScheduleError(f"{where}: layers_ahead is {launch.layers_ahead}, expected >= 0")
+    if not 0 <= launch.layers_ahead <= num_layers:
+        raise ScheduleError(f"{where}: layers_ahead is {launch.layers_ahead}, expected 0..{num_layers} (layers)")
     for wait in launch.waits:
         if not 0 <= wait.launch < len(schedule.launches) or wait.layers_back < 0:
             raise ScheduleError(

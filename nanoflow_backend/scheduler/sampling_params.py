@@ -12,6 +12,8 @@ from nanoflow_backend.scheduler.invalid_request import InvalidRequest as Invalid
 from nanoflow_backend.scheduler.structured_outputs import StructuredOutputs, decoded
 
 MOST_TOKENS = 2**31 - 1
+MOST_STOPS = 256
+MOST_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20  # as many alternatives per token as other servers return by default
 MOST_SEQUENCES = 128  # of one request
 MOST_BIASES = 300  # as OpenAI's API allows
@@ -76,6 +78,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         self._check_lists(require)
         require(self.seed is None or 0 <= self.seed < 2**63, "seed", "an integer in 0..2^63-1")
         require(all(self.stop), "stop", "non-empty strings")
+        stops_ok = len(self.stop) <= MOST_STOPS and all(len(text) <= MOST_STOP_CHARACTERS for text in self.stop)
+        require(stops_ok, "stop", f"at most {MOST_STOPS} strings of at most {MOST_STOP_CHARACTERS} characters")
+        require(len(self.stop_token_ids) <= MOST_STOPS, "stop_token_ids", f"at most {MOST_STOPS}")
         require(all(0 <= i < 2**31 for i in self.stop_token_ids), "stop_token_ids", "token ids >= 0")
         for field in ("logprobs", "prompt_logprobs"):
             ok = getattr(self, field) is None or 0 <= getattr(self, field) <= MAX_LOGPROBS

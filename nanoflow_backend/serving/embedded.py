@@ -1,8 +1,8 @@
 """The real tritonserver that the nvidia-pytriton wheel brings, without the pytriton Python layer.
 
-Everything of one server lives in a private folder (links into the wheel, nothing is written there):
+Everything of one server lives in a private folder (mostly links into the wheel, nothing is written there):
 
-    backends/python/    the Python backend, with the stub for the running Python put in place
+    backends/           the Python backend, with the stub for the running Python put in place; links to others
     python/             a virtual environment whose path leads to the packages of this process
     lib/                the shared library of the running Python, and nothing else
 
@@ -18,6 +18,7 @@ import importlib.util
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,15 +49,18 @@ class ServerError(RuntimeError):
 class EmbeddedServer:
     """The real tritonserver from the nvidia-pytriton wheel, on loopback: for demos, tests and laptops, not production.
 
-    A port of 0 picks a free one. `arguments` go to tritonserver as they are, e.g. `["--model-control-mode=explicit"]`.
-    `log` receives the server's output; without one it is kept for error messages only. As a context manager it is ready
-    inside; when the block, or this process, ends in whatever way, the server and all that it started end too.
+    `backends` is a folder of Python-based backends: each subfolder is one, with its model.py, named by `backend` in a
+    config.pbtxt. A port of 0 picks a free one. `arguments` go to tritonserver as they are, e.g.
+    `["--model-control-mode=explicit"]`. `log` receives the server's output; without one it is kept for error messages
+    only. As a context manager it is ready inside; when the block, or this process, ends in whatever way, the server and
+    all that it started end too.
     """
 
     def __init__(
         self,
         model_repository: Path,
         *,
+        backends: Path | None = None,
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -66,6 +70,7 @@ class EmbeddedServer:
         ready_timeout_s: float = 120.0,
     ) -> None:
         self.model_repository = model_repository
+        self.backends = backends
         self.arguments = tuple(arguments)
         self.exit_timeout_s = exit_timeout_s
         self.ready_timeout_s = ready_timeout_s
@@ -120,7 +125,7 @@ class EmbeddedServer:
         _check_numpy()
         self._ports = _free_ports(self._asked_ports)
         self._log_file = self.log.open("w+b") if self.log else tempfile.TemporaryFile()  # noqa: SIM115  stop() closes it
-        runtime = _lay_out(wheel)
+        runtime = _lay_out(wheel, self.backends)
         command = [
             str(wheel / "bin" / "tritonserver"),
             f"--model-repository={self.model_repository.resolve()}",
@@ -235,7 +240,7 @@ def _free_ports(asked: Mapping[str, int]) -> dict[str, int]:
     return ports
 
 
-def _lay_out(wheel: Path) -> Path:
+def _lay_out(wheel: Path, backends: Path | None) -> Path:
     """Make the private folder that the head of this file describes; ServerError if something of it is missing."""
     python = f"3.{sys.version_info.minor}"
     stub = wheel / "python_backend_stubs" / python / "triton_python_backend_stub"
@@ -250,8 +255,12 @@ def _lay_out(wheel: Path) -> Path:
     runtime = Path(tempfile.mkdtemp(prefix="nanoflow-server-"))
     backend, lib, environment = runtime / "backends" / "python", runtime / "lib", runtime / "python"
     backend.mkdir(parents=True)
-    for file in (stub, *(wheel / "backends" / "python").glob("*.*")):
+    for file in (stub, *(wheel / "backends" / "python").glob("*.py")):
         (backend / file.name).symlink_to(file)
+    # No link: to the other backends the server gives no library from outside this folder.
+    shutil.copy(wheel / "backends" / "python" / "libtriton_python.so", backend)
+    for folder in backends.resolve().iterdir() if backends else ():
+        (runtime / "backends" / folder.name).symlink_to(folder)
     lib.mkdir()
     (lib / shared_library.name).symlink_to(shared_library)
     venv.create(environment, symlinks=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Literal
+
+MOST_CHARACTERS = 2000  # of a message: it may quote what a client sent
 
 Code = Literal["INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
 
@@ -17,4 +21,15 @@ class Failure(Exception):
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code = code
+        if len(message) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2
+            left_out = len(message) - 2 * half
+            message = f"{message[:half]} [... {left_out} characters left out ...] {message[-half:]}"
         self.message = message.encode(errors="backslashreplace").decode()  # it may quote a client's lone surrogates
+
+
+def without_words(error: Exception) -> str:
+    """An error for the log: what it is and where it came up, innermost first. Its own words may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    places = [f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in frames]
+    return " < ".join([type(error).__name__, *places])

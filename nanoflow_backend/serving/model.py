@@ -29,11 +29,14 @@ from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.batch import Batch
 from nanoflow_backend.serving.call import Call, is_cancellation
-from nanoflow_backend.serving.failure import Failure
+from nanoflow_backend.serving.failure import Failure, without_words
 from nanoflow_backend.serving.families import Kind
+from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.metrics import FLUSH_PERIOD_S, Metrics, Page
+from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, Parameters, complete
@@ -56,6 +59,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
         _check_numpy()
+        shared_memory.make_private()
         model_config = json.loads(args["model_config"])
         if "model_transaction_policy" not in model_config:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
@@ -66,19 +70,23 @@ class TritonPythonModel:
         has_tokenizer = Path(config.model, "tokenizer.json").is_file()
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
+        config = place(config, args, model_config)
         endpoint = config.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
         self._engine = EngineProcess(
             config, self._on_news, self._on_stats, self._on_refusal, self._on_death, host_pid=os.getppid()
         )
         self._ready = self._engine.start()
+        self._limits = Limits.of(self._ready.max_model_tokens, self._tokenizer)
         self._metrics = Metrics(self._ready)
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"]})
+            # Equal labels are one metric on the server's page: instances would overwrite each other's values.
+            engine = args["model_instance_name"]
+            server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"], "engine": engine})
             self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
-        pb_utils.Logger.log_info(f"{args['model_name']}: {self._ready.description}")
+        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {self._ready.description}")
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -107,7 +115,10 @@ class TritonPythonModel:
         for tensor in INPUTS:
             if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
                 tensors[tensor.name] = value.as_numpy()
-        parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
+        self._limits.check(tensors)
+        own = request.parameters() or "{}"
+        check_parameters(own)
+        parameters = {"timeout": request.timeout(), **json.loads(own)}
         if is_cancellation(tensors):
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
@@ -220,14 +231,15 @@ def _failure(error: Exception) -> Failure:
             return Failure("INVALID_ARG", str(error))
         case EngineError():
             return Failure("UNAVAILABLE", str(error))
-    pb_utils.Logger.log_error(f"a request broke: {type(error).__name__}: {error}")
+    pb_utils.Logger.log_error(f"a request broke: {without_words(error)}")
+    pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
 
 
 def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
     """The `parameters` of config.pbtxt; those in capitals (EXECUTION_ENV_PATH, ...) are the Python backend's."""
     entries = model_config.get("parameters", {}).items()
-    return {name: entry["string_value"] for name, entry in entries if not name.isupper()}
+    return {name: entry["string_value"] for name, entry in entries if not name.isupper() and name != GPU_DEVICE_IDS}
 
 
 class _ServerMetrics:

@@ -12,7 +12,7 @@ from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
-from nanoflow_backend.serving.failure import Failure
+from nanoflow_backend.serving.failure import Failure, without_words
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS, Arrays, Parameters
 from nanoflow_backend.serving.tracing import RequestTrace
 
@@ -84,7 +84,7 @@ class Reply:
         except Failure as failure:
             self._fail(failure)
         except Exception as error:
-            log.exception("a reply broke")
+            log.error("a reply broke: %s", without_words(error))
             self._fail(Failure("INTERNAL", f"{type(error).__name__}: {error}"))
         if self.finished and self._running:
             self.cancel()  # a failure: the engine does not know yet
@@ -133,8 +133,8 @@ class Reply:
         self.finished = True
         try:
             self.channel.fail(failure)
-        except Exception:
-            log.exception("the server did not take a final response")
+        except Exception as error:
+            log.error("the server did not take a final response: %s", without_words(error))
         self._end_trace(failure.code)
 
     def _end_trace(self, outcome: str) -> None:

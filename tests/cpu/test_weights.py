@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Source
 from nanoflow_backend.models import weights
@@ -268,7 +269,7 @@ def test_a_rank_reads_its_own_slices_only(tmp_path: Path, monkeypatch: pytest.Mo
 MEMORY_PROBE = """
 import resource, sys, torch
 from pathlib import Path
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.weights import load
 
@@ -300,3 +301,78 @@ def test_memory_peaks_at_the_weights_and_one_tensor(tmp_path: Path) -> None:
     enough = loads(total, 14_000_000)
     assert enough.returncode == 0, enough.stderr[-2000:]
     assert loads(total - 24_000_000, 0).returncode != 0, "the limit must bite"
+
+
+def _index_names(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / SINGLE).rename(folder / "elsewhere.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+
+    return change
+
+
+def _header(size: int, content: bytes = b"") -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / SINGLE).write_bytes(size.to_bytes(8, "little") + content)
+
+    return change
+
+
+def _tensor(shape: list[int], offsets: list[int]) -> Callable[[Path], None]:
+    content = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    return _header(len(content), content + bytes(8))
+
+
+def _replaced(make: Callable[[Path], None], name: str = SINGLE) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "parent": (_index_names("../secret.safetensors"), "expected names of files in this folder, got '../secret"),
+    "absolute": (_index_names("/etc/passwd"), "expected names of files in this folder, got '/etc/passwd'"),
+    "empty": (_index_names(""), "expected a file, got something else"),
+    "dots": (_index_names(".."), "expected a file, got something else"),
+    "deep index": (_replaced(lambda path: path.write_bytes(b'{"a":' * 10**5) and None, INDEX), "recursion"),
+    "huge header": (_header(2**62), "not a whole safetensors file"),
+    "header beyond the file": (_header(10**6, b"{}"), "not a whole safetensors file"),
+    "deep header": (_header(10**6, b'{"a":' * 200_000), "not a whole safetensors file"),
+    "offsets beyond the file": (_tensor([10**9], [0, 4 * 10**9]), "not a whole safetensors file"),
+    "negative offsets": (_tensor([2], [-8, 0]), "not a whole safetensors file"),
+    "shape beyond its bytes": (_tensor([2**60], [0, 8]), "not a whole safetensors file"),
+    "pickle": (_replaced(lambda path: torch.save({"a": torch.ones(2)}, path)), "not a whole safetensors file"),
+    "pipe": (_replaced(os.mkfifo), "expected a file, got something else"),
+    "device": (_replaced(lambda path: path.symlink_to("/dev/zero")), "expected a file, got something else"),
+    "loop of links": (_replaced(lambda path: path.symlink_to(path.name)), "expected model.safetensors|symbolic"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    change, complaint = HOSTILE[name]
+    folder = save(make("llama", num_hidden_layers=1), tmp_path)
+    change(folder)
+    with pytest.raises(WeightsError, match=complaint):
+        load_rank(folder)
+
+
+def test_links_into_a_cache_of_downloads_are_followed(tmp_path: Path) -> None:
+    folder = save(make("llama", num_hidden_layers=1), tmp_path / "snapshot")
+    before = load_rank(folder)
+    (tmp_path / "blobs").mkdir()
+    for file in list(folder.iterdir()):
+        file.rename(tmp_path / "blobs" / file.name)
+        file.symlink_to(Path("..", "blobs", file.name))
+    after = load_rank(folder)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_config_of_a_million_layers_is_refused(tmp_path: Path) -> None:
+    folder = save(make("llama", num_hidden_layers=1), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+    with pytest.raises(ConfigError, match=r"num_hidden_layers: expected an integer in 1\.\.4096, got 1000000"):
+        load_rank(folder)

@@ -7,7 +7,9 @@ import http.client
 import json
 import queue
 import re
+import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,18 +114,28 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 def metrics_page(url: str) -> str:
+    until(lambda: _listens(url))  # the server opens this port a moment after it is ready
     with contextlib.closing(http.client.HTTPConnection(url, timeout=PATIENCE_S)) as connection:
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
 
 
+def _listens(url: str) -> bool:
+    host, port = url.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
 def metrics(url: str, model: str) -> dict[str, float]:
-    """The project's own metrics of a model, by name and, where there are any, by labels other than the model's."""
-    values = {}
+    """The project's own metrics of a model, by name and, where there are any, by labels other than the model's.
+
+    Those of several engines are added up.
+    """
+    values: dict[str, float] = defaultdict(float)
     for name, labels, value in re.findall(r"^(\w+){(.*)} (\S+)$", metrics_page(url), re.MULTILINE):
         named = dict(re.findall(r'(\w+)="(.*?)"', labels))
         if named.pop("model", None) == model and not name.startswith("nv_inference"):
-            del named["version"]
+            del named["version"], named["engine"]
             others = ",".join(f'{label}="{text}"' for label, text in sorted(named.items()))
-            values[f"{name}{{{others}}}" if others else name] = float(value)
-    return values
+            values[f"{name}{{{others}}}" if others else name] += float(value)
+    return dict(values)

@@ -91,7 +91,7 @@ def test_one_bad_prompt_fails_the_request_and_no_other(demo, expected):
         assert status == 400
         assert "prompt: expected at most" in text
         assert other.result()["text_output"] == PROMPTS[0] + expected[0].text
-    until(lambda: metrics(demo.metrics_url, "nanoflow")["nanoflow_running_requests"] == 0)
+    until(lambda: metrics(demo.metrics_url, "nanoflow")["nanoflow_num_requests_running"] == 0)
 
 
 def cancel(demo, name):
@@ -110,7 +110,7 @@ def test_cancel_by_request_id(demo):
     whole = {"id": "mine", "text_input": "Write", "max_tokens": 1500, "ignore_eos": True, "return_finish_reason": True}
     with ThreadPoolExecutor(1) as pool:
         posted = pool.submit(generate, demo.http_url, "nanoflow", **whole)
-        until(lambda: metrics(demo.metrics_url, "nanoflow")["nanoflow_running_requests"] == 6)
+        until(lambda: metrics(demo.metrics_url, "nanoflow")["nanoflow_num_requests_running"] == 6)
         assert cancel(demo, "mine") == 5
         for stream in streams[:2]:
             with pytest.raises(InferenceServerException, match="the request was cancelled"):
@@ -124,4 +124,4 @@ def test_cancel_by_request_id(demo):
     assert answer == {"num_cancelled": 1}
     for stream in streams:
         stream.close(cancel=True)
-    until(lambda: metrics(demo.metrics_url, "nanoflow")["nanoflow_running_requests"] == 0)
+    until(lambda: metrics(demo.metrics_url, "nanoflow")["nanoflow_num_requests_running"] == 0)

@@ -10,6 +10,7 @@ import pytest
 from tiny_tokenizers import llama3
 from transformers import PreTrainedTokenizerFast
 
+from nanoflow_backend.engine import template_sandbox
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 
@@ -182,9 +183,34 @@ def test_bad_messages(tmp_path: Path, messages: Any, complaint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "escape", ["{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ range(10**9) | list }}"]
+    "escape",
+    [
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ range(10**9) | list }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ [0] * 10**9 }}",
+        "{{ 10**9 * 'a' }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set x = namespace(n=2) %}{% for _ in range(99) %}{% set x.n = x.n * x.n %}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (10**9, 1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, '1000000000') }}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ 'a' | indent(width=10**9, first=true) }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ [1] | slice(10**9) | list }}",
+        "{{ lipsum(n=1000) }}",
+        "{% set r = range(100000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) if n < 50 }}{{ f(n + 1) if n < 50 }}{% endmacro %}{{ f(0) }}",
+        "{% for _ in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
+    ],
 )
-def test_templates_are_in_a_sandbox(tmp_path: Path, escape: str) -> None:
+def test_templates_are_in_a_sandbox(tmp_path: Path, escape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MOST_S", 0.05)
     tokenizer, _ = _load(tmp_path, escape)
     with pytest.raises(InvalidRequest, match="refuses them"):
         tokenizer.apply_chat_template(CHAT)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,9 @@ def stub_module():
     stub.Tensor = lambda name, value: types.SimpleNamespace(name=name, value=value)
     stub.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
     stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
-    stub.Logger = types.SimpleNamespace(log_info=lambda text: None, log_error=lambda text: None)
+    stub.Logger = types.SimpleNamespace(
+        log_info=lambda text: None, log_error=lambda text: None, log_verbose=lambda text: None
+    )
     return stub
 
 
@@ -139,6 +142,9 @@ def args(tmp_path):
         },
     }
     return {
+        "model_instance_name": "tiny_0_0",
+        "model_instance_kind": "MODEL",
+        "model_instance_device_id": "0",
         "model_config": json.dumps(config),
         "model_repository": str(tmp_path),
         "model_version": "1",
@@ -177,6 +183,16 @@ def test_engine_json_and_the_parameters_of_config_pbtxt(served, args):
     _, engine = served
     assert engine.config.model == str(Path(args["model_repository"], "checkpoint"))
     assert engine.config.page_tokens == 32
+
+
+def test_an_instance_has_its_own_gpus(module, args):
+    config = json.loads(args["model_config"])
+    config["parameters"]["gpu_device_ids"] = {"string_value": "2;0"}
+    config["instance_group"] = [{"name": "tiny_0", "kind": "KIND_MODEL", "count": 2}]
+    model = module.TritonPythonModel()
+    model.initialize(args | {"model_config": json.dumps(config), "model_instance_name": "tiny_0_1"})
+    assert FakeEngine.latest.config.gpus == (0,)
+    model.finalize()
 
 
 def test_a_request_and_its_answer(served):
@@ -318,6 +334,51 @@ def test_what_the_engine_cannot_take_is_answered_once(served, error, code):
     model.execute([request])
     assert request.result().error.code == code
     engine.broken = None
+
+
+def test_an_error_of_ours_is_logged_without_its_words(module, served, monkeypatch):
+    model, engine = served
+    engine.broken = KeyError("the secret prompt")
+    logged = []
+    monkeypatch.setattr(module.pb_utils.Logger, "log_error", logged.append)
+    request = ServerRequest(text_input=text("a"))
+    model.execute([request])
+    assert "the secret prompt" in request.result().error.message
+    (line,) = logged
+    assert line.startswith("a request broke: KeyError < submit (test_model.py:")
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ServerRequest(text_input=text("x" * 5000)), r"text_input: expected at most \d+ bytes, got 5000"),
+        (ServerRequest(text_input=text("x"), stop=np.array([b"x"] * 5000, np.object_)), "stop: expected at most 4096"),
+        (ServerRequest(text_input=text("x"), stop=np.array([b"x"] * 300, np.object_)), "stop: expected at most 256"),
+        (ServerRequest(text_input=text("x"), stop=text("x" * 2000)), "stop: .* of at most 1024 characters"),
+        (ServerRequest(text_input=text("x"), sampling_parameters=text("[" * 10**6)), "not valid JSON"),
+        (ServerRequest(text_input=text("x"), sampling_parameters=text(f'{{"seed": {"9" * 9999}}}')), "not valid JSON"),
+        (ServerRequest(input_ids=np.ones(2**20 + 1, np.int32)), "input_ids: expected at most 1048576 elements"),
+        (
+            ServerRequest(f'{{"x": "{"y" * 2**20}"}}', text_input=text("x")),
+            "parameters: expected at most 1048576 bytes",
+        ),
+        (ServerRequest(sampling_parameters=text(" " * 2**22 + "{}")), "sampling_parameters: expected at most 4194304"),
+        (
+            ServerRequest(sampling_parameters=text(" " * 2**21), stop=text(" " * 2**21), text_input=text("x")),
+            "texts: expected at most 4194304 bytes in a request, got 4194305",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "request",
+)
+def test_what_is_too_large_is_refused(served, request_, message):
+    model, engine = served
+    model.execute([request_])
+    error = request_.result().error
+    assert error.code == "INVALID_ARG"
+    assert re.search(message, error.message)
+    assert len(error.message) < 2500
+    assert not engine.requests
 
 
 def test_death_fails_what_runs_and_what_comes(served):

@@ -122,7 +122,7 @@ RULES = {
     "empty": r"launch 2 \(qkv 4\.\.4\): expected a non-empty range inside 0\.\.8",
     "outside": r"launch 3 \(qkv 4\.\.9\): expected a non-empty range inside 0\.\.8",
     "granularity": r"launch 0 \(attention_norm 0\.\.4\): 4 is not a multiple of the granularity 3",
-    "behind": r"launch 2 \(qkv 0\.\.4\): layers_ahead is -1, expected >= 0",
+    "behind": r"launch 2 \(qkv 0\.\.4\): layers_ahead is -1, expected 0..3 \(layers\)",
     "no such launch": r"launch 2 \(qkv 0\.\.4\): there is no launch 99, 0 layers back, to wait for",
     "a later layer": r"launch 2 \(qkv 0\.\.4\): there is no launch 0, -1 layers back, to wait for",
     "hole": r"o: tokens 4\.\.5 are never computed",

@@ -1,6 +1,7 @@
 """The schedule file, and how a configuration names a schedule."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,40 @@ def test_the_fingerprint_sees_operations_widths_and_shapes() -> None:
     prints |= {fingerprint(MODEL.layer), fingerprint(build(config("mixtral")).layer)}
     assert len(prints) == 6
     assert fingerprint(build(config("llama", num_layers=9), 2).layer) == fingerprint(MODEL.layer)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda plan: plan["launches"][0].update(layers_ahead=10**12), "layers_ahead is 1000000000000, expected 0.."),
+        (lambda plan: plan.update(launches=plan["launches"] * 1000), "launches: expected at most 4096"),
+        (lambda plan: plan.update(tokens=10**15), "are never computed"),
+        (lambda plan: plan["launches"][0].update(waits=[[10**12, 0]]), "there is no launch 1000000000000"),
+    ],
+    ids=["layers ahead", "launches", "tokens", "waits"],
+)
+def test_a_file_that_would_run_for_ever_is_refused_at_once(tmp_path: Path, change: Any, complaint: str) -> None:
+    path = saved(tmp_path / "plans.json")
+    content = json.loads(path.read_text())
+    content["plans"] = content["plans"][1:2]
+    change(content["plans"][0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ScheduleError, match=complaint):
+        find_schedule(configured(path), MODEL, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path: path.write_bytes(b'{"header":' * 10**5), "maximum recursion"),
+        (lambda path: (path.touch(), os.truncate(path, 2**40)), "expected at most 268435456 bytes, got 1099511627776"),
+        (os.mkfifo, "expected a file, got something else"),
+        (lambda path: path.symlink_to("/dev/zero"), "expected a file, got something else"),
+    ],
+    ids=["deep", "sparse", "pipe", "device"],
+)
+def test_a_file_that_is_none_is_not_read(tmp_path: Path, make: Any, complaint: str) -> None:
+    path = tmp_path / "plans.json"
+    make(path)
+    with pytest.raises(ScheduleError, match=complaint):
+        ScheduleFile.load(path)

@@ -1,0 +1,1 @@
+from nanoflow_backend.serving.model import TritonPythonModel  # noqa: F401

@@ -1,0 +1,51 @@
+"""Placement: the GPUs of each instance of a model. One instance is one engine; the server spreads requests over them.
+
+`gpu_device_ids` in config.pbtxt gives each instance its group, as in the TensorRT-LLM backend: "0;1;2;3" are four
+engines, "0,1;2,3" two with tensor_parallel 2. Without it an instance of KIND_GPU takes the GPU that the server chose,
+and any other what engine.json says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from nanoflow_backend.config import ConfigError, EngineConfig
+
+GPU_DEVICE_IDS = "gpu_device_ids"
+
+
+def place(config: EngineConfig, args: Mapping[str, str], model_config: Mapping[str, Any]) -> EngineConfig:
+    """The configuration of one instance's engine; `args` are what the server says to `initialize`.
+
+    Raises:
+        ConfigError: groups that are not GPUs, do not fit the instances or tensor_parallel, or have a GPU twice.
+    """
+    entry = model_config.get("parameters", {}).get(GPU_DEVICE_IDS)
+    if entry is not None:
+        gpus = _group(entry["string_value"], args["model_instance_name"], model_config["instance_group"])
+    elif args["model_instance_kind"] == "GPU":
+        gpus = (int(args["model_instance_device_id"]),)
+    else:
+        return config
+    if config.gpus is not None:
+        raise ConfigError(f"gpus: expected none in engine.json, for the server places this instance on {list(gpus)}")
+    return msgspec.structs.replace(config, gpus=gpus)
+
+
+def _group(text: str, instance_name: str, instance_groups: list[Mapping[str, Any]]) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*(;\d+(,\d+)*)*", text):
+        raise ConfigError(f'{GPU_DEVICE_IDS}: expected groups of GPU ids as in "0;1" or "0,1;2,3", got {text!r}')
+    groups = [tuple(int(gpu) for gpu in group.split(",")) for group in text.split(";")]
+    if len({gpu for group in groups for gpu in group}) < sum(map(len, groups)):
+        raise ConfigError(f"{GPU_DEVICE_IDS}: expected each GPU once, got {text!r}")
+    if any(group["kind"] == "KIND_GPU" for group in instance_groups):
+        raise ConfigError(f"{GPU_DEVICE_IDS}: expected instances of KIND_MODEL; with KIND_GPU the server chooses")
+    # As the server names them, and in this order.
+    names = [f"{group['name']}_{index}" for group in instance_groups for index in range(group["count"])]
+    if len(names) != len(groups):
+        raise ConfigError(f"{GPU_DEVICE_IDS}: expected {len(names)} groups, one for each instance, got {text!r}")
+    return groups[names.index(instance_name)]

@@ -1,0 +1,54 @@
+"""Which GPUs an instance gets, and the ways in which groups do not fit."""
+
+import pytest
+
+from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.serving.placement import place
+
+TWO_AND_ONE = [
+    {"name": "m_0", "kind": "KIND_MODEL", "count": 2},
+    {"name": "named", "kind": "KIND_CPU", "count": 1},
+]
+
+
+def placed(groups, instance, *, instances=TWO_AND_ONE, kind="MODEL", device_id="0", tp=1, **config):
+    engine_config = EngineConfig(model="m", tensor_parallel=tp, **config)
+    args = {"model_instance_name": instance, "model_instance_kind": kind, "model_instance_device_id": device_id}
+    parameters = {} if groups is None else {"gpu_device_ids": {"string_value": groups}}
+    return place(engine_config, args, {"parameters": parameters, "instance_group": instances}).gpus
+
+
+@pytest.mark.parametrize(
+    ("groups", "instance", "options", "expected"),
+    [
+        ("0;1;2", "m_0_0", {}, (0,)),
+        ("0;1;2", "m_0_1", {}, (1,)),
+        ("0;1;2", "named_0", {}, (2,)),
+        ("0,1;2,3;5,4", "named_0", {"tp": 2}, (5, 4)),
+        (None, "m_0_1", {"kind": "GPU", "device_id": "3"}, (3,)),
+        (None, "m_0_1", {}, None),
+        (None, "m_0_1", {"gpus": (1,)}, (1,)),
+    ],
+)
+def test_each_instance_has_its_group(groups, instance, options, expected):
+    assert placed(groups, instance, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "complaint"),
+    [
+        ("", {}, "gpu_device_ids: expected groups of GPU ids .* got ''"),
+        ("0;1;", {}, "gpu_device_ids: expected groups"),
+        ("0;-1;2", {}, "gpu_device_ids: expected groups"),
+        ("0;1", {}, "gpu_device_ids: expected 3 groups, one for each instance, got '0;1'"),
+        ("0;1;0", {}, "gpu_device_ids: expected each GPU once, got '0;1;0'"),
+        ("0;1;2", {"tp": 2}, r"gpus: expected 2 different ids \(tensor_parallel\), got \[0\]"),
+        ("0,1;2,3;4,5", {}, r"gpus: expected 1 different ids \(tensor_parallel\), got \[0, 1\]"),
+        ("0;1;2", {"device": "cpu"}, "gpus: expected none with device cpu"),
+        ("0;1;2", {"gpus": (0,)}, "gpus: expected none in engine.json"),
+        ("0", {"instances": [{"name": "m_0", "kind": "KIND_GPU", "count": 1}]}, "expected instances of KIND_MODEL"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups, options, complaint):
+    with pytest.raises((ConfigError, ValueError), match=complaint):
+        placed(groups, "m_0_0", **options)
