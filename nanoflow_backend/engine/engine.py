@@ -40,12 +40,13 @@ class Engine:
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens,
             max_running=config.max_running,
-            max_waiting=config.max_waiting,
+            max_queue_size=config.max_queue_size,
             num_pages=self.worker.num_pages,
             page_tokens=config.page_tokens,
             max_model_tokens=self.max_model_tokens,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=config.prefix_caching,
+            priority_aging_s=config.priority_aging_s,
             seed=config.seed,
         )
         if self.ranks:
@@ -79,7 +80,7 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """The queue takes one more request."""
-        return self.scheduler.stats.waiting_requests < self.config.max_waiting
+        return self.scheduler.queue_room > 0
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

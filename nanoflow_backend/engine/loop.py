@@ -46,6 +46,7 @@ def ready(engine: Engine) -> Ready:
         num_pages=engine.worker.num_pages,
         page_tokens=engine.config.page_tokens,
         description=engine.description,
+        stats=engine.scheduler.stats,
     )
 
 

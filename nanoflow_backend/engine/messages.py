@@ -36,6 +36,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     num_pages: int
     page_tokens: int
     description: str  # one line for the log: model, schedule, sizes
+    stats: SchedulerStats  # before the first request
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

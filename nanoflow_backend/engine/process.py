@@ -12,6 +12,8 @@ from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.engine.child import Child, ChildDied
 from nanoflow_backend.engine.messages import Cancel, Failed, FromEngine, News, Ready, Refusal, Start, Stop, Submit
 from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.scheduler.stats import SchedulerStats
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 
 class EngineError(RuntimeError):
@@ -42,17 +44,23 @@ class EngineProcess:
         self._host_pid = host_pid
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
-        self._child: Child | None = None  # while it runs
+        self._changing = threading.Lock()
+        self._child: Child | None = None
+        self._stats: SchedulerStats | None = None  # as the engine said last, once it is ready
+        self._submitted = 0
         self._stopping = False
 
     def start(self) -> Ready:
         """Wait until every rank is ready.
 
         Raises:
-            EngineError: what failed.
+            EngineError: what failed; or another thread called `stop`.
         """
         try:
-            child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+            with self._changing:
+                if self._stopping:
+                    raise EngineError("the engine was stopped before it was started")
+                self._child = child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
         except OSError as error:
             raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
         try:
@@ -65,16 +73,28 @@ class EngineProcess:
             child.stop()
             child.close()
             raise EngineError(answer.message)
-        self._child = child
-        self._reader.start()
-        return answer  # type: ignore[no-any-return]
+        with self._changing:
+            if not self._stopping:
+                self._stats = answer.stats
+                self._reader.start()
+                return answer  # type: ignore[no-any-return]
+        child.close()
+        raise EngineError("the engine was stopped while it started")
 
     @property
     def pid(self) -> int:
         return self._running().pid
 
+    def check_room(self) -> None:
+        """Raises: QueueFull, where the engine would refuse a request: it says so itself only after its next step."""
+        stats, submitted = self._stats, self._submitted
+        if stats is not None and submitted - stats.received_requests >= stats.queue_room:
+            raise QueueFull(stats.waiting_requests + submitted - stats.received_requests)
+
     def submit(self, request: Request) -> None:
         """Raises: EngineError when the process is gone."""
+        with self._changing:
+            self._submitted += 1
         self._send(Submit(request))
 
     def cancel(self, request_id: int) -> None:
@@ -82,15 +102,25 @@ class EngineProcess:
         self._send(Cancel(request_id))
 
     def stop(self) -> None:
-        """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless."""
-        if self._child is None or self._stopping:
+        """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless.
+
+        A process that is not ready yet is killed.
+        """
+        with self._changing:
+            if self._stopping:
+                return
+            self._stopping = True
+            child, started = self._child, self._stats is not None
+        if child is None:
             return
-        self._stopping = True
+        if not started:
+            child.kill()
+            return
         with contextlib.suppress(ChildDied):
-            self._child.send(Stop())
-        self._child.stop()
+            child.send(Stop())
+        child.stop()
         self._reader.join()
-        self._child.close()
+        child.close()
 
     def _running(self) -> Child:
         if self._child is None:
@@ -109,6 +139,7 @@ class EngineProcess:
                 message = self._running().receive(self._decoder)
                 match message:
                     case News():
+                        self._stats = message.stats
                         self._on_news(message)
                     case Refusal():
                         self._on_refusal(message)

@@ -13,16 +13,28 @@ from nanoflow_backend.scheduler.sequence import Sequence
 
 
 class Intake:
-    """Numbers the arrivals, and draws a seed where the client gave none."""
+    """Numbers the arrivals, says whose turn is when, and draws a seed where the client gave none.
 
-    def __init__(self, max_model_tokens: int, cache_tokens: int, eos_token_ids: frozenset[int], seed: int) -> None:
+    Each step of priority counts as having come `priority_aging_s` later. So nobody starves: whatever comes after that
+    time, however urgent, comes after.
+    """
+
+    def __init__(
+        self,
+        max_model_tokens: int,
+        cache_tokens: int,
+        eos_token_ids: frozenset[int],
+        seed: int,
+        priority_aging_s: float,
+    ) -> None:
         self._max_model_tokens = max_model_tokens
         self._cache_tokens = cache_tokens
         self._eos_token_ids = eos_token_ids
         self._seeds = random.Random(seed)
+        self._priority_aging_s = priority_aging_s
         self._arrivals = 0
 
-    def accept(self, request: Request) -> Sequence:
+    def accept(self, request: Request, now_s: float) -> Sequence:
         """A waiting sequence.
 
         Raises:
@@ -37,9 +49,10 @@ class Intake:
         return Sequence(
             id=request.id,
             params=params,
-            priority=request.priority,
+            turn_s=now_s + request.priority * self._priority_aging_s,
             arrival=self._arrivals,
             deadline=request.deadline,
+            queue_deadline=request.queue_deadline,
             prompt_tokens=prompt_tokens,
             # nobody reads K and V of the last token: it needs no room in the cache
             max_total_tokens=min(prompt_tokens + params.max_tokens, self._max_model_tokens, self._cache_tokens + 1),

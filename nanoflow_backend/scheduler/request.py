@@ -10,8 +10,9 @@ from nanoflow_backend.scheduler.sampling_params import SamplingParams
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """One prompt to continue; it crosses the socket to the engine process.
 
-    A lower `priority` runs first; equal ones in order of arrival. `deadline` is in seconds of `time.monotonic()`
-    (one clock for all processes of a host); a request that has not finished by then ends with "deadline".
+    A lower `priority` runs first; equal ones in order of arrival. Deadlines are in seconds of `time.monotonic()` (one
+    clock for all processes of a host): a request that has not finished by `deadline` ends with "deadline", one that
+    has not begun by `queue_deadline` with "queue_timeout".
     """
 
     id: int
@@ -19,3 +20,4 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     params: SamplingParams
     priority: int = 0
     deadline: float | None = None
+    queue_deadline: float | None = None

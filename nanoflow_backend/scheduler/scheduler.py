@@ -29,7 +29,7 @@ class Scheduler:
 
     A step takes one token of every decoding request, then prefill chunks, at most `chunk_tokens` of one request,
     until it has `dense_batch_tokens`. A request takes the pages of its whole prompt when it is admitted, so only
-    decodes ever wait for a page. When they do, the request of the highest rank (priority, then arrival) is preempted:
+    decodes ever wait for a page. When they do, the request of the highest rank (see Intake) is preempted:
     it gives its pages back and computes later again what it knows. The lowest rank is never stopped, so all end.
     """
 
@@ -39,12 +39,13 @@ class Scheduler:
         dense_batch_tokens: int,
         chunk_tokens: int,
         max_running: int,
-        max_waiting: int,
+        max_queue_size: int,
         num_pages: int,
         page_tokens: int,
         max_model_tokens: int,
         eos_token_ids: Iterable[int],
         prefix_caching: bool = True,
+        priority_aging_s: float = 60.0,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
@@ -52,7 +53,7 @@ class Scheduler:
         for name, value in (
             ("chunk_tokens", chunk_tokens),
             ("max_running", max_running),
-            ("max_waiting", max_waiting),
+            ("max_queue_size", max_queue_size),
             ("num_pages", num_pages),
             ("page_tokens", page_tokens),
         ):
@@ -66,9 +67,9 @@ class Scheduler:
             )
         self._dense_batch_tokens = dense_batch_tokens
         self._chunk_tokens = chunk_tokens
-        self._max_waiting = max_waiting
+        self._max_queue_size = max_queue_size
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._intake = Intake(max_model_tokens, num_pages * page_tokens, self._eos_token_ids, seed)
+        self._intake = Intake(max_model_tokens, num_pages * page_tokens, self._eos_token_ids, seed, priority_aging_s)
         self._clock = clock
         self._forecast = forecast or LengthForecast()
         self._account = PageAccount(num_pages, page_tokens, prefix_caching)
@@ -77,11 +78,13 @@ class Scheduler:
         self._live: dict[int, Sequence] = {}  # by request id, until the last delta is handed over
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
         self._waiting = WaitingQueue()
+        self._backlog = False  # the last step left requests waiting
         self._slots = Slots(max_running)
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, with the sequences that they sample
         self._news: list[Delta] = []  # last deltas of requests that ended between steps
 
+        self._received = 0
         self._step = 0
         self._returned_step = 0
         self._finished = 0
@@ -97,19 +100,27 @@ class Scheduler:
             InvalidRequest: it could never run; the message names the field and what was expected.
             QueueFull: too many are waiting.
         """
+        self._received += 1
         if request.id in self._live:
             raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
-        sequence = self._intake.accept(request)
-        if len(self._waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting, as many as max_waiting allows")
+        sequence = self._intake.accept(request, self._clock())
+        if self.queue_room < 1:
+            raise QueueFull(len(self._waiting))
         self._live[request.id] = sequence
         self._waiting.push(sequence)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        for deadline in (request.deadline, request.queue_deadline):
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, request.id))
 
     def cancel(self, request_id: int) -> None:
         """End a request; `retire` hands over its last delta. An id that is unknown or has ended is left alone."""
         self._end_early(request_id, FinishReason.CANCELLED)
+
+    @property
+    def queue_room(self) -> int:
+        """Requests that may still come: what the queue has room for and, unless some have to wait, free slots."""
+        spare = 0 if self._backlog else len(self._slots.free)
+        return max(0, self._max_queue_size + spare - len(self._waiting))
 
     @property
     def has_work(self) -> bool:
@@ -149,6 +160,7 @@ class Scheduler:
             budget -= len(prefill.token_ids)
             if prefill.sample:
                 sampled.append(sequence)
+        self._backlog = len(self._waiting) > 0
         if not slots and not prefills:
             return None
         self._step = step
@@ -191,6 +203,8 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             waiting_requests=len(self._waiting),
+            queue_room=self.queue_room,
+            received_requests=self._received,
             running_requests=len(self._slots),
             num_pages=self._pool.num_pages,
             used_pages=self._pool.used,
@@ -227,10 +241,14 @@ class Scheduler:
     def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
+            due, request_id = heapq.heappop(self._deadlines)
             s = self._live.get(request_id)
-            if s is not None and s.deadline == deadline:  # the id may be in its second life
+            if s is None:
+                continue
+            if s.deadline == due:  # not so where the id is in its second life
                 self._end_early(request_id, FinishReason.DEADLINE)
+            elif s.queue_deadline == due and s.state is State.WAITING and not s.preemptions:
+                self._end_early(request_id, FinishReason.QUEUE_TIMEOUT)
 
     def _grow(self, page_table: list[tuple[int, int, int]]) -> list[Sequence]:
         """Give every decode a page for its next token, at the cost of the highest ranks. Returns those that can run.

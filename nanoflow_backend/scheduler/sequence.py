@@ -26,9 +26,10 @@ class Sequence:
 
     id: int
     params: SamplingParams  # with a seed
-    priority: int
+    turn_s: float  # when it came, in seconds of the scheduler's clock, and later by what its priority costs
     arrival: int  # a running number
     deadline: float | None
+    queue_deadline: float | None
     prompt_tokens: int
     max_total_tokens: int  # prompt and output, by max_tokens and by what the model and the cache can hold
     stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
@@ -54,6 +55,6 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
 
-def rank(sequence: Sequence) -> tuple[int, int]:
+def rank(sequence: Sequence) -> tuple[float, int]:
     """Lower ranks are served first and preempted last."""
-    return sequence.priority, sequence.arrival
+    return sequence.turn_s, sequence.arrival

@@ -9,6 +9,8 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     """Requests and pages as they are now; the rest counts from the start."""
 
     waiting_requests: int
+    queue_room: int  # requests that may still come
+    received_requests: int  # to which `queue_room` refers, those refused too
     running_requests: int  # with a slot
     num_pages: int
     used_pages: int  # held by requests

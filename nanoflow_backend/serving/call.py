@@ -24,7 +24,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a client.
 
     `params` is what the engine runs; it may have logprobs that the client does not see (`show_logprobs` false) but
-    whose sum it wants. `timeout_us` 0 is no limit. `shown_prompt` goes before the first text.
+    whose sum it wants. Timeouts of 0 are no limit. `shown_prompt` goes before the first text.
     """
 
     prompt: list[int]
@@ -35,6 +35,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     show_logprobs: bool
     priority: int = 0
     timeout_us: int = 0
+    queue_timeout_us: int = 0
 
     @classmethod
     def parse(
@@ -44,14 +45,17 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         requested: Collection[str],
         tokenizer: Tokenizer | None,
         vocab_size: int,
+        max_queue_us: int = 0,
     ) -> Call:
         """Understand a request.
 
         Args:
             tensors: the inputs that were sent, as the table declares them; strings are bytes objects.
-            parameters: the request's own parameters: sampling parameters, `priority`, `timeout` (microseconds).
+            parameters: the request's own parameters: sampling parameters, `priority`, `timeout` and `queue_timeout`
+                (microseconds).
             requested: names of the outputs that the client wants; all of them where it names none.
             vocab_size: of the model; ids of `input_ids` are below it.
+            max_queue_us: no request may wait longer, whatever it says; 0 is no limit.
 
         Raises:
             InvalidRequest: the message names the field and what was expected.
@@ -59,6 +63,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         fields = {name: value for name, value in parameters.items() if not _is_reserved(name)}
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
         timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
+        queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
+        queue_timeout_us = min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
         params = SamplingParams.parse(
             _merge(
                 ("sampling_parameters", _json_object(tensors)),
@@ -79,6 +85,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             show_logprobs=params.logprobs is not None,
             priority=priority,
             timeout_us=timeout_us,
+            queue_timeout_us=queue_timeout_us,
         )
 
 

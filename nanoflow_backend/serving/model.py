@@ -23,10 +23,12 @@ import triton_python_backend_utils as pb_utils
 
 from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.engine.messages import News, Refusal
-from nanoflow_backend.engine.process import EngineError, EngineProcess
+from nanoflow_backend.engine.process import EngineError
+from nanoflow_backend.engine.supervisor import Supervisor
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.gauges import FLUSH_PERIOD_S, Gauges
@@ -41,7 +43,7 @@ JOIN_TIMEOUT_S = 5.0
 
 
 class TritonPythonModel:
-    """One engine behind the server. The names and signatures of the four public methods are the Python backend's."""
+    """One engine behind the server. The names and signatures of the public methods are the Python backend's."""
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
@@ -61,7 +63,8 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
         self._gauges: Gauges | None = None
-        self._engine = EngineProcess(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
+        self._max_queue_us = config.queue_timeout_us or 0
+        self._engine = Supervisor(config, self._on_news, self._on_refusal, self._on_death, host_pid=os.getppid())
         self._ready = self._engine.start()
         self._senders = Senders()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
@@ -79,6 +82,10 @@ class TritonPythonModel:
             except Exception as error:
                 channel.fail(_failure(error))
 
+    def is_ready(self) -> bool:
+        """Servers since 26.03 ask this for the readiness of the model; older ones do not, and say that it is ready."""
+        return self._engine.is_ready
+
     def finalize(self) -> None:
         """The server calls this when no request is in flight, or none will be waited for any longer."""
         for ticker in self._tickers:
@@ -90,19 +97,25 @@ class TritonPythonModel:
     def _submit(self, request: Any, channel: _Channel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
         came_s = time.monotonic()
+        self._engine.check_room()  # before any work for it: under overload most requests end here
         tensors = {}
         for tensor in INPUTS:
             if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
                 tensors[tensor.name] = value.as_numpy()
         parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
         call = Call.parse(
-            tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
+            tensors,
+            parameters,
+            request.requested_output_names(),
+            self._tokenizer,
+            self._ready.vocab_size,
+            self._max_queue_us,
         )
         request_id = next(self._ids)
-        deadline = came_s + call.timeout_us / 1e6 if call.timeout_us else None
         self._senders.add(request_id, Reply(call, channel, self._tokenizer, self._canceller(request_id)))
         try:
-            self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, deadline))
+            deadlines = [came_s + us / 1e6 if us else None for us in (call.timeout_us, call.queue_timeout_us)]
+            self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, *deadlines))
         except Exception as error:
             # Not raised: the reply is on its sender's hands, and news of the engine's death may have come first.
             self._senders.fail(request_id, _failure(error))
@@ -129,9 +142,8 @@ class TritonPythonModel:
         self._senders.fail(refusal.request_id, failure)
 
     def _on_death(self, how: str) -> None:
-        message = f"the engine is gone: {how}; reload the model"
-        self._senders.close(Failure("UNAVAILABLE", message))
-        pb_utils.Logger.log_error(message)
+        self._senders.fail_all(Failure("UNAVAILABLE", how))
+        pb_utils.Logger.log_error(how)
 
 
 class _Channel:
@@ -172,7 +184,7 @@ def _failure(error: Exception) -> Failure:
             return error
         case InvalidRequest():
             return Failure("INVALID_ARG", str(error))
-        case EngineError():
+        case EngineError() | QueueFull():
             return Failure("UNAVAILABLE", str(error))
     pb_utils.Logger.log_error(f"a request broke: {type(error).__name__}: {error}")
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")

@@ -75,6 +75,9 @@ class Reply:
         self._unsent = []
         if delta.finish_reason is FinishReason.DEADLINE:
             raise Failure("UNAVAILABLE", f"timeout: not done {self._call.timeout_us} us after the request came")
+        if delta.finish_reason is FinishReason.QUEUE_TIMEOUT:
+            waited_us = self._call.queue_timeout_us
+            raise Failure("UNAVAILABLE", f"queue_timeout: still waiting {waited_us} us after the request came")
         if delta.finish_reason is FinishReason.CANCELLED and "finish_reason" not in self._call.outputs:
             raise Failure("CANCELLED", "the request was cancelled")  # else a part would pass for the whole
         last = delta.finish_reason is not None

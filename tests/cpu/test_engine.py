@@ -199,7 +199,7 @@ def config(model: Path, **fields) -> EngineConfig:
 
 def test_the_engine_process_answers_as_the_engine_does(model, prompts):
     expected = Engine.from_pretrained(model).generate(prompts, GREEDY)
-    client = Client(config(model, max_waiting=len(prompts)))
+    client = Client(config(model, max_queue_size=len(prompts)))
     ready = client.process.start()
     assert (ready.page_tokens, ready.max_model_tokens) == (16, 512)
     for number, prompt in enumerate(prompts):

@@ -59,7 +59,7 @@ def served(server, checkpoint, tmp_path_factory):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, ids_only)
     add_model(repository, "nanoflow", checkpoint, schedule="nano-batched-3")
-    add_model(repository, "narrow", ids_only, max_running=1, max_waiting=1)
+    add_model(repository, "narrow", ids_only, max_running=1, max_queue_size=1)
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = ["--model-control-mode=explicit", "--load-model=nanoflow", "--load-model=narrow"]
     return server(repository, log=log, exit_timeout_s=30, arguments=[*arguments, "--disable-auto-complete-config"])
@@ -273,7 +273,7 @@ def test_a_full_queue_is_unavailable(served):
     next(iter(running))
     waiting = GrpcStream(served.grpc_url, "narrow", **long)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_waiting_requests"] == 1)
-    with refused("1 requests are waiting, as many as max_waiting allows"):
+    with refused("1 requests are waiting, as many as max_queue_size allows"):
         grpc(served.grpc_url, "narrow", input_ids=[5])
     for stream in (running, waiting):
         stream.close(cancel=True)

@@ -121,6 +121,13 @@ def test_priority_and_timeout(tokenizer):
     assert (call.priority, call.timeout_us, call.params) == (-2, 1500, SamplingParams())
 
 
+@pytest.mark.parametrize(("own", "servers", "counts"), [(0, 0, 0), (7, 0, 7), (0, 9, 9), (7, 9, 7), (9, 7, 7)])
+def test_the_shorter_queue_timeout_counts(tokenizer, own, servers, counts):
+    tensors = {"text_input": np.array([b"a"], np.object_)}
+    call = Call.parse(tensors, {"queue_timeout": own}, ["text_output"], tokenizer, 400, servers)
+    assert call.queue_timeout_us == counts
+
+
 REFUSED = {
     "no prompt": ({}, "text_input, input_ids: expected one of them, got neither"),
     "two prompts": ({"text_input": "a", "input_ids": [1]}, "text_input, input_ids: expected one of them, got both"),
@@ -163,6 +170,7 @@ REFUSED = {
         "stop: expected valid Unicode",
     ),
     "stop not UTF-8": ({"text_input": "a", "stop": [b"\xff"]}, "stop: expected UTF-8 text"),
+    "queue_timeout": ({"text_input": "a", "parameters": {"queue_timeout": -1}}, "queue_timeout: expected .* got -1"),
     "priority": ({"text_input": "a", "parameters": {"priority": "high"}}, "priority: expected an integer in .* 'high'"),
     "timeout": ({"text_input": "a", "parameters": {"timeout": -1}}, r"timeout: expected an integer in 0\.\..* got -1"),
 }

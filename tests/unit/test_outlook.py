@@ -15,9 +15,10 @@ def sequence(prompt_tokens: int, output_tokens: int, max_tokens: int, first_toke
     return Sequence(
         id=0,
         params=SamplingParams(),
-        priority=0,
+        turn_s=0.0,
         arrival=0,
         deadline=None,
+        queue_deadline=None,
         prompt_tokens=prompt_tokens,
         max_total_tokens=prompt_tokens + max_tokens,
         stop_ids=frozenset(),

@@ -54,12 +54,13 @@ class History:
             dense_batch_tokens=self.dense_batch_tokens,
             chunk_tokens=self.chunk_tokens,
             max_running=max_running,
-            max_waiting=rng.randint(1, 8),
+            max_queue_size=rng.randint(1, 8),
             num_pages=self.num_pages,
             page_tokens=self.page_tokens,
             max_model_tokens=self.max_model_tokens,
             eos_token_ids=[EOS],
             prefix_caching=rng.random() < 0.8,
+            priority_aging_s=rng.choice((0, 3, 1000)),
             clock=lambda: self.now,
             forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
         )
@@ -100,8 +101,8 @@ class History:
             stop_token_ids=(1,) if rng.random() < 0.3 else (),
             ignore_eos=rng.random() < 0.3,
         )
-        deadline = self.now + rng.randint(0, 20) if rng.random() < 0.15 else None
-        request = Request(len(self.lives), prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline)
+        deadline, queue_deadline = (self.now + rng.randint(0, 20) if rng.random() < 0.15 else None for _ in range(2))
+        request = Request(len(self.lives), prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline, queue_deadline)
         try:
             self.scheduler.add(request)
         except InvalidRequest:
@@ -182,6 +183,9 @@ class History:
             assert life.output == complete
         elif life.ends == [FinishReason.DEADLINE]:
             assert life.request.deadline is not None
+        elif life.ends == [FinishReason.QUEUE_TIMEOUT]:
+            assert life.request.queue_deadline is not None
+            assert not life.output
 
 
 def run_histories(seeds: range) -> Counter[str]:
