@@ -12,7 +12,8 @@ import pytest
 import tiny_tokenizers
 
 from nanoflow_backend.config import ConfigError, EngineConfig
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import Engine, SamplingParams, ranks
+from nanoflow_backend.engine.child import Child
 from nanoflow_backend.engine.process import EngineError, EngineProcess
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason
@@ -276,6 +277,15 @@ def test_a_tensor_parallel_group_ends_together(model, victim):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.05)
     client.process.stop()
+
+
+@pytest.mark.timeout(60)  # the group would wait ten minutes for it
+def test_a_rank_that_dies_before_it_joins_is_named_at_once(model, monkeypatch):
+    started = []
+    monkeypatch.setattr(ranks, "Child", lambda module: started.append(Child("nanoflow_backend.nowhere")) or started[-1])
+    with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 1"):
+        Engine.from_pretrained(model, tensor_parallel=2)
+    assert not alive(started[0].pid)
 
 
 def children(pid: int) -> list[int]:
