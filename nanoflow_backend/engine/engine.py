@@ -13,6 +13,7 @@ from nanoflow_backend.engine.completion import Completion, Job, Progress, comple
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.scheduler.batch import Batch, Delta
 from nanoflow_backend.scheduler.request import Request
@@ -34,8 +35,17 @@ class Engine:
         self.config = config = config.settle(find_device(config.device).kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
+        build(
+            self.model_config, config.tensor_parallel
+        )  # says what the ranks cannot share, before any of them starts
         self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
-        self.worker = Worker(config, self.model_config, self.max_model_tokens)
+        try:
+            self.worker = Worker(config, self.model_config, self.max_model_tokens)
+            if self.ranks:
+                self.ranks.wait_until_ready()
+        except Exception:
+            self.close()
+            raise
         self.scheduler = Scheduler(
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens,
@@ -49,8 +59,6 @@ class Engine:
             priority_aging_s=config.priority_aging_s,
             seed=config.seed,
         )
-        if self.ranks:
-            self.ranks.wait_until_ready()
         self.in_flight: Launched | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 

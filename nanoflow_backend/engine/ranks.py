@@ -86,7 +86,8 @@ class Ranks:
 
         def join() -> None:
             try:
-                joined.set_result(join_group(rendezvous, 0, size))
+                join_group(rendezvous, 0, size)
+                joined.set_result(None)
             except Exception as error:
                 joined.set_exception(error)
 

@@ -147,6 +147,10 @@ def test_prompts_and_params_that_do_not_match_are_refused(model, prompts, params
         ({"schedule": "fastest"}, "schedule fastest: expected sequential, nano-batched-N"),
         ({"schedule": "nano-batched-600"}, "schedule nano-batched-600: parts: expected 1..512"),
         ({"page_size": 16}, "unknown field `page_size`"),
+        (
+            {"kv_cache_tokens": 10**12},
+            r"kv_cache_tokens: 10+ tokens take \d.* of memory are free on cpu: expected at most",
+        ),
     ],
 )
 def test_a_bad_configuration_is_refused_by_name(model, fields, message):
@@ -277,6 +281,13 @@ def test_a_tensor_parallel_group_ends_together(model, victim):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.05)
     client.process.stop()
+
+
+def test_heads_that_the_ranks_cannot_share_are_refused_before_a_rank_starts(tmp_path, monkeypatch):
+    folder = checkpoints.save(checkpoints.make("llama", heads=6, kv_heads=6), tmp_path)
+    monkeypatch.setattr(ranks, "Child", lambda module: 1 // 0)
+    with pytest.raises(ConfigError, match="tensor_parallel: expected a divisor of num_attention_heads 6, got 4"):
+        Engine.from_pretrained(folder, tensor_parallel=4)
 
 
 @pytest.mark.timeout(60)  # the group would wait ten minutes for it
