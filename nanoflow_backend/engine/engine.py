@@ -35,9 +35,7 @@ class Engine:
         self.config = config = config.settle(find_device(config.device).kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
-        build(
-            self.model_config, config.tensor_parallel
-        )  # says what the ranks cannot share, before any of them starts
+        build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts
         self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
         try:
             self.worker = Worker(config, self.model_config, self.max_model_tokens)

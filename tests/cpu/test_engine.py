@@ -284,10 +284,10 @@ def test_a_tensor_parallel_group_ends_together(model, victim):
 
 
 def test_heads_that_the_ranks_cannot_share_are_refused_before_a_rank_starts(tmp_path, monkeypatch):
-    folder = checkpoints.save(checkpoints.make("llama", heads=6, kv_heads=6), tmp_path)
+    folder = checkpoints.save(checkpoints.make("llama", heads=4), tmp_path)
     monkeypatch.setattr(ranks, "Child", lambda module: 1 // 0)
-    with pytest.raises(ConfigError, match="tensor_parallel: expected a divisor of num_attention_heads 6, got 4"):
-        Engine.from_pretrained(folder, tensor_parallel=4)
+    with pytest.raises(ConfigError, match="tensor_parallel: expected a divisor of num_attention_heads 4, got 8"):
+        Engine.from_pretrained(folder, tensor_parallel=8)
 
 
 @pytest.mark.timeout(60)  # the group would wait ten minutes for it

@@ -1,0 +1,119 @@
+"""Does a server that loads and unloads the model again and again keep anything of it?
+
+    python benchmarks/lifecycle.py --model demo/tiny-llama --output benchmarks/results/lifecycle.json
+
+A cycle loads the model, serves, changes its configuration and loads it again (the server starts the new one before it
+ends the old one), serves, and unloads it. Then what is left is counted: processes, file descriptors, threads and
+memory of the server, and its shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from tritonclient import grpc
+
+from nanoflow_backend.commands import result
+from nanoflow_backend.commands.demo import stream_grpc
+from nanoflow_backend.serving.embedded import EmbeddedServer
+
+FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
+SETTLED_S = 60.0  # for an unload that the server has confirmed, to have happened
+
+
+class Left(NamedTuple):
+    processes: int
+    threads: int
+    file_descriptors: int
+    shm_files: int
+    shm_bytes: int
+    rss_bytes: int
+
+
+def main(
+    model: Annotated[Path, typer.Option()],
+    output: Annotated[Path | None, typer.Option()] = None,
+    cycles: int = 50,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder)
+        shutil.copytree(FOLDER, repository / "nanoflow")
+        explicit = ["--model-control-mode=explicit"]
+        with (
+            EmbeddedServer(repository, arguments=explicit) as server,
+            contextlib.closing(grpc.InferenceServerClient(server.grpc_url)) as client,
+        ):
+            before = left(server)
+            seconds, counts = [], []
+            for _ in range(cycles):
+                start_s = time.perf_counter()
+                for page_tokens in (16, 32):
+                    engine = {"model": str(model.resolve()), "page_tokens": page_tokens}
+                    (repository / "nanoflow" / "1" / "engine.json").write_text(json.dumps(engine))
+                    client.load_model("nanoflow")
+                    tokens = sum(new for _, new in stream_grpc(server.grpc_url, "def", max_tokens=16, ignore_eos=True))
+                    assert tokens == 16, "every token arrived"
+                client.unload_model("nanoflow")
+                counts.append(settled(server, before.processes))
+                seconds.append(time.perf_counter() - start_s)
+    result.write(
+        {
+            "cycles": cycles,
+            "engines_started": 2 * cycles,
+            "seconds_per_cycle_mean": round(sum(seconds) / cycles, 2),
+            "before": before._asdict(),
+            **{f"after_{number}": counts[number - 1]._asdict() for number in milestones(cycles)},
+            "most_after_the_first_cycle": Left(*map(max, zip(*counts[1:], strict=True)))._asdict(),
+        },
+        output,
+    )
+
+
+def milestones(cycles: int) -> list[int]:
+    return sorted({1, 2, cycles // 5, cycles // 2, cycles} - {0})
+
+
+def settled(server: EmbeddedServer, processes: int) -> Left:
+    """Raises: TimeoutError, where a process of the model does not end."""
+    deadline_s = time.monotonic() + SETTLED_S
+    while left(server).processes > processes:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{SETTLED_S:g} s after the model was unloaded there are {left(server)}")
+        time.sleep(0.05)
+    return left(server)
+
+
+def left(server: EmbeddedServer) -> Left:
+    pids = list(tree(server.pid))
+    (pid,) = (pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    shm = list(Path("/dev/shm").glob(f"{server.shm_prefix}*"))
+    return Left(
+        processes=len(pids),
+        threads=int(status["Threads"]),
+        file_descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
+        shm_files=len(shm),
+        shm_bytes=sum(file.stat().st_size for file in shm),
+        rss_bytes=1024 * int(status["VmRSS"].split()[0]),
+    )
+
+
+def tree(root: int) -> Iterator[int]:
+    """The process and all that descend from it."""
+    yield root
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # they end while we look
+        for task in Path(f"/proc/{root}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from tree(int(child))
+
+
+if __name__ == "__main__":
+    typer.run(main)
