@@ -14,7 +14,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -84,35 +83,37 @@ def milestones(cycles: int) -> list[int]:
 def settled(server: EmbeddedServer, processes: int) -> Left:
     """Raises: TimeoutError, where a process of the model does not end."""
     deadline_s = time.monotonic() + SETTLED_S
-    while left(server).processes > processes:
+    while len(running := tree(server.pid)) > processes:
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{SETTLED_S:g} s after the model was unloaded there are {left(server)}")
+            raise TimeoutError(f"{SETTLED_S:g} s after the model was unloaded there are {running}")
         time.sleep(0.05)
     return left(server)
 
 
 def left(server: EmbeddedServer) -> Left:
-    pids = list(tree(server.pid))
-    (pid,) = (pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver")
+    processes = tree(server.pid)
+    (pid,) = (pid for pid, name in processes.items() if name == "tritonserver")
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    shm = list(Path("/dev/shm").glob(f"{server.shm_prefix}*"))
+    shm_bytes = [file.stat().st_size for file in Path("/dev/shm").glob(f"{server.shm_prefix}*")]
     return Left(
-        processes=len(pids),
+        processes=len(processes),
         threads=int(status["Threads"]),
         file_descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
-        shm_files=len(shm),
-        shm_bytes=sum(file.stat().st_size for file in shm),
+        shm_files=len(shm_bytes),
+        shm_bytes=sum(shm_bytes),
         rss_bytes=1024 * int(status["VmRSS"].split()[0]),
     )
 
 
-def tree(root: int) -> Iterator[int]:
-    """The process and all that descend from it."""
-    yield root
+def tree(root: int) -> dict[int, str]:
+    """The process and all that descend from it, with their names."""
+    processes = {}
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # they end while we look
+        processes[root] = Path(f"/proc/{root}/comm").read_text().strip()
         for task in Path(f"/proc/{root}/task").iterdir():
             for child in (task / "children").read_text().split():
-                yield from tree(int(child))
+                processes |= tree(int(child))
+    return processes
 
 
 if __name__ == "__main__":
