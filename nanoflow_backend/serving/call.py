@@ -60,18 +60,17 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidRequest: the message names the field and what was expected.
         """
-        fields = {name: value for name, value in parameters.items() if not _is_reserved(name)}
+        fields = _merge(
+            ("sampling_parameters", _json_object(tensors)),
+            ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
+            ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
+        )
+        # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
         timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
         queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
         queue_timeout_us = min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
-        params = SamplingParams.parse(
-            _merge(
-                ("sampling_parameters", _json_object(tensors)),
-                ("the request's parameters", fields),
-                ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
-            )
-        )
+        params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
         prompt, text = _prompt(tensors, tokenizer, vocab_size)
         stream = _flag(tensors, "stream") or False
@@ -95,7 +94,9 @@ def _is_reserved(name: str) -> bool:
 
 def _integer(fields: dict[str, Any], name: str, low: int, high: int) -> int:
     """Take a parameter of the request (not of sampling) out of `fields`; 0 where there is none."""
-    value = fields.pop(name, 0)
+    value = fields.pop(name, None)
+    if value is None:
+        return 0
     try:
         number = msgspec.convert(value, int, strict=False)
     except msgspec.ValidationError:

@@ -102,7 +102,9 @@ class TritonPythonModel:
         for tensor in INPUTS:
             if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
                 tensors[tensor.name] = value.as_numpy()
-        parameters = {"timeout": request.timeout(), **json.loads(request.parameters() or "{}")}
+        parameters = json.loads(request.parameters() or "{}")
+        if request.timeout():
+            parameters["timeout"] = request.timeout()
         call = Call.parse(
             tensors,
             parameters,

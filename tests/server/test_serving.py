@@ -281,6 +281,36 @@ def test_a_full_queue_is_unavailable(served):
     assert generate(served.http_url, "narrow", input_ids=[5], **GREEDY)
 
 
+def test_a_crowd_is_refused_while_others_run_and_whoever_comes_again_is_served(served, engine):
+    """Nothing is timed: refusals are there before any of those that were let in has ended."""
+    long = {"input_ids": [5, 6], "stream": True, "sampling_parameters": json.dumps({**GREEDY, "max_tokens": 4000})}
+    running = GrpcStream(served.grpc_url, "narrow", **long)
+    next(iter(running))
+    waiting = GrpcStream(served.grpc_url, "narrow", **long)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_waiting_requests"] == 1)
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: post(served.http_url, "narrow", "generate", {"input_ids": [5]}), range(40)))
+    assert {status for status, _ in answers} == {400}
+    assert all("1 requests are waiting, as many as max_queue_size allows" in text for _, text in answers)
+    now = metrics(served.metrics_url, "narrow")
+    assert (now["nanoflow_running_requests"], now["nanoflow_waiting_requests"]) == (1, 1)
+    for stream in (running, waiting):
+        stream.close(cancel=True)
+
+    def come_again(prompt):
+        while (answer := post(served.http_url, "narrow", "generate", {"input_ids": prompt, **GREEDY}))[0] != 200:
+            assert "as many as max_queue_size allows" in answer[1]
+            refusals.append(prompt)
+        return json.loads(answer[1])["output_ids"]
+
+    refusals = []
+    crowd = [[5, number] for number in range(20)]
+    expected = engine.generate(crowd, SamplingParams(**GREEDY))
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(come_again, crowd)) == [completion.token_ids for completion in expected]
+    assert refusals
+
+
 def test_who_waits_too_long_is_refused(served):
     long = {"input_ids": [5, 6], "stream": True, "sampling_parameters": json.dumps({**GREEDY, "max_tokens": 4000})}
     running = GrpcStream(served.grpc_url, "narrow", **long)

@@ -121,6 +121,14 @@ def test_priority_and_timeout(tokenizer):
     assert (call.priority, call.timeout_us, call.params) == (-2, 1500, SamplingParams())
 
 
+def test_priority_and_timeouts_may_stand_beside_sampling_parameters(tokenizer):
+    assert parse(tokenizer, text_input="a", sampling_parameters={"priority": None}).priority == 0
+    fields = {"priority": 3, "timeout": "9", "queue_timeout": 7, "max_tokens": 5}
+    call = parse(tokenizer, text_input="a", sampling_parameters=fields, parameters={"timeout": 9})
+    assert (call.priority, call.timeout_us, call.queue_timeout_us) == (3, 9, 7)
+    assert call.params == SamplingParams(max_tokens=5)
+
+
 @pytest.mark.parametrize(("own", "servers", "counts"), [(0, 0, 0), (7, 0, 7), (0, 9, 9), (7, 9, 7), (9, 7, 7)])
 def test_the_shorter_queue_timeout_counts(tokenizer, own, servers, counts):
     tensors = {"text_input": np.array([b"a"], np.object_)}
