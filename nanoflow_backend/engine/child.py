@@ -80,7 +80,7 @@ class Child:
     def how_it_ended(self) -> str:
         """Wait for the end and say what it was: the socket closes moments before the process is gone."""
         try:
-            code = self._process.wait(timeout=1)
+            code = self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return f"process {self.pid} closed its socket and was killed"
