@@ -19,6 +19,7 @@ from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
 
@@ -234,6 +235,24 @@ def test_cancelled_requests_end_once_and_stopping_cancels_the_rest(model, prompt
     assert client.finished[2] is FinishReason.CANCELLED
     assert set(client.finished.values()) <= {FinishReason.CANCELLED, FinishReason.LENGTH}
     assert len(client.finished) == 4
+
+
+def test_a_full_queue_is_known_before_the_engine_says_so(model, prompts):
+    client = Client(config(model, max_running=1, max_queue_size=2))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts[:3]):  # one runs, two wait
+        client.process.check_room()
+        client.process.submit(Request(number, prompt, long))
+    with pytest.raises(QueueFull, match=r"[23] requests are waiting, as many as max_queue_size allows"):
+        client.process.check_room()
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    client.process.submit(Request(3, prompts[3], GREEDY))
+    client.wait_for(lambda: 3 in client.finished)
+    assert not client.refused
+    client.process.stop()
 
 
 def test_a_failed_start_says_what_failed(model, tmp_path):
