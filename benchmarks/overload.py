@@ -46,6 +46,11 @@ REFUSALS = {
 }
 
 
+kept = (
+    threading.local()
+)  # a connection for each thread: a new one a request overflows the server's backlog now and then
+
+
 class Entry(NamedTuple):
     outcome: str
     lag_s: float  # between the time it should have been sent and the time it was
@@ -152,10 +157,11 @@ def generate(url: str, job: Job) -> tuple[int, str]:
         "ignore_eos": True,
         "return_num_output_tokens": True,
     }
-    with contextlib.closing(http.client.HTTPConnection(url, timeout=PATIENCE_S)) as connection:
-        connection.request("POST", "/v2/models/nanoflow/generate", json.dumps(body))
-        response = connection.getresponse()
-        text = response.read().decode()
+    if getattr(kept, "url", None) != url:
+        kept.url, kept.connection = url, http.client.HTTPConnection(url, timeout=PATIENCE_S)
+    kept.connection.request("POST", "/v2/models/nanoflow/generate", json.dumps(body))
+    response = kept.connection.getresponse()
+    text = response.read().decode()
     return response.status, str(json.loads(text)["num_output_tokens"]) if response.status == 200 else text
 
 

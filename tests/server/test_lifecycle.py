@@ -17,7 +17,11 @@ def test_loads_reloads_and_unloads_leave_nothing(tmp_path):
     script = [sys.executable, "benchmarks/lifecycle.py", "--model", "demo/tiny-llama"]
     path = {"PYTHONPATH": ":".join(entry for entry in sys.path if entry)}
     subprocess.run(
-        [*script, "--cycles", "2", "--output", tmp_path / "result.json"], cwd=ROOT, env=os.environ | path, check=True
+        [*script, "--cycles", "2", "--output", tmp_path / "result.json"],
+        cwd=ROOT,
+        env=os.environ | path,
+        check=True,
+        timeout=300,
     )
     result = json.loads((tmp_path / "result.json").read_text())
     first, most = result["after_1"], result["most_after_the_first_cycle"]
