@@ -186,7 +186,7 @@ def summary(rounds: list[list[Entry]], seconds: float) -> dict[str, Any]:
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:
     if len(seconds) < 2:
         return {}
-    cuts = quantiles(seconds, n=100)
+    cuts = quantiles(seconds, n=100, method="inclusive")
     return {
         name: round(1000 * value, 1) for name, value in (("p50", cuts[49]), ("p99", cuts[98]), ("max", max(seconds)))
     }
