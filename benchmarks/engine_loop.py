@@ -19,6 +19,7 @@ import typer
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.engine.messages import News
 from nanoflow_backend.scheduler.request import Request
 
@@ -79,7 +80,7 @@ def main(
     step = timed("step", engine.step)
     encode = timed("encode_news", msgspec.msgpack.Encoder().encode)
     for _ in range(steps):
-        encode(News(step()))
+        encode(News(step(), queue(engine, 0)))
     assert engine.scheduler.stats.running_requests == running, "all requests decode in every measured step"
     milliseconds = {name: round(1e3 * median(times), 3) for name, times in cpu_s.items()}
     total = milliseconds["step"] + milliseconds["encode_news"]

@@ -32,7 +32,7 @@ def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[s
         dense_batch_tokens=2048,
         chunk_tokens=2048,
         max_running=RUNNING,
-        max_waiting=RUNNING + waiting,
+        max_queue_size=RUNNING + waiting,
         num_pages=num_pages,
         page_tokens=64,
         max_model_tokens=8192,

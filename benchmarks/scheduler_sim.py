@@ -48,7 +48,7 @@ def main() -> None:
             dense_batch_tokens=options.dense_batch_tokens,
             chunk_tokens=options.dense_batch_tokens,
             max_running=options.max_running,
-            max_waiting=len(trace.lengths),
+            max_queue_size=len(trace.lengths),
             num_pages=options.cache_tokens // options.page_tokens,
             page_tokens=options.page_tokens,
             max_model_tokens=options.max_model_tokens,

@@ -69,7 +69,7 @@ def main(
     if alone and (alone["workload"], alone["requests"]) != (work.name, requests):
         raise SystemExit(f"{engine_result}: expected {requests} requests of {work.name}, got {alone['requests']} "
                          f"of {alone['workload']}")  # fmt: skip
-    fields = {"model": str(model.resolve()), "max_waiting": max(requests, 4096), **parse(settings or [])}
+    fields = {"model": str(model.resolve()), "max_queue_size": max(requests, 4096), **parse(settings or [])}
     vocab_size = ModelConfig.from_pretrained(model).vocab_size
     jobs = [
         Job(np.array(prompt, np.int32), length)

@@ -32,7 +32,7 @@ def main(
     meter = find_gpu_meter()
     if meter is None:
         raise SystemExit("expected a GPU, and nvidia-ml-py to measure it")
-    engine = make_engine(model, settings or [], max_waiting=str(requests))
+    engine = make_engine(model, settings or [], max_queue_size=str(requests))
     work = workload.constant(input_tokens, output_tokens, requests)
     params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
     for number, prompt in enumerate(work.prompts(engine.model_config.vocab_size)):

@@ -151,7 +151,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
-    max_waiting: int = 4096  # requests queued beyond those; more are refused
+    max_queue_size: int = 4096  # requests that wait beyond those; more are refused
+    queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
+    priority_aging_s: float = 60.0  # a request overtakes those of the next priority that came so much before it
+    max_engine_restarts: int = 5  # in a row, when its process dies; then the model must be reloaded
     max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
     page_tokens: int | None = None  # KV page size; None: by device
     kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device
@@ -163,10 +166,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
-        if self.max_waiting < 1:
-            raise ConfigError(f"max_waiting: expected an integer >= 1, got {self.max_waiting}")
+        if self.max_queue_size < 1:
+            raise ConfigError(f"max_queue_size: expected an integer >= 1, got {self.max_queue_size}")
+        if not 0 <= self.priority_aging_s < math.inf:
+            raise ConfigError(f"priority_aging_s: expected a finite number >= 0, got {self.priority_aging_s}")
+        if self.max_engine_restarts < 0:
+            raise ConfigError(f"max_engine_restarts: expected an integer >= 0, got {self.max_engine_restarts}")
         for field in (
-            "dense_batch_tokens", "chunk_tokens", "max_running", "max_model_tokens", "page_tokens", "kv_cache_tokens"
+            "dense_batch_tokens", "chunk_tokens", "max_running", "max_model_tokens", "page_tokens", "kv_cache_tokens",
+            "queue_timeout_us",
         ):  # fmt: skip
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")

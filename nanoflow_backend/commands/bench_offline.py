@@ -53,7 +53,7 @@ def bench_offline(
     """
     if trace and dataset:
         raise ConfigError("--dataset: expected none beside --trace")
-    engine = make_engine(model, settings, max_waiting=str(requests))
+    engine = make_engine(model, settings, max_queue_size=str(requests))
     if breakdown and engine.config.device != "cuda":
         raise ConfigError(f"--breakdown: expected a GPU, the engine runs on {engine.worker.device.name}")
     if trace:

@@ -37,7 +37,7 @@ def bench_online(
 ) -> None:
     """Time to the first token and between tokens, by how many requests are in flight. Text, sockets and the server
     are not in these times: the engine runs in this process."""
-    engine = make_engine(model, settings, max_waiting=str(max(concurrency)))
+    engine = make_engine(model, settings, max_queue_size=str(max(concurrency)))
     prompts = workload.random_prompts(itertools.repeat(input_tokens), engine.model_config.vocab_size)
     levels = [run_level(engine, clients, prompts, output_tokens, requests) for clients in concurrency]
     found: dict[str, Any] = {"levels": [level.summary() for level in levels]}

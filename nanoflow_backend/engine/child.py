@@ -80,7 +80,7 @@ class Child:
     def how_it_ended(self) -> str:
         """Wait for the end and say what it was: the socket closes moments before the process is gone."""
         try:
-            code = self._process.wait(timeout=5)
+            code = self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return f"process {self.pid} closed its socket and was killed"
@@ -94,6 +94,10 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once; whoever is in `receive` hears of it."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the conversation. A mere close would leave it open for as long as another thread is in `receive`."""

@@ -17,6 +17,7 @@ from nanoflow_backend.engine.grammar import Grammar, Grammars
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, show_only
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
@@ -41,22 +42,28 @@ class Engine:
         self.config = config = config.settle(find_device(config.device).kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
+        build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts
         self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
-        self.worker = Worker(config, self.model_config, self.max_model_tokens)
+        try:
+            self.worker = Worker(config, self.model_config, self.max_model_tokens)
+            if self.ranks:
+                self.ranks.wait_until_ready()
+        except Exception:
+            self.close()
+            raise
         self.scheduler = Scheduler(
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens,
             max_running=config.max_running,
-            max_waiting=config.max_waiting,
+            max_queue_size=config.max_queue_size,
             num_pages=self.worker.num_pages,
             page_tokens=config.page_tokens,
             max_model_tokens=self.max_model_tokens,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=config.prefix_caching,
+            priority_aging_s=config.priority_aging_s,
             seed=config.seed,
         )
-        if self.ranks:
-            self.ranks.wait_until_ready()
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
@@ -90,7 +97,7 @@ class Engine:
 
     def has_room(self, sequences: int = 1) -> bool:
         """The queue takes one more request, of so many sequences."""
-        return self.scheduler.stats.waiting_requests + sequences <= self.config.max_waiting
+        return self.scheduler.queue_room >= sequences
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -41,6 +41,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     num_pages: int
     page_tokens: int
     description: str  # one line for the log: model, schedule, sizes
+    queue_room: int  # before the first request; see Queue
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -57,10 +58,19 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
     overloaded: bool  # the queue is full; otherwise the request is invalid
 
 
+class Queue(msgspec.Struct, frozen=True, array_like=True):
+    """The engine's queue. What was submitted and not received yet will take some of the room."""
+
+    waiting: int  # sequences: `n` of a request
+    room: int  # for so many more
+    received: int  # so far, refused ones too
+
+
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought."""
+    """What one step brought, and the queue after it. Without deltas when the work ends."""
 
     deltas: list[Delta]
+    queue: Queue
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):

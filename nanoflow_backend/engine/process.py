@@ -15,6 +15,7 @@ from nanoflow_backend.engine.messages import (
     Failed,
     FromEngine,
     News,
+    Queue,
     Ready,
     Refusal,
     Start,
@@ -24,6 +25,7 @@ from nanoflow_backend.engine.messages import (
 )
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 
 class EngineError(RuntimeError):
@@ -56,17 +58,23 @@ class EngineProcess:
         self._host_pid = host_pid
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
-        self._child: Child | None = None  # while it runs
+        self._changing = threading.Lock()
+        self._child: Child | None = None
+        self._queue: Queue | None = None  # as the engine said last, once it is ready
+        self._submitted = 0  # sequences
         self._stopping = False
 
     def start(self) -> Ready:
         """Wait until every rank is ready.
 
         Raises:
-            EngineError: what failed.
+            EngineError: what failed; or another thread called `stop`.
         """
         try:
-            child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+            with self._changing:
+                if self._stopping:
+                    raise EngineError("the engine was stopped before it was started")
+                self._child = child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
         except OSError as error:
             raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
         try:
@@ -79,16 +87,28 @@ class EngineProcess:
             child.stop()
             child.close()
             raise EngineError(answer.message)
-        self._child = child
-        self._reader.start()
-        return answer  # type: ignore[no-any-return]
+        with self._changing:
+            if not self._stopping:
+                self._queue = Queue(0, answer.queue_room, 0)
+                self._reader.start()
+                return answer  # type: ignore[no-any-return]
+        child.close()
+        raise EngineError("the engine was stopped while it started")
 
     @property
     def pid(self) -> int:
         return self._running().pid
 
+    def check_room(self) -> None:
+        """Raises: QueueFull, where the engine would refuse a request: it says so itself only after its next step."""
+        queue, submitted = self._queue, self._submitted
+        if queue is not None and submitted - queue.received >= queue.room:
+            raise QueueFull(queue.waiting + submitted - queue.received)
+
     def submit(self, request: Request) -> None:
         """Raises: EngineError when the process is gone."""
+        with self._changing:
+            self._submitted += request.params.n
         self._send(Submit(request))
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
@@ -99,15 +119,25 @@ class EngineProcess:
         self._send(Cancel(request_id, reason, index))
 
     def stop(self) -> None:
-        """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless."""
-        if self._child is None or self._stopping:
+        """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless.
+
+        A process that is not ready yet is killed.
+        """
+        with self._changing:
+            if self._stopping:
+                return
+            self._stopping = True
+            child, started = self._child, self._queue is not None
+        if child is None:
             return
-        self._stopping = True
+        if not started:
+            child.kill()
+            return
         with contextlib.suppress(ChildDied):
-            self._child.send(Stop())
-        self._child.stop()
+            child.send(Stop())
+        child.stop()
         self._reader.join()
-        self._child.close()
+        child.close()
 
     def _running(self) -> Child:
         if self._child is None:
@@ -126,6 +156,7 @@ class EngineProcess:
                 message = self._running().receive(self._decoder)
                 match message:
                     case News():
+                        self._queue = message.queue
                         self._on_news(message)
                     case Stats():
                         self._on_stats(message)

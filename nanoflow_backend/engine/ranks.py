@@ -6,11 +6,12 @@ deterministic, so all ranks draw the same ids.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,10 +50,15 @@ class Ranks:
         self._encoder = msgspec.msgpack.Encoder()
         self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, config.tensor_parallel)]
         self._ready: list[Future[None]] = [Future() for _ in self._children]
-        for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
-            child.send(StartRank(config, max_model_tokens, rank, rendezvous))
-            threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
-        join_group(rendezvous, 0, config.tensor_parallel)
+        try:
+            for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
+                threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
+                with contextlib.suppress(ChildDied):  # who watches it says so
+                    child.send(StartRank(config, max_model_tokens, rank, rendezvous))
+            self._join(rendezvous, config.tensor_parallel)
+        except Exception:
+            self._end_children()
+            raise
 
     def wait_until_ready(self) -> None:
         """Raises: RuntimeError, naming the rank and what it said."""
@@ -65,12 +71,34 @@ class Ranks:
             child.send_bytes(encoded)
 
     def close(self) -> None:
+        self._end_children()
+        dist.destroy_process_group()
+
+    def _end_children(self) -> None:
         self._closing = True
         for child in self._children:
             child.close()  # its lifeline
             child.stop()
-        dist.destroy_process_group()
         self._folder.cleanup()
+
+    def _join(self, rendezvous: str, size: int) -> None:
+        """Join the group, unless a rank dies before it has: the others would wait ten minutes for it."""
+        joined: Future[None] = Future()
+
+        def join() -> None:
+            try:
+                join_group(rendezvous, 0, size)
+                joined.set_result(None)
+            except Exception as error:
+                joined.set_exception(error)
+
+        threading.Thread(target=join, name="join-group", daemon=True).start()
+        while not joined.done():
+            wait([joined, *(ready for ready in self._ready if not ready.done())], return_when=FIRST_COMPLETED)
+            for ready in self._ready:
+                if ready.done():
+                    ready.result()
+        joined.result()
 
     def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
         decoder = msgspec.msgpack.Decoder(RankReady)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
 from nanoflow_backend.engine.constraints import Masks
+from nanoflow_backend.engine.memory import GIB, check_room
 from nanoflow_backend.engine.prompt_scorer import PromptScorer, Scored
 from nanoflow_backend.engine.sampling import Drawn, Sampler
 from nanoflow_backend.engine.transfer import to_device, to_host
@@ -76,7 +77,13 @@ class Worker:
         self._scorer = PromptScorer(
             model_config.vocab_size, kernels or reference_sampling, self._torch_device, config.max_running
         )
-        self.program, self.num_pages = _program(config, model_config, self.device, kernels, self._page_table, rank)
+        try:
+            self.program, self.num_pages = _program(config, model_config, self.device, kernels, self._page_table, rank)
+        except torch.OutOfMemoryError as error:  # of the workspace: the rest was reckoned before
+            raise ConfigError(
+                f"out of memory: lower dense_batch_tokens ({config.dense_batch_tokens}), kv_cache_tokens "
+                f"({config.kv_cache_tokens}) or gpu_memory_utilization ({config.gpu_memory_utilization}): {error}"
+            ) from None
 
     def launch_forward(self, batch: Batch) -> Launched:
         """Embedding and layers on all T tokens."""
@@ -138,13 +145,15 @@ def _program(
     """The program on its weights and pages, and how many pages those are.
 
     Raises:
-        ConfigError: a GPU with too little memory.
+        ConfigError: too little memory.
     """
     tp, dtype = config.tensor_parallel, getattr(torch, config.dtype)
     model = build(model_config, tp)
     for line in _implementations(model, kernels) if kernels else ():
         log.info("%s", line)
     schedule = find_schedule(config, model, device.name, device.sms)
+    free_bytes = device.free_bytes() // (tp if device.kind == "cpu" else 1)
+    check_room(config, model_config, weights.size_bytes(model, dtype), free_bytes, device.name)
     if config.load_format == "dummy":
         loaded = weights.dummy(model, dtype=dtype, device=device.kind)
     else:
@@ -185,8 +194,10 @@ def _program(
         torch.cuda.empty_cache()
         if num_pages < 1:
             raise ConfigError(
-                f"gpu_memory_utilization: weights and workspace leave no room for KV pages in "
-                f"{config.gpu_memory_utilization:.0%} of the memory of {device.name}"
+                f"gpu_memory_utilization: {config.gpu_memory_utilization:.0%} of the memory of {device.name}, of which "
+                f"{free_bytes / GIB:.2f} GiB were free, leave no room for KV pages beside weights of "
+                f"{weights.size_bytes(model, dtype) / GIB:.2f} GiB and the workspace of dense_batch_tokens "
+                f"{config.dense_batch_tokens}"
             )
     return program(num_pages), num_pages
 

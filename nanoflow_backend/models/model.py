@@ -16,9 +16,11 @@ def build(config: ModelConfig, tp: int = 1) -> Model:
         ConfigError: heads that `tp` ranks cannot share.
     """
     if config.num_heads % tp:
-        raise ConfigError(f"num_attention_heads {config.num_heads} cannot be shared by {tp} ranks")
+        raise ConfigError(f"tensor_parallel: expected a divisor of num_attention_heads {config.num_heads}, got {tp}")
     if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        raise ConfigError(f"num_key_value_heads {config.num_kv_heads} can be neither cut nor copied over {tp} ranks")
+        raise ConfigError(
+            f"tensor_parallel: expected a divisor or a multiple of num_key_value_heads {config.num_kv_heads}, got {tp}"
+        )
     architecture = ARCHITECTURES[config.architecture]
     return Model(
         architecture.embed(config), architecture.layer(config, tp), architecture.head(config, tp), config.num_layers

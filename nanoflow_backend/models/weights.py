@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,14 @@ def dummy(
             weights[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
             weights[name].normal_(0, 0.02, generator=generator)
     return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def size_bytes(model: Model, dtype: torch.dtype) -> int:
+    """What `load` and `dummy` allocate."""
+    parameters, _ = _parameters(model)
+    return sum(
+        math.prod(p.shape) * (dtype if p.constant is None else torch.float32).itemsize for p in parameters.values()
+    )
 
 
 def shard(tensor: Any, source: Source, rank: int, tp: int, *, out: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from nanoflow_backend.config import ConfigError
+from nanoflow_backend.runtime.host_memory import available_bytes
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -20,8 +21,10 @@ class Device:
     name: str  # as schedule files have it: "NVIDIA H200", "cpu"
     sms: int | None  # streaming multiprocessors
 
-    def free_bytes(self, utilization: float) -> int:
-        """What may still be allocated on a GPU when `utilization` of its memory is ours."""
+    def free_bytes(self, utilization: float = 1.0) -> int:
+        """What may still be allocated; on a GPU, when `utilization` of its memory is ours."""
+        if self.kind == "cpu":
+            return available_bytes()
         free, total = torch.cuda.mem_get_info()
         return free - int((1 - utilization) * total)
 

@@ -87,6 +87,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    QUEUE_TIMEOUT = "queue_timeout"  # it never ran
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, and no cycle to collect

@@ -13,27 +13,39 @@ from nanoflow_backend.scheduler.sequence import Sequence
 
 
 class Intake:
-    """Numbers the arrivals, and draws a seed where the client gave none."""
+    """Numbers the arrivals, says whose turn is when, and draws a seed where the client gave none.
 
-    def __init__(self, max_model_tokens: int, cache_tokens: int, eos_token_ids: frozenset[int], seed: int) -> None:
+    Each step of priority counts as having come `priority_aging_s` later. So nobody starves: whatever comes after that
+    time, however urgent, comes after.
+    """
+
+    def __init__(
+        self,
+        max_model_tokens: int,
+        cache_tokens: int,
+        eos_token_ids: frozenset[int],
+        seed: int,
+        priority_aging_s: float,
+    ) -> None:
         self._max_model_tokens = max_model_tokens
         self._cache_tokens = cache_tokens
         self._eos_token_ids = eos_token_ids
         self._seeds = random.Random(seed)
+        self._priority_aging_s = priority_aging_s
         self._arrivals = 0
 
-    def accept(self, request: Request) -> list[Sequence]:
+    def accept(self, request: Request, arrived_s: float) -> list[Sequence]:
         """Its `n` sequences, held. All but the first are the first one's siblings.
 
         Raises:
             InvalidRequest: it could never run; the message names the field and what was expected.
         """
         self._validate(request.prompt)
-        sequences = [self._sequence(request, index) for index in range(request.params.n)]
+        sequences = [self._sequence(request, index, arrived_s) for index in range(request.params.n)]
         sequences[0].siblings = sequences[1:]
         return sequences
 
-    def _sequence(self, request: Request, index: int) -> Sequence:
+    def _sequence(self, request: Request, index: int, arrived_s: float) -> Sequence:
         params, prompt_tokens = request.params.of_sequence(index), len(request.prompt)
         if params.seed is None:  # sampling is a function of (seed, position): a preempted request repeats its tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
@@ -43,9 +55,10 @@ class Intake:
             id=request.id,
             index=index,
             params=params,
-            priority=request.priority,
+            turn_s=arrived_s + request.priority * self._priority_aging_s,
             arrival=self._arrivals,
             deadline=request.deadline,
+            queue_deadline=request.queue_deadline,
             prompt_tokens=prompt_tokens,
             # nobody reads K and V of the last token: it needs no room in the cache
             max_total_tokens=min(prompt_tokens + params.max_tokens, self._max_model_tokens, self._cache_tokens + 1),

@@ -44,8 +44,8 @@ class Observer:
         self._step_energy_j = 0.0  # of one token of the step that is being formed
         self._decode_energy_j = 0.0  # of a request that has decoded in every step so far
 
-    def arrived(self, s: Sequence, arrived_s: float | None) -> None:
-        s.account.arrived_s = self._clock() if arrived_s is None else arrived_s
+    def arrived(self, s: Sequence, arrived_s: float) -> None:
+        s.account.arrived_s = arrived_s
 
     def admitted(self, s: Sequence) -> None:
         """For the first time."""

@@ -10,9 +10,10 @@ from nanoflow_backend.scheduler.sampling_params import SamplingParams
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """One prompt to continue; it crosses the socket to the engine process.
 
-    A lower `priority` runs first; equal ones in order of arrival. `deadline` is in seconds of `time.monotonic()`
-    (one clock for all processes of a host); a request that has not finished by then ends with "deadline". `arrived_s`
-    is when its client's request came, by the same clock; None: when it is added.
+    A lower `priority` runs first; equal ones in order of arrival. Moments are in seconds of `time.monotonic()` (one
+    clock for all processes of a host): a request that has not finished by `deadline` ends with "deadline", one that
+    has not begun by `queue_deadline` with "queue_timeout". `arrived_s` is when its client's request came; None: when it
+    is added.
     """
 
     id: int
@@ -20,4 +21,5 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     params: SamplingParams
     priority: int = 0
     deadline: float | None = None
+    queue_deadline: float | None = None
     arrived_s: float | None = None

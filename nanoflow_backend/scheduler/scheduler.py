@@ -31,7 +31,7 @@ class Scheduler:
 
     A step takes one token of every decoding request, then prefill chunks, at most `chunk_tokens` of one request,
     until it has `dense_batch_tokens`. A request takes the pages of its whole prompt when it is admitted, so only
-    decodes ever wait for a page. When they do, the request of the highest rank (priority, then arrival) is preempted:
+    decodes ever wait for a page. When they do, the request of the highest rank (see Intake) is preempted:
     it gives its pages back and computes later again what it knows. The lowest rank is never stopped, so all end.
     """
 
@@ -41,12 +41,13 @@ class Scheduler:
         dense_batch_tokens: int,
         chunk_tokens: int,
         max_running: int,
-        max_waiting: int,
+        max_queue_size: int,
         num_pages: int,
         page_tokens: int,
         max_model_tokens: int,
         eos_token_ids: Iterable[int],
         prefix_caching: bool = True,
+        priority_aging_s: float = 60.0,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
@@ -54,7 +55,7 @@ class Scheduler:
         for name, value in (
             ("chunk_tokens", chunk_tokens),
             ("max_running", max_running),
-            ("max_waiting", max_waiting),
+            ("max_queue_size", max_queue_size),
             ("num_pages", num_pages),
             ("page_tokens", page_tokens),
         ):
@@ -68,9 +69,9 @@ class Scheduler:
             )
         self._dense_batch_tokens = dense_batch_tokens
         self._chunk_tokens = chunk_tokens
-        self._max_waiting = max_waiting
+        self._max_queue_size = max_queue_size
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._intake = Intake(max_model_tokens, num_pages * page_tokens, self._eos_token_ids, seed)
+        self._intake = Intake(max_model_tokens, num_pages * page_tokens, self._eos_token_ids, seed, priority_aging_s)
         self._clock = clock
         self._forecast = forecast or LengthForecast()
         self._account = PageAccount(num_pages, page_tokens, prefix_caching)
@@ -81,6 +82,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
         self._waiting = WaitingQueue()
         self._held = 0  # sequences that wait, and may not be admitted yet
+        self._backlog = False  # the last step left requests waiting
         self._slots = Slots(max_running)
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()  # steps, with the sequences that they sample
@@ -105,20 +107,22 @@ class Scheduler:
         """
         if request.id in self._live:
             raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
-        if request.params.n > self._max_waiting:
-            raise InvalidRequest(f"n: expected at most {self._max_waiting} (max_waiting), got {request.params.n}")
-        sequences = self._intake.accept(request)
-        waiting = len(self._waiting) + self._held
-        if waiting + len(sequences) > self._max_waiting:
-            raise QueueFull(f"{waiting} requests are waiting, as many as max_waiting allows")
+        params = request.params
+        if params.n > self._max_queue_size:
+            raise InvalidRequest(f"n: expected at most {self._max_queue_size} (max_queue_size), got {params.n}")
+        arrived_s = self._clock() if request.arrived_s is None else request.arrived_s
+        sequences = self._intake.accept(request, arrived_s)
+        if self.queue_room < len(sequences):
+            raise QueueFull(self.waiting)
         for s in sequences:
-            self.observer.arrived(s, request.arrived_s)
+            self.observer.arrived(s, arrived_s)
         self._live[request.id] = sequences
         self._held += len(sequences)
         if not held:
             self._queue(sequences[:1])
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        for deadline in (request.deadline, request.queue_deadline):
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, request.id))
 
     def release(self, request_id: int) -> None:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
@@ -134,6 +138,17 @@ class Scheduler:
     def id_at(self, slot: int) -> int:
         """The request in a slot. Raises: KeyError, there is none."""
         return self._slots.at(slot).id
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in the queue, held ones too."""
+        return len(self._waiting) + self._held
+
+    @property
+    def queue_room(self) -> int:
+        """Sequences that may still come: what the queue has room for and, unless some have to wait, free slots."""
+        spare = 0 if self._backlog else len(self._slots.free)
+        return max(0, self._max_queue_size + spare - self.waiting)
 
     @property
     def has_work(self) -> bool:
@@ -176,6 +191,7 @@ class Scheduler:
             budget -= len(prefill.token_ids)
             if prefill.sample:
                 sampled.append(sequence)
+        self._backlog = len(self._waiting) > 0
         if not slots and not prefills:
             return None
         self._step = step
@@ -228,7 +244,7 @@ class Scheduler:
     @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
-            waiting_requests=len(self._waiting) + self._held,
+            waiting_requests=self.waiting,
             running_requests=len(self._slots),
             num_pages=self._pool.num_pages,
             used_pages=self._pool.used,
@@ -271,10 +287,14 @@ class Scheduler:
     def _expire(self) -> None:
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
+            due, request_id = heapq.heappop(self._deadlines)
             sequences = self._live.get(request_id)
-            if sequences and sequences[0].deadline == deadline:  # the id may be in its second life
+            if sequences is None:
+                continue
+            if sequences[0].deadline == due:  # not so where the id is in its second life
                 self._end_early(request_id, FinishReason.DEADLINE)
+            elif sequences[0].queue_deadline == due and not sequences[0].has_begun:
+                self._end_early(request_id, FinishReason.QUEUE_TIMEOUT)
 
     def _grow(self, page_table: list[tuple[int, int, int]]) -> list[Sequence]:
         """Give every decode a page for its next token, at the cost of the highest ranks. Returns those that can run.

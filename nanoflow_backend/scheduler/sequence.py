@@ -29,9 +29,10 @@ class Sequence:
     id: int  # of its request
     index: int  # among the sequences of its request
     params: SamplingParams  # with a seed
-    priority: int
+    turn_s: float  # when it came, in seconds of the scheduler's clock, and later by what its priority costs
     arrival: int  # a running number
     deadline: float | None
+    queue_deadline: float | None
     prompt_tokens: int
     max_total_tokens: int  # prompt and output, by max_tokens and by what the model and the cache can hold
     stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
@@ -56,11 +57,16 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
 
     @property
+    def has_begun(self) -> bool:
+        """It, or the sequence that it follows, was admitted."""
+        return self.index > 0 or self.preemptions > 0 or self.state not in (State.HELD, State.WAITING)
+
+    @property
     def output_tokens(self) -> int:
         """Output tokens that came back."""
         return len(self.tokens) - self.prompt_tokens
 
 
-def rank(sequence: Sequence) -> tuple[int, int]:
+def rank(sequence: Sequence) -> tuple[float, int]:
     """Lower ranks are served first and preempted last."""
-    return sequence.priority, sequence.arrival
+    return sequence.turn_s, sequence.arrival

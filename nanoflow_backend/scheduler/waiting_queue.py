@@ -1,4 +1,4 @@
-"""WaitingQueue: requests without a slot, by priority and then by arrival."""
+"""WaitingQueue: requests without a slot, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from nanoflow_backend.scheduler.sequence import Sequence, rank
 
 class QueueFull(RuntimeError):
     """The server is saturated: the client may come back later."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__(f"{waiting} requests are waiting, as many as max_queue_size allows: try again later")
 
 
 class WaitingQueue:

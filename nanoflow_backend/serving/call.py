@@ -27,8 +27,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """What a client asks for one prompt; `batch_index` is its place where the request may have several.
 
     `params` is what the engine runs; it may have logprobs that the client does not see (`show_logprobs` false) but
-    whose sum it wants, and bad words are tokens there. `timeout_us` 0 is no limit. `shown_prompt` goes before the
-    first text.
+    whose sum it wants, and bad words are tokens there. Timeouts of 0 are no limit. `shown_prompt` goes before the first
+    text.
     """
 
     prompt: list[int]
@@ -40,6 +40,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     timeout_us: int = 0
     batch_index: int | None = None
+    queue_timeout_us: int = 0
 
     @classmethod
     def parse(
@@ -49,29 +50,33 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         requested: Collection[str],
         tokenizer: Tokenizer | None,
         vocab_size: int,
+        max_queue_us: int = 0,
     ) -> list[Call]:
         """Understand a request: a call for each of its prompts.
 
         Args:
             tensors: the inputs that were sent, as the table declares them; strings are bytes objects.
-            parameters: the request's own parameters: sampling parameters, `priority`, `timeout` (microseconds).
+            parameters: the request's own parameters: sampling parameters, `priority`, `timeout` and `queue_timeout`
+                (microseconds).
             requested: names of the outputs that the client wants; all of them where it names none.
             vocab_size: of the model; ids of `input_ids` are below it.
+            max_queue_us: no request may wait longer, whatever it says; 0 is no limit.
 
         Raises:
             InvalidRequest: the message names the field and what was expected.
         """
-        fields = {name: value for name, value in parameters.items() if not _is_reserved(name)}
+        sampling = "sampling_parameters" in tensors
+        fields = _merge(
+            ("sampling_parameters", _json(tensors, "sampling_parameters", dict) if sampling else {}),
+            ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
+            ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
+        )
+        # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
         timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
-        sampling = "sampling_parameters" in tensors
-        params = SamplingParams.parse(
-            _merge(
-                ("sampling_parameters", _json(tensors, "sampling_parameters", dict) if sampling else {}),
-                ("the request's parameters", fields),
-                ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
-            )
-        )
+        queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
+        queue_timeout_us = min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
+        params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
         params = encode_bad_words(params, tokenizer)
         prompts = _prompts(tensors, tokenizer, vocab_size)
@@ -89,6 +94,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
                 show_logprobs=params.logprobs is not None,
                 priority=priority,
                 timeout_us=timeout_us,
+                queue_timeout_us=queue_timeout_us,
                 batch_index=index if is_batch else None,
             )
             for index, (prompt, text) in enumerate(prompts)
@@ -114,7 +120,9 @@ def _is_reserved(name: str) -> bool:
 
 def _integer(fields: dict[str, Any], name: str, low: int, high: int) -> int:
     """Take a parameter of the request (not of sampling) out of `fields`; 0 where there is none."""
-    value = fields.pop(name, 0)
+    value = fields.pop(name, None)
+    if value is None:
+        return 0
     try:
         number = msgspec.convert(value, int, strict=False)
     except msgspec.ValidationError:

@@ -18,7 +18,7 @@ from nanoflow_backend.scheduler.observer import WHOLE
 
 Kind = Literal["gauge", "counter", "histogram"]
 # Reasons that are there from the start, so that their first rise is seen as one. Others may come.
-REFUSALS = ("invalid", "queue_full", "deadline", "unavailable", "engine_failure", "internal")
+REFUSALS = ("invalid", "queue_full", "queue_timeout", "deadline", "unavailable", "engine_failure", "internal")
 Values = Mapping[tuple[str, ...], float]  # by the values of a family's labels
 
 

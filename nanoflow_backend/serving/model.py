@@ -22,13 +22,15 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from nanoflow_backend.config import EngineConfig
-from nanoflow_backend.engine.messages import News, Refusal, Stats
-from nanoflow_backend.engine.process import EngineError, EngineProcess
+from nanoflow_backend.engine.messages import News, Ready, Refusal, Stats
+from nanoflow_backend.engine.process import EngineError
+from nanoflow_backend.engine.supervisor import Supervisor
 from nanoflow_backend.engine.ticker import Ticker
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.batch import Batch
 from nanoflow_backend.serving.call import Call, is_cancellation
@@ -49,7 +51,7 @@ REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": 
 
 
 class TritonPythonModel:
-    """One engine behind the server. The names and signatures of the four public methods are the Python backend's."""
+    """One engine behind the server. The names and signatures of the public methods are the Python backend's."""
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
@@ -71,10 +73,17 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
         config = place(config, args, model_config)
+        self._max_queue_us = config.queue_timeout_us or 0
         endpoint = config.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
-        self._engine = EngineProcess(
-            config, self._on_news, self._on_stats, self._on_refusal, self._on_death, host_pid=os.getppid()
+        self._engine = Supervisor(
+            config,
+            on_news=self._on_news,
+            on_stats=self._on_stats,
+            on_refusal=self._on_refusal,
+            on_death=self._on_death,
+            on_restart=self._on_restart,
+            host_pid=os.getppid(),
         )
         self._ready = self._engine.start()
         self._limits = Limits.of(self._ready.max_model_tokens, self._tokenizer)
@@ -95,8 +104,12 @@ class TritonPythonModel:
                 self._submit(request, channel)
             except Exception as error:
                 failure = _failure(error)
-                self._metrics.refused(REFUSED[failure.code])
+                self._metrics.refused("queue_full" if isinstance(error, QueueFull) else REFUSED[failure.code])
                 channel.fail(failure)
+
+    def is_ready(self) -> bool:
+        """Servers since 26.03 ask this for the readiness of the model; older ones do not, and say that it is ready."""
+        return self._engine.is_ready
 
     def finalize(self) -> None:
         """The server calls this when no request is in flight, or none will be waited for any longer."""
@@ -115,15 +128,23 @@ class TritonPythonModel:
         for tensor in INPUTS:
             if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
                 tensors[tensor.name] = value.as_numpy()
-        self._limits.check(tensors)
-        own = request.parameters() or "{}"
-        check_parameters(own)
-        parameters = {"timeout": request.timeout(), **json.loads(own)}
         if is_cancellation(tensors):
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
+        self._engine.check_room()  # before any work for it: under overload most requests end here
+        self._limits.check(tensors)
+        own = request.parameters() or "{}"
+        check_parameters(own)
+        parameters = json.loads(own)
+        if request.timeout():
+            parameters["timeout"] = request.timeout()
         calls = Call.parse(
-            tensors, parameters, request.requested_output_names(), self._tokenizer, self._ready.vocab_size
+            tensors,
+            parameters,
+            request.requested_output_names(),
+            self._tokenizer,
+            self._ready.vocab_size,
+            self._max_queue_us,
         )
         if calls[0].stream and not self._streams:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
@@ -136,7 +157,6 @@ class TritonPythonModel:
     def _start(self, call: Call, channel: Channel, came_s: float, context: str | None) -> None:
         """Never raises: what fails here is answered. `context`: of the server's trace."""
         request_id = next(self._ids)
-        deadline = came_s + call.timeout_us / 1e6 if call.timeout_us else None
         trace = self._tracer.request(context, came_s) if self._tracer else None
         cancel = functools.partial(self._cancel, request_id)
         try:
@@ -145,8 +165,12 @@ class TritonPythonModel:
             self._metrics.refused(REFUSED[closed.code])
             channel.fail(closed)
             return
+        timeouts_us = call.timeout_us, call.queue_timeout_us
+        deadline, queue_deadline = (came_s + us / 1e6 if us else None for us in timeouts_us)
         try:
-            self._engine.submit(Request(request_id, call.prompt, call.params, call.priority, deadline, came_s))
+            self._engine.submit(
+                Request(request_id, call.prompt, call.params, call.priority, deadline, queue_deadline, came_s)
+            )
         except Exception as error:
             # The reply is on its sender's hands, and news of the engine's death may have come first.
             self._senders.fail(request_id, _failure(error))
@@ -181,11 +205,13 @@ class TritonPythonModel:
         self._senders.fail(refusal.request_id, failure)
 
     def _on_death(self, how: str) -> None:
-        message = f"the engine is gone: {how}; reload the model"
         self._metrics.engine_died()
         self._metrics.refused("engine_failure", len(self._senders.live()))
-        self._senders.close(Failure("UNAVAILABLE", message))
-        pb_utils.Logger.log_error(message)
+        self._senders.fail_all(Failure("UNAVAILABLE", how))
+        pb_utils.Logger.log_error(how)
+
+    def _on_restart(self, ready: Ready) -> None:
+        self._metrics.engine_restarted(ready)
 
 
 class _Channel:
@@ -229,7 +255,7 @@ def _failure(error: Exception) -> Failure:
             return error
         case InvalidRequest():
             return Failure("INVALID_ARG", str(error))
-        case EngineError():
+        case EngineError() | QueueFull():
             return Failure("UNAVAILABLE", str(error))
     pb_utils.Logger.log_error(f"a request broke: {without_words(error)}")
     pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it

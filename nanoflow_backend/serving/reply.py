@@ -115,6 +115,9 @@ class Reply:
         reasons = {delta.finish_reason for delta in deltas}
         if FinishReason.DEADLINE in reasons:
             raise Failure("UNAVAILABLE", f"timeout: not done {self._call.timeout_us} us after the request came")
+        if FinishReason.QUEUE_TIMEOUT in reasons:
+            waited_us = self._call.queue_timeout_us
+            raise Failure("UNAVAILABLE", f"queue_timeout: still waiting {waited_us} us after the request came")
         if FinishReason.CANCELLED in reasons and "finish_reason" not in self._call.outputs:
             raise Failure("CANCELLED", "the request was cancelled")  # else a part would pass for the whole
         tensors = self._answer.tensors(deltas, self._account() if last else None, last)

@@ -64,13 +64,18 @@ class Senders:
                 live.news.append(failure)
                 self._queue(request_id, live)
 
+    def fail_all(self, failure: Failure) -> None:
+        """Fail every live request."""
+        with self._lock:
+            for request_id, live in self._live.items():
+                live.news.append(failure)
+                self._queue(request_id, live)
+
     def close(self, failure: Failure) -> None:
         """Fail every live request, and every later one."""
         with self._lock:
             self._closed = failure
-            for request_id, live in self._live.items():
-                live.news.append(failure)
-                self._queue(request_id, live)
+        self.fail_all(failure)
 
     def live(self) -> list[Reply]:
         """The requests that have no final response yet."""

@@ -12,13 +12,15 @@ import pytest
 import tiny_tokenizers
 
 from nanoflow_backend.config import ConfigError, EngineConfig
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import Engine, SamplingParams, ranks
+from nanoflow_backend.engine.child import Child
 from nanoflow_backend.engine.messages import Stats
 from nanoflow_backend.engine.process import EngineError, EngineProcess
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
 
@@ -147,6 +149,10 @@ def test_prompts_and_params_that_do_not_match_are_refused(model, prompts, params
         ({"schedule": "fastest"}, "schedule fastest: expected sequential, nano-batched-N"),
         ({"schedule": "nano-batched-600"}, "schedule nano-batched-600: parts: expected 1..512"),
         ({"page_size": 16}, "unknown field `page_size`"),
+        (
+            {"kv_cache_tokens": 10**12},
+            r"kv_cache_tokens: 10+ tokens take \d.* of memory are free on cpu: expected at most",
+        ),
     ],
 )
 def test_a_bad_configuration_is_refused_by_name(model, fields, message):
@@ -206,7 +212,7 @@ def config(model: Path, **fields) -> EngineConfig:
 
 def test_the_engine_process_answers_as_the_engine_does(model, prompts):
     expected = Engine.from_pretrained(model).generate(prompts, GREEDY)
-    client = Client(config(model, max_waiting=len(prompts)))
+    client = Client(config(model, max_queue_size=len(prompts)))
     ready = client.process.start()
     assert (ready.page_tokens, ready.max_model_tokens) == (16, 512)
     for number, prompt in enumerate(prompts):
@@ -242,6 +248,36 @@ def test_cancelled_requests_end_once_and_stopping_cancels_the_rest(model, prompt
     assert client.finished.pop(3) is FinishReason.STOP
     assert set(client.finished.values()) <= {FinishReason.CANCELLED, FinishReason.LENGTH}
     assert len(client.finished) == 3
+
+
+def test_a_full_queue_is_known_before_the_engine_says_so(model, prompts):
+    client = Client(config(model, max_running=1, max_queue_size=2))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts[:3]):  # one runs, two wait
+        client.process.check_room()
+        client.process.submit(Request(number, prompt, long))
+    with pytest.raises(QueueFull, match=r"[23] requests are waiting, as many as max_queue_size allows"):
+        client.process.check_room()
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    client.process.submit(Request(3, prompts[3], GREEDY))
+    client.wait_for(lambda: 3 in client.finished)
+    assert not client.refused
+    client.process.stop()
+
+
+def test_refused_requests_take_no_room(model, prompts):
+    client = Client(config(model, max_running=1, max_queue_size=1))
+    client.process.start()
+    for number in range(9):
+        client.process.check_room()
+        client.process.submit(Request(number, [7] * 9999, GREEDY))
+        client.wait_for(lambda number=number: len(client.refused) > number)
+    client.process.submit(Request(9, prompts[0], GREEDY))
+    client.wait_for(lambda: 9 in client.finished)
+    client.process.stop()
 
 
 def test_a_failed_start_says_what_failed(model, tmp_path):
@@ -289,6 +325,22 @@ def test_a_tensor_parallel_group_ends_together(model, victim):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.05)
     client.process.stop()
+
+
+def test_heads_that_the_ranks_cannot_share_are_refused_before_a_rank_starts(tmp_path, monkeypatch):
+    folder = checkpoints.save(checkpoints.make("llama", heads=4), tmp_path)
+    monkeypatch.setattr(ranks, "Child", lambda module: 1 // 0)
+    with pytest.raises(ConfigError, match="tensor_parallel: expected a divisor of num_attention_heads 4, got 8"):
+        Engine.from_pretrained(folder, tensor_parallel=8)
+
+
+@pytest.mark.timeout(60)  # the group would wait ten minutes for it
+def test_a_rank_that_dies_before_it_joins_is_named_at_once(model, monkeypatch):
+    started = []
+    monkeypatch.setattr(ranks, "Child", lambda module: started.append(Child("nanoflow_backend.nowhere")) or started[-1])
+    with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 1"):
+        Engine.from_pretrained(model, tensor_parallel=2)
+    assert not alive(started[0].pid)
 
 
 def children(pid: int) -> list[int]:

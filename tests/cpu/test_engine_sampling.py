@@ -157,10 +157,10 @@ def test_sequences_of_a_request_share_its_prompt_and_have_seeds_of_their_own(mod
 
 
 def test_more_sequences_than_the_queue_has_room_for_wait_for_it(model: Path) -> None:
-    engine = Engine.from_pretrained(model, max_waiting=4, max_running=2)
+    engine = Engine.from_pretrained(model, max_queue_size=4, max_running=2)
     found = engine.generate([[1, 2]] * 5, SamplingParams(n=3, max_tokens=4, seed=1))
     assert [c.index for c in found] == [0, 1, 2] * 5
-    with pytest.raises(InvalidRequest, match=r"prompt 0: n: expected at most 4 \(max_waiting\), got 5"):
+    with pytest.raises(InvalidRequest, match=r"prompt 0: n: expected at most 4 \(max_queue_size\), got 5"):
         engine.generate([[1, 2]], SamplingParams(n=5))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.scheduler.request import Request
@@ -131,6 +132,18 @@ def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]]) -> N
                 made.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_tokens": 10**9}, r"kv_cache_tokens: 10+ tokens take .* GiB .* are free on NVIDIA .* at most \d+"),
+        ({"kv_cache_tokens": None, "gpu_memory_utilization": 1e-6}, "gpu_memory_utilization: .* leave no room for KV"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused_with_numbers(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine(**options)
 
 
 def test_pages_fill_the_share_of_memory_that_is_ours() -> None:

@@ -83,7 +83,7 @@ def served(server, collector, tmp_path_factory):
     checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), checkpoint)
     repository = tmp_path_factory.mktemp("repository")
     shutil.copytree(FOLDER, repository / "nanoflow")
-    engine = {"model": str(checkpoint), "max_running": 2, "max_waiting": 1, "otlp_traces_endpoint": collector.url}
+    engine = {"model": str(checkpoint), "max_running": 2, "max_queue_size": 1, "otlp_traces_endpoint": collector.url}
     (repository / "nanoflow" / "1" / "engine.json").write_text(json.dumps(engine))
     trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
     arguments = [f"--trace-config={setting}" for setting in trace]
@@ -164,7 +164,7 @@ def test_ends_of_every_kind_are_counted_by_their_kind(served):
     until(lambda: shown(served)["nanoflow_num_requests_waiting"] == 1)
     assert shown(served)["nanoflow_num_requests_running"] == 2
     _, text = post(served.http_url, "nanoflow", "generate", {"input_ids": PROMPT})
-    assert "are waiting, as many as max_waiting allows" in text
+    assert "are waiting, as many as max_queue_size allows" in text
     for stream in streams:
         stream.close(cancel=True)
     until(lambda: shown(served)["nanoflow_requests_cancelled_total"] == before["nanoflow_requests_cancelled_total"] + 3)

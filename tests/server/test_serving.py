@@ -60,7 +60,7 @@ def served(server, checkpoint, tmp_path_factory):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, ids_only)
     add_model(repository, "nanoflow", checkpoint, schedule="nano-batched-3")
-    add_model(repository, "narrow", ids_only, max_running=1, max_waiting=1)
+    add_model(repository, "narrow", ids_only, max_running=1, max_queue_size=1)
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = ["--model-control-mode=explicit", "--load-model=nanoflow", "--load-model=narrow"]
     return server(repository, log=log, exit_timeout_s=30, arguments=[*arguments, "--disable-auto-complete-config"])
@@ -266,12 +266,52 @@ def test_a_full_queue_is_unavailable(served):
     next(iter(running))
     waiting = GrpcStream(served.grpc_url, "narrow", **long)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_waiting"] == 1)
-    with refused("1 requests are waiting, as many as max_waiting allows"):
+    with refused("1 requests are waiting, as many as max_queue_size allows"):
         grpc(served.grpc_url, "narrow", input_ids=[5])
     for stream in (running, waiting):
         stream.close(cancel=True)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_running"] == 0)
     assert generate(served.http_url, "narrow", input_ids=[5], **GREEDY)
+
+
+def test_a_crowd_is_refused_while_others_run_and_whoever_comes_again_is_served(served, engine):
+    """Nothing is timed: refusals are there before any of those that were let in has ended."""
+    long = {"input_ids": [5, 6], "stream": True, "sampling_parameters": json.dumps({**GREEDY, "max_tokens": 4000})}
+    running = GrpcStream(served.grpc_url, "narrow", **long)
+    next(iter(running))
+    waiting = GrpcStream(served.grpc_url, "narrow", **long)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_waiting_requests"] == 1)
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: post(served.http_url, "narrow", "generate", {"input_ids": [5]}), range(40)))
+    assert {status for status, _ in answers} == {400}
+    assert all("1 requests are waiting, as many as max_queue_size allows" in text for _, text in answers)
+    now = metrics(served.metrics_url, "narrow")
+    assert (now["nanoflow_running_requests"], now["nanoflow_waiting_requests"]) == (1, 1)
+    for stream in (running, waiting):
+        stream.close(cancel=True)
+
+    def come_again(prompt):
+        while (answer := post(served.http_url, "narrow", "generate", {"input_ids": prompt, **GREEDY}))[0] != 200:
+            assert "as many as max_queue_size allows" in answer[1]
+            refusals.append(prompt)
+        return json.loads(answer[1])["output_ids"]
+
+    refusals = []
+    crowd = [[5, number] for number in range(20)]
+    expected = engine.generate(crowd, SamplingParams(**GREEDY))
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(come_again, crowd)) == [completion.token_ids for completion in expected]
+    assert refusals
+
+
+def test_who_waits_too_long_is_refused(served):
+    long = {"input_ids": [5, 6], "stream": True, "sampling_parameters": json.dumps({**GREEDY, "max_tokens": 4000})}
+    running = GrpcStream(served.grpc_url, "narrow", **long)
+    next(iter(running))
+    with refused("queue_timeout: still waiting 1000 us after the request came"):
+        grpc(served.grpc_url, "narrow", input_ids=[5], parameters={"queue_timeout": 1000})
+    running.close(cancel=True)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_running_requests"] == 0)
 
 
 def test_200_cancels_return_every_page(served, prompts):
@@ -328,15 +368,18 @@ def test_unloading_waits_for_streams_and_ends_the_engine(served, process_tree, c
         until(lambda: process_tree(served.pid).keys() <= before.keys())
 
 
-def test_a_killed_engine_is_said_and_leaves_no_one_waiting(served, process_tree, checkpoint, prompts):
-    add_model(served.model_repository, "doomed", checkpoint)
+def test_a_killed_engine_is_said_and_followed_by_another(served, process_tree, checkpoint, prompts):
+    add_model(served.model_repository, "doomed", checkpoint, max_engine_restarts=1)
+
+    def engine_pid():
+        """Of the model's engine, where there is one."""
+        new = process_tree(served.pid).keys() - before.keys()
+        return next((pid for pid in new if b"nanoflow_backend.engine.loop" in cmdline(pid)), None)
+
     with loader(served) as client:
         before = process_tree(served.pid)
         client.load_model("doomed")
-        added = process_tree(served.pid).keys() - before.keys()
-        (engine,) = (
-            pid for pid in added if b"nanoflow_backend.engine.loop" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
+        engine = engine_pid()
         long = {"stream": True, "sampling_parameters": json.dumps({"max_tokens": 4000})}
         streams = [GrpcStream(served.grpc_url, "doomed", text_input=prompt, **long) for prompt in prompts[:8]]
         waiting = threading.Thread(
@@ -349,20 +392,31 @@ def test_a_killed_engine_is_said_and_leaves_no_one_waiting(served, process_tree,
         until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_num_requests_running"] == 9)
         os.kill(engine, signal.SIGKILL)
         for stream in streams:
-            with refused(f"the engine is gone: process {engine} ended with SIGKILL"):
+            with refused(f"the engine is gone: process {engine} ended with SIGKILL; restart 1 of 1 is under way"):
                 list(stream)
             stream.close()
         waiting.join(60)
         assert posted[0][0] == 400
         assert "ended with SIGKILL" in posted[0][1]
-        with refused("ended with SIGKILL"):
+        with refused("ended with SIGKILL; restart 1 of 1 is under way: try again later"):
             grpc(served.grpc_url, "doomed", **A)
+        until(lambda: post(served.http_url, "doomed", "generate", A)[0] == 200)
+        until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_kv_used_pages"] == 0)
+        os.kill(engine_pid(), signal.SIGKILL)
+        until(lambda: "reload the model" in post(served.http_url, "doomed", "generate", A)[1])
+        assert engine_pid() is None
         client.unload_model("doomed")
         until(lambda: process_tree(served.pid).keys() <= before.keys())
         client.load_model("doomed")
         assert generate(served.http_url, "doomed", **A)
         client.unload_model("doomed")
         until(lambda: process_tree(served.pid).keys() <= before.keys())
+
+
+def cmdline(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def break_json(folder):
@@ -377,6 +431,11 @@ def no_weights(folder):
     (folder / "empty").mkdir()
     shutil.copy(Path(json.loads((folder / "1" / "engine.json").read_text())["model"], "config.json"), folder / "empty")
     (folder / "1" / "engine.json").write_text('{"model": "../empty"}')
+
+
+def too_large(folder):
+    engine = json.loads((folder / "1" / "engine.json").read_text())
+    (folder / "1" / "engine.json").write_text(json.dumps({**engine, "kv_cache_tokens": 10**12}))
 
 
 def no_folder(folder):
@@ -398,6 +457,7 @@ BROKEN = {
     break_json: r"engine\.json: not valid JSON",
     misspell: r"engine\.json: .*unknown field `page_size`",
     no_weights: r"/empty: .*safetensors",
+    too_large: r"kv_cache_tokens: 10+ tokens take .* GiB beside weights of .* GiB of memory are free on cpu: .* most",
     no_folder: r"/nowhere/config\.json: No such file or directory",
     bad_parameter: r"engine\.json: Expected `int \| null`, got `str` - at `\$\.page_tokens`",
     no_policy: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",

@@ -208,6 +208,21 @@ def test_bad_words_become_tokens(tokenizer):
     assert {tokenizer.decode(list(ids)).strip() for ids in call.params.bad_words_token_ids} == {"dog"}
 
 
+def test_priority_and_timeouts_may_stand_beside_sampling_parameters(tokenizer):
+    assert parse(tokenizer, text_input="a", sampling_parameters={"priority": None}).priority == 0
+    fields = {"priority": 3, "timeout": "9", "queue_timeout": 7, "max_tokens": 5}
+    call = parse(tokenizer, text_input="a", sampling_parameters=fields, parameters={"timeout": 9})
+    assert (call.priority, call.timeout_us, call.queue_timeout_us) == (3, 9, 7)
+    assert call.params == SamplingParams(max_tokens=5)
+
+
+@pytest.mark.parametrize(("own", "servers", "counts"), [(0, 0, 0), (7, 0, 7), (0, 9, 9), (7, 9, 7), (9, 7, 7)])
+def test_the_shorter_queue_timeout_counts(tokenizer, own, servers, counts):
+    tensors = {"text_input": np.array([b"a"], np.object_)}
+    (call,) = Call.parse(tensors, {"queue_timeout": own}, ["text_output"], tokenizer, 400, servers)
+    assert call.queue_timeout_us == counts
+
+
 REFUSED = {
     "no prompt": ({}, "text_input, prompts, input_ids, messages: expected one of them, got none"),
     "two prompts": ({"text_input": "a", "input_ids": [1]}, "expected one of them, got text_input and input_ids"),
@@ -260,6 +275,7 @@ REFUSED = {
         "stop: expected valid Unicode",
     ),
     "stop not UTF-8": ({"text_input": "a", "stop": [b"\xff"]}, "stop: expected UTF-8 text"),
+    "queue_timeout": ({"text_input": "a", "parameters": {"queue_timeout": -1}}, "queue_timeout: expected .* got -1"),
     "priority": ({"text_input": "a", "parameters": {"priority": "high"}}, "priority: expected an integer in .* 'high'"),
     "timeout": ({"text_input": "a", "parameters": {"timeout": -1}}, r"timeout: expected an integer in 0\.\..* got -1"),
 }

@@ -13,7 +13,7 @@ from nanoflow_backend.serving.families import FAMILIES
 from nanoflow_backend.serving.metrics import Metrics, Page
 
 ROOT = Path(__file__).parents[2]
-READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake")
+READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
 
 
 class Server:

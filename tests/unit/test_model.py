@@ -16,9 +16,10 @@ import pytest
 import tiny_tokenizers
 
 from nanoflow_backend.config import ConfigError
-from nanoflow_backend.engine.messages import News, Ready, Refusal
+from nanoflow_backend.engine.messages import News, Queue, Ready, Refusal
 from nanoflow_backend.engine.process import EngineError
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving.tensors import OUTPUTS
 
 FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
@@ -89,19 +90,27 @@ def stub_module():
     return stub
 
 
+READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
+
+
 class FakeEngine:
     """Answers nothing by itself; the test speaks for it."""
 
     latest = None
 
-    def __init__(self, config, on_news, on_stats, on_refusal, on_death, host_pid):
-        self.config, self.on_refusal, self.on_death = config, on_refusal, on_death
-        self.say = lambda *deltas: on_news(News(list(deltas)))
+    def __init__(self, config, on_news, on_stats, on_refusal, on_death, on_restart, host_pid):
+        self.config, self.on_refusal, self.on_death, self.on_restart = config, on_refusal, on_death, on_restart
+        self.say = lambda *deltas: on_news(News(list(deltas), Queue(0, 9, 0)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
+        self.full, self.is_ready = None, True
         FakeEngine.latest = self
 
     def start(self):
-        return Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake")
+        return READY
+
+    def check_room(self):
+        if self.full:
+            raise self.full
 
     def submit(self, request):
         if self.broken:
@@ -123,7 +132,7 @@ def module():
         patch.setitem(sys.modules, "triton_python_backend_utils", stub_module())
         patch.delitem(sys.modules, "nanoflow_backend.serving.model", raising=False)
         model = importlib.import_module("nanoflow_backend.serving.model")
-        patch.setattr(model, "EngineProcess", FakeEngine)
+        patch.setattr(model, "Supervisor", FakeEngine)
         yield model
         sys.modules.pop("nanoflow_backend.serving.model")
 
@@ -278,6 +287,7 @@ def test_death_fails_a_batch_once(served):
     requests = [ServerRequest(prompts=np.array([b"a", b"b"], np.object_)) for _ in range(2)]
     model.execute(requests[:1])
     engine.on_death("process 7 ended")
+    engine.broken = EngineError("the engine is gone")
     model.execute(requests[1:])
     assert [request.result().error.code for request in requests] == ["UNAVAILABLE"] * 2
 
@@ -381,18 +391,70 @@ def test_what_is_too_large_is_refused(served, request_, message):
     assert not engine.requests
 
 
-def test_death_fails_what_runs_and_what_comes(served):
+def test_death_fails_what_runs_and_not_what_comes_after_a_restart(served):
     model, engine = served
     requests = [ServerRequest(text_input=text("a")) for _ in range(9)]
     model.execute(requests[:8])
     engine.on_death("process 7 ended with SIGKILL")
-    model.execute(requests[8:])
-    for request in requests:
+    for request in requests[:8]:
         assert request.result().error.code == "UNAVAILABLE"
         assert "process 7 ended with SIGKILL" in request.result().error.message
     view = model._metrics.view()
     assert not view.up
-    assert (view.refused["engine_failure"], view.refused["unavailable"]) == (8, 1)
+    assert view.refused["engine_failure"] == 8
+    engine.on_restart(engine.start())
+    model.execute(requests[8:])
+    engine.say(last(engine.requests[8].id))
+    assert requests[8].result().error is None
+    view = model._metrics.view()
+    assert (view.up, view.restarts) == (True, 1)
+
+
+@pytest.mark.parametrize("why", [QueueFull(7), EngineError("the engine is gone: restart 1 of 5 is under way")])
+def test_what_is_refused_at_the_door_costs_no_work(module, served, why, monkeypatch):
+    model, engine = served
+    monkeypatch.setattr(module.Call, "parse", lambda *_: 1 // 0)
+    engine.full = why
+    request = ServerRequest(text_input=text("a"))
+    model.execute([request])
+    assert (request.result().error.code, request.result().error.message) == ("UNAVAILABLE", str(why))
+    assert not engine.requests
+
+
+def test_a_full_queue_refuses_no_cancellation(served):
+    model, engine = served
+    running = ServerRequest(text_input=text("a"), request_id="mine")
+    model.execute([running])
+    engine.full = QueueFull(7)
+    refused, cancellation = (
+        ServerRequest(text_input=text("a")),
+        ServerRequest(cancel=np.array([True]), request_id="mine"),
+    )
+    model.execute([refused, cancellation])
+    assert refused.result().error.code == "UNAVAILABLE"
+    assert cancellation.result().error is None
+    assert engine.cancelled == [engine.requests[0].id]
+    assert model._metrics.view().refused["queue_full"] == 1
+
+
+def test_the_model_is_ready_when_its_engine_is(served):
+    model, engine = served
+    assert model.is_ready() is True
+    engine.is_ready = False
+    assert model.is_ready() is False
+
+
+def test_a_request_that_waited_too_long_is_unavailable(served):
+    model, engine = served
+    request = ServerRequest('{"queue_timeout": 5000000}', text_input=text("a"))
+    before_s = time.monotonic()
+    model.execute([request])
+    (submitted,) = engine.requests
+    assert submitted.deadline is None
+    assert 4 < submitted.queue_deadline - before_s < 6
+    engine.say(Delta(submitted.id, [], finish_reason=FinishReason.QUEUE_TIMEOUT))
+    assert request.result().error.code == "UNAVAILABLE"
+    assert request.result().error.message == "queue_timeout: still waiting 5000000 us after the request came"
 
 
 def test_an_abandoned_request_is_cancelled(served):

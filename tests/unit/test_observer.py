@@ -36,7 +36,7 @@ def make(clock: Clock, **changes: Any) -> Scheduler:
         "dense_batch_tokens": 16,
         "chunk_tokens": 8,
         "max_running": 6,
-        "max_waiting": 100,
+        "max_queue_size": 100,
         "num_pages": 14,
         "page_tokens": 4,
         "max_model_tokens": 48,

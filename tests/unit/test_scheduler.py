@@ -22,7 +22,7 @@ def make(**changes: Any) -> Scheduler:
         "dense_batch_tokens": 16,
         "chunk_tokens": 16,
         "max_running": 4,
-        "max_waiting": 8,
+        "max_queue_size": 8,
         "num_pages": 32,
         "page_tokens": 4,
         "max_model_tokens": 64,
@@ -436,6 +436,60 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
     assert s.stats.cached_pages == 0
 
 
+# -- whose turn it is
+
+
+def order(*arrivals: tuple[float, int], aging_s: float) -> list[int]:
+    """The order in which requests of (time, priority) run."""
+    now_s = 0.0
+    s = make(max_running=1, priority_aging_s=aging_s, clock=lambda: now_s)
+    for id, (now_s, priority) in enumerate(arrivals):  # noqa: B007  the clock reads it
+        s.add(request(id, 1, priority=priority, max_tokens=1))
+    return list(finish(s))
+
+
+def test_the_urgent_overtake_what_came_so_much_before_and_no_more() -> None:
+    assert order((0, 1), (0, 0), (9, 0), (11, 0), (11, -1), aging_s=10) == [1, 4, 2, 0, 3]
+    assert order((0, 1), (0, 0), (9, 0), (11, 0), (11, -1), aging_s=0) == [0, 1, 2, 3, 4]
+
+
+def test_nobody_starves() -> None:
+    """Two urgent requests come in the time of one: for ever, and the other one runs."""
+    now_s = 0.0
+    s = make(max_running=1, priority_aging_s=10, clock=lambda: now_s)
+    s.add(request(0, 1, priority=3, max_tokens=1))
+    for id in range(1, 200):
+        now_s = id / 2
+        if s.queue_room:
+            s.add(request(id, 1, max_tokens=1))
+        if id % 2 == 0 and any(delta.request_id == 0 for delta in step(s)):
+            break
+    assert 30 <= now_s <= 50
+
+
+def test_who_has_not_begun_in_time_is_refused() -> None:
+    now_s = 0.0
+    s = make(max_running=1, clock=lambda: now_s)
+    for id in range(3):
+        s.add(Request(id, [1, 2], SamplingParams(max_tokens=10), queue_deadline=2.0 * (id + 1)))
+    step(s)
+    now_s = 5.0
+    assert [(d.request_id, d.finish_reason) for d in step(s)] == [(1, FinishReason.QUEUE_TIMEOUT), (0, None)]
+    assert finish(s) == {0: [7] * 8, 2: [7] * 10}
+
+
+def test_a_preempted_request_has_begun() -> None:
+    now_s = 0.0
+    s = make(num_pages=5, forecast=ReserveNothing(), clock=lambda: now_s)
+    for id in range(2):
+        s.add(Request(id, [1 + id] * 8, SamplingParams(max_tokens=12), queue_deadline=1.0))
+    while not s.stats.preemptions:
+        step(s)
+    now_s = 2.0
+    assert s.stats.waiting_requests == 1
+    assert len(finish(s)[1]) > 5
+
+
 # -- what is refused
 
 
@@ -458,13 +512,28 @@ def test_bad_requests_are_refused_by_name() -> None:
 
 
 def test_a_full_queue_says_how_long_it_is() -> None:
-    s = make(max_waiting=2)
-    s.add(request(0, 3))
-    s.add(request(1, 3))
-    with pytest.raises(QueueFull, match="2 requests are waiting"):
-        s.add(request(2, 3))
+    s = make(max_queue_size=2, max_running=1)
+    for id in range(3):
+        s.add(request(id, 3))
+    with pytest.raises(QueueFull, match="3 requests are waiting, as many as max_queue_size allows"):
+        s.add(request(3, 3))
     step(s)
-    s.add(request(2, 3))
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        s.add(request(3, 3))
+    s.cancel(0)
+    step(s)
+    s.add(request(3, 3))
+    assert s.queue_room == 0
+
+
+def test_free_slots_are_room_too_unless_there_are_no_pages() -> None:
+    s = make(max_queue_size=1, num_pages=4)
+    for id in range(5):
+        s.add(request(id, 12))
+    with pytest.raises(QueueFull, match="5 requests are waiting"):
+        s.add(request(5, 12))
+    step(s)
+    assert (s.stats.running_requests, s.stats.waiting_requests, s.queue_room) == (1, 4, 0)
 
 
 @pytest.mark.parametrize(

@@ -50,19 +50,20 @@ class History:
         self.num_pages = rng.randint(2, 12)
         self.max_model_tokens = rng.choice((rng.randint(2, 20), 60))
         max_running = rng.randint(1, 6)
-        self.max_waiting = rng.randint(1, 8)
+        self.max_queue_size = rng.randint(1, 8)
         self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
         self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
         self.scheduler = Scheduler(
             dense_batch_tokens=self.dense_batch_tokens,
             chunk_tokens=self.chunk_tokens,
             max_running=max_running,
-            max_waiting=self.max_waiting,
+            max_queue_size=self.max_queue_size,
             num_pages=self.num_pages,
             page_tokens=self.page_tokens,
             max_model_tokens=self.max_model_tokens,
             eos_token_ids=[EOS],
             prefix_caching=rng.random() < 0.8,
+            priority_aging_s=rng.choice((0, 3, 1000)),
             clock=lambda: self.now,
             forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
         )
@@ -112,14 +113,15 @@ class History:
             stop_token_ids=(1,) if rng.random() < 0.3 else (),
             ignore_eos=rng.random() < 0.3,
         )
-        deadline = self.now + rng.randint(0, 20) if rng.random() < 0.15 else None
+        deadline, queue_deadline = (self.now + rng.randint(0, 20) if rng.random() < 0.15 else None for _ in range(2))
         held = rng.random() < 0.1
-        request = Request(len(self.requests), prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline)
+        priority = rng.choice((0, 0, 0, 1, -1))
+        request = Request(len(self.requests), prompt, params, priority, deadline, queue_deadline)
         try:
             self.scheduler.add(request, held)
         except InvalidRequest:
             too_long = len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
-            assert too_long or params.n > self.max_waiting
+            assert too_long or params.n > self.max_queue_size
             self.seen["invalid"] += 1
         except QueueFull:
             self.seen["queue full"] += 1
@@ -210,6 +212,9 @@ class History:
             assert life.output == complete
         elif life.ends == [FinishReason.DEADLINE]:
             assert life.request.deadline is not None
+        elif life.ends == [FinishReason.QUEUE_TIMEOUT]:
+            assert life.request.queue_deadline is not None
+            assert not life.output
 
 
 def run_histories(seeds: range) -> Counter[str]:

@@ -36,7 +36,7 @@ def simulated(
         dense_batch_tokens=64,
         chunk_tokens=64,
         max_running=32,
-        max_waiting=len(trace.lengths),
+        max_queue_size=len(trace.lengths),
         num_pages=num_pages,
         page_tokens=8,
         max_model_tokens=400,

@@ -1,0 +1,34 @@
+"""Does it fit? Before anything is allocated: weights and KV cache against the memory that is free."""
+
+from __future__ import annotations
+
+import torch
+
+from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
+from nanoflow_backend.kvcache import storage
+
+GIB = 2**30
+
+
+def check_room(config: SettledConfig, model: ModelConfig, weights_bytes: int, free_bytes: int, where: str) -> None:
+    """Compare what one rank will allocate with its part of the memory of `where`.
+
+    Raises:
+        ConfigError: with the numbers, and the setting to change.
+    """
+    dtype = getattr(torch, config.dtype)
+    free = f"{free_bytes / GIB:.2f} GiB of memory are free on {where}"
+    if weights_bytes > free_bytes:
+        ranks = config.tensor_parallel
+        raise ConfigError(
+            f"model: its weights take {weights_bytes / GIB:.2f} GiB in {config.dtype} on each of {ranks} ranks, but "
+            f"{free}: free some, choose a narrower dtype, more ranks (tensor_parallel) or a smaller model"
+        )
+    page_bytes = storage.page_bytes(model, config.page_tokens, dtype, config.tensor_parallel)
+    room_tokens = (free_bytes - weights_bytes) // page_bytes * config.page_tokens
+    if config.kv_cache_tokens and config.kv_cache_tokens > room_tokens:
+        kv_bytes = page_bytes * -(-config.kv_cache_tokens // config.page_tokens)
+        raise ConfigError(
+            f"kv_cache_tokens: {config.kv_cache_tokens} tokens take {kv_bytes / GIB:.2f} GiB beside weights of "
+            f"{weights_bytes / GIB:.2f} GiB, but {free}: expected at most {room_tokens}"
+        )
