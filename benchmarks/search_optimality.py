@@ -51,7 +51,7 @@ def compare(seed: int) -> dict[str, Any]:
         "solver_cpu_s": round(solved - begun, 3),
         "exhaustion_cpu_s": round(time.process_time() - solved, 3),
     }
-    if len(ordered.placed) > 6:  # of these exhaustion takes hours: shares for the plan of whole tasks
+    if len(ordered.placed) > 6:  # of these exhaustion takes too long: shares for the plan of whole tasks
         ordered = stage_one(problem, dict.fromkeys(parts, 1))
     contention = random_contention(seed, problem, ordered)
     begun = time.process_time()

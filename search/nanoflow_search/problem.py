@@ -52,6 +52,10 @@ class Problem:
         """One task after the other on the whole batch."""
         return sum(task.duration_us[0, self.chunks] for task in self.tasks)
 
+    def lane_us(self, lane: str) -> float:
+        """All of a lane's tasks, uncut: no plan's period is shorter."""
+        return sum(task.duration_us[0, self.chunks] for task in self.tasks if task.lane == lane)
+
     def cycles(self) -> list[tuple[str, ...]]:
         """Chains of tasks from layer to layer: each token goes once round in a period, so they bound it from below.
 

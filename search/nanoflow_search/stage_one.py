@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import combinations, permutations
 
 from nanoflow_search.problem import NanoTask, Placed, Problem, Timeline
-from nanoflow_search.program import Program, total
+from nanoflow_search.program import Linear, Program, total
 
 Slot = tuple[str, int]
 
@@ -38,8 +38,8 @@ def stage_one(
     # Sets
     C = range(problem.chunks)
     K = {task.name: range(parts[task.name]) for task in problem.tasks}
-    I: list[Slot] = [(o, k) for o in K for k in K[o]]
-    lanes = [[i for i in I if problem[i[0]].lane == lane] for lane in problem.lanes]
+    N: list[Slot] = [(o, k) for o in K for k in K[o]]
+    lanes = [[i for i in N if problem[i[0]].lane == lane] for lane in problem.lanes]
 
     # Parameters
     g = {o: (alike or {}).get(o, o) for o in K}
@@ -49,21 +49,21 @@ def stage_one(
 
     # Variables
     T = program.real(upper=M)
-    t = {i: program.real() for i in I}
-    h = {i: program.binary() for i in I}
-    hT = {i: program.real() for i in I}
+    t = {i: program.real() for i in N}
+    h = {i: program.binary() for i in N}
+    hT = {i: program.real() for i in N}
     z: dict[Slot, dict[tuple[int, int], Linear]] = {}
-    for o, k in I:
+    for o, k in N:
         z[o, k] = z[g[o], k] if g[o] != o else {r: program.binary() for r in (*D[o], *_empty(problem, k))}
     y = {(i, j): program.binary() for lane in lanes for i, j in combinations(lane, 2)}
 
     # Expressions
-    d = {i: total(us * z[i][r] for r, us in D[i[0]].items()) for i in I}
-    x = {(i, c): total(z[i][a, b] for a, b in z[i] if a <= c < b) for i in I for c in C}
-    start = {i: total(float(a) * z[i][a, b] for a, b in z[i]) for i in I}
-    stop = {i: total(float(b) * z[i][a, b] for a, b in z[i]) for i in I}
+    d = {i: total(us * z[i][r] for r, us in D[i[0]].items()) for i in N}
+    x = {(i, c): total(z[i][a, b] for a, b in z[i] if a <= c < b) for i in N for c in C}
+    start = {i: total(float(a) * z[i][a, b] for a, b in z[i]) for i in N}
+    stop = {i: total(float(b) * z[i][a, b] for a, b in z[i]) for i in N}
 
-    for i in I:
+    for i in N:
         program.subject_to(f"(1) {name(i)} has one range", total(z[i].values()).equals(1))
     for o in K:
         program.subject_to(f"(2) {o} starts at the first chunk", start[o, 0].equals(0))
@@ -71,7 +71,7 @@ def stage_one(
             program.subject_to(f"(2) the parts of {o} follow each other", start[o, k].equals(stop[o, k - 1]))
         program.subject_to(f"(2) {o} ends at the last chunk", stop[o, len(K[o]) - 1].equals(problem.chunks))
 
-    for i in I:
+    for i in N:
         program.subject_to("(3) starts are in the period", t[i] <= T)
         program.subject_to("(4) h T is 0 or T", hT[i] <= M * h[i])
         program.subject_to("(4) h T is 0 or T", hT[i] <= T)
@@ -114,7 +114,7 @@ def stage_one(
 
     found = program.minimize(T, time_limit_s, gap)
     placed = []
-    for i in I:
+    for i in N:
         a, b = next(r for r in z[i] if found.chosen(z[i][r]))
         if a < b:
             placed.append(Placed(NanoTask(i[0], a, b), found(t[i]), found(d[i]), round(found(h[i]))))

@@ -73,37 +73,37 @@ def stage_two(
     program = Program()
 
     # Sets
-    I = [p.nano for p in ordered.placed]  # by start, so a lane's are in its order
-    S = {i: contention.choices[i] for i in I}
-    lane = {i: problem[i.task].lane for i in I}
-    order = {name: [i for i in I if lane[i] == name] for name in problem.lanes}
+    N = [p.nano for p in ordered.placed]  # by start, so a lane's are in its order
+    S = {i: contention.choices[i] for i in N}
+    lane = {i: problem[i.task].lane for i in N}
+    order = {name: [i for i in N if lane[i] == name] for name in problem.lanes}
     E = needs(problem, ordered)
-    free = _unrelated([(i, j) for i, j in combinations(I, 2) if lane[i] != lane[j]], E, order.values())
+    free = _unrelated([(i, j) for i, j in combinations(N, 2) if lane[i] != lane[j]], E, order.values())
 
     # Parameters
     h = {p.nano: p.layers_ahead for p in ordered.placed}
     sigma = contention.slowdown
     spare_w = contention.power_cap_w - contention.static_w
-    alone = [min(S[i], key=lambda choice: choice.duration_us) for i in I]
+    alone = [min(S[i], key=lambda choice: choice.duration_us) for i in N]
     serial_us = max(sum(s.duration_us for s in alone), 1e6 * sum(s.dynamic_j for s in alone) / spare_w)
     M = period_limit_us if period_limit_us is not None else serial_us
 
     # Variables
     T = program.real(upper=M)
-    t = {i: program.real() for i in I}
-    u = {i: [program.binary() for _ in S[i]] for i in I}
+    t = {i: program.real() for i in N}
+    u = {i: [program.binary() for _ in S[i]] for i in N}
     o = {pair: program.binary() for pair in free}
     y = {pair: program.binary() for pair in free}
-    L = {(i, name): program.real() for i in I for name in order if name != lane[i]}
+    L = {(i, name): program.real() for i in N for name in order if name != lane[i]}
 
     # Expressions
     d = {
         i: total(s.duration_us * u[i][k] for k, s in enumerate(S[i])) + total(L[i, n] for n in order if n != lane[i])
-        for i in I
+        for i in N
     }
-    dynamic_j = total(s.dynamic_j * u[i][k] for i in I for k, s in enumerate(S[i]))
+    dynamic_j = total(s.dynamic_j * u[i][k] for i in N for k, s in enumerate(S[i]))
 
-    for i in I:
+    for i in N:
         program.subject_to(f"(1) {name(i)} has one share", total(u[i]).equals(1))
         program.subject_to("(2) starts are in the period", t[i] <= T)
 
@@ -141,7 +141,7 @@ def stage_two(
                         L[i, lane[j]] >= total(lost[side] * v for side, v in beside) - worst * (2 - u[i][k] - o[pair]),
                     )
 
-    for three in combinations(I, 3):
+    for three in combinations(N, 3):
         if all(pair in o for pair in combinations(three, 2)):
             owned = total((s.sms or 0) * v for n in three for s, v in zip(S[n], u[n], strict=True))
             missing = 3 - total(o[pair] for pair in combinations(three, 2))
@@ -154,12 +154,12 @@ def stage_two(
         program.subject_to("(12) lanes fit", total(d[i] for i in members) <= T)
     for cycle in problem.cycles():
         for c in range(problem.chunks):
-            on_it = [i for i in I if i.task in cycle and i.start <= c < i.stop]
+            on_it = [i for i in N if i.task in cycle and i.start <= c < i.stop]
             program.subject_to(f"(13) chunk {c} goes round", total(d[i] for i in on_it) <= T)
 
     found = program.minimize(T, time_limit_s, gap)
-    sms = {i: S[i][next(k for k, v in enumerate(u[i]) if found.chosen(v))].sms for i in I}
-    placed = (Placed(i, found(t[i]), found(d[i]), h[i]) for i in I)
+    sms = {i: S[i][next(k for k, v in enumerate(u[i]) if found.chosen(v))].sms for i in N}
+    placed = (Placed(i, found(t[i]), found(d[i]), h[i]) for i in N)
     timeline = Timeline(found(T), tuple(sorted(placed, key=lambda p: p.start_us)), found.gap)
     return Shares(timeline, sms, found(dynamic_j))
 

@@ -34,7 +34,7 @@ def random_problem(seed: int) -> tuple[Problem, dict[str, int]]:
         for i in rng.sample(range(j), min(j, rng.choice([1, 1, 2])))
     ]
     dependencies.append(Dependency(names[-1], names[0], layers_back=1))
-    cut = set(rng.sample(names, 2 if count > 5 or chunks > 2 else min(count, 3)))
+    cut = set(rng.sample(names, 1 if count > 6 else 2 if count > 4 or chunks > 2 else min(count, 3)))
     return Problem(chunks, tuple(tasks), tuple(dependencies)), {n: 2 if n in cut else 1 for n in names}
 
 
@@ -44,7 +44,8 @@ def random_contention(seed: int, problem: Problem, ordered: Timeline) -> Content
     sms = (
         [None, *rng.sample(range(2, 8), 1)] if rng.random() < 0.7 else rng.sample(range(2, 7), 2)
     )  # sharing and owning, or owning alone
-    open_choice = rng.sample(range(len(ordered.placed)), min(len(ordered.placed), 4))
+    nanos = len(ordered.placed)
+    open_choice = rng.sample(range(nanos), min(nanos, 4 if nanos < 6 else 2))
     choices = {}
     for index, p in enumerate(ordered.placed):
         choices[p.nano] = tuple(
