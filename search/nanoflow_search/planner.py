@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nanoflow_search.measured import Measured
@@ -41,10 +41,14 @@ def find_plans(
     measured: Measured,
     chunk_tokens: int,
     *,
+    parts: Sequence[tuple[int, int]] = PARTS,
     time_limit_s: float = 60.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
-    """All the plans found, best first. `time_limit_s` is that of each program.
+    """All the plans found, best first.
+
+    `parts`: at most so many nano-tasks of each task up to attention, and of each after it; tried in turn, until one
+    does not help. `time_limit_s` is that of each program.
 
     Sequential is not among them: it needs no search.
     """
@@ -53,14 +57,14 @@ def find_plans(
     alike = {task.name: tasks[0].name for tasks in groups.values() for task in tasks}
     slower = dict.fromkeys(problem.lanes, 1.0)
     plans: list[Plan] = []
-    for front, back in PARTS:
-        parts = {task.name: front if task.name in before else back for task in problem.tasks}
+    for front, back in parts:
+        most = {task.name: front if task.name in before else back for task in problem.tasks}
         reached = min((plan.predicted_us for plan in plans), default=float("inf"))
         for _ in range(TURNS):
             try:
-                ordered = stage_one(_stretched(problem, slower), parts, alike=alike, time_limit_s=time_limit_s)
+                ordered = stage_one(_stretched(problem, slower), most, alike=alike, time_limit_s=time_limit_s)
                 found = [
-                    _share(problem, measured.at(limit), ordered, parts, chunk_tokens, time_limit_s)
+                    _share(problem, measured.at(limit), ordered, most, chunk_tokens, time_limit_s)
                     for limit in measured.profile.limits_mhz
                 ]
             except OutOfTime as error:

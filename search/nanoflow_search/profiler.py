@@ -47,7 +47,7 @@ def measure_alone(device: Device, load: Load, limit_mhz: float) -> Point:
     duration_us = found.durations_us[0]
     return Point(
         operation=load.operation,
-        amount=load.amount,
+        amount=float(load.amount),
         sms=load.sms or device.sms,
         duration_us=duration_us,
         dynamic_j=(found.power_w - device.static_w) * duration_us * 1e-6,

@@ -37,15 +37,20 @@ class SyntheticDevice:
     def time(self, loads: Sequence[Load], clock_mhz: float | None = None) -> Measurement:
         """See Device."""
         works = [self._work(load) for load in loads]
-        clock = clock_mhz or self.clocks_mhz[-1]
+        clock = self._settled_clock(loads, works, clock_mhz or self.clocks_mhz[-1])
         durations_us, power_w = self._at(loads, works, clock)
-        low, high = 0.0, clock
-        while high - low > 1 and (low or power_w > self.power_cap_w):
-            clock = (low + high) / 2
-            durations_us, power_w = self._at(loads, works, clock)
-            low, high = (low, clock) if power_w > self.power_cap_w else (clock, high)
         noisy = tuple(us * self._random.lognormvariate(0, self._noise) for us in durations_us)
         return Measurement(noisy, power_w, clock)
+
+    def _settled_clock(self, loads: Sequence[Load], works: list[Work], limit_mhz: float) -> float:
+        """The highest within the limit and, to 1 MHz, the power cap."""
+        if self._at(loads, works, limit_mhz)[1] <= self.power_cap_w:
+            return limit_mhz
+        low, high = 1.0, limit_mhz
+        while high - low > 1:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._at(loads, works, middle)[1] > self.power_cap_w else (middle, high)
+        return low
 
     def _at(self, loads: Sequence[Load], works: list[Work], clock_mhz: float) -> tuple[list[float], float]:
         """Durations and power at a clock, without noise."""
