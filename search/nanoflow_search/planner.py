@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +14,8 @@ from nanoflow_search.stage_one import stage_one
 from nanoflow_search.stage_two import Shares, stage_two
 
 PARTS = ((2, 2), (3, 2), (4, 2), (3, 3))  # before and in attention, where three resources meet; and after it
-TURNS = 3  # of the two stages: the second time stage one knows about how much slower each lane will be
+TURNS = 6  # of the two stages for each of them
+SLOWER = {"compute": 1.5, "memory": 2.8, "network": 2.8}  # what a guess of a lane's slowdown goes up to
 ENOUGH = 0.995  # a plan that is not half a percent shorter is not worth more nano-operations
 
 
@@ -42,10 +45,15 @@ def find_plans(
     chunk_tokens: int,
     *,
     parts: Sequence[tuple[int, int]] = PARTS,
+    turns: int = TURNS,
     time_limit_s: float = 60.0,
+    seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
     """All the plans found, best first.
+
+    Stage one knows no interference, and orders that are equally good to it are not to stage two. So it is asked again:
+    with durations stretched by what the lanes suffered in the best plan, then by guesses (`seed`).
 
     `parts`: at most so many nano-tasks of each task up to attention, and of each after it; tried in turn, until one
     does not help. `time_limit_s` is that of each program.
@@ -53,14 +61,18 @@ def find_plans(
     Sequential is not among them: it needs no search.
     """
     before = _before_attention(problem)
-    groups = {True: [t for t in problem.tasks if t.name in before], False: [t for t in problem.tasks if t.name not in before]}
+    groups = {
+        True: [t for t in problem.tasks if t.name in before],
+        False: [t for t in problem.tasks if t.name not in before],
+    }
     alike = {task.name: tasks[0].name for tasks in groups.values() for task in tasks}
-    slower = dict.fromkeys(problem.lanes, 1.0)
+    rng = random.Random(seed)
     plans: list[Plan] = []
     for front, back in parts:
         most = {task.name: front if task.name in before else back for task in problem.tasks}
-        reached = min((plan.predicted_us for plan in plans), default=float("inf"))
-        for _ in range(TURNS):
+        reached = min((plan.predicted_us for plan in plans), default=math.inf)
+        for turn in range(turns):
+            slower = _slower(problem, plans, turn, rng)
             try:
                 ordered = stage_one(_stretched(problem, slower), most, alike=alike, time_limit_s=time_limit_s)
                 found = [
@@ -69,14 +81,13 @@ def find_plans(
                 ]
             except OutOfTime as error:
                 progress(f"{front} and {back} parts: {error}")
-                break
+                continue
             plans += found
-            best = min(found, key=lambda plan: plan.predicted_us)
-            slower = _slowdowns(problem, best.shares.timeline)
+            best = min(found, key=_predicted_us)
             progress(f"{front} and {back} parts: {best.predicted_us:.0f} us, {best.gain:.3f}x sequential")
-        if min((plan.predicted_us for plan in plans), default=float("inf")) > ENOUGH * reached:
+        if min((plan.predicted_us for plan in plans), default=math.inf) > ENOUGH * reached:
             break
-    return sorted(plans, key=lambda plan: plan.predicted_us)
+    return sorted(plans, key=_predicted_us)
 
 
 def _before_attention(problem: Problem) -> set[str]:
@@ -84,10 +95,23 @@ def _before_attention(problem: Problem) -> set[str]:
     return {name for d in problem.dependencies if d.pages for name in (d.writer, d.reader)}
 
 
+def _predicted_us(plan: Plan) -> float:
+    return plan.predicted_us
+
+
+def _slower(problem: Problem, plans: Sequence[Plan], turn: int, rng: random.Random) -> dict[str, float]:
+    """By how much stage one is to stretch each task in this turn."""
+    if turn == 0:
+        return {task.name: 1.0 for task in problem.tasks}
+    if turn == 1 and plans:
+        by_lane = _slowdowns(problem, min(plans, key=_predicted_us).shares.timeline)
+        return {task.name: by_lane[task.lane] for task in problem.tasks}
+    return {task.name: rng.uniform(1.0, SLOWER[task.lane]) for task in problem.tasks}
+
+
 def _stretched(problem: Problem, slower: Mapping[str, float]) -> Problem:
-    """Stage one knows no interference, but from the second turn on about how much of it a lane suffers."""
     tasks = tuple(
-        replace(task, duration_us={r: us * slower[task.lane] for r, us in task.duration_us.items()})
+        replace(task, duration_us={r: us * slower[task.name] for r, us in task.duration_us.items()})
         for task in problem.tasks
     )
     return replace(problem, tasks=tasks)

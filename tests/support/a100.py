@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from nanoflow_search.profile import Header, Pair, Point, Profile
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
-from nanoflow_search.profile import Header, Pair, Point, Profile
 
 SMS = 108
 CONTEXT = 1024.0  # of the decodes whose attention was timed
@@ -57,7 +57,9 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
     """
     points: list[Point] = []
     for name, measured in times_us.items():
-        table = GEMM if name in ("qkv", "o", "gate_up", "down") else tables["network" if name in NETWORK else "attention"]
+        table = (
+            GEMM if name in ("qkv", "o", "gate_up", "down") else tables["network" if name in NETWORK else "attention"]
+        )
         per_token = CONTEXT if "/" in name else 1.0
         for tokens in (128.0, 2048.0):
             for share, performance in table.items():
@@ -99,9 +101,7 @@ def line(measured: Mapping[int, float], tokens: float) -> float:
 
 
 def point(name: str, amount: float, sms: int, us: float) -> Point:
-    return Point(
-        operation=name, amount=amount, sms=sms, duration_us=us, dynamic_j=0.0, clock_mhz=1410, limit_mhz=1410
-    )
+    return Point(operation=name, amount=amount, sms=sms, duration_us=us, dynamic_j=0.0, clock_mhz=1410, limit_mhz=1410)
 
 
 def pair(first: str, a: int, second: str, b: int) -> Pair:

@@ -17,9 +17,7 @@ from nanoflow_backend.models.model import build
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
 H200 = DEVICES["H200-sustained"]
-HEADER = Header(
-    model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0
-)
+HEADER = Header(model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0)
 
 
 def point(amount: float, sms: int, us: float, limit: float = 1980.0) -> Point:
@@ -34,7 +32,9 @@ def point(amount: float, sms: int, us: float, limit: float = 1980.0) -> Point:
     )
 
 
-SQUARE = Profile(header=HEADER, points=(point(100, 50, 40), point(200, 50, 70), point(100, 100, 20), point(200, 100, 40)))
+SQUARE = Profile(
+    header=HEADER, points=(point(100, 50, 40), point(200, 50, 70), point(100, 100, 20), point(200, 100, 40))
+)
 
 
 def quiet(**fields: object) -> SyntheticDevice:
@@ -178,7 +178,10 @@ def test_a_profile_that_was_cut_goes_on(tmp_path: Path) -> None:
     """Killed after any point, the next run measures the rest and no point twice; the fit holds what was left out."""
     path = tmp_path / "profile.json"
     alone = [Load(op, n, sms) for op in ("qkv", "o") for n in (256, 512, 1024) for sms in (64, None)]
-    together = [(Load("qkv", 512), Load("attention/decode", 4e5)), (Load("o", 512, 96), Load("attention/decode", 4e5, 36))]
+    together = [
+        (Load("qkv", 512), Load("attention/decode", 4e5)),
+        (Load("o", 512, 96), Load("attention/decode", 4e5, 36)),
+    ]
     device = SyntheticDevice(LAYER, H200, noise=0.0)
     taken: list[str] = []
 
