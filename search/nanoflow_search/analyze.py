@@ -31,11 +31,13 @@ def analyze(folder: Path, names: list[str], tp: int, workloads: list[str], dense
     devices = [DEVICES[name] for name in names] or list(DEVICES.values())
     table = Table(title=f"{folder.name}, {ModelSize.of(config).parameters / 1e9:.2f}e9 parameters, TP {tp}")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("device", "workload", "bound by") else "right")
+        table.add_column(
+            column, no_wrap=True, justify="left" if column in ("device", "workload", "bound by") else "right"
+        )
     for device in devices:
         for workload in map(Workload.parse, workloads):
             table.add_row(device.name, *_row(config, device, tp, workload, dense_batch_tokens))
-    console = Console(width=max(Console().width, 130))  # a pipe has no width of its own
+    console = Console(width=max(Console().width, 150))  # a pipe has no width of its own
     console.print(table)
     console.print(
         "T_compute, T_mem, T_net (ms an iteration) and T_R are Eq. 1-4, optimal is Eq. 5, tokens/s a GPU. sequential "
