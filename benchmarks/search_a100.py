@@ -1,6 +1,6 @@
-"""Search on A100-like tables: does the paper's pipeline come out? Writes benchmarks/results/search_a100_NAME.json.
+"""Search on A100-like tables: does the paper's pipeline come out? Writes benchmarks/results/search_a100_NAME.json and .svg.
 
-    PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens, 512/512
+    PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 8b       # Llama-3-8B on one, 1,024 tokens
 
 Predictions from published times and tables, not measurements.
@@ -20,6 +20,7 @@ from nanoflow_search.layer import layer_problem, schedule_of
 from nanoflow_search.measured import Measured
 from nanoflow_search.planner import Plan, find_plans
 from nanoflow_search.problem import Problem
+from nanoflow_search.timeline import draw
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
@@ -68,7 +69,9 @@ def main() -> None:
         "schedule": msgspec.to_builtins(schedule),
     }
     suffix = "" if options.tables == "published" else f"_{options.tables}"
-    result.write(described, HERE / "results" / f"search_a100_{options.name}{suffix}.json")
+    output = HERE / "results" / f"search_a100_{options.name}{suffix}.json"
+    result.write(described, output)
+    output.with_suffix(".svg").write_text(draw(problem, best.shares, a100.SMS, chunk_tokens))
 
 
 def describe(problem: Problem, plan: Plan, chunk_tokens: int) -> dict[str, Any]:
