@@ -1,4 +1,4 @@
-"""Search on A100-like tables: does the paper's pipeline come out? Writes benchmarks/results/search_a100_NAME.json and .svg.
+"""Search on A100-like tables: does the paper's pipeline come out? Writes results/search_a100_NAME.json and .svg.
 
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 8b       # Llama-3-8B on one, 1,024 tokens

@@ -14,7 +14,7 @@ from nanoflow_search.stage_one import stage_one
 from nanoflow_search.stage_two import Shares, stage_two
 
 PARTS = ((2, 2), (3, 2), (4, 2), (3, 3))  # before and in attention, where three resources meet; and after it
-TURNS = 6  # of the two stages for each of them
+TURNS = 4  # of the two stages for each of them
 SLOWER = {"compute": 1.5, "memory": 2.8, "network": 2.8}  # what a guess of a lane's slowdown goes up to
 ENOUGH = 0.995  # a plan that is not half a percent shorter is not worth more nano-operations
 

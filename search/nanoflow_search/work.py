@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from nanoflow_backend.graph.operation import Graph, Kind, Operation
+from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1,
         return _attention(graph, operation, Mix(mix.decode_tokens, 0, mix.decode_context, 0), element_bytes) + (
             _attention(graph, operation, Mix(0, mix.prefill_tokens, 0, mix.prefill_context), element_bytes)
         )
-    if operation.kernel in ("linear", "grouped_linear", "grouped_combine"):
+    if operation.resource is Resource.COMPUTE:
         shapes = {p.name: p.shape for p in graph.parameters}
         shape = shapes[operation.parameters[0]]
         chosen = 1

@@ -45,7 +45,7 @@ def test_tasks_of_a_layer() -> None:
         ("attention", "memory", ("attention",)),
         ("o", "compute", ("o",)),
         ("attention_reduce", "network", ("attention_reduce",)),
-        ("gate_up", "compute", ("mlp_norm", "gate_up", "swiglu", "down")),
+        ("gate_up", "compute", ("mlp_norm", "gate_up", "down")),
         ("mlp_reduce", "network", ("mlp_reduce",)),
     ]
     names = [task.name for task in problem.tasks]
