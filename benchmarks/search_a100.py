@@ -18,7 +18,7 @@ import msgspec
 from nanoflow_search.cost_model import Workload
 from nanoflow_search.layer import layer_problem, schedule_of
 from nanoflow_search.measured import Measured
-from nanoflow_search.planner import Plan, find_plans
+from nanoflow_search.planner import TURNS, Plan, find_plans
 from nanoflow_search.problem import Problem
 from nanoflow_search.timeline import draw
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tables", choices=("published", "release"), default="published")
     parser.add_argument("--workload", default="512/512")
     parser.add_argument("--time-limit-s", type=float, default=100.0, help="of each program")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of the two stages, for each number of parts")
     options = parser.parse_args()
     folder, ranks, times_us, tokens, chunk_tokens = CASES[options.name]
     model = build(ModelConfig.from_pretrained(HERE / "models" / folder), ranks)
@@ -50,7 +51,9 @@ def main() -> None:
 
     begun = time.monotonic()
     problem = layer_problem(model.layer, ranks, tokens, chunk_tokens, measured.times)
-    plans = find_plans(problem, measured, chunk_tokens, time_limit_s=options.time_limit_s, progress=print)
+    plans = find_plans(
+        problem, measured, chunk_tokens, turns=options.turns, time_limit_s=options.time_limit_s, progress=print
+    )
     wall_s = time.monotonic() - begun
     best = plans[0]
     schedule = schedule_of(model.layer, problem, best.shares.timeline, chunk_tokens, best.shares.sms)
