@@ -15,11 +15,13 @@ from typing import Any
 
 import a100
 import msgspec
+from nanoflow_search.bound import packing_bound_us
 from nanoflow_search.cost_model import Workload
 from nanoflow_search.layer import layer_problem, schedule_of
 from nanoflow_search.measured import Measured
 from nanoflow_search.planner import TURNS, Plan, find_plans
 from nanoflow_search.problem import Problem
+from nanoflow_search.stage_one import stage_one
 from nanoflow_search.timeline import draw
 
 from nanoflow_backend.commands import result
@@ -68,6 +70,7 @@ def main() -> None:
         "search_wall_s": round(wall_s, 1),
         "sequential_us": round(problem.sequential_us(), 1),
         "compute_lane_us": round(problem.lane_us("compute"), 1),
+        "packing_bound_us": round(bound_us(problem, measured, chunk_tokens), 1),
         "plans": [describe(problem, plan, chunk_tokens) for plan in plans],
         "schedule": msgspec.to_builtins(schedule),
     }
@@ -75,6 +78,11 @@ def main() -> None:
     output = HERE / "results" / f"search_a100_{options.name}{suffix}.json"
     result.write(described, output)
     output.with_suffix(".svg").write_text(draw(problem, best.shares, a100.SMS, chunk_tokens))
+
+
+def bound_us(problem: Problem, measured: Measured, chunk_tokens: int) -> float:
+    whole = stage_one(problem, {task.name: 1 for task in problem.tasks})
+    return packing_bound_us(problem, measured.contention(problem, whole, chunk_tokens))
 
 
 def describe(problem: Problem, plan: Plan, chunk_tokens: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import cyclic_shares
 import pytest
+from nanoflow_search.bound import packing_bound_us
 from nanoflow_search.problem import Dependency, NanoTask, Placed, Problem, Task, Timeline
 from nanoflow_search.program import Infeasible
 from nanoflow_search.stage_one import stage_one
@@ -81,3 +82,19 @@ def test_what_cannot_be_is_named() -> None:
     capped = replace(SHARING, power_cap_w=200.0, static_w=100.0)
     with pytest.raises(Infeasible, match=r"infeasible: \(11\) power cannot hold with the constraints before it"):
         stage_two(PAIR, ORDERED, capped, period_limit_us=180)
+
+
+# what no plan can beat
+
+
+def test_the_bound_may_stop_and_resume() -> None:
+    """130 us beside each other end the GEMM; the rest of the read has the device to itself."""
+    assert packing_bound_us(PAIR, SHARING) == pytest.approx(130 + 100 * (1 - 130 / 150))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_plan_beats_the_bound(seed: int) -> None:
+    problem, parts = random_problem(seed)
+    ordered = stage_one(problem, dict.fromkeys(parts, 1))
+    contention = replace(random_contention(seed, problem, ordered), power_cap_w=float("inf"))
+    assert packing_bound_us(problem, contention) <= stage_two(problem, ordered, contention).timeline.period_us + 1e-6
