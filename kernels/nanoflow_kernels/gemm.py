@@ -1,4 +1,4 @@
-"""Dense products by cuBLAS: x weight^T + bias.
+"""Dense products: x weight^T + bias, by cuBLAS, or our own kernel where there are few tokens.
 
 Shape legend: T tokens.
 """
@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nanoflow_kernels.few_tokens import few_tokens, is_few
 from nanoflow_kernels.operands import check_rows
 
 
@@ -28,6 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     wider = out.dtype != x.dtype
     if wider and (out.dtype != torch.float32 or x.device.type == "cpu"):
         raise ValueError(f"linear: out: expected {x.dtype}, or on a GPU float32, got {out.dtype} on {out.device}")
+    if bias is None and not wider and is_few(x, weight):
+        few_tokens(x, weight, gated=False, out=out, num_sms=num_sms)
+        return
     with _sm_target(num_sms):
         if not wider:
             if bias is None:

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow_kernels.few_tokens import gated
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
-from nanoflow_kernels.swiglu import gated
 
 ROUTE_ROWS = 16
 LIST_BLOCK = 1024

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow_kernels.few_tokens import few_tokens, gated, is_few
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_bulk, check_dtype, check_rows, check_shape
 
@@ -30,7 +31,7 @@ class Tile(NamedTuple):
     per_sm: int = 1  # programs
 
 
-# The fastest of ten on H200 at Llama-3-8B's size, from 16 to 2048 tokens; at 2048 they take 704 to 720 us with SwiGLU,
+# The fastest of ten on H200 at Llama-3-8B's size, up to 2048 tokens; at 2048 they take 704 to 720 us with SwiGLU,
 # cuBLAS 719 us without.
 TALL = Tile(128, 256, 64, warps=8, stages=3)
 SHORT = Tile(64, 256, 64, warps=4, stages=4)
@@ -43,13 +44,6 @@ def tile_for(tokens: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return WIDE
     return SHORT if tokens <= SHORT_TOKENS and triton.cdiv(tokens, SHORT.rows) % 2 else TALL
-
-
-@triton.jit
-def gated(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """silu(gate) * up [ROWS, COLUMNS / 2] of pairs [ROWS, COLUMNS], fp32."""
-    gate, up = tl.split(pairs.reshape(ROWS, COLUMNS // 2, 2))
-    return gate / (1 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -83,6 +77,9 @@ def linear_swiglu(
     check_shape("linear_swiglu", "out", out, len(x), out.shape[1])
     check_bulk("linear_swiglu", x=x, weight=weight, out=out)
     if len(x) == 0:
+        return
+    if tile is None and is_few(x, weight):
+        few_tokens(x, weight, gated=True, out=out, num_sms=num_sms)
         return
     t = tile or tile_for(len(x), x.dtype)
     tiles = triton.cdiv(len(x), t.rows) * triton.cdiv(len(weight), t.columns)

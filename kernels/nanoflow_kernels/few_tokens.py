@@ -1,0 +1,65 @@
+"""Products of a few tokens, bound by the reading of the weight: its rows fill the wide side of the tensor cores' tile.
+
+Shape legend: T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanoflow_kernels.grid import programs
+
+TOKENS = 16  # at most
+ROWS, DEPTH = 64, 128  # of a tile of the weight
+# (stages, programs an SM), the fastest of 18 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
+FEW_ROWS, MANY_ROWS = (8, 1), (4, 3)
+MANY = 16384
+
+
+@triton.jit
+def gated(pairs, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    """silu(gate) * up [TOKENS, COLUMNS / 2] of pairs [TOKENS, COLUMNS], fp32."""
+    gate, up = tl.split(pairs.reshape(TOKENS, COLUMNS // 2, 2))
+    return gate / (1 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _few_tokens(
+    x, weight, out, T, N, IN, x_stride, out_stride,
+    GATED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    token, depth = tl.arange(0, TOKENS), tl.arange(0, DEPTH)
+    real = token < T
+    for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        acc = tl.zeros([ROWS, TOKENS], tl.float32)
+        for start in tl.range(0, IN, DEPTH, num_stages=STAGES):
+            inside = real[None, :] & (start + depth < IN)[:, None]
+            tokens = tl.load(x + token[None, :] * x_stride + start + depth[:, None], mask=inside, other=0.0)
+            acc = tl.dot(weight.load([tile * ROWS, start]), tokens, acc)
+        y = acc.T
+        PER_COLUMN: tl.constexpr = 2 if GATED else 1  # rows of the weight
+        column = tile * (ROWS // PER_COLUMN) + tl.arange(0, ROWS // PER_COLUMN)
+        if GATED:
+            y = gated(y, TOKENS, ROWS)
+        place = token[:, None] * out_stride + column[None, :]
+        mask = real[:, None] & (column < N // PER_COLUMN)[None, :]
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+
+
+def is_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_tokens` is made for this product."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and len(x) <= TOKENS and weight.stride(0) * weight.element_size() % 16 == 0
+
+
+def few_tokens(x: Tensor, weight: Tensor, *, gated: bool, out: Tensor, num_sms: int | None = None) -> None:
+    """x weight^T, or its silu(gate) * up where rows of the weight alternate; operands as in linear, linear_swiglu."""
+    stages, per_sm = MANY_ROWS if len(weight) > MANY else FEW_ROWS
+    _few_tokens[(programs(triton.cdiv(len(weight), ROWS), num_sms, x.device, per_sm=per_sm),)](
+        x, TensorDescriptor.from_tensor(weight, [ROWS, DEPTH]), out, len(x), len(weight), x.shape[1],
+        x.stride(0), out.stride(0), gated, TOKENS, ROWS, DEPTH, stages, num_warps=4,
+    )  # fmt: skip

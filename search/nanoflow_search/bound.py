@@ -1,0 +1,51 @@
+"""packing_bound_us: what no plan can beat, whatever its cuts and orders."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+from nanoflow_search.problem import NanoTask, Problem
+from nanoflow_search.program import Program, total
+from nanoflow_search.stage_two import Choice, Contention, Side
+
+
+def packing_bound_us(problem: Problem, contention: Contention) -> float:
+    """The least time in which all tasks get their work done if they may be stopped, resumed and reordered at will.
+
+    `contention` is of whole tasks: to cut one is free here. Each moment runs at most one task of a lane, under shares
+    that may run beside each other; the program chooses how long each such combination lasts.
+
+    Raises:
+        Infeasible: a task without a share that may run.
+    """
+    sides: list[list[tuple[NanoTask, Choice] | None]] = []
+    for lane in problem.lanes:
+        whole = [NanoTask(task.name, 0, problem.chunks) for task in problem.tasks if task.lane == lane]
+        sides.append([None, *((nano, choice) for nano in whole for choice in contention.choices[nano])])
+    together = [running for row in product(*sides) if (running := [r for r in row if r]) and _may(running, contention)]
+
+    program = Program()
+    lasts = [program.real() for _ in together]
+    for task in problem.tasks:
+        done = total(
+            lasts[k] * (1 / _duration_us(choice, nano, running, contention))
+            for k, running in enumerate(together)
+            for nano, choice in running
+            if nano.task == task.name
+        )
+        program.subject_to(f"(1) {task.name} is done", done.equals(1))
+    return program.minimize(total(lasts)).objective
+
+
+def _may(running: list[tuple[NanoTask, Choice]], contention: Contention) -> bool:
+    pairs = combinations((Side(nano.task, choice.sms) for nano, choice in running), 2)
+    measured = all((a, b) in contention.slowdown and (b, a) in contention.slowdown for a, b in pairs)
+    return measured and sum(choice.sms or 0 for _, choice in running) <= contention.device_sms
+
+
+def _duration_us(
+    choice: Choice, nano: NanoTask, running: list[tuple[NanoTask, Choice]], contention: Contention
+) -> float:
+    me = Side(nano.task, choice.sms)
+    others = (Side(other.task, beside.sms) for other, beside in running if other != nano)
+    return choice.duration_us * (1 + sum(contention.slowdown[me, side] - 1 for side in others))

@@ -1,0 +1,96 @@
+"""SyntheticDevice: a law of interference and power in place of a GPU, for development and tests.
+
+Times are roofs, not measurements: what it says of a plan says nothing about any real device.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from nanoflow_backend.graph.operation import Graph, Resource
+from nanoflow_search import devices
+from nanoflow_search.profile import Load, Measurement, ProfileError
+from nanoflow_search.work import Mix, Work, operation_work
+
+LAUNCH_US = 3.0
+# The part of the SMs that is enough for all of the bandwidth: an H200 reads 4.07 of 4.57 TB/s with 32 of 132 SMs.
+SATURATING_SHARE = {Resource.MEMORY: 0.25, Resource.NETWORK: 0.1}
+CONTEXT = 1024.0  # of the decodes behind an amount of keys
+
+
+class SyntheticDevice:
+    """`spec` with SMs that divide evenly, bandwidths that few SMs saturate and all loads share, a clock that falls
+    until power fits (dynamic energy of arithmetic grows with its square), and seeded noise."""
+
+    def __init__(
+        self, graph: Graph, spec: devices.Device, sms: int = 132, ranks: int = 1, noise: float = 0.005, seed: int = 0
+    ) -> None:
+        if spec.power is None:
+            raise ProfileError(f"{spec.name}: no energies are known of it")
+        self.name, self.sms = f"synthetic {spec.name}", sms
+        self.static_w, self.power_cap_w = spec.power.static_w, spec.power.cap_w
+        self.clocks_mhz = (1400.0, 1700.0, 1980.0)
+        self._graph, self._spec, self._power, self._ranks = graph, spec, spec.power, ranks
+        self._noise, self._random = noise, random.Random(seed)
+
+    def time(self, loads: Sequence[Load], clock_mhz: float | None = None) -> Measurement:
+        """See Device."""
+        works = [self._work(load) for load in loads]
+        clock = self._settled_clock(loads, works, clock_mhz or self.clocks_mhz[-1])
+        durations_us, power_w = self._at(loads, works, clock)
+        noisy = tuple(us * self._random.lognormvariate(0, self._noise) for us in durations_us)
+        return Measurement(noisy, power_w, clock)
+
+    def _settled_clock(self, loads: Sequence[Load], works: list[Work], limit_mhz: float) -> float:
+        """The highest within the limit and, to 1 MHz, the power cap."""
+        if self._at(loads, works, limit_mhz)[1] <= self.power_cap_w:
+            return limit_mhz
+        low, high = 1.0, limit_mhz
+        while high - low > 1:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._at(loads, works, middle)[1] > self.power_cap_w else (middle, high)
+        return low
+
+    def _at(self, loads: Sequence[Load], works: list[Work], clock_mhz: float) -> tuple[list[float], float]:
+        """Durations and power at a clock, without noise."""
+        asked = [load.sms or self.sms for load in loads]
+        granted = [sms * min(1.0, self.sms / sum(asked)) / self.sms for sms in asked]
+        alone = [self._duration_us(work, share, clock_mhz, 1.0) for work, share in zip(works, granted, strict=True)]
+        demand = sum(w.memory_bytes / (us * 1e-6) for w, us in zip(works, alone, strict=True))
+        crowd = max(1.0, demand / self._spec.memory_bytes_per_s)
+        beside = [self._duration_us(work, share, clock_mhz, crowd) for work, share in zip(works, granted, strict=True)]
+        watts = (
+            self._dynamic_j(load, work, clock_mhz) / (us * 1e-6)
+            for load, work, us in zip(loads, works, beside, strict=True)
+        )
+        return beside, self.static_w + sum(watts)
+
+    def _duration_us(self, work: Work, share: float, clock_mhz: float, crowd: float) -> float:
+        spec = self._spec
+        compute_s = work.flop / (spec.flop_per_s * share * clock_mhz / self.clocks_mhz[-1])
+        reading = min(1.0, share / SATURATING_SHARE[Resource.MEMORY])
+        sending = min(1.0, share / SATURATING_SHARE[Resource.NETWORK])
+        memory_s = crowd * work.memory_bytes / (spec.memory_bytes_per_s * reading)
+        network_s = work.network_bytes / (spec.network_bytes_per_s * sending)
+        return LAUNCH_US + 1e6 * max(compute_s, memory_s, network_s)
+
+    def _dynamic_j(self, load: Load, work: Work, clock_mhz: float) -> float:
+        match self._graph[load.operation.partition("/")[0]].resource:
+            case Resource.COMPUTE:
+                return work.flop * self._power.j_per_flop * (clock_mhz / self.clocks_mhz[-1]) ** 2
+            case Resource.MEMORY:
+                return work.memory_bytes * self._power.j_per_byte
+            case Resource.NETWORK:
+                return work.network_bytes * self._power.j_per_network_byte
+
+    def _work(self, load: Load) -> Work:
+        name, _, phase = load.operation.partition("/")
+        if name not in {op.name for op in self._graph.operations}:
+            raise ProfileError(f"{load.operation}: the model has no such operation")
+        mixes = {
+            "": Mix(0, load.amount, 0, CONTEXT),
+            "decode": Mix(load.amount / CONTEXT, 0, CONTEXT, 0),
+            "prefill": Mix(0, load.amount / CONTEXT, 0, CONTEXT),
+        }
+        return operation_work(self._graph, self._graph[name], mixes[phase], self._ranks)
