@@ -1,0 +1,150 @@
+"""What a streamed response costs end to end: an engine with a program that does nothing, through tritonserver.
+
+    python benchmarks/streaming.py --model demo/tiny-llama --output benchmarks/results/streaming.json
+
+Client, server, stub and engine share the machine's cores. Every response has the text and the ids of its tokens, and an
+id tells when its token was made: `delay_ms` is from the engine's host to the client's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import msgspec
+import null_engine
+import numpy as np
+import tritonclient.grpc
+import typer
+from grpc_streams import GrpcStreams
+from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+from nanoflow_backend.commands import result
+from nanoflow_backend.engine import Engine, SamplingParams, engine
+from nanoflow_backend.serving.embedded import EmbeddedServer
+
+FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
+CONCURRENCY = (1, 4, 16, 64, 256)
+STEPS_US = (0, 2000, 3000, 4000, 8000)
+PARAMS = {"max_tokens": 1024, "temperature": 0, "ignore_eos": True}
+SETTINGS = {"dense_batch_tokens": 1024, "max_running": 512, "kv_cache_tokens": 512 * 1100}
+
+
+def main(
+    model: Annotated[Path, typer.Option()],
+    output: Annotated[Path | None, typer.Option()] = None,
+    seconds: float = 10.0,
+    warm_up_s: float = 2.0,
+    concurrency: Annotated[list[int], typer.Option()] = list(CONCURRENCY),
+    step_us: Annotated[list[int], typer.Option()] = list(STEPS_US),
+) -> None:
+    load_before = os.getloadavg()[0]
+    alone = {streams: engine_tokens_per_s(model, streams) for streams in concurrency}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), model, step_us) as (server, admin):
+        for step in step_us:
+            admin.load_model(f"step_{step}")
+            for streams in concurrency:
+                rows.append({"streams": streams, "step_us": step, **served(server, f"step_{step}", streams, seconds, warm_up_s)})
+                print(rows[-1], flush=True)
+            admin.unload_model(f"step_{step}")
+            while admin.is_model_ready(f"step_{step}"):
+                time.sleep(0.1)
+    result.write(
+        {
+            "max_tokens": PARAMS["max_tokens"],
+            "seconds_each": seconds,
+            "load_average_before": round(load_before, 2),
+            "engine_tokens_per_s": alone,
+            "served": rows,
+        },
+        output,
+    )
+
+
+def engine_tokens_per_s(model: Path, streams: int) -> int:
+    """The engine in this process, `streams` requests at once."""
+    engine.Worker = partial(null_engine.NullWorker, step_us=0)  # type: ignore[assignment,misc]
+    alone = Engine.from_pretrained(model, device="cpu", **SETTINGS)
+    prompts = [[3 + number] * 8 for number in range(streams)]
+    params = SamplingParams(**PARAMS)
+    alone.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))
+    start = time.perf_counter()
+    tokens = sum(len(completion.token_ids) for completion in alone.generate(prompts, params))
+    return round(tokens / (time.perf_counter() - start))
+
+
+@contextmanager
+def serving(folder: Path, model: Path, steps_us: list[int]) -> Iterator[tuple[EmbeddedServer, Any]]:
+    """A server with one model for each step time, none of them loaded."""
+    repository = folder / "repository"
+    for step in steps_us:
+        name = f"step_{step}"
+        shutil.copytree(FOLDER, repository / name)
+        pbtxt = repository / name / "config.pbtxt"
+        pbtxt.write_text(pbtxt.read_text().replace('name: "nanoflow"', f'name: "{name}"'))
+        python = null_engine.write_interpreter(folder / name, step)
+        fields = {"model": str(model.resolve()), "python": str(python), "device": "cpu", **SETTINGS}
+        (repository / name / "1" / "engine.json").write_bytes(msgspec.json.encode(fields))
+    with EmbeddedServer(repository, arguments=["--model-control-mode=explicit"]) as server:
+        admin = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+        yield server, admin
+        admin.close()
+
+
+def served(server: EmbeddedServer, model: str, streams: int, seconds: float, warm_up_s: float) -> dict[str, Any]:
+    """`streams` requests at once, each followed by the next, for `seconds` after a warm-up."""
+    sizes, delays = [], []
+    with GrpcStreams(server.grpc_url, streams) as client:
+        for stream in client.ids:
+            client.send(stream, request(model, stream))
+        begin_s = time.monotonic() + warm_up_s
+        for stream, response in client.receive(begin_s + seconds):
+            ids = np.frombuffer(response.raw_output_contents[index_of(response, "output_ids")], np.int32)
+            if time.monotonic() >= begin_s:
+                sizes.append(len(ids))
+                delays += [null_engine.age_ms(i) for i in ids.tolist()]
+            if response.parameters["triton_final_response"].bool_param:
+                client.send(stream, request(model, stream))
+    return {
+        "tokens_per_s": round(sum(sizes) / seconds),
+        "responses_per_s": round(len(sizes) / seconds),
+        "tokens_per_response_median": median(sizes),
+        "delay_ms_p50": round(float(np.percentile(delays, 50)), 1),
+        "delay_ms_p99": round(float(np.percentile(delays, 99)), 1),
+    }
+
+
+def index_of(response: Any, name: str) -> int:
+    return next(index for index, output in enumerate(response.outputs) if output.name == name)
+
+
+def request(model: str, stream: int) -> ModelInferRequest:
+    made = ModelInferRequest(model_name=model, id=str(stream))
+    made.parameters["triton_enable_empty_final_response"].bool_param = True
+    text = f"The {stream}th statement".encode()
+    for name, kind, content in (
+        ("text_input", "BYTES", with_length(text)),
+        ("stream", "BOOL", b"\1"),
+        ("return_output_ids", "BOOL", b"\1"),
+        ("sampling_parameters", "BYTES", with_length(msgspec.json.encode(PARAMS))),
+    ):
+        made.inputs.add(name=name, datatype=kind, shape=[1])
+        made.raw_input_contents.append(content)
+    return made
+
+
+def with_length(content: bytes) -> bytes:
+    return len(content).to_bytes(4, "little") + content
+
+
+if __name__ == "__main__":
+    typer.run(main)
