@@ -1,6 +1,6 @@
 """What a streamed response costs end to end: an engine with a program that does nothing, through tritonserver.
 
-    python benchmarks/streaming.py --model demo/tiny-llama --output benchmarks/results/streaming.json
+    PYTHONPATH=.:kernels:tests/support python benchmarks/streaming.py --model demo/tiny-llama --output benchmarks/results/streaming.json
 
 Client, server, stub and engine share the machine's cores. Every response has the text and the ids of its tokens, and an
 id tells when its token was made: `delay_ms` is from the engine's host to the client's.
@@ -107,7 +107,9 @@ def served(server: EmbeddedServer, model: str, streams: int, seconds: float, war
         for stream in client.ids:
             client.send(stream, request(model, stream))
         begin_s = time.monotonic() + warm_up_s
-        for stream, response in client.receive(begin_s + seconds):
+        for stream, answer in client.receive(begin_s + seconds):
+            assert not answer.error_message, answer.error_message
+            response = answer.infer_response
             ids = np.frombuffer(response.raw_output_contents[index_of(response, "output_ids")], np.int32)
             if time.monotonic() >= begin_s:
                 sizes.append(len(ids))

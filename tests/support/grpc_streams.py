@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Self
 
-from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 ACK = END_STREAM = 1
@@ -33,7 +33,8 @@ class GrpcStreams:
         self._partial: dict[int, bytes] = {1 + 2 * number: b"" for number in range(streams)}
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, WIDE_OPEN)
         window = struct.pack(">I", WIDE_OPEN - DEFAULT_WINDOW)
-        self._write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0, settings) + frame(WINDOW_UPDATE, 0, 0, window))
+        self._write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self._write(frame(SETTINGS, 0, 0, settings) + frame(WINDOW_UPDATE, 0, 0, window))
         headers = literals(
             (":method", "POST"),
             (":scheme", "http"),
@@ -58,11 +59,11 @@ class GrpcStreams:
         message = request.SerializeToString()
         self._write(frame(DATA, 0, stream, struct.pack(">BI", 0, len(message)) + message))
 
-    def receive(self, until_s: float) -> Iterator[tuple[int, ModelInferResponse]]:
-        """(stream, response) as they come, until a moment of `time.monotonic()`.
+    def receive(self, until_s: float) -> Iterator[tuple[int, ModelStreamInferResponse]]:
+        """(stream, response or error message) as they come, until a moment of `time.monotonic()`.
 
         Raises:
-            RuntimeError: the server answered with an error, or ended a stream.
+            RuntimeError: the server ended a stream, or the connection.
         """
         while (left_s := until_s - time.monotonic()) > 0:
             self._socket.settimeout(left_s)
@@ -75,10 +76,7 @@ class GrpcStreams:
             for kind, flags, stream, payload in self._frames(received):
                 if kind == DATA:
                     for message in self._messages(stream, payload):
-                        answer = ModelStreamInferResponse.FromString(message)
-                        if answer.error_message:
-                            raise RuntimeError(f"the server answered: {answer.error_message}")
-                        yield stream, answer.infer_response
+                        yield stream, ModelStreamInferResponse.FromString(message)
                 elif kind in (SETTINGS, PING) and not flags & ACK:
                     self._write(frame(kind, ACK, 0, payload if kind == PING else b""))
                 elif kind in (RST_STREAM, GOAWAY) or (kind == HEADERS and flags & END_STREAM):
