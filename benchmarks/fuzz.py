@@ -1,6 +1,6 @@
 """Fuzz of the request surface: whatever a client sends, never a crash, a hang or INTERNAL for its own fault.
 
-    PYTHONPATH=.:kernels:tests:tests/support python benchmarks/fuzz.py --output benchmarks/results/fuzz.json
+    PYTHONPATH=.:kernels:tests:tests/support python -P benchmarks/fuzz.py --output benchmarks/results/fuzz.json
 
 In process: the model beside a stand-in for the stub's module, on a real engine. Over gRPC and HTTP: the real server.
 Exits with the request that broke something, shrunk by hypothesis. A seed gives the same requests again.
