@@ -103,8 +103,9 @@ def serving(folder: Path, model: Path, steps_us: list[int]) -> Iterator[tuple[Em
 def served(server: EmbeddedServer, model: str, streams: int, seconds: float, warm_up_s: float) -> dict[str, Any]:
     """`streams` requests at once, each followed by the next, for `seconds` after a warm-up."""
     sizes, delays = [], []
-    with GrpcStreams(server.grpc_url, streams) as client:
-        for stream in client.ids:
+    with GrpcStreams(server.grpc_url) as client:
+        for _ in range(streams):
+            stream = client.open()
             client.send(stream, request(model, stream))
         begin_s = time.monotonic() + warm_up_s
         for stream, answer in client.receive(begin_s + seconds):

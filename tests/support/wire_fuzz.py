@@ -105,11 +105,12 @@ class Wire:
 
     def __init__(self, server: EmbeddedServer, log: Path, streams: int = 8) -> None:
         self._server, self._log, self._read_bytes = server, log, 0
-        self._grpc = GrpcStreams(server.grpc_url, streams)
+        self._grpc = GrpcStreams(server.grpc_url)
+        self._streams = [self._grpc.open() for _ in range(streams)]
         self._expected = self._canary()
 
     def close(self) -> None:
-        self._grpc.__exit__()
+        self._grpc.disconnect()
 
     def check_grpc(self, batch: Sequence[ModelInferRequest]) -> Counter[str]:
         """Send at most `streams` messages at once; returns how many were answered and how many refused.
@@ -117,7 +118,7 @@ class Wire:
         Raises:
             AssertionError: one has no final response, the model broke, or the next request is not served as before.
         """
-        open_, ends = dict(zip(self._grpc.ids, batch, strict=False)), Counter[str]()
+        open_, ends = dict(zip(self._streams, batch, strict=False)), Counter[str]()
         for stream, message in open_.items():
             self._grpc.send(stream, message)
         for stream, answer in self._grpc.receive(time.monotonic() + PATIENCE_S):
