@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import msgspec
 import null_engine
 import numpy as np
+import server_state
 import tritonclient.grpc
 import typer
 from grpc_streams import GrpcStreams
@@ -34,8 +35,9 @@ from nanoflow_backend.serving.embedded import EmbeddedServer
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 CONCURRENCY = (1, 4, 16, 64, 256)
 STEPS_US = (0, 2000, 3000, 4000, 8000)
-PARAMS = {"max_tokens": 1024, "temperature": 0, "ignore_eos": True}
-SETTINGS = {"dense_batch_tokens": 1024, "max_running": 512, "kv_cache_tokens": 512 * 1100}
+PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}
+DRAIN_S = 60.0
+SETTINGS = {"dense_batch_tokens": 1024, "max_running": 512, "kv_cache_tokens": 512 * 600}
 
 
 def main(
@@ -53,7 +55,8 @@ def main(
         for step in step_us:
             admin.load_model(f"step_{step}")
             for streams in concurrency:
-                rows.append({"streams": streams, "step_us": step, **served(server, f"step_{step}", streams, seconds, warm_up_s)})
+                measured = served(server, f"step_{step}", streams, seconds, warm_up_s)
+                rows.append({"streams": streams, "step_us": step, **measured})
                 print(rows[-1], flush=True)
             admin.unload_model(f"step_{step}")
             while admin.is_model_ready(f"step_{step}"):
@@ -102,28 +105,53 @@ def serving(folder: Path, model: Path, steps_us: list[int]) -> Iterator[tuple[Em
 
 def served(server: EmbeddedServer, model: str, streams: int, seconds: float, warm_up_s: float) -> dict[str, Any]:
     """`streams` requests at once, each followed by the next, for `seconds` after a warm-up."""
-    sizes, delays = [], []
+    sizes: list[int] = []
+    delays_ms: list[int] = []
     with GrpcStreams(server.grpc_url) as client:
-        for _ in range(streams):
-            stream = client.open()
+        live = {client.open() for _ in range(streams)}
+        for stream in live:
             client.send(stream, request(model, stream))
         begin_s = time.monotonic() + warm_up_s
-        for stream, answer in client.receive(begin_s + seconds):
-            assert not answer.error_message, answer.error_message
-            response = answer.infer_response
-            ids = np.frombuffer(response.raw_output_contents[index_of(response, "output_ids")], np.int32)
-            if time.monotonic() >= begin_s:
-                sizes.append(len(ids))
-                delays += [null_engine.age_ms(i) for i in ids.tolist()]
-            if response.parameters["triton_final_response"].bool_param:
-                client.send(stream, request(model, stream))
+        list(receive(client, model, begin_s))
+        before = cpu_s(server)
+        for ids in receive(client, model, begin_s + seconds):
+            sizes.append(len(ids))
+            delays_ms += [null_engine.age_ms(i) for i in ids]
+        used = {name: value - before[name] for name, value in cpu_s(server).items()}
+        drain(client, live)
     return {
         "tokens_per_s": round(sum(sizes) / seconds),
         "responses_per_s": round(len(sizes) / seconds),
         "tokens_per_response_median": median(sizes),
-        "delay_ms_p50": round(float(np.percentile(delays, 50)), 1),
-        "delay_ms_p99": round(float(np.percentile(delays, 99)), 1),
+        "delay_ms_p50": round(float(np.percentile(delays_ms, 50)), 1),
+        "delay_ms_p99": round(float(np.percentile(delays_ms, 99)), 1),
+        "cpu_us_per_response": {name: round(1e6 * value / len(sizes)) for name, value in used.items()},
     }
+
+
+def cpu_s(server: EmbeddedServer) -> dict[str, float]:
+    return {"client": time.process_time(), **server_state.cpu_s(server)}
+
+
+def receive(client: GrpcStreams, model: str, until_s: float) -> Iterator[list[int]]:
+    """The token ids of each response. A request that has ended is followed by the next one."""
+    for stream, answer in client.receive(until_s):
+        assert not answer.error_message, answer.error_message
+        response = answer.infer_response
+        yield np.frombuffer(response.raw_output_contents[index_of(response, "output_ids")], np.int32).tolist()
+        if response.parameters["triton_final_response"].bool_param:
+            client.send(stream, request(model, stream))
+
+
+def drain(client: GrpcStreams, live: set[int]) -> None:
+    """To the end of every request. (The 2.51 server can crash when a call vanishes that had earlier requests.)"""
+    waiting = set(live)
+    for stream, answer in client.receive(time.monotonic() + DRAIN_S):
+        if answer.infer_response.parameters["triton_final_response"].bool_param:
+            waiting.discard(stream)
+        if not waiting:
+            return
+    raise TimeoutError(f"{len(waiting)} requests did not end")
 
 
 def index_of(response: Any, name: str) -> int:

@@ -50,6 +50,15 @@ def sample(server: EmbeddedServer) -> dict[str, float]:
     return values
 
 
+def cpu_s(server: EmbeddedServer) -> dict[str, float]:
+    """CPU time of each role so far."""
+    used = {}
+    for role, pids in by_role(server).items():
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+        used[role] = sum(int(of_one[11]) + int(of_one[12]) for of_one in fields) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
 def metrics(server: EmbeddedServer, model: str) -> dict[str, float]:
     """The values on the server's page that are of a model, summed over their other labels."""
     with contextlib.closing(http.client.HTTPConnection(server.metrics_url, timeout=30)) as connection:

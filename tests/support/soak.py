@@ -112,7 +112,7 @@ class Soak:
 
     def kill_engine(self) -> None:
         """SIGKILL, then until the model answers again."""
-        killed_s = time.monotonic()
+        self.ledger.killed_s = killed_s = time.monotonic()
         for pid in server_state.by_role(self._server)["engine"]:
             os.kill(pid, signal.SIGKILL)
         self.reload()  # TODO restart policy

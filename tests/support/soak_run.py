@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {"max_running": 32, "max_waiting": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}
 OVERLOAD = 2.0
 MAX_REFUSAL_P99_MS = 100.0
-# Growth from the first third of the rounds to the last one, as medians: what is no leak.
-MAX_GROWTH = {"fds": 2.0, "shm_mib": 1.0, "processes": 0.0}
+# Growth from the first third of the rounds to the last one, as medians: what is no leak. The server's fork hands what it
+# has open, some 25 descriptors, to the stub of a reloaded model, and shared memory grows by 1 MiB at a time.
+MAX_GROWTH = {"stub_fds": 32.0, "fds": 2.0, "shm_mib": 1.0, "processes": 0.0}
 MAX_RSS_GROWTH = 0.05
 
 
@@ -84,7 +85,8 @@ def server_requests(server: EmbeddedServer) -> int:
 
 
 def _report(soak: Soak, capacity: float, rounds: list[dict[str, Any]], crash: str | None) -> dict[str, Any]:
-    p99 = float(np.percentile(soak.ledger.refusals_ms, 99)) if soak.ledger.refusals_ms else 0.0
+    refusals = soak.ledger.refusals
+    p50, p99 = np.percentile([r.after_ms for r in refusals], [50, 99]).tolist() if refusals else (0.0, 0.0)
     growth = {name: _growth([r["held"][name] for r in rounds]) for name in (rounds[0]["held"] if rounds else ())}
     failures = [*([crash] if crash else []), *soak.ledger.faults, *soak.not_ready]
     failures += [f"{name} grew from {old} to {new}" for name, (old, new) in growth.items() if _leaks(name, old, new)]
@@ -99,9 +101,10 @@ def _report(soak: Soak, capacity: float, rounds: list[dict[str, Any]], crash: st
         "capacity_requests_per_s": round(capacity, 1),
         "requests": sum(soak.ledger.ends.values()),
         "ends": {f"{kind}: {how}": number for (kind, how), number in sorted(soak.ledger.ends.items())},
-        "refusals": len(soak.ledger.refusals_ms),
-        "refusal_ms_p50": round(median(soak.ledger.refusals_ms), 1) if soak.ledger.refusals_ms else None,
+        "refusals": len(refusals),
+        "refusal_ms_p50": round(p50, 1),
         "refusal_ms_p99": round(p99, 1),
+        "slowest_refusals": [(round(r.after_ms), r.message) for r in sorted(refusals)[-5:]],
         "recoveries_s": soak.recoveries_s,
         "growth": growth,
         "failures": failures,
