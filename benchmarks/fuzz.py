@@ -3,13 +3,14 @@
     PYTHONPATH=.:kernels:tests:tests/support python -P benchmarks/fuzz.py --output benchmarks/results/fuzz.json
 
 In process: the model beside a stand-in for the stub's module, on a real engine. Over gRPC and HTTP: the real server.
-Exits with the request that broke something, shrunk by hypothesis. A seed gives the same requests again.
+Exits with 1 if a request broke something; it is in the result, shrunk. A seed gives the same requests again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -52,23 +53,25 @@ def main(
             "over_grpc": run(wire.check_grpc, wire_fuzz.messages(), over_grpc, first_seed),
             "over_http": run(wire.check_http, wire_fuzz.bodies(), over_http, first_seed),
         }
+    failures = [layer["failure"] for layer in layers.values() if layer["failure"]]
     result.write(
         {
             "seed": first_seed,
             "input_tensors": len(INPUTS),
             "sampling_fields": len(HINTS.keys() | NEUTRAL_VALUES.keys()),
             "cases": sum(layer["cases"] for layer in layers.values()),
-            "crashes_hangs_internal_errors": 0,  # the first one ends the run
+            "failure": "; ".join(failures) or None,
             **layers,
         },
         output,
     )
+    sys.exit(bool(failures))
 
 
 def run(
     check: Callable[[Any], Counter[str]], requests: st.SearchStrategy[Any], count: int, first_seed: int
 ) -> dict[str, Any]:
-    """`count` requests in batches, checked; raises what `check` does, for the smallest batch that was found."""
+    """`count` requests in batches, checked; the first that fails ends it, shrunk by hypothesis."""
     ends: Counter[str] = Counter()
     start_s = time.monotonic()
 
@@ -80,8 +83,13 @@ def run(
         if ends.total() % (100 * BATCH) == 0:
             print(f"{ends.total()} of {count}: {dict(ends)}", flush=True)
 
-    checked()
-    return {"cases": ends.total(), "seconds": round(time.monotonic() - start_s), "ends": dict(sorted(ends.items()))}
+    failure = None
+    try:
+        checked()
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    seconds = round(time.monotonic() - start_s)
+    return {"cases": ends.total(), "seconds": seconds, "ends": dict(sorted(ends.items())), "failure": failure}
 
 
 if __name__ == "__main__":

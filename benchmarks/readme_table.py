@@ -98,13 +98,14 @@ def rows() -> Iterator[tuple[str, str, str]]:
             f"Fuzz of {fuzz['input_tensors']} input tensors and {fuzz['sampling_fields']} sampling fields, "
             f"{fuzz['cases']:,} requests, {fuzz['over_grpc']['cases'] + fuzz['over_http']['cases']:,} of them through "
             "the real server",
-            f"{fuzz['crashes_hangs_internal_errors']} crashes, hangs or internal errors",
+            "no crash, no hang, no internal error" if fuzz["failure"] is None else fuzz["failure"],
             fuzz["device"],
         )
     if soak := load("soak"):
+        kills, reloads = ([r["event"] for r in soak["rounds"]].count(event) for event in ("kill_engine", "reload"))
         yield (
             f"Soak of {soak['minutes']:g} minutes at {soak['overload']:g} times the capacity with cancels, deadlines, "
-            f"lost clients, {len(soak['recoveries_s'])} engine kills and as many reloads: {soak['requests']:,} requests",
+            f"lost clients, {kills} engine kills and {reloads} reloads: {soak['requests']:,} requests",
             f"{len(soak['failures'])} failures; refusals p99 {soak['refusal_ms_p99']:g} ms",
             soak["device"],
         )

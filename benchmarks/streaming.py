@@ -1,6 +1,6 @@
 """What a streamed response costs end to end: an engine with a program that does nothing, through tritonserver.
 
-    PYTHONPATH=.:kernels:tests/support python benchmarks/streaming.py --model demo/tiny-llama --output benchmarks/results/streaming.json
+    PYTHONPATH=.:kernels:tests/support python benchmarks/streaming.py --output benchmarks/results/streaming.json
 
 Client, server, stub and engine share the machine's cores. Every response has the text and the ids of its tokens, and an
 id tells when its token was made: `delay_ms` is from the engine's host to the client's.
@@ -32,29 +32,29 @@ from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams, engine
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
-FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
-CONCURRENCY = (1, 4, 16, 64, 256)
-STEPS_US = (0, 2000, 3000, 4000, 8000)
+ROOT = Path(__file__).parents[1]
 PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}
 DRAIN_S = 60.0
 SETTINGS = {"dense_batch_tokens": 1024, "max_running": 512, "kv_cache_tokens": 512 * 600}
 
 
 def main(
-    model: Annotated[Path, typer.Option()],
     output: Annotated[Path | None, typer.Option()] = None,
-    seconds: float = 10.0,
+    model: Path = ROOT / "demo" / "tiny-llama",
+    seconds: float = 8.0,
     warm_up_s: float = 2.0,
-    concurrency: Annotated[list[int], typer.Option()] = list(CONCURRENCY),
-    step_us: Annotated[list[int], typer.Option()] = list(STEPS_US),
+    concurrency: str = "1,4,16,64,256",
+    step_us: str = "0,1500,2000,3000,4000,8000",
 ) -> None:
+    """`step_us`: how long steps take; 0 is as fast as the engine can, which no response per token could follow."""
     load_before = os.getloadavg()[0]
-    alone = {streams: engine_tokens_per_s(model, streams) for streams in concurrency}
+    numbers, steps = ([int(number) for number in text.split(",")] for text in (concurrency, step_us))
+    alone = {streams: engine_tokens_per_s(model, streams) for streams in numbers}
     rows = []
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), model, step_us) as (server, admin):
-        for step in step_us:
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), model, steps) as (server, admin):
+        for step in steps:
             admin.load_model(f"step_{step}")
-            for streams in concurrency:
+            for streams in numbers:
                 measured = served(server, f"step_{step}", streams, seconds, warm_up_s)
                 rows.append({"streams": streams, "step_us": step, **measured})
                 print(rows[-1], flush=True)
@@ -91,7 +91,7 @@ def serving(folder: Path, model: Path, steps_us: list[int]) -> Iterator[tuple[Em
     repository = folder / "repository"
     for step in steps_us:
         name = f"step_{step}"
-        shutil.copytree(FOLDER, repository / name)
+        shutil.copytree(ROOT / "model_repository" / "nanoflow", repository / name)
         pbtxt = repository / name / "config.pbtxt"
         pbtxt.write_text(pbtxt.read_text().replace('name: "nanoflow"', f'name: "{name}"'))
         python = null_engine.write_interpreter(folder / name, step)

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 pytestmark = pytest.mark.server
 
-FEW = settings(
-    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, Tensor
 
 PROMPTS = ("text_input", "input_ids")
 HINTS = get_type_hints(SamplingParams)
-INTEGER_LIMITS = [edge + step for edge in (0, 16, 2**31, 2**32, 2**63, 2**64, -(2**31), -(2**63)) for step in (-1, 0, 1)]
+EDGES = (0, 16, 2**31, 2**32, 2**63, 2**64, -(2**31), -(2**63))
+INTEGER_LIMITS = [edge + step for edge in EDGES for step in (-1, 0, 1)]
 INTEGERS = st.integers(-3, 40) | st.sampled_from(INTEGER_LIMITS) | st.integers()
 FLOATS = st.floats(0, 2) | st.floats()
 TEXTS = st.text(max_size=12) | st.sampled_from(["the", " ", "\0", "\ud800", "é", "5", "true", "a " * 3000])

@@ -17,7 +17,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import server_state
@@ -31,7 +30,7 @@ from nanoflow_backend.serving.embedded import EmbeddedServer
 MODEL = "nanoflow"
 PATIENCE_S = 60.0
 CONNECTIONS = 4
-WORDS = "the quick brown fox jumps over lazy dog and does not mind a page of text return write list string".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "does", "not", "mind", "a", "page")
 MIX = {"plain": 6, "deadline": 1, "cancel": 2, "malformed": 1}
 assert MIX.keys() == ALLOWED.keys()
 MALFORMED: tuple[dict[str, Any], ...] = (
@@ -78,7 +77,7 @@ class Soak:
         return answered / seconds
 
     def round(self, seconds: float, requests_per_s: float, event: Callable[[], None] | None) -> None:
-        """Load for `seconds`, with `event` (blocking, on a thread of its own) in the middle; then until all is quiet."""
+        """Load for `seconds`, with `event` on a thread of its own in the middle; then until all is quiet."""
         stop = threading.Event()
         threads = [threading.Thread(target=self._http_clients, args=(stop,))]
         threads += [threading.Thread(target=self._watch_readiness, args=(stop,))]

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {"max_running": 32, "max_waiting": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}
 OVERLOAD = 2.0
 MAX_REFUSAL_P99_MS = 100.0
-# Growth from the first third of the rounds to the last one, as medians: what is no leak. The server's fork hands what it
-# has open, some 25 descriptors, to the stub of a reloaded model, and shared memory grows by 1 MiB at a time.
+# Growth from the first third of the rounds to the last one, as medians: what is no leak. The stub of a reloaded model
+# inherits what the server has open, some 25 descriptors; shared memory grows by 1 MiB at a time.
 MAX_GROWTH = {"stub_fds": 32.0, "fds": 2.0, "shm_mib": 1.0, "processes": 0.0}
 MAX_RSS_GROWTH = 0.05
 
