@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
+from engine_loop import NullProgram
 
 from nanoflow_backend.engine import engine, loop
 from nanoflow_backend.engine.worker import Launched, Worker
@@ -31,19 +31,6 @@ def made_now() -> int:
 def age_ms(token_id: int) -> int:
     """How long ago `made_now` said so; below CYCLE_MS."""
     return (made_now() - token_id) % CYCLE_MS
-
-
-class NullProgram:
-    """A Program whose every row has the same logits."""
-
-    def __init__(self, rows: int) -> None:
-        columns = 8  # sampling from a vocabulary is the device's work
-        self.logits = torch.zeros(rows, columns).index_fill(1, torch.tensor([3]), 1.0)
-
-    def forward(self, *inputs: torch.Tensor) -> None: ...
-
-    def head(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.logits[: len(rows)]
 
 
 class NullWorker(Worker):

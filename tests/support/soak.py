@@ -1,8 +1,11 @@
 """Soak: rounds of load at twice the capacity with everything that goes wrong in production; between them, silence.
 
-In a round, requests come at random times over gRPC (cancels, deadlines, malformed ones, clients that vanish) and HTTP;
-the engine is killed or the model reloaded. Then every request must have ended, once, and the server must hold no more
-than before.
+In a round, requests come at random times over gRPC (plain ones, deadlines, malformed ones, and where asked for, cancels
+and clients that leave) and HTTP (some leave in the middle of a stream); the engine is killed or the model reloaded. Then
+every request must have ended, once, and the server must hold no more than before.
+
+A cancelled gRPC call can stay in the 2.51 server for ever, about one in some hundreds: the model that it was for never
+unloads (its races are those of pull requests 7840 and 8078 of the server). So no reload comes after one.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import select
@@ -76,7 +80,7 @@ class Soak:
         self.drain()
         return answered / seconds
 
-    def round(self, seconds: float, requests_per_s: float, event: Callable[[], None] | None) -> None:
+    def round(self, seconds: float, requests_per_s: float, event: Callable[[], None] | None, cancels: bool) -> None:
         """Load for `seconds`, with `event` on a thread of its own in the middle; then until all is quiet."""
         stop = threading.Event()
         threads = [threading.Thread(target=self._http_clients, args=(stop,))]
@@ -86,14 +90,15 @@ class Soak:
         for thread in threads:
             thread.start()
         start_s = next_s = time.monotonic()
-        disconnect_s = start_s + self._random.uniform(1, 5)
+        leave_s = start_s + self._random.uniform(1, 5) if cancels else math.inf
+        mix = {kind: share for kind, share in MIX.items() if cancels or kind != "cancel"}
         while (now_s := time.monotonic()) < start_s + seconds:
             while next_s <= now_s:
-                self._send(*self._random.choices(list(MIX), MIX.values()))
+                self._send(*self._random.choices(list(mix), mix.values()))
                 next_s += self._random.expovariate(requests_per_s)
-            if disconnect_s <= now_s:
-                self._vanish(self._random.randrange(CONNECTIONS))
-                disconnect_s = now_s + self._random.uniform(1, 5)
+            if leave_s <= now_s:
+                self._leave(self._random.randrange(CONNECTIONS))
+                leave_s = now_s + self._random.uniform(1, 5)
             self._receive(min(0.02, max(0.0, next_s - now_s)))
         stop.set()
         for thread in threads:
@@ -161,7 +166,7 @@ class Soak:
                 answers = connection.read()
             except (ConnectionError, OSError) as error:
                 self.ledger.faults.append(f"{error}")
-                self._vanish(number)
+                self._leave(number)
                 continue
             for stream, answer in answers:
                 if (entry := self._calls[number].get(stream)) is not None:
@@ -177,10 +182,10 @@ class Soak:
                 self._connections[number].cancel(stream)
                 self.ledger.end(entry, CANCELLED)
 
-    def _vanish(self, number: int) -> None:
-        """One of the clients is gone with all that it had asked for; another comes."""
+    def _leave(self, number: int) -> None:
+        """One of the clients goes, and does not want what it had asked for; another comes."""
         for stream, entry in self._calls[number].items():
-            with contextlib.suppress(OSError):  # a client library cancels its calls; 2.51 keeps some of those it must miss
+            with contextlib.suppress(OSError):
                 self._connections[number].cancel(stream)
             self.ledger.end(entry, DISCONNECTED)
         self._connections[number].disconnect()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +46,7 @@ def run(seconds: float, round_s: float, seed: int, say: Callable[[str], None]) -
             capacity, crash = 0.0, None
             rounds: list[dict[str, Any]] = []
             try:
-                capacity = soak.capacity(SETTINGS["max_running"], min(10.0, seconds / 4))
+                capacity = soak.capacity(SETTINGS["max_running"], min(10.0, round_s))
                 say(f"capacity: {capacity:.1f} requests/s")
                 rounds += _rounds(soak, server, capacity, seconds, round_s, say)
             except Exception as error:  # the server is gone, most likely: what happened before is still worth having
@@ -59,15 +60,14 @@ def _rounds(
     soak: Soak, server: EmbeddedServer, capacity: float, seconds: float, round_s: float, say: Callable[[str], None]
 ) -> Iterable[dict[str, Any]]:
     rate = OVERLOAD * capacity * sum(MIX.values()) / MIX["plain"]  # plain requests alone are twice the capacity
-    events = (None, soak.kill_engine, soak.reload)
-    start_s, number = time.monotonic(), 0
-    while time.monotonic() < start_s + seconds:
-        event = events[number % len(events)]
-        soak.round(round_s, rate, event)
+    start_s = time.monotonic()
+    for number, (event, cancels) in enumerate(_plan(soak, start_s, seconds)):
+        soak.round(round_s, rate, event, cancels)
         ends = {how: soak.ledger.count(how) for how in sorted({how for _, how in soak.ledger.ends})}
         yield {
             "round": number,
             "event": event.__name__ if event else None,
+            "cancels": cancels,
             "load_average": round(os.getloadavg()[0], 1),
             "held": server_state.sample(server),
             "ends_so_far": ends,
@@ -75,7 +75,20 @@ def _rounds(
             "client_requests": sum(soak.ledger.ends.values()) + soak.probes,
         }
         say(f"round {number} ({event.__name__ if event else 'load'}): {ends}; faults: {soak.ledger.faults[-3:]}")
-        number += 1
+
+
+def _plan(soak: Soak, start_s: float, seconds: float) -> Iterator[tuple[Callable[[], None] | None, bool]]:
+    """(event, whether calls are cancelled) of each round: half of the time each, and all kinds at least once."""
+    halves = [
+        (start_s + seconds / 2, (None, soak.kill_engine, soak.reload), False),
+        (start_s + seconds, (None, soak.kill_engine), True),
+    ]
+    for until_s, events, cancels in halves:
+        yield from ((event, cancels) for event in events)
+        for event in itertools.cycle(events):
+            if time.monotonic() > until_s:
+                break
+            yield event, cancels
 
 
 def server_requests(server: EmbeddedServer) -> int:
