@@ -1,7 +1,7 @@
 """Soak: rounds of load at twice the capacity with everything that goes wrong in production; between them, silence.
 
-In a round, requests come at random times over gRPC (plain ones, deadlines, malformed ones, and where asked for, cancels
-and clients that leave) and HTTP (some leave in the middle of a stream); the engine is killed or the model reloaded. Then
+In a round, requests come at random times over gRPC (plain ones, deadlines, malformed ones, where asked for cancels and
+clients that leave) and HTTP (some leave in the middle of a stream); the engine is killed or the model reloaded. Then
 every request must have ended, once, and the server must hold no more than before.
 
 A cancelled gRPC call can stay in the 2.51 server for ever, about one in some hundreds: the model that it was for never
