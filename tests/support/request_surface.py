@@ -30,7 +30,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=6,
 )
-BESIDE_SAMPLING = ("priority", "timeout", "id")
+BESIDE_SAMPLING = ("priority", "timeout", "queue_timeout", "id")
 NAMES = st.sampled_from([*HINTS, *NEUTRAL_VALUES, *BESIDE_SAMPLING]) | st.text(max_size=8)
 PLAUSIBLE = {int: st.integers(0, 20), float: st.floats(0.1, 1), str: st.text("the quick", min_size=1, max_size=4)}
 ANYTHING = {int: INTEGERS, float: FLOATS, str: TEXTS}

@@ -22,7 +22,7 @@ from nanoflow_backend.serving.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]
 # A queue that fills in a second, and fewer pages than the running requests may need: some are preempted.
-SETTINGS = {"max_running": 32, "max_waiting": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}
+SETTINGS = {"max_running": 32, "max_queue_size": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}
 OVERLOAD = 2.0
 MAX_REFUSAL_P99_MS = 100.0
 # Growth from the first third of the rounds to the last one, as medians: what is no leak. The stub of a reloaded model
