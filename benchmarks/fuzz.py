@@ -79,7 +79,11 @@ def run(
     @settings(max_examples=-(-count // BATCH), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(batch=st.lists(requests, min_size=BATCH, max_size=BATCH))
     def checked(batch: list[Any]) -> None:
-        ends.update(check(batch))
+        try:
+            ends.update(check(batch))
+        except Exception as error:  # at once: to shrink it may take hypothesis five minutes
+            print(f"{type(error).__name__}: {error}"[:2000], flush=True)
+            raise
         if ends.total() % (100 * BATCH) == 0:
             print(f"{ends.total()} of {count}: {dict(ends)}", flush=True)
 
