@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -89,6 +90,11 @@ def of_type(hint: Any, scalars: dict[Any, st.SearchStrategy[Any]]) -> st.SearchS
             return st.lists(arguments[0], max_size=3)
         case kind if isinstance(kind, type) and issubclass(kind, Mapping):
             return st.dictionaries(*arguments, max_size=3)
+        case kind if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            fields = {name: of_type(field, scalars) for name, field in get_type_hints(kind).items()}
+            return st.fixed_dictionaries({}, optional=fields)
+        case kind if kind in (Any, object):
+            return JSON
     return st.from_type(hint)
 
 
