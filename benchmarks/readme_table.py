@@ -78,6 +78,37 @@ def rows() -> Iterator[tuple[str, str, str]]:
             f"{served['served_tokens_per_s']:,.0f} against {served['engine_tokens_per_s']:,.0f} output tokens/s",
             served["device"],
         )
+    if streaming := load("streaming"):
+        streams = 64
+        sustained = [
+            row
+            for row in streaming["served"]
+            if row["streams"] == streams and row["tokens_per_response_median"] <= 4 and row["delay_ms_p99"] <= 50
+        ]
+        best = max(sustained, key=lambda row: row["tokens_per_s"])
+        yield (
+            f"{streams} gRPC streams through tritonserver of an engine whose program does nothing, client included: "
+            "the highest rate at a median of at most 4 tokens a response and a p99 delay of at most 50 ms",
+            f"{best['tokens_per_s']:,} tokens/s ({streaming['engine_tokens_per_s'][str(streams)]:,} by the engine "
+            f"alone); median {best['tokens_per_response_median']:g} a response, delay p99 {best['delay_ms_p99']:g} ms",
+            streaming["device"],
+        )
+    if fuzz := load("fuzz"):
+        yield (
+            f"Fuzz of {fuzz['input_tensors']} input tensors and {fuzz['sampling_fields']} sampling fields, "
+            f"{fuzz['cases']:,} requests, {fuzz['over_grpc']['cases'] + fuzz['over_http']['cases']:,} of them through "
+            "the real server",
+            "no crash, no hang, no internal error" if fuzz["failure"] is None else fuzz["failure"],
+            fuzz["device"],
+        )
+    if soak := load("soak"):
+        kills, reloads = ([r["event"] for r in soak["rounds"]].count(event) for event in ("kill_engine", "reload"))
+        yield (
+            f"Soak of {soak['minutes']:g} minutes at {soak['overload']:g} times the capacity with cancels, deadlines, "
+            f"lost clients, {kills} engine kills and {reloads} reloads: {soak['requests']:,} requests",
+            f"{len(soak['failures'])} failures; refusals p99 {soak['refusal_ms_p99']:g} ms",
+            soak["device"],
+        )
 
 
 def requests(run: dict[str, Any]) -> str:

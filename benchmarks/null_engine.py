@@ -1,0 +1,70 @@
+"""An engine whose device costs nothing: a step takes as long as one says, and every token says when it was made.
+
+Scheduler, worker, loop and socket are the real ones; the program does nothing. Tokens are made up: the id of one is the
+millisecond in which the host got it, so whoever reads it later knows how long it was on its way.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from engine_loop import NullProgram
+
+from nanoflow_backend.engine import engine, loop
+from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.scheduler.batch import Sampled
+
+CYCLE_MS = 2000  # of the clock that token ids tell; the vocabulary has to be larger
+FIRST_ID = 3  # no special token of the demo model
+
+
+def made_now() -> int:
+    """The id of a token that the host gets at this moment."""
+    return FIRST_ID + int(time.monotonic() * 1e3) % CYCLE_MS
+
+
+def age_ms(token_id: int) -> int:
+    """How long ago `made_now` said so; below CYCLE_MS."""
+    return (made_now() - token_id) % CYCLE_MS
+
+
+class NullWorker(Worker):
+    """A real worker on a NullProgram. Steps take `step_us` one after the other, as on a device; `collect` waits."""
+
+    def __init__(self, config: Any, *arguments: Any, step_us: int = 0) -> None:
+        super().__init__(config, *arguments)
+        self.program = NullProgram(config.dense_batch_tokens)
+        self._step_s = step_us / 1e6
+        self._idle_from_s = 0.0  # the device, once all that was launched is done
+        self._ends_s: list[float] = []  # of the steps in flight
+
+    def launch_forward(self, batch: Any) -> Launched:
+        self._idle_from_s = max(self._idle_from_s, time.monotonic()) + self._step_s
+        self._ends_s.append(self._idle_from_s)
+        return super().launch_forward(batch)
+
+    def collect(self, launched: Launched) -> Sampled:
+        sampled = super().collect(launched)
+        time.sleep(max(0.0, self._ends_s.pop(0) - time.monotonic()))
+        return msgspec.structs.replace(sampled, token_ids=[made_now()] * len(sampled.token_ids))
+
+
+def write_interpreter(path: Path, step_us: int) -> Path:
+    """An executable for the `python` of an engine.json: whatever module it is told to run, it runs this engine."""
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path[:0] = {[folder for folder in sys.path if folder]!r}\n"
+        f"import null_engine\nnull_engine.main({step_us})\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def main(step_us: int) -> None:
+    sys.argv[1:] = [word for word in sys.argv[1:] if word.isdigit()]  # not "-P -m module"
+    engine.Worker = partial(NullWorker, step_us=step_us)  # type: ignore[assignment,misc]
+    loop.main()

@@ -1,0 +1,31 @@
+"""Whatever comes over gRPC or HTTP: an answer or an error, never a crash or a hang, and nobody else is disturbed."""
+
+import contextlib
+
+import pytest
+import wire_fuzz
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.server
+
+FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def wire(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzzed")
+    with contextlib.closing(wire_fuzz.start(folder, server)) as wire:
+        yield wire
+
+
+@FEW
+@given(batch=st.lists(wire_fuzz.messages(), min_size=8, max_size=8))
+def test_no_grpc_message_breaks_the_server(wire, batch):
+    wire.check_grpc(batch)
+
+
+@FEW
+@given(batch=st.lists(wire_fuzz.bodies(), min_size=4, max_size=4))
+def test_no_http_body_breaks_the_server(wire, batch):
+    wire.check_http(batch)

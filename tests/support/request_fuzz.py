@@ -1,0 +1,99 @@
+"""Fuzz of the request surface without a server: the model with a stand-in for the stub's module, on a real engine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import checkpoints
+import numpy as np
+import tiny_tokenizers
+from request_surface import Case
+from unit.test_model import ServerRequest, stub_module
+
+from nanoflow_backend.engine.tokenizer import Tokenizer
+
+PATIENCE_S = 60.0
+SETTINGS = {"max_model_tokens": 48, "max_running": 32, "dense_batch_tokens": 64, "kv_cache_tokens": 4096}
+CANARY = {"text_input": np.array([b"the quick brown fox"], np.object_)}
+CANARY_PARAMETERS = '{"temperature": 0, "max_tokens": 8, "ignore_eos": true}'
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """Random weights and a tokenizer of their vocabulary."""
+    tiny_tokenizers.llama3(folder)
+    vocab_size = Tokenizer.from_pretrained(folder).vocab_size
+    return checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=256), folder)
+
+
+@contextmanager
+def model(folder: Path) -> Iterator[Any]:
+    """A TritonPythonModel that is ready, with an engine process of its own."""
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    (folder / "1").mkdir()
+    (folder / "1" / "engine.json").write_text(json.dumps({"model": str(tiny_checkpoint(checkpoint)), **SETTINGS}))
+    name = "nanoflow_backend.serving.model"
+    with mock.patch.dict(sys.modules, {"triton_python_backend_utils": stub_module()}):
+        sys.modules.pop(name, None)
+        served = importlib.import_module(name).TritonPythonModel()
+        served.initialize(
+            {
+                "model_config": json.dumps({"model_transaction_policy": {"decoupled": True}}),
+                "model_repository": str(folder),
+                "model_version": "1",
+                "model_name": "fuzzed",
+            }
+        )
+        try:
+            yield served
+        finally:
+            served.finalize()
+            sys.modules.pop(name)
+
+
+def check(served: Any, batch: Sequence[Case]) -> Counter[str]:
+    """Send requests at once; returns how many ended how.
+
+    Raises:
+        AssertionError: one has no final response, or an error that is not its caller's, or disturbed the next one.
+    """
+    sent = [server_request(case) for case in batch]
+    served.execute(sent)
+    ends: Counter[str] = Counter()
+    for case, request in zip(batch, sent, strict=True):
+        assert request.sender.final.wait(PATIENCE_S), f"no final response to {case}"
+        ends[check_end(case, request.sender.responses[-1].error)] += 1
+    assert canary(served) == canary(served), "a request of before disturbed one of after"
+    return ends
+
+
+def check_end(case: Case, error: Any) -> str:
+    if error is None:
+        return "answered"
+    assert error.code != "INTERNAL", f"{error.message}: {case}"
+    assert "engine" not in error.message, f"{error.message}: {case}"
+    assert error.message.strip(), f"an empty message: {case}"
+    return error.code
+
+
+def canary(served: Any) -> bytes:
+    request = ServerRequest(CANARY_PARAMETERS, **CANARY)
+    served.execute([request])
+    response = request.result()
+    assert response.error is None, response.error.message
+    return response.outputs["text_output"][0]
+
+
+def server_request(case: Case) -> ServerRequest:
+    request = ServerRequest(json.dumps(case.parameters), case.timeout_us, **case.tensors)
+    if case.outputs:
+        request.requested_output_names = lambda: case.outputs
+    return request

@@ -1,0 +1,143 @@
+"""A soak from its start to its verdict."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import server_state
+from ledger import ANSWERED, DISCONNECTED
+from soak import MIX, MODEL, Soak
+
+from nanoflow_backend.serving.embedded import EmbeddedServer
+
+ROOT = Path(__file__).parents[2]
+# A queue that fills in a second, and fewer pages than the running requests may need: some are preempted.
+SETTINGS = {"max_running": 32, "max_queue_size": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}
+OVERLOAD = 2.0
+MAX_REFUSAL_P99_MS = 100.0
+# Growth from the first third of the rounds to the last one, as medians: what is no leak. The stub of a reloaded model
+# inherits what the server has open, some 25 descriptors; shared memory grows by 1 MiB at a time.
+MAX_GROWTH = {"stub_fds": 32.0, "fds": 4.0, "shm_mib": 1.0, "processes": 0.0}
+MAX_RSS_GROWTH, ALLOCATOR_MIB = 0.05, 8.0
+
+
+def run(seconds: float, round_s: float, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Soak the demo model; returns what happened, with `failures`: what must not have."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the engine's: client and server need a core too
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder, "repository")
+        shutil.copytree(ROOT / "model_repository" / "nanoflow", repository / MODEL)
+        fields = {"model": str(ROOT / "demo" / "tiny-llama"), **SETTINGS}
+        (repository / MODEL / "1" / "engine.json").write_text(json.dumps(fields))
+        arguments = ["--model-control-mode=explicit", f"--load-model={MODEL}"]
+        log = Path(folder, "server.log")
+        with EmbeddedServer(repository, log=log, arguments=arguments) as server:
+            soak = Soak(server, seed)
+            capacity, crash = 0.0, None
+            rounds: list[dict[str, Any]] = []
+            try:
+                capacity = soak.capacity(SETTINGS["max_running"], min(10.0, round_s))
+                say(f"capacity: {capacity:.1f} requests/s")
+                rounds += _rounds(soak, server, capacity, seconds, round_s, say)
+            except Exception as error:  # the server is gone, most likely: what happened before is still worth having
+                crash = f"{type(error).__name__}: {error}; the log ends: {log.read_text()[-2000:]}"
+            finally:
+                soak.close()
+    return _report(soak, capacity, rounds, crash)
+
+
+def _rounds(
+    soak: Soak, server: EmbeddedServer, capacity: float, seconds: float, round_s: float, say: Callable[[str], None]
+) -> Iterable[dict[str, Any]]:
+    rate = OVERLOAD * capacity * sum(MIX.values()) / MIX["plain"]  # plain requests alone are twice the capacity
+    start_s = time.monotonic()
+    for number, (event, cancels) in enumerate(_plan(soak, start_s, seconds)):
+        soak.round(round_s, rate, event, cancels)
+        ends = {how: soak.ledger.count(how) for how in sorted({how for _, how in soak.ledger.ends})}
+        yield {
+            "round": number,
+            "event": event.__name__ if event else None,
+            "cancels": cancels,
+            "load_average": round(os.getloadavg()[0], 1),
+            "held": server_state.sample(server),
+            "ends_so_far": ends,
+            "server_requests": server_requests(server),
+            "client_requests": sum(soak.ledger.ends.values()) + soak.probes,
+        }
+        say(f"round {number} ({event.__name__ if event else 'load'}): {ends}; faults: {soak.ledger.faults[-3:]}")
+
+
+def _plan(soak: Soak, start_s: float, seconds: float) -> Iterator[tuple[Callable[[], None] | None, bool]]:
+    """(event, whether calls are cancelled) of each round: half of the time each, and all kinds at least once."""
+    halves = [
+        (start_s + seconds / 2, (None, soak.kill_engine, soak.reload), False),
+        (start_s + seconds, (None, soak.kill_engine), True),
+    ]
+    for until_s, events, cancels in halves:
+        yield from ((event, cancels) for event in events)
+        for event in itertools.cycle(events):
+            if time.monotonic() > until_s:
+                break
+            yield event, cancels
+
+
+def server_requests(server: EmbeddedServer) -> int:
+    """Requests that the server says it has ended, well or not."""
+    now = server_state.metrics(server, MODEL)
+    return int(now["nv_inference_request_success"] + now["nv_inference_request_failure"])
+
+
+def _report(soak: Soak, capacity: float, rounds: list[dict[str, Any]], crash: str | None) -> dict[str, Any]:
+    refusals = soak.ledger.refusals
+    p50, p99 = np.percentile([r.after_ms for r in refusals], [50, 99]).tolist() if refusals else (0.0, 0.0)
+    growth = {name: _growth([r["held"][name] for r in rounds]) for name in (rounds[0]["held"] if rounds else ())}
+    failures = [*([crash] if crash else []), *soak.ledger.faults, *soak.not_ready]
+    failures += [f"{name} grew from {old} to {new}" for name, (old, new) in growth.items() if _leaks(name, old, new)]
+    if p99 > MAX_REFUSAL_P99_MS:
+        failures.append(f"p99 of refusals: {p99:.0f} ms")
+    if rounds and not soak.ledger.count(ANSWERED):
+        failures.append("no request was answered")
+    failures += [_miscount(soak, last) for last in rounds[-1:] if _miscount(soak, last)]
+    return {
+        "settings": SETTINGS,
+        "overload": OVERLOAD,
+        "capacity_requests_per_s": round(capacity, 1),
+        "requests": sum(soak.ledger.ends.values()),
+        "ends": {f"{kind}: {how}": number for (kind, how), number in sorted(soak.ledger.ends.items())},
+        "refusals": len(refusals),
+        "refusal_ms_p50": round(p50, 1),
+        "refusal_ms_p99": round(p99, 1),
+        "slowest_refusals": [(round(r.after_ms), r.message) for r in sorted(refusals)[-5:]],
+        "recoveries_s": soak.recoveries_s,
+        "growth": growth,
+        "failures": failures,
+        "rounds": rounds,
+    }
+
+
+def _miscount(soak: Soak, last: dict[str, Any]) -> str:
+    """Server and client count the same requests; of those whose client vanished the server may not have read some."""
+    unread = last["client_requests"] - last["server_requests"]
+    if 0 <= unread <= soak.ledger.count(DISCONNECTED):
+        return ""
+    return f"the client counts {last['client_requests']} requests, the server {last['server_requests']}"
+
+
+def _growth(values: list[float]) -> tuple[float, float]:
+    third = max(1, len(values) // 3)
+    return round(median(values[:third]), 2), round(median(values[-third:]), 2)
+
+
+def _leaks(name: str, old: float, new: float) -> bool:
+    limit = next((limit for suffix, limit in MAX_GROWTH.items() if name.endswith(suffix)), None)
+    return new - old > (MAX_RSS_GROWTH * old + ALLOCATOR_MIB if limit is None else limit)
