@@ -280,13 +280,13 @@ def test_a_crowd_is_refused_while_others_run_and_whoever_comes_again_is_served(s
     running = GrpcStream(served.grpc_url, "narrow", **long)
     next(iter(running))
     waiting = GrpcStream(served.grpc_url, "narrow", **long)
-    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_waiting_requests"] == 1)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_waiting"] == 1)
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: post(served.http_url, "narrow", "generate", {"input_ids": [5]}), range(40)))
     assert {status for status, _ in answers} == {400}
     assert all("1 requests are waiting, as many as max_queue_size allows" in text for _, text in answers)
     now = metrics(served.metrics_url, "narrow")
-    assert (now["nanoflow_running_requests"], now["nanoflow_waiting_requests"]) == (1, 1)
+    assert (now["nanoflow_num_requests_running"], now["nanoflow_num_requests_waiting"]) == (1, 1)
     for stream in (running, waiting):
         stream.close(cancel=True)
 
@@ -311,7 +311,7 @@ def test_who_waits_too_long_is_refused(served):
     with refused("queue_timeout: still waiting 1000 us after the request came"):
         grpc(served.grpc_url, "narrow", input_ids=[5], parameters={"queue_timeout": 1000})
     running.close(cancel=True)
-    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_running_requests"] == 0)
+    until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_running"] == 0)
 
 
 def test_200_cancels_return_every_page(served, prompts):
@@ -401,7 +401,7 @@ def test_a_killed_engine_is_said_and_followed_by_another(served, process_tree, c
         with refused("ended with SIGKILL; restart 1 of 1 is under way: try again later"):
             grpc(served.grpc_url, "doomed", **A)
         until(lambda: post(served.http_url, "doomed", "generate", A)[0] == 200)
-        until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_kv_used_pages"] == 0)
+        until(lambda: metrics(served.metrics_url, "doomed")["nanoflow_kv_cache_usage_perc"] == 0)
         os.kill(engine_pid(), signal.SIGKILL)
         until(lambda: "reload the model" in post(served.http_url, "doomed", "generate", A)[1])
         assert engine_pid() is None

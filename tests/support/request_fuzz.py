@@ -50,6 +50,9 @@ def model(folder: Path) -> Iterator[Any]:
                 "model_repository": str(folder),
                 "model_version": "1",
                 "model_name": "fuzzed",
+                "model_instance_name": "fuzzed_0_0",
+                "model_instance_kind": "CPU",
+                "model_instance_device_id": "0",
             }
         )
         try:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from nanoflow_backend.scheduler.sampling_params import NEUTRAL_VALUES, SamplingParams
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, Tensor
 
-PROMPTS = ("text_input", "input_ids")
+PROMPTS = ("text_input", "prompts", "input_ids", "messages")
+OF_MESSAGES = ("tools", "add_generation_prompt", "chat_template_kwargs")
+RARELY_RIGHT = ("cancel", "input_lengths")  # beside anything else; with any but the right numbers
 HINTS = get_type_hints(SamplingParams)
 EDGES = (0, 16, 2**31, 2**32, 2**63, 2**64, -(2**31), -(2**63))
 INTEGER_LIMITS = [edge + step for edge in EDGES for step in (-1, 0, 1)]
@@ -50,9 +52,11 @@ class Case(NamedTuple):
 def cases(draw: st.DrawFn, shapes_are_declared: bool = True) -> Case:
     """A request. With declared shapes it is one that the server lets through to the model."""
     plausible = draw(st.booleans())
-    wrong = [] if plausible else [(), PROMPTS]
-    prompts = draw(st.sampled_from([("text_input",)] * 6 + [("input_ids",)] * 3 + wrong))
-    optional = [tensor.name for tensor in INPUTS if tensor.name not in PROMPTS]
+    wrong = [] if plausible else [(), ("cancel",), PROMPTS]
+    right = [("text_input",)] * 5 + [("input_ids",)] * 2 + [("prompts",)] * 2 + [("messages",)]
+    prompts = draw(st.sampled_from(right + wrong))
+    unfit = (*PROMPTS, *RARELY_RIGHT, *(() if prompts == ("messages",) else OF_MESSAGES)) if plausible else PROMPTS
+    optional = [tensor.name for tensor in INPUTS if tensor.name not in unfit]
     names = [*prompts, *draw(st.lists(st.sampled_from(optional), max_size=4, unique=True))]
     return Case(
         tensors={t.name: draw(arrays(t, plausible, shapes_are_declared)) for t in INPUTS if t.name in names},
@@ -123,7 +127,12 @@ def encoded(value: Any) -> bytes:
 
 
 # Inputs that are JSON: what is in them cannot be told from the table.
-PLAUSIBLE_JSON = {"sampling_parameters": sampling(plausible=True)}
+PLAUSIBLE_JSON = {
+    "sampling_parameters": sampling(plausible=True),
+    "messages": st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": TEXTS}), min_size=1, max_size=3),
+    "tools": st.lists(st.dictionaries(TEXTS, JSON, max_size=2), max_size=2),
+    "chat_template_kwargs": st.dictionaries(TEXTS, JSON, max_size=2),
+}
 DTYPES = {"BOOL": np.bool_, "INT32": np.int32, "FP32": np.float32, "STRING": np.object_}
 ELEMENTS: dict[str, st.SearchStrategy[Any]] = {
     "BOOL": st.booleans(),

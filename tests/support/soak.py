@@ -252,7 +252,7 @@ class Soak:
     def _is_quiet(self) -> bool:
         self._receive(0.05)
         now = server_state.metrics(self._server, MODEL)
-        busy = ("nanoflow_running_requests", "nanoflow_waiting_requests", "nanoflow_kv_used_pages")
+        busy = ("nanoflow_num_requests_running", "nanoflow_num_requests_waiting", "nanoflow_kv_cache_usage_perc")
         processes = {role: len(pids) for role, pids in server_state.by_role(self._server).items()}
         return not any(now[name] for name in busy) and set(processes.values()) == {1}
 
