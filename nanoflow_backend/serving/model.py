@@ -124,35 +124,31 @@ class TritonPythonModel:
     def _submit(self, request: Any, channel: _Channel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
         came_s = time.monotonic()
-        tensors = {}
-        for tensor in INPUTS:
-            if (value := pb_utils.get_input_tensor_by_name(request, tensor.name)) is not None:
-                tensors[tensor.name] = value.as_numpy()
+        tensors = _inputs(request)
         if is_cancellation(tensors):
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
         self._engine.check_room()  # before any work for it: under overload most requests end here
+        calls = self._parse(request, tensors)
+        is_batch = calls[0].batch_index is not None
+        channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
+        context = request.trace().get_context() if self._tracer else None
+        for call, own_channel in zip(calls, channels, strict=True):
+            self._start(call, own_channel, came_s, context)
+
+    def _parse(self, request: Any, tensors: Arrays) -> list[Call]:
         self._limits.check(tensors)
         own = request.parameters() or "{}"
         check_parameters(own)
         parameters = json.loads(own)
         if request.timeout():
             parameters["timeout"] = request.timeout()
-        calls = Call.parse(
-            tensors,
-            parameters,
-            request.requested_output_names(),
-            self._tokenizer,
-            self._ready.vocab_size,
-            self._max_queue_us,
-        )
+        outputs = request.requested_output_names()
+        vocab_size = self._ready.vocab_size
+        calls = Call.parse(tensors, parameters, outputs, self._tokenizer, vocab_size, self._max_queue_us)
         if calls[0].stream and not self._streams:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
-        is_batch = calls[0].batch_index is not None
-        channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
-        context = request.trace().get_context() if self._tracer else None
-        for call, own_channel in zip(calls, channels, strict=True):
-            self._start(call, own_channel, came_s, context)
+        return calls
 
     def _start(self, call: Call, channel: Channel, came_s: float, context: str | None) -> None:
         """Never raises: what fails here is answered. `context`: of the server's trace."""
@@ -247,6 +243,11 @@ class _Channel:
         with self._ending:
             self._ended = True
             self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _inputs(request: Any) -> Arrays:
+    found = {tensor.name: pb_utils.get_input_tensor_by_name(request, tensor.name) for tensor in INPUTS}
+    return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
 
 
 def _failure(error: Exception) -> Failure:
