@@ -334,12 +334,15 @@ def test_heads_that_the_ranks_cannot_share_are_refused_before_a_rank_starts(tmp_
         Engine.from_pretrained(folder, tensor_parallel=8)
 
 
-@pytest.mark.timeout(60)  # the group would wait ten minutes for it
+@pytest.mark.timeout(60)
 def test_a_rank_that_dies_before_it_joins_is_named_at_once(model, monkeypatch):
-    started = []
+    """The real group would wait ten minutes for it, and this process could have no other one meanwhile."""
+    started, over = [], threading.Event()
+    monkeypatch.setattr(ranks, "join_group", lambda *_: over.wait(60))
     monkeypatch.setattr(ranks, "Child", lambda module: started.append(Child("nanoflow_backend.nowhere")) or started[-1])
     with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 1"):
         Engine.from_pretrained(model, tensor_parallel=2)
+    over.set()
     assert not alive(started[0].pid)
 
 
