@@ -62,4 +62,4 @@ class MinTokens:
         pairs = [(row, token) for row in rows for token in self.banned[slots[row]]]
         if pairs:
             row, token = to_device(np.array(pairs, np.int64).T, scores.device)
-            scores[row, token] = -torch.inf
+            scores.index_put_((row, token), scores.new_full((), -torch.inf))  # a number would be sent, and waited for

@@ -42,7 +42,7 @@ class Penalties:
         said, counts = np.unique(tokens[admission.prompt_tokens :], return_counts=True)
         row, device = self._seen[entry], self._seen.device
         row.zero_()
-        row[to_device(tokens[: admission.prompt_tokens], device)] = IN_PROMPT
+        row.index_fill_(0, to_device(tokens[: admission.prompt_tokens], device), IN_PROMPT)
         if len(said):
             row.index_add_(0, to_device(said, device), to_device(counts.astype(np.int32), device))
         return True

@@ -3,14 +3,10 @@
 A response is a blocking round trip of some 100 us, and a step brings news for hundreds of requests. So the engine's
 thread only files news; a request that is still queued when more comes gets one response for all of it. The slower the
 way out, the larger the responses: back-pressure costs nothing but the size of a delta.
-
-The server takes a response before its client has it. Where it cannot follow, a queue grows there, in which nothing is
-merged: so the senders keep to a pace that leaves the machine room for the rest.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Iterable
@@ -19,15 +15,10 @@ import msgspec
 
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.serving.failure import Failure
-from nanoflow_backend.serving.pace import Pace
 from nanoflow_backend.serving.reply import Reply
 
 # Of 1, 4 and 16 threads against the 2.51 server, 4 sent 1.5 to 2.6 times what 1 did; 16 no more than 4.
 THREADS = 4
-# A response takes some 100 us of CPU time in stub, server and a client on the same machine. On 2 cores that others used
-# too, 64 streams with steps of 4 ms had a median delay of 850 ms at 6,500 responses a second and core, of 39 ms here.
-RESPONSES_PER_CORE_S = 4000
-BURST = 16  # of one sender, at once: a step's news for 64 streams
 
 
 class _Live(msgspec.Struct, eq=False):
@@ -104,9 +95,7 @@ class Senders:
             self._queues[request_id % len(self._queues)].put(request_id)
 
     def _run(self, ids: queue.SimpleQueue[int | None]) -> None:
-        pace = Pace(RESPONSES_PER_CORE_S * len(os.sched_getaffinity(0)) / len(self._queues), BURST)
         while (request_id := ids.get()) is not None:
-            pace.wait()  # what comes meanwhile goes with it
             with self._lock:
                 live = self._live.get(request_id)
                 if live is None:  # more came while its final response was sent
