@@ -213,14 +213,17 @@ class Scheduler:
         overshoot_tokens = self._overshoot_tokens
         sequences = self._returning(sampled)
         self.observer.returned(sampled.step)
+        logprobs = sampled.logprobs
         for index, (s, token) in enumerate(zip(sequences, sampled.token_ids, strict=True)):
             if s.finish_reason is not None:
                 self._overshoot_tokens += 1
                 continue
             s.tokens.append(token)
-            delta = Delta(s.id, [token], None, None, None, s.cached_tokens, s.index)
-            if sampled.logprobs and index in sampled.logprobs:
-                delta.logprobs = [sampled.logprobs[index]]
+            delta = Delta(s.id, [token])
+            if s.cached_tokens or s.index:  # seldom: a thousand deltas a step are made faster without
+                delta.cached_tokens, delta.index = s.cached_tokens, s.index
+            if logprobs and index in logprobs:
+                delta.logprobs = [logprobs[index]]
             if token in s.stop_ids and s.output_tokens >= s.params.min_tokens:
                 delta.finish_reason = FinishReason.STOP
                 if s.params.ignore_eos or token not in self._eos_token_ids:
