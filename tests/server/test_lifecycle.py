@@ -26,6 +26,6 @@ def test_loads_reloads_and_unloads_leave_nothing(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     first, most = result["after_1"], result["most_after_the_first_cycle"]
     for what in ("processes", "threads", "file_descriptors", "shm_files", "shm_bytes"):
-        assert most[what] == first[what], what
+        assert most[what] <= first[what], what
     assert most["processes"] == result["before"]["processes"]
     assert most["shm_files"] == 0

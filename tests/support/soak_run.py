@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import server_state
-from ledger import ANSWERED, DISCONNECTED
+from ledger import ANSWERED, CANCELLED, DISCONNECTED
 from soak import MIX, MODEL, Soak
 
 from nanoflow_backend.serving.embedded import EmbeddedServer
@@ -126,9 +126,9 @@ def _report(soak: Soak, capacity: float, rounds: list[dict[str, Any]], crash: st
 
 
 def _miscount(soak: Soak, last: dict[str, Any]) -> str:
-    """Server and client count the same requests; of those whose client vanished the server may not have read some."""
+    """Server and client count the same requests; some that a client gave up the server may never have read."""
     unread = last["client_requests"] - last["server_requests"]
-    if 0 <= unread <= soak.ledger.count(DISCONNECTED):
+    if 0 <= unread <= soak.ledger.count(DISCONNECTED, CANCELLED):
         return ""
     return f"the client counts {last['client_requests']} requests, the server {last['server_requests']}"
 
