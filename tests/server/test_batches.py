@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
+from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post, until
 from tritonclient.utils import InferenceServerException
 
 from nanoflow_backend.engine import SamplingParams
@@ -22,13 +21,6 @@ LONG = {"stream": True, "sampling_parameters": json.dumps({"max_tokens": 1500, "
 @pytest.fixture(scope="module")
 def expected(demo_engine):
     return demo_engine.generate(PROMPTS, SamplingParams(**GREEDY))
-
-
-def until(condition):
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.02)
 
 
 def test_prompts_come_back_in_their_order(demo, expected):
