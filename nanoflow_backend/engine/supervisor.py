@@ -16,16 +16,16 @@ from nanoflow_backend.scheduler.request import Request
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0  # before a restart: twice as long each time
-STABLE_S = 600.0  # an engine that has lived so long died of something new
+STABLE_S = LONGEST_DELAY_S  # an engine that has lived so long died of something new
 
 
 class Supervisor:
     """Like an EngineProcess (see there), and one again after each death.
 
     Whatever ran when the process died is lost: `on_death` hears of it at once, and fails it. `on_restart` hears of the
-    next process before anything of it. Until the next process is
-    ready, requests are refused with an EngineError: a client, or what balances its load, knows better than a queue here
-    whether to wait or to go elsewhere. After `max_engine_restarts` in a row, or a stop, nothing is started any more.
+    next process before anything of it. Until the next process is ready, requests are refused with an EngineError: a
+    client, or what balances its load, knows better than a queue here whether to wait or to go elsewhere. After
+    `max_engine_restarts` in a row, of which none lived for STABLE_S, or a stop, nothing is started any more.
     """
 
     def __init__(
