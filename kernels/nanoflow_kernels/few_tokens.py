@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow_kernels.gate import gated
 from nanoflow_kernels.grid import programs
 
 TOKENS = 16  # at most
@@ -18,13 +19,6 @@ ROWS, DEPTH = 64, 128  # of a tile of the weight
 # (stages, programs an SM), the fastest of 18 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
 FEW_ROWS, MANY_ROWS = (8, 1), (4, 3)
 MANY = 16384
-
-
-@triton.jit
-def gated(pairs, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """silu(gate) * up [TOKENS, COLUMNS / 2] of pairs [TOKENS, COLUMNS], fp32."""
-    gate, up = tl.split(pairs.reshape(TOKENS, COLUMNS // 2, 2))
-    return gate / (1 + tl.exp(-gate)) * up
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.few_tokens import gated
+from nanoflow_kernels.gate import gated
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 

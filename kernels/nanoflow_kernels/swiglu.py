@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.few_tokens import few_tokens, gated, is_few
+from nanoflow_kernels.few_tokens import few_tokens, is_few
+from nanoflow_kernels.gate import gated
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_bulk, check_dtype, check_rows, check_shape
 
@@ -31,8 +32,8 @@ class Tile(NamedTuple):
     per_sm: int = 1  # programs
 
 
-# The fastest of ten on H200 at Llama-3-8B's size, up to 2048 tokens; at 2048 they take 704 to 720 us with SwiGLU,
-# cuBLAS 719 us without.
+# The fastest of ten on H200 at Llama-3-8B's size, up to 2048 tokens; at 2048 they take 716 us with SwiGLU, cuBLAS
+# 717 us without (benchmarks/results/kernels_h200.json).
 TALL = Tile(128, 256, 64, warps=8, stages=3)
 SHORT = Tile(64, 256, 64, warps=4, stages=4)
 WIDE = Tile(64, 64, 32, warps=4, stages=1)  # fp32: twice the memory, and not for speed
