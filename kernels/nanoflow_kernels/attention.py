@@ -12,6 +12,7 @@ from torch import Tensor
 from nanoflow_kernels.attention_decode import decode
 from nanoflow_kernels.attention_prefill import prefill
 from nanoflow_kernels.attention_work import AttentionWork, list_work
+from nanoflow_kernels.chain import is_chained
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 
 
@@ -52,7 +53,10 @@ def attention(
         )
     if len(q) == 0:
         return
+    # Work listed here has just been launched: a kernel of the chain may read what is older.
+    chained = work is not None and is_chained(len(q), q.device)
     if work is None:
         work = list_work(positions, slots, pages, heads, num_sms=num_sms)
-    decode(q, pages, positions, slots, page_table, work, out=out)
-    prefill(q, pages, positions, slots, page_table, work, out=out)
+    decode(q, pages, positions, slots, page_table, work, chained=chained, out=out)
+    if work.prefill_programs:
+        prefill(q, pages, positions, slots, page_table, work, out=out)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from nanoflow_kernels.attention_tile import bulk_tile, bulk_tiles, gathered_tile
 from nanoflow_kernels.attention_work import KEYS, AttentionWork
+from nanoflow_kernels.chain import await_earlier, prefetch, release_next
 
 NARROWEST = 16  # columns of the narrow side
 WARPS, STAGES = 2, 2  # with DECODE_PER_SM: the fastest of a dozen on H200, at pages of 64 and of 128
 LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
+JOINED_ROWS = 64  # parts times query heads that are joined at once
 
 
 @triton.jit
@@ -43,12 +45,25 @@ def _attend(
 
 
 @triton.jit
+def _pair(here, row, stop_tile, K: tl.constexpr):
+    """The pair of tile `here`, in `row` or later: its row, its tiles, its kv head, and which of its tiles that is."""
+    row_stop = tl.load(stop_tile + row)
+    while row_stop * K <= here:  # a row without tiles, or done
+        row += 1
+        row_stop = tl.load(stop_tile + row)
+    row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
+    count = row_stop - row_start
+    return row, count, (here - row_start * K) // count, (here - row_start * K) % count
+
+
+@triton.jit
 def _decode(
     q, pages, tiles, positions, slots, page_table, stop_tile, first_row, counts, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    release_next(CHAINED)
     program = tl.program_id(0)
     total = tl.load(counts) * K
     share = tl.cdiv(total, tl.num_programs(0))
@@ -57,15 +72,17 @@ def _decode(
     row = tl.load(first_row + program).to(tl.int64)
     group, lane = tl.arange(0, GP), tl.arange(0, D)
     in_group = (group < G)[None, :]
+    if CHAINED and BULK:  # noqa: SIM102 (one condition is the compiler's)
+        if here < stop:
+            row, _, head, first = _pair(here, row, stop_tile, K)
+            table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+            page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS <= tl.load(positions + row), other=0)
+            key = (page.to(tl.int64) * 2 * K + head) * PAGE + first * KEYS % PAGE + tl.arange(0, KEYS)
+            prefetch(pages + key * D, 2 * D)
+            prefetch(pages + (key + K * PAGE) * D, 2 * D)
+    await_earlier(CHAINED)
     while here < stop:
-        row_stop = tl.load(stop_tile + row)
-        while row_stop * K <= here:  # a row without tiles, or done
-            row += 1
-            row_stop = tl.load(stop_tile + row)
-        row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
-        count = row_stop - row_start
-        head = (here - row_start * K) // count
-        first = (here - row_start * K) % count
+        row, count, head, first = _pair(here, row, stop_tile, K)
         last = tl.minimum(count, first + stop - here)
         here += last - first
 
@@ -102,13 +119,16 @@ def _decode(
 @triton.jit
 def _join(
     stop_tile, first_row, counts, part_peak, part_mass, part_acc, out, out_stride,
-    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program i joins the pair that begins in share i and goes on behind it, if there is one."""
+    release_next(CHAINED)
     program = tl.program_id(0)
     total = tl.load(counts) * K
     share = tl.cdiv(total, tl.num_programs(0))
     boundary = (program + 1) * share
+    row, head, parts = tl.cast(0, tl.int64), 0, 0
     if boundary < total:
         row = tl.load(first_row + program + 1).to(tl.int64)
         row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
@@ -116,23 +136,29 @@ def _join(
         head = (boundary - row_start * K) // tiles
         done = (boundary - row_start * K) % tiles
         if (done > 0) & (done <= share):
-            group, lane = tl.arange(0, GP), tl.arange(0, D)
-            part = 2 * program + 1
-            peak = tl.load(part_peak + part * GP + group)
-            mass = tl.load(part_mass + part * GP + group)
-            acc = tl.load(part_acc + part * GP * D + group[:, None] * D + lane[None, :])
-            for other in range(program + 1, program + 1 + tl.cdiv(tiles - done, share)):
-                part = 2 * other
-                peak_next = tl.load(part_peak + part * GP + group)
-                highest = tl.maximum(peak, peak_next)
-                fade, fade_next = tl.exp2(peak - highest), tl.exp2(peak_next - highest)
-                mass = mass * fade + tl.load(part_mass + part * GP + group) * fade_next
-                acc_next = tl.load(part_acc + part * GP * D + group[:, None] * D + lane[None, :])
-                acc = acc * fade[:, None] + acc_next * fade_next[:, None]
-                peak = highest
-            place = (head * G + group[:, None]) * D + lane[None, :]
-            o = acc / tl.maximum(mass, 1e-30)[:, None]
-            tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=(group < G)[:, None])
+            parts = 1 + tl.cdiv(tiles - done, share)
+    await_earlier(CHAINED)
+    if parts > 0:
+        group, lane = tl.arange(0, GROUP), tl.arange(0, D)
+        peak = tl.full([GROUP], LOWEST, tl.float32)
+        mass = tl.zeros([GROUP], tl.float32)
+        acc = tl.zeros([GROUP, D], tl.float32)
+        for begin in range(0, parts, PARTS):
+            number = begin + tl.arange(0, PARTS)
+            real = (number < parts)[:, None]
+            part = 2 * (program + number) + (number == 0).to(tl.int32)  # only the first share's is the later of its two
+            place = part[:, None] * GP + group[None, :]
+            peaks = tl.load(part_peak + place, mask=real, other=LOWEST)
+            masses = tl.load(part_mass + place, mask=real, other=0.0)
+            accs = tl.load(part_acc + place[:, :, None] * D + lane[None, None, :], mask=real[:, :, None], other=0.0)
+            highest = tl.maximum(peak, tl.max(peaks, 0))
+            fade, fades = tl.exp2(peak - highest), tl.exp2(peaks - highest[None, :])
+            mass = mass * fade + tl.sum(masses * fades, 0)
+            acc = acc * fade[:, None] + tl.sum(accs * fades[:, :, None], 0)
+            peak = highest
+        o = acc / tl.maximum(mass, 1e-30)[:, None]
+        place = (head * G + group[:, None]) * D + lane[None, :]
+        tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=(group < G)[:, None])
 
 
 def decode(
@@ -143,14 +169,16 @@ def decode(
     page_table: Tensor,
     work: AttentionWork,
     *,
+    chained: bool,
     out: Tensor,
 ) -> None:
-    """The rows of `work` that are alone in their slot, and zeros where padded. Operands as in `attention`."""
+    """The rows of `work` that decode, and zeros where padded. Operands as in `attention`, `chained` as in chain.py."""
     tiles = bulk_tiles(pages, KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     narrow = max(NARROWEST, triton.next_power_of_2(group))
     shares = len(work.first_row)
+    joined_group = triton.next_power_of_2(group)
     part_peak, part_mass = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
     part_acc = q.new_empty((2 * shares, narrow, head_dim), dtype=torch.float32)
     _decode[(shares,)](
@@ -158,9 +186,10 @@ def decode(
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, narrow, head_dim, page_tokens, KEYS, tiles is not None,
-        STAGES=1 if q.dtype == torch.float32 else STAGES, num_warps=WARPS,
+        1 if q.dtype == torch.float32 else STAGES, chained, num_warps=WARPS, launch_pdl=chained,
     )  # fmt: skip
     _join[(shares,)](
         work.stop_tile, work.first_row, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),
-        kv_heads, group, narrow, head_dim,
+        kv_heads, group, narrow, head_dim, joined_group, max(1, JOINED_ROWS // joined_group), chained,
+        launch_pdl=chained,
     )  # fmt: skip

@@ -94,7 +94,7 @@ def prefill(
     *,
     out: Tensor,
 ) -> None:
-    """The rows of `work` that have neighbours in their slot. Operands as in `attention`."""
+    """The tiles of queries of `work`. Operands as in `attention`."""
     tiles = bulk_tiles(pages, KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads

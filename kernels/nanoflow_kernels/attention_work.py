@@ -2,7 +2,8 @@
 
 Rows that are alone in their slot decode: their keys are cut into tiles, and the tiles of all (row, kv head) pairs,
 one after the other, are dealt out in equal shares, wherever a share's ends fall (as Stream-K does for products:
-Osama et al., PPoPP 2023). Rows with neighbours in their slot are a chunk of a prompt, worked on in tiles of queries.
+Osama et al., PPoPP 2023). Rows with neighbours in their slot are a chunk of a prompt, worked on in tiles of queries;
+but where there are few rows all decode, which saves a batch of single tokens the launch for chunks.
 
 Shape legend: T tokens, H query heads, K kv heads.
 """
@@ -24,6 +25,7 @@ QUERIES = 64  # rows of a tile of queries: tokens times the query heads of a kv 
 DECODE_PER_SM = 4  # programs
 PREFILL_PER_SM = 2
 BLOCK = 1024  # rows listed at once
+FEW = 16  # rows that all decode
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ class AttentionWork:
     query_row: Tensor
     counts: Tensor
     queries: int  # tokens in a tile of queries
-    prefill_programs: int
+    prefill_programs: int  # 0: there are no tiles of queries
 
 
 @triton.jit
 def _list_work(
     positions, slots, stop_tile, first_row, query_row, counts, T, shares, steps,
     K: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    FEW: tl.constexpr,
 ):  # fmt: skip
     key_tiles = 0
     query_tiles = 0
@@ -60,7 +63,7 @@ def _list_work(
         after = tl.load(slots + row + 1, mask=has_after, other=-1)
         starts = (before != slot) | (tl.load(positions + row - 1, mask=has_before, other=-1) < 0)
         ends = (after != slot) | (tl.load(positions + row + 1, mask=has_after, other=-1) < 0)
-        alone = inside & ((position < 0) | (starts & ends))
+        alone = inside & ((position < 0) | (starts & ends) | FEW)
 
         # Padding has a tile too, of no keys: its rows become zeros.
         tiles = tl.where(alone, tl.maximum(tl.cdiv(position + 1, KEYS), 1), 0)
@@ -93,7 +96,7 @@ def list_work(
 
     positions [T], slots [T], both int32; of pages [pages, 2, K, P, d] the shape counts.
     """
-    tokens, device = len(positions), positions.device
+    tokens, device, few = len(positions), positions.device, len(positions) <= FEW
     kv_heads = pages.shape[2]
     shares = programs(1 << 30, num_sms, device, per_sm=DECODE_PER_SM)
     work = AttentionWork(
@@ -102,11 +105,11 @@ def list_work(
         query_row=torch.empty(tokens, dtype=torch.int32, device=device),
         counts=torch.empty(2, dtype=torch.int32, device=device),
         queries=max(1, QUERIES // triton.next_power_of_2(heads // kv_heads)),
-        prefill_programs=programs(max(1, tokens * kv_heads), num_sms, device, per_sm=PREFILL_PER_SM),
+        prefill_programs=0 if few else programs(tokens * kv_heads, num_sms, device, per_sm=PREFILL_PER_SM),
     )
     _list_work[(1,)](
         positions, slots, work.stop_tile, work.first_row, work.query_row, work.counts,
         tokens, shares, tokens.bit_length(), kv_heads, KEYS, work.queries,
-        BLOCK, triton.next_power_of_2(shares), num_warps=8,
+        BLOCK, triton.next_power_of_2(shares), few, num_warps=8,
     )  # fmt: skip
     return work

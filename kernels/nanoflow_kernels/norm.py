@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoflow_kernels.chain import await_earlier, is_chained, release_next
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 
@@ -16,11 +17,13 @@ from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 @triton.jit
 def _add_rms_norm(
     residual, update, weight, kept, normed, T, D, residual_stride, update_stride, kept_stride, normed_stride, eps,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    release_next(CHAINED)
     column = tl.arange(0, BLOCK)
     inside = column < D
     scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    await_earlier(CHAINED)
     for item in range(tl.program_id(0), T, tl.num_programs(0)):
         row = tl.cast(item, tl.int64)
         a = tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
@@ -54,9 +57,9 @@ def add_rms_norm(
         check_shape("add_rms_norm", name, tensor, tokens, width)
     if tokens == 0:
         return
-    block = triton.next_power_of_2(width)
+    block, chained = triton.next_power_of_2(width), is_chained(tokens, residual.device)
     _add_rms_norm[(programs(tokens, num_sms, residual.device, per_sm=16),)](
         residual, update, weight, kept, normed, tokens, width,
         residual.stride(0), update.stride(0), kept.stride(0), normed.stride(0), eps,
-        block, num_warps=min(16, max(1, block // 512)),
+        block, chained, num_warps=min(16, max(1, block // 512)), launch_pdl=chained,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoflow_kernels.chain import await_earlier, is_chained, release_next
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 
@@ -18,7 +19,9 @@ from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
 def _rope_append(
     qkv, positions, slots, page_table, frequencies, q, pages, T, qkv_stride, q_stride, table_stride, page_tokens,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    release_next(CHAINED)
     lane = tl.arange(0, HALF)
     head = tl.arange(0, HEADS)
     is_q = (head < H)[:, None]
@@ -32,6 +35,9 @@ def _rope_append(
         slot = tl.load(slots + row).to(tl.int64)
         angle = position.to(tl.float32) * frequency
         cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+        real = position >= 0
+        page = tl.load(page_table + slot * table_stride + position // page_tokens, mask=real, other=0).to(tl.int64)
+        await_earlier(CHAINED)
         a = tl.load(qkv + row * qkv_stride + column, mask=is_q | is_kv, other=0)
         b = tl.load(qkv + row * qkv_stride + column + HALF, mask=is_q | is_kv, other=0)
         a32, b32 = a.to(tl.float32), b.to(tl.float32)
@@ -40,8 +46,6 @@ def _rope_append(
         tl.store(q + row * q_stride + column, turned_a, mask=is_q)
         tl.store(q + row * q_stride + column + HALF, turned_b, mask=is_q)
 
-        real = position >= 0
-        page = tl.load(page_table + slot * table_stride + position // page_tokens, mask=real, other=0).to(tl.int64)
         # kv heads lie in one page as K's, then V's: 2 K tiles of [P, d].
         place = ((page * 2 * K + head - H) * page_tokens + position % page_tokens) * (2 * HALF)
         kv = place[:, None] + lane[None, :]
@@ -80,8 +84,10 @@ def rope_append(
         )
     if tokens == 0:
         return
+    chained = is_chained(tokens, q.device)
     _rope_append[(programs(tokens, num_sms, q.device, per_sm=16),)](
         qkv, positions, slots, page_table, frequencies, q, pages, tokens,
         qkv.stride(0), q.stride(0), page_table.stride(0), page_tokens,
-        heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads), num_warps=8,
+        heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads), chained,
+        num_warps=8, launch_pdl=chained,
     )  # fmt: skip

@@ -28,6 +28,7 @@ MIXES = {
     "a whole prompt": [(0, 139)],
     "chunks and decodes": [(7, 1), (131, 1), (0, 5), (61, 67), (3, 11)],
     "decodes behind a chunk": [(5, 40), (9, 1), (70, 1)],
+    "few rows": [(61, 9), (131, 1), (0, 3)],
     "nothing": [],
 }
 

@@ -21,6 +21,7 @@ MIXES = {
     "a whole prompt": [(0, 1031)],
     "chunks and decodes": [(7, 1), (1310, 1), (0, 5), (61, 300), (3, 11), (2000, 517)],
     "decodes behind a chunk": [(5, 400), (9, 1), (700, 1)],
+    "few rows": [(61, 9), (1310, 1), (0, 3)],
     "nothing": [],
 }
 HEADS = [(4, 4), (8, 2), (16, 2), (3, 1)]  # groups of 1, 4, 8 and 3
