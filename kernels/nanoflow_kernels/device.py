@@ -9,6 +9,9 @@ its outputs are finite where its inputs are, and no other row sees them.
 
 `attention` lists its work on the device from positions and slots. `list_work` does that once for all layers, and its
 result is passed as `work`.
+
+Kernels on few rows start while the kernel before them on their stream ends (chain.py). So positions, slots, page table
+and `work` must be written by no kernel that runs directly before one that reads them.
 """
 
 from nanoflow_kernels.attention import attention
@@ -18,7 +21,7 @@ from nanoflow_kernels.gemm import linear
 from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route
 from nanoflow_kernels.norm import add_rms_norm
 from nanoflow_kernels.rope import rope_append
-from nanoflow_kernels.sampling import logprobs, mask, penalise, sample
+from nanoflow_kernels.sampling import greedy, logprobs, mask, penalise, sample
 from nanoflow_kernels.swiglu import linear_swiglu
 
 # What each operation's kernel is and why, for people. Figures: one H200, benchmarks/results/kernels_h200.json and
@@ -47,6 +50,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "embed",
+    "greedy",
     "grouped_combine",
     "grouped_linear_swiglu",
     "linear",

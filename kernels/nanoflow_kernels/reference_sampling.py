@@ -47,6 +47,11 @@ def sample(
     return ids
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, the lowest id where equal. logits [R, V] fp32 -> [R]."""
+    return logits.argmax(-1)
+
+
 def penalise(
     logits: Tensor, rows: Tensor, seen: Tensor, entries: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
 ) -> None:

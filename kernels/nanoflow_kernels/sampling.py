@@ -16,7 +16,7 @@ from torch import Tensor
 from nanoflow_kernels.operands import check_dtype, check_rows
 from nanoflow_kernels.reference_sampling import IN_PROMPT, logprobs
 
-__all__ = ["logprobs", "mask", "penalise", "sample"]
+__all__ = ["greedy", "logprobs", "mask", "penalise", "sample"]
 
 BLOCK = 8192  # ids a program looks at at once
 LANES = 2048  # the same, where it compares each with seven candidates
@@ -171,6 +171,33 @@ def sample(
             logits, temperature, top_k, top_p, min_p, seed, position, ids, logits.shape[1], logits.stride(0), BLOCK,
             LANES, num_warps=WARPS,
         )  # fmt: skip
+    return ids
+
+
+@triton.jit
+def _greedy(logits, ids, V, logits_stride, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = logits + program * logits_stride
+    best = tl.arange(0, BLOCK)  # of each lane
+    peak = tl.full([BLOCK], -float("inf"), tl.float32)
+    for begin in tl.range(0, V, BLOCK, num_stages=STAGES):
+        id = begin + tl.arange(0, BLOCK)
+        x = tl.load(row + id, mask=id < V, other=-float("inf"))
+        best = tl.where(x > peak, id, best)
+        peak = tl.maximum(peak, x)
+    tl.store(ids + program, tl.min(tl.where(peak == tl.max(peak), best, V)))
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, the lowest id where equal: torch's reduction gives a row alone to few threads.
+
+    logits [R, V] fp32 -> [R] int64.
+    """
+    check_rows("greedy", logits=logits)
+    check_dtype("greedy", torch.float32, logits=logits)
+    ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if len(logits):
+        _greedy[(len(logits),)](logits, ids, logits.shape[1], logits.stride(0), BLOCK, num_warps=WARPS)
     return ids
 
 

@@ -98,7 +98,7 @@ class Sampler:
             top_k, seed, position = to_device(ints, scores.device)
             ids = self._kernels.sample(scores, temperature, top_k, top_p, min_p, seed, position)
         else:
-            ids = scores.argmax(-1)
+            ids = self._kernels.greedy(scores)
         if drawing:
             self._penalties.count(drawing, ids)
         return Drawn(ids, self._logprobs(raw, ids, self._logprobs_wanted[slots_]))

@@ -10,7 +10,7 @@ from batches import Requests
 from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close, relative_rms
 from msgspec.structs import replace
-from nanoflow_kernels import device, reference
+from nanoflow_kernels import chain, device, reference
 from schedules import plans
 from torch import Tensor
 
@@ -115,6 +115,23 @@ def test_logits_are_those_of_transformers(case: Case, cuda_graphs: bool, dtype: 
                 # The median row: in a router's near tie, rounding may choose other experts.
                 errors = sorted(relative_rms(a, b) for a, b in zip(logits, expected, strict=True))
                 assert errors[len(errors) // 2] < LOGITS_TOLERANCE[dtype], f"{name}, {batch}: {errors}"
+
+
+def test_kernels_that_start_early_give_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed back to back, so that one step's first kernels come right behind the last ones of the step before."""
+    requests, results = Requests(case.config, LENGTHS, 64), []
+    for rows in (0, chain.ROWS):
+        monkeypatch.setattr(chain, "ROWS", rows)
+        made = program(case, sequential(case.model.layer, TOKENS), requests, torch.bfloat16)
+        page_table, logits = requests.page_table.cuda(), []
+        inputs = [[x.cuda() for x in requests.inputs(batch)[:3]] for batch in BATCHES]
+        for _ in range(50):
+            for token_ids, positions, slots in inputs:
+                made.forward(token_ids, positions, slots, page_table)
+                logits.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
+        results.append((torch.cat(logits), made.binding.kv.nan_to_num()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_capped_launches_give_the_same_logits(case: Case) -> None:

@@ -167,6 +167,7 @@ class Checks:
         )
         ids = kernels.sample(self.there(logits), *map(self.there, columns))
         assert ids.tolist() == reference_sampling.sample(logits, *columns).tolist()
+        assert kernels.greedy(self.there(logits)).tolist() == reference_sampling.greedy(logits).tolist()
 
     def penalise(self, rows: int, penalised: int, vocabulary: int) -> None:
         """Some rows of the logits, in any order, by some entries of the table."""
