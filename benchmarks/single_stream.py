@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from nanoflow_kernels import chain, few_tokens
+from nanoflow_kernels import attention_work, chain, few_tokens
 from nanoflow_kernels.few_tokens import Plan
 
 from nanoflow_backend.commands import result
@@ -24,30 +24,20 @@ from nanoflow_backend.commands.breakdown import break_down
 from nanoflow_backend.commands.workload import constant
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models import weights
-from nanoflow_backend.runtime import cuda
 from nanoflow_backend.scheduler.request import Request
 
 READ_BYTES_PER_S = 4.375e12
 TOKENS = 16
-FEW, MANY = few_tokens.FEW_ROWS, few_tokens.MANY_ROWS
+MANY = few_tokens.MANY_ROWS
 Variant = dict[tuple[Any, str], Any]
 GATE_UP_64 = Plan(64, 5, 4, MANY.ahead)
 VARIANTS: dict[str, Variant] = {
     "unchained": {(chain, "ROWS"): 0},
     "chained": {},
-    "nothing ahead": {
-        (few_tokens, "FEW_ROWS"): FEW._replace(ahead=0),
-        (few_tokens, "MANY_ROWS"): MANY._replace(ahead=0),
-    },
-    "twice ahead": {
-        (few_tokens, "FEW_ROWS"): FEW._replace(ahead=4096),
-        (few_tokens, "MANY_ROWS"): MANY._replace(ahead=1024),
-    },
-    "products release at once": {(few_tokens, "LATE"): False},
     "gate_up 64 deep, 4 an SM": {(few_tokens, "MANY_ROWS"): GATE_UP_64},
-    "gate_up 64 deep, 4 an SM, early": {(few_tokens, "MANY_ROWS"): GATE_UP_64, (few_tokens, "LATE"): False},
-    "few: 256 deep, 4 stages": {(few_tokens, "FEW_ROWS"): Plan(256, 4, 1, 2048)},
-    "batch of one row": {(cuda, "bucket"): lambda tokens: tokens if tokens <= 1 else TOKENS},
+    "few: 128 deep, 8 stages": {(few_tokens, "FEW_ROWS"): Plan(128, 8, 1, 2048)},
+    "decode: 4 an SM": {(attention_work, "DECODE_PER_SM"): 4},
+    "decode: 2 an SM": {(attention_work, "DECODE_PER_SM"): 2},
 }
 
 

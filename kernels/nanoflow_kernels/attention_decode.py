@@ -1,5 +1,7 @@
-"""Attention of single tokens: S^T = K q^T, O^T = V^T P^T, so that keys fill the wide side of the tensor cores' tile and
-the few query heads of a group its narrow one.
+"""Attention of single tokens: the query heads of a group are the rows of a tensor cores' tile, keys its columns.
+
+A program is one warp: maxima and sums are found within it, nothing waits for another warp, and six of them an SM, each
+with two tiles of keys on their way, keep the memory busy even where few SMs may be used.
 
 Each program takes an equal share of the tiles of all (row, kv head) pairs; a pair cut by a share's end leaves its parts
 (peak, mass and weighted sum of values) in a workspace, and a second kernel joins them.
@@ -14,34 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_tile import bulk_tile, bulk_tiles, gathered_tile
-from nanoflow_kernels.attention_work import KEYS, AttentionWork
+from nanoflow_kernels.attention_tile import LOWEST, attend, bulk_tiles
+from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
 from nanoflow_kernels.chain import await_earlier, prefetch, release_next
 
-NARROWEST = 16  # columns of the narrow side
-WARPS, STAGES = 2, 2  # with DECODE_PER_SM: the fastest of a dozen on H200, at pages of 64 and of 128
-LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
+FEWEST_ROWS = 16  # of the tensor cores' tile
+# With DECODE_KEYS and DECODE_PER_SM: of 24 on H200 the fastest on 32 of its SMs (96 GB/s each), and on all within noise.
+# A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
+WARPS, STAGES = 1, 5
 JOINED_ROWS = 64  # parts times query heads that are joined at once
-
-
-@triton.jit
-def _attend(
-    peak, mass, acc, qt, kv, table, tile, head, length, scale,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
-    """One more tile of keys: peak [GP], mass [GP], acc [D, GP], qt [D, GP]."""
-    if BULK:
-        k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
-    else:
-        k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
-    s = tl.dot(k, qt, input_precision="ieee")
-    if not BULK:
-        s = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], s, -float("inf"))
-    highest = tl.maximum(peak, tl.max(s, 0) * scale)
-    p = tl.exp2(s * scale - highest[None, :])
-    fade = tl.exp2(peak - highest)
-    acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
-    return highest, mass * fade + tl.sum(p, 0), acc
 
 
 @triton.jit
@@ -71,7 +54,7 @@ def _decode(
     stop = tl.minimum(here + share, total)
     row = tl.load(first_row + program).to(tl.int64)
     group, lane = tl.arange(0, GP), tl.arange(0, D)
-    in_group = (group < G)[None, :]
+    in_group = (group < G)[:, None]
     if CHAINED and BULK:  # noqa: SIM102 (one condition is the compiler's)
         if here < stop:
             row, _, head, first = _pair(here, row, stop_tile, K)
@@ -88,32 +71,33 @@ def _decode(
 
         length = tl.load(positions + row) + 1
         table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-        place = (head * G + group[None, :]) * D + lane[:, None]
-        qt = tl.load(q + row * q_stride + place, mask=in_group, other=0.0)
+        place = (head * G + group[:, None]) * D + lane[None, :]
+        queries = tl.load(q + row * q_stride + place, mask=in_group, other=0.0)
+        at = tl.full([GP], 0, tl.int32) + length - 1
         peak = tl.full([GP], LOWEST, tl.float32)
         mass = tl.zeros([GP], tl.float32)
-        acc = tl.zeros([D, GP], tl.float32)
+        acc = tl.zeros([GP, D], tl.float32)
         whole = first
         if BULK:
             whole = tl.minimum(last, length // KEYS)
             for tile in tl.range(first, whole, num_stages=STAGES):
-                peak, mass, acc = _attend(
-                    peak, mass, acc, qt, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True
+                peak, mass, acc = attend(
+                    peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True
                 )
-        for tile in tl.range(whole, last, num_stages=STAGES):
-            peak, mass, acc = _attend(
-                peak, mass, acc, qt, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False
+        for tile in tl.range(whole, last, num_stages=1 if BULK else STAGES):
+            peak, mass, acc = attend(
+                peak, mass, acc, queries, at, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False
             )
 
         if last - first == count:
-            o = acc / tl.maximum(mass, 1e-30)[None, :]
+            o = acc / tl.maximum(mass, 1e-30)[:, None]
             tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=in_group)
         else:
             # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
             part = 2 * program + (first == 0).to(tl.int32)
             tl.store(part_peak + part * GP + group, peak)
             tl.store(part_mass + part * GP + group, mass)
-            tl.store(part_acc + part * GP * D + group[None, :] * D + lane[:, None], acc)
+            tl.store(part_acc + part * GP * D + group[:, None] * D + lane[None, :], acc)
 
 
 @triton.jit
@@ -173,23 +157,23 @@ def decode(
     out: Tensor,
 ) -> None:
     """The rows of `work` that decode, and zeros where padded. Operands as in `attention`, `chained` as in chain.py."""
-    tiles = bulk_tiles(pages, KEYS)
+    tiles = bulk_tiles(pages, DECODE_KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
-    narrow = max(NARROWEST, triton.next_power_of_2(group))
+    rows = max(FEWEST_ROWS, triton.next_power_of_2(group))
     shares = len(work.first_row)
     joined_group = triton.next_power_of_2(group)
-    part_peak, part_mass = q.new_empty((2, 2 * shares, narrow), dtype=torch.float32).unbind()
-    part_acc = q.new_empty((2 * shares, narrow, head_dim), dtype=torch.float32)
+    part_peak, part_mass = q.new_empty((2, 2 * shares, rows), dtype=torch.float32).unbind()
+    part_acc = q.new_empty((2 * shares, rows, head_dim), dtype=torch.float32)
     _decode[(shares,)](
         q, pages, tiles, positions, slots, page_table, work.stop_tile, work.first_row, work.counts,
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, narrow, head_dim, page_tokens, KEYS, tiles is not None,
+        kv_heads, group, rows, head_dim, page_tokens, DECODE_KEYS, tiles is not None,
         1 if q.dtype == torch.float32 else STAGES, chained, num_warps=WARPS, launch_pdl=chained,
     )  # fmt: skip
     _join[(shares,)](
         work.stop_tile, work.first_row, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),
-        kv_heads, group, narrow, head_dim, joined_group, max(1, JOINED_ROWS // joined_group), chained,
+        kv_heads, group, rows, head_dim, joined_group, max(1, JOINED_ROWS // joined_group), chained,
         launch_pdl=chained,
     )  # fmt: skip

@@ -9,31 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_tile import bulk_tile, bulk_tiles, gathered_tile
-from nanoflow_kernels.attention_work import KEYS, AttentionWork
+from nanoflow_kernels.attention_tile import LOWEST, attend, bulk_tiles
+from nanoflow_kernels.attention_work import AttentionWork
 
+KEYS = 64  # of a tile of keys: they beat 128 on H200 also where pages have 128
 WARPS, STAGES = 4, 2
-LOWEST = tl.constexpr(-1e30)  # finite, so that differences of maxima are never NaN
-
-
-@triton.jit
-def _attend(
-    peak, mass, acc, q, at, kv, table, tile, head, length, scale,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
-    """One more tile of keys: peak [M], mass [M], acc [M, D], q [M, D], whose rows stand at positions `at` [M]."""
-    if BULK:
-        k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
-    else:
-        k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if not BULK:
-        s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
-    highest = tl.maximum(peak, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - highest[:, None])
-    fade = tl.exp2(peak - highest)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return highest, mass * fade + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -73,11 +53,11 @@ def _prefill(
         if BULK:
             whole = (position + 1) // KEYS
             for tile in tl.range(0, whole, num_stages=STAGES):
-                peak, mass, acc = _attend(
+                peak, mass, acc = attend(
                     peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True
                 )
         for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=STAGES):
-            peak, mass, acc = _attend(
+            peak, mass, acc = attend(
                 peak, mass, acc, queries, at, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False
             )
         o = acc / mass[:, None]

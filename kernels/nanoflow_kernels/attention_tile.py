@@ -1,4 +1,6 @@
-"""One tile of keys and values: by bulk copies where it is part of a page and full, or gathered token by token."""
+"""One tile of keys and values: by bulk copies where it is part of a page and full, or gathered token by token; and what
+rows of queries make of it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOWEST = tl.constexpr(-1e30)  # a peak before the first tile: finite, so that differences of peaks are never NaN
 
 
 def bulk_tiles(pages: Tensor, keys: int) -> TensorDescriptor | None:
@@ -43,3 +47,23 @@ def gathered_tile(
     place = row[:, None] * D + tl.arange(0, D)[None, :]
     k = tl.load(pages + place, mask=real[:, None], other=0.0)
     return k, tl.load(pages + place + K * PAGE * D, mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def attend(
+    peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """One more tile of keys: peak [M], mass [M], acc [M, D], queries [M, D], whose rows stand at positions `at` [M]."""
+    if BULK:
+        k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
+    else:
+        k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
+    s = tl.dot(queries, k.T, input_precision="ieee")
+    if not BULK:
+        s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
+    highest = tl.maximum(peak, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - highest[:, None])
+    fade = tl.exp2(peak - highest)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return highest, mass * fade + tl.sum(p, 1), acc

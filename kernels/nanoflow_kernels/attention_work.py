@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nanoflow_kernels.grid import programs
 
-# On H200, 64 keys beat 128 also where pages have 128, and two programs an SM of 64 rows (363 TFLOP/s) one of 128 (334).
-KEYS = 64  # of a tile of keys
+DECODE_KEYS = 32  # of a tile of keys that a decoding row reads
+DECODE_PER_SM = 6  # programs
+# On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERIES = 64  # rows of a tile of queries: tokens times the query heads of a kv head
-DECODE_PER_SM = 4  # programs
 PREFILL_PER_SM = 2
 BLOCK = 1024  # rows listed at once
 FEW = 16  # rows that all decode
@@ -109,7 +109,7 @@ def list_work(
     )
     _list_work[(1,)](
         positions, slots, work.stop_tile, work.first_row, work.query_row, work.counts,
-        tokens, shares, tokens.bit_length(), kv_heads, KEYS, work.queries,
+        tokens, shares, tokens.bit_length(), kv_heads, DECODE_KEYS, work.queries,
         BLOCK, triton.next_power_of_2(shares), few, num_warps=8,
     )  # fmt: skip
     return work
