@@ -89,6 +89,6 @@ def test_buckets_waste_at_most_an_eighth_and_are_few() -> None:
     for tokens in range(1, 5000):
         padded = bucket(tokens)
         assert bucket(padded) == padded >= tokens
-        assert padded % 16 == 0
+        assert padded % 16 == 0 or padded in (1, 2, 4, 8)
         assert padded <= (1.125 * tokens if tokens > 128 else tokens + 15)
-    assert len({bucket(tokens) for tokens in range(1, 2049)}) == 40
+    assert len({bucket(tokens) for tokens in range(1, 2049)}) == 44
