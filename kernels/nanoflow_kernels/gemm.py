@@ -1,26 +1,23 @@
-"""Dense products: x weight^T + bias, by cuBLAS, or our own kernel where there are few tokens.
+"""Dense products: x weight^T + bias, by cuBLAS on all SMs, by our own kernels on few SMs or few tokens; and SwiGLU's.
 
-Shape legend: T tokens.
+Shape legend: T tokens, F columns of SwiGLU's result.
 """
 
 from __future__ import annotations
-
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from nanoflow_kernels.few_tokens import few_tokens, is_few
-from nanoflow_kernels.operands import check_rows
+from nanoflow_kernels.operands import check_bulk, check_dtype, check_rows, check_shape
+from nanoflow_kernels.persistent import persistent
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor, num_sms: int | None = None) -> None:
     """x weight^T + bias; an fp32 `out` of narrower operands gets the unrounded sums.
 
-    num_sms: the SMs that cuBLAS plans its tiles for (a wish: it launches on an ordinary stream); None: all.
+    With num_sms, and an `out` of x's dtype, rows must begin at multiples of 16 bytes. cuBLAS plans its tiles for all
+    of the device: it loses far more than its share where it has less.
     x [T, in], weight [out, in], bias [out] -> [T, out], of x's dtype or fp32.
     """
     check_rows("linear", x=x, weight=weight, out=out)
@@ -29,36 +26,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     wider = out.dtype != x.dtype
     if wider and (out.dtype != torch.float32 or x.device.type == "cpu"):
         raise ValueError(f"linear: out: expected {x.dtype}, or on a GPU float32, got {out.dtype} on {out.device}")
-    if bias is None and not wider and is_few(x, weight):
+    if wider:
+        torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+        if bias is not None:
+            out.add_(bias)
+    elif bias is None and is_few(x, weight):
         few_tokens(x, weight, gated=False, out=out, num_sms=num_sms)
+    elif num_sms is not None:
+        check_bulk("linear", x=x, weight=weight, out=out)
+        persistent(x, weight, bias, gated=False, out=out, num_sms=num_sms)
+    elif bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def linear_swiglu(x: Tensor, weight: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
+    """silu(x gate^T) * (x up^T), where row 2 i of the weight is gate i and row 2 i + 1 is up i.
+
+    x [T, in], weight [2 F, in] -> [T, F], of one floating dtype, whose rows begin at multiples of 16 bytes.
+    """
+    check_rows("linear_swiglu", x=x, weight=weight, out=out)
+    check_dtype("linear_swiglu", x.dtype, weight=weight, out=out)
+    check_shape("linear_swiglu", "weight", weight, 2 * out.shape[1], x.shape[1])
+    check_shape("linear_swiglu", "out", out, len(x), out.shape[1])
+    check_bulk("linear_swiglu", x=x, weight=weight, out=out)
+    if len(x) == 0:
         return
-    with _sm_target(num_sms):
-        if not wider:
-            if bias is None:
-                torch.mm(x, weight.T, out=out)
-            else:
-                torch.addmm(bias, x, weight.T, out=out)
-        else:
-            torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
-            if bias is not None:
-                out.add_(bias)
-
-
-@contextmanager
-def _sm_target(num_sms: int | None) -> Iterator[None]:
-    if num_sms is None:
-        yield
-        return
-    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
-    _cublas().cublasSetSmCountTarget(handle, num_sms)
-    try:
-        yield
-    finally:
-        _cublas().cublasSetSmCountTarget(handle, 0)  # the handle is shared by every product on this stream
-
-
-@cache
-def _cublas() -> ctypes.CDLL:
-    """The cuBLAS that torch has loaded."""
-    torch.cuda.current_blas_handle()
-    return ctypes.CDLL(f"libcublas.so.{str(torch.version.cuda).split('.')[0]}")
+    if is_few(x, weight):
+        few_tokens(x, weight, gated=True, out=out, num_sms=num_sms)
+    else:
+        persistent(x, weight, gated=True, out=out, num_sms=num_sms)

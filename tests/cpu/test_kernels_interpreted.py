@@ -48,6 +48,7 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(checks: Checks, tokens: int, bias: bool) -> None:
     checks.linear(tokens, bias, wide_output=False)
+    checks.linear(tokens, bias, wide_output=False, num_sms=2, inner=72, width=136)
 
 
 @pytest.mark.parametrize("tokens", [*TOKENS, 149])

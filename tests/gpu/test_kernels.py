@@ -46,6 +46,13 @@ def test_linear(checks: Checks, tokens: int, bias: bool, wide_output: bool) -> N
     checks.linear(tokens, bias, wide_output)
 
 
+@pytest.mark.parametrize("tokens", [61, 389, 1024])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_on_few_sms(checks: Checks, tokens: int, bias: bool) -> None:
+    for num_sms in (37, 999):
+        checks.linear(tokens, bias, False, num_sms, 1032, 776)
+
+
 @pytest.mark.parametrize("tokens", [*TOKENS, 61, 389])
 @pytest.mark.parametrize("num_sms", [None, 37, 999])
 def test_linear_swiglu(checks: Checks, tokens: int, num_sms: int | None) -> None:

@@ -60,12 +60,14 @@ class Checks:
         assert torch.equal(kept.cpu(), expected[0])
         self.close("norm", normed, expected[1])
 
-    def linear(self, tokens: int, bias: bool, wide_output: bool) -> None:
-        x, weight = self.normal(tokens, 24), self.normal(40, 24)
-        parameters = [weight, *([self.normal(40)] if bias else [])]
-        out = self.empty(tokens, 40, torch.float32 if wide_output else None)
-        kernels.linear(self.there(x), *map(self.there, parameters), out=out)
-        expected = torch.empty(tokens, 40)
+    def linear(
+        self, tokens: int, bias: bool, wide_output: bool, num_sms: int | None = None, inner: int = 24, width: int = 40
+    ) -> None:
+        x, weight = self.normal(tokens, inner), self.normal(width, inner)
+        parameters = [weight, *([self.normal(width)] if bias else [])]
+        out = self.empty(tokens, width, torch.float32 if wide_output else None)
+        kernels.linear(self.there(x), *map(self.there, parameters), out=out, num_sms=num_sms)
+        expected = torch.empty(tokens, width)
         reference.linear(x.float(), *(p.float() for p in parameters), out=expected)
         assert_close("linear", out.cpu(), expected, 2e-6 if wide_output else self.tolerance)
 
