@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from nanoflow_kernels import device as kernels
-from sustained import SETS, WARM_S, Case, Run
+from nanoflow_search.captured import Captured
+from nanoflow_search.sustained import WARM_S, sustain
+from sustained import SETS
 
 from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal
 from nanoflow_backend.commands import result
@@ -76,21 +78,21 @@ def main() -> None:
     work += [("decode attention", attend.call, share) for share in (0.0, 0.3)]
     work += [("products, then decode attention", both, share) for share in (0.0, 0.3)]
     for name, call, idle_share in work:
-        run = Run(Case(name, call, 0), idle_share)
-        run.go(WARM_S + 0.5)
-        used = run.go(arguments.seconds)
-        busy_j = used.energy_j - idle_w * (used.wall_s - used.busy_s)
+        repeated = Captured(call, SETS)
+        used = sustain([repeated], meter, arguments.seconds, warm_s=WARM_S + 0.5, busy=1 - idle_share)
+        busy_w = (used.power_w - idle_w * (1 - used.busy)) / used.busy
+        call_s = used.call_s[0]
         points.append(
             {
                 "work": name,
                 "idle_share": idle_share,
-                "sm_clock_mhz": used.sm_clock_mhz,
-                "mean_power_w": round(used.energy_j / used.wall_s, 1),
-                "busy_power_w": round(busy_j / used.busy_s, 1),
-                "duration_us": round(1e6 * used.busy_s / used.calls, 1),
-                "energy_mj": round(1e3 * busy_j / used.calls, 2),
-                "above_idle_mj": round(1e3 * (busy_j - idle_w * used.busy_s) / used.calls, 2),
-                "seconds": round(used.wall_s, 2),
+                "sm_clock_mhz": round(used.sm_clock_mhz),
+                "mean_power_w": round(used.power_w, 1),
+                "busy_power_w": round(busy_w, 1),
+                "duration_us": round(1e6 * call_s, 1),
+                "energy_mj": round(1e3 * busy_w * call_s, 2),
+                "above_idle_mj": round(1e3 * (busy_w - idle_w) * call_s, 2),
+                "seconds": arguments.seconds,
             }
         )
         print(points[-1], flush=True)

@@ -42,6 +42,10 @@ class GpuMeter:
     def power_limit_w(self) -> float:
         return float(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._device)) / 1e3
 
+    @property
+    def highest_sm_clock_mhz(self) -> float:
+        return float(self._nvml.nvmlDeviceGetMaxClockInfo(self._device, self._nvml.NVML_CLOCK_SM))
+
     def read(self) -> GpuReading:
         nvml, device = self._nvml, self._device
         used = nvml.nvmlDeviceGetUtilizationRates(device)

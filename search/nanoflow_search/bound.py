@@ -40,7 +40,8 @@ def packing_bound_us(problem: Problem, contention: Contention) -> float:
 def _may(running: list[tuple[NanoTask, Choice]], contention: Contention) -> bool:
     pairs = combinations((Side(nano.task, choice.sms) for nano, choice in running), 2)
     measured = all((a, b) in contention.slowdown and (b, a) in contention.slowdown for a, b in pairs)
-    return measured and sum(choice.sms or 0 for _, choice in running) <= contention.device_sms
+    caps = [choice.sms for _, choice in running]
+    return measured and (None in caps or sum(sms or 0 for sms in caps) <= contention.device_sms)
 
 
 def _duration_us(

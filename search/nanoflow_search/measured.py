@@ -1,14 +1,27 @@
-"""Measured: what a profile says about the tasks of a layer, for a batch of a certain mix, at one clock limit."""
+"""Measured: what a profile says about the operations and tasks of a layer, for a batch of a certain mix, at one clock."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
+from math import prod
+from typing import NamedTuple
 
 from nanoflow_search.problem import NanoTask, Problem, Timeline
 from nanoflow_search.profile import Profile, Surface
 from nanoflow_search.stage_two import Choice, Contention, Side
 from nanoflow_search.work import Mix
+
+TURNS = 2.0  # what was never measured side by side is taken to run in turns
+
+
+class Beside(NamedTuple):
+    """What the first of two loads goes through while the second runs."""
+
+    slowdown: float
+    energy_ratio: float  # of both
 
 
 @dataclass(frozen=True)
@@ -17,48 +30,34 @@ class Measured:
 
     profile: Profile
     mix: Mix
-    limit_mhz: float | None = None  # None: the highest
+    clock_mhz: float | None = None  # None: the highest
 
     @cached_property
     def _surfaces(self) -> dict[str, Surface]:
-        return {name: self.profile.surface(name, self.limit_mhz) for name in self.profile.operations}
+        return {name: self.profile.surface(name, self.clock_mhz) for name in self.profile.operations}
 
-    def times(self, run: tuple[str, ...], start: int, stop: int) -> float:
-        """Times of stage one: all of the device, nothing beside."""
-        return sum(self._surfaces[name].duration_us(amount) for name, amount in self._loads(run, start, stop))
-
-    def choice(self, run: tuple[str, ...], start: int, stop: int, sms: int | None) -> Choice:
-        loads = [(self._surfaces[name], amount) for name, amount in self._loads(run, start, stop)]
-        return Choice(
-            sms,
-            sum(surface.duration_us(amount, sms) for surface, amount in loads),
-            sum(surface.dynamic_j(amount, sms) for surface, amount in loads),
-        )
-
-    def contention(self, problem: Problem, ordered: Timeline, chunk_tokens: int) -> Contention:
-        """What stage two needs: shares that some pair was measured with, and all SMs."""
-        sides: dict[str, set[int | None]] = {task.name: {None} for task in problem.tasks}
-        slowdown: dict[tuple[Side, Side], float] = {}
+    @cached_property
+    def _beside(self) -> dict[tuple[str, str], dict[tuple[int | None, int | None], Beside]]:
+        found: dict[tuple[str, str], dict[tuple[int | None, int | None], Beside]] = {}
         for pair in self.profile.pairs:
-            first = Side(_task_of(pair.first), pair.first_sms)
-            second = Side(_task_of(pair.second), pair.second_sms)
-            if first.task in sides and second.task in sides:
-                sides[first.task].add(first.sms)
-                sides[second.task].add(second.sms)
-                slowdown[first, second], slowdown[second, first] = pair.first_slowdown, pair.second_slowdown
-        choices: dict[NanoTask, tuple[Choice, ...]] = {}
-        for p in ordered.placed:
-            tokens = (p.nano.start * chunk_tokens, p.nano.stop * chunk_tokens)
-            shares = sorted(sides[p.nano.task], key=lambda sms: (sms is not None, sms or 0))
-            choices[p.nano] = tuple(self.choice(problem[p.nano.task].operations, *tokens, sms) for sms in shares)
-        header = self.profile.header
-        return Contention(header.device_sms, choices, slowdown, header.power_cap_w, header.static_w)
+            for one, other, slowdown in (
+                ((pair.first, pair.first_sms), (pair.second, pair.second_sms), pair.first_slowdown),
+                ((pair.second, pair.second_sms), (pair.first, pair.first_sms), pair.second_slowdown),
+            ):
+                found.setdefault((one[0], other[0]), {})[one[1], other[1]] = Beside(slowdown, pair.energy_ratio)
+        return found
 
-    def at(self, limit_mhz: float) -> Measured:
-        return replace(self, limit_mhz=limit_mhz)
+    def at(self, clock_mhz: float) -> Measured:
+        return replace(self, clock_mhz=clock_mhz)
 
-    def _loads(self, run: tuple[str, ...], start: int, stop: int) -> list[tuple[str, float]]:
-        """(curve, amount) of each operation; attention has one for the tokens that decode, one for those of prompts."""
+    # operations
+
+    def loads(self, run: tuple[str, ...], start: int, stop: int) -> list[tuple[str, float]]:
+        """(curve, amount) of each operation; attention has one for the tokens that decode, one for those of prompts.
+
+        Raises:
+            ProfileError: an operation that was not measured.
+        """
         decodes = max(0.0, min(stop, self.mix.decode_tokens) - start)
         phases = {
             "decode": decodes * self.mix.decode_context,
@@ -71,11 +70,83 @@ class Measured:
                 loads += parts
             else:
                 loads.append((operation, stop - start))
-        return [(name, amount) for name, amount in loads if self._known(name)]
+        for name, _ in loads:
+            if name not in self._surfaces:
+                self.profile.surface(name)  # says what is missing
+        return loads
 
-    def _known(self, name: str) -> bool:
-        return bool(self._surfaces.get(name) or self.profile.surface(name, self.limit_mhz))
+    def duration_us(self, curve: str, amount: float, sms: int | None) -> float:
+        return self._surfaces[curve].duration_us(amount, sms)
 
+    def dynamic_j(self, curve: str, amount: float, sms: int | None) -> float:
+        return self._surfaces[curve].dynamic_j(amount, sms)
 
-def _task_of(curve: str) -> str:
-    return curve.partition("/")[0]
+    def slowdown(self, one: tuple[str, int | None], other: tuple[str, int | None]) -> float:
+        """Of a (curve, SMs) beside another: as measured, or with the nearest SMs that were."""
+        found = self._nearest(one, other)
+        return found.slowdown if found else TURNS
+
+    def energy_ratio(self, running: Sequence[tuple[str, int | None]]) -> float:
+        """Of the dynamic energy of what runs side by side to that of each alone."""
+        found = [self._nearest(one, other) for one, other in combinations(running, 2)]
+        return prod(beside.energy_ratio for beside in found if beside)
+
+    def _nearest(self, one: tuple[str, int | None], other: tuple[str, int | None]) -> Beside | None:
+        near = self._beside.get((one[0], other[0]))
+        if not near:
+            return None
+        whole = self.profile.header.device_sms
+
+        def away(sms: tuple[int | None, int | None]) -> int:
+            return abs((sms[0] or whole) - (one[1] or whole)) + abs((sms[1] or whole) - (other[1] or whole))
+
+        return near[min(near, key=away)]
+
+    # tasks
+
+    def times(self, run: tuple[str, ...], start: int, stop: int) -> float:
+        """Times of stage one: all of the device, nothing beside."""
+        return sum(self.duration_us(curve, amount, None) for curve, amount in self.loads(run, start, stop))
+
+    def choice(self, run: tuple[str, ...], start: int, stop: int, sms: int | None) -> Choice:
+        loads = self.loads(run, start, stop)
+        return Choice(
+            sms,
+            sum(self.duration_us(curve, amount, sms) for curve, amount in loads),
+            sum(self.dynamic_j(curve, amount, sms) for curve, amount in loads),
+        )
+
+    def contention(self, problem: Problem, ordered: Timeline, chunk_tokens: int) -> Contention:
+        """What stage two needs: shares that some pair was measured with, and all SMs.
+
+        Beside another task, a task is slowed down as its operations were beside the other's, by the time each takes.
+        """
+        task_of = {operation: task.name for task in problem.tasks for operation in task.operations}
+        sides: dict[str, set[int | None]] = {task.name: {None} for task in problem.tasks}
+        weighed: dict[tuple[Side, Side], list[tuple[float, float]]] = {}  # weight, slowdown
+        for (one, other), by_sms in self._beside.items():
+            first, second = (task_of.get(curve.partition("/")[0]) for curve in (one, other))
+            if first is None or second is None or first == second:
+                continue
+            for (sms, other_sms), beside in by_sms.items():
+                sides[first].add(sms)
+                weight = self._weight(one, problem, chunk_tokens) * self._weight(other, problem, chunk_tokens)
+                key = Side(first, sms), Side(second, other_sms)
+                weighed.setdefault(key, []).append((weight, beside.slowdown))
+        slowdown = {}
+        for pair, parts in weighed.items():
+            total = sum(weight for weight, _ in parts)
+            slowdown[pair] = sum(w * s for w, s in parts) / total if total else max(s for _, s in parts)
+        choices: dict[NanoTask, tuple[Choice, ...]] = {}
+        for p in ordered.placed:
+            tokens = (p.nano.start * chunk_tokens, p.nano.stop * chunk_tokens)
+            shares = sorted(sides[p.nano.task], key=lambda sms: (sms is not None, sms or 0))
+            choices[p.nano] = tuple(self.choice(problem[p.nano.task].operations, *tokens, sms) for sms in shares)
+        header = self.profile.header
+        return Contention(header.device_sms, choices, slowdown, header.power_cap_w, header.static_w)
+
+    def _weight(self, curve: str, problem: Problem, chunk_tokens: int) -> float:
+        """Its time alone, on the whole batch."""
+        operation, _, phase = curve.partition("/")
+        loads = self.loads((operation,), 0, problem.chunks * chunk_tokens)
+        return sum(self.duration_us(name, amount, None) for name, amount in loads if not phase or name == curve)

@@ -25,7 +25,7 @@ class Plan:
 
     shares: Shares
     parts: Mapping[str, int]
-    limit_mhz: float
+    clock_mhz: float  # of the times and energies that it was planned with
     sequential_us: float
     stage_one_gap: float
 
@@ -76,8 +76,8 @@ def find_plans(
             try:
                 ordered = stage_one(_stretched(problem, slower), most, alike=alike, time_limit_s=time_limit_s)
                 found = [
-                    _share(problem, measured.at(limit), ordered, most, chunk_tokens, time_limit_s)
-                    for limit in measured.profile.limits_mhz
+                    _share(problem, measured.at(clock), ordered, most, chunk_tokens, time_limit_s)
+                    for clock in measured.profile.clocks_mhz
                 ]
             except OutOfTime as error:
                 progress(f"{front} and {back} parts: {error}")
@@ -127,8 +127,8 @@ def _share(
 ) -> Plan:
     contention = measured.contention(problem, ordered, chunk_tokens)
     shares = stage_two(problem, ordered, contention, time_limit_s=time_limit_s)
-    limit_mhz = measured.limit_mhz or max(measured.profile.limits_mhz)
-    return Plan(shares, parts, limit_mhz, problem.sequential_us(), ordered.gap)
+    clock_mhz = measured.clock_mhz or max(measured.profile.clocks_mhz)
+    return Plan(shares, parts, clock_mhz, problem.sequential_us(), ordered.gap)
 
 
 def _slowdowns(problem: Problem, timeline: Timeline) -> dict[str, float]:

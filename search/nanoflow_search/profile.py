@@ -7,6 +7,7 @@ attention the pairs of query and key.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from statistics import median
 from typing import NamedTuple, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+APART = 0.02  # clocks that differ by less say nothing about how a time depends on them
 
 
 class ProfileError(ValueError):
@@ -34,21 +37,35 @@ class Measurement(NamedTuple):
     """Loads that ran side by side, each back to back with itself, in the sustained state."""
 
     durations_us: tuple[float, ...]  # of one launch of each load, beside the others
-    power_w: float  # of the whole device
-    clock_mhz: float
+    power_w: float  # of the whole device while they run
+    clock_mhz: float  # that the power left
 
 
 class Device(Protocol):
-    """What can be profiled: a GPU, or a law that stands for one."""
+    """What can be profiled: a GPU, or a law that stands for one. Its clock cannot be set, it follows power."""
 
-    name: str
-    sms: int
-    static_w: float
-    power_cap_w: float
-    clocks_mhz: tuple[float, ...]  # levels that can be asked for, ascending
+    @property
+    def name(self) -> str: ...
 
-    def time(self, loads: Sequence[Load], clock_mhz: float | None = None) -> Measurement:
-        """Run `loads` side by side until times, power and clock stand still. The clock is a limit; None: the highest.
+    @property
+    def sms(self) -> int: ...
+
+    @property
+    def static_w(self) -> float:
+        """Drawn by SMs that are awake and do nothing useful."""
+        ...
+
+    @property
+    def power_cap_w(self) -> float: ...
+
+    @property
+    def highest_clock_mhz(self) -> float: ...
+
+    def time(self, loads: Sequence[Load], busy: float = 1.0, heated: bool = False) -> Measurement:
+        """Run `loads` side by side until times, power and clock stand still.
+
+        A single load may work for just a share `busy` of the time, in bursts. If the device is idle for the rest, the
+        cap leaves it a higher clock; if that is `heated` by work of the most power, a lower one.
 
         Raises:
             ProfileError: an operation that it does not know.
@@ -65,20 +82,22 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     duration_us: float
     dynamic_j: float  # of one launch, beyond static power
     clock_mhz: float  # that the power left
-    limit_mhz: float  # that was asked for
+    busy: float = 1.0  # see Device.time
+    heated: bool = False
 
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Two loads that ran side by side: how much longer each took than alone with the same SMs."""
+    """Two loads that ran side by side: how much longer each took than alone, with the same SMs at the same clock."""
 
     first: str
-    first_sms: int | None  # None: all SMs, shared with the other
+    first_sms: int | None  # a cap: it is launched beside the other as the engine launches it; None: no cap
     second: str
     second_sms: int | None
     first_slowdown: float
     second_slowdown: float
     power_w: float
     clock_mhz: float
+    energy_ratio: float = 1.0  # the dynamic energy of both, over what they take alone
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,7 +111,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Points of every operation alone, over amount, SMs and clock limit; and of pairs, on both sides."""
+    """Points of every operation alone, over amount, SMs and clock; and of pairs, on both sides."""
 
     header: Header
     points: tuple[Point, ...] = ()
@@ -125,16 +144,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return tuple(dict.fromkeys(point.operation for point in self.points))
 
     @property
-    def limits_mhz(self) -> tuple[float, ...]:
-        return tuple(sorted({point.limit_mhz for point in self.points}))
+    def clocks_mhz(self) -> tuple[float, ...]:
+        """Levels to plan at: the lowest and the highest clock that was measured, and the middle."""
+        measured = [point.clock_mhz for point in self.points]
+        low, high = min(measured, default=0.0), max(measured, default=0.0)
+        return (low, (low + high) / 2, high) if high - low > APART * high else (high,)
 
-    def surface(self, operation: str, limit_mhz: float | None = None) -> Surface:
-        """Of one operation at a clock limit; None: the highest. Raises: ProfileError, it was not measured."""
-        limit = limit_mhz if limit_mhz is not None else max(self.limits_mhz, default=0.0)
-        points = [p for p in self.points if p.operation == operation and p.limit_mhz == limit]
+    def surface(self, operation: str, clock_mhz: float | None = None) -> Surface:
+        """Of one operation at a clock; None: the highest. Raises: ProfileError, it was not measured."""
+        points = [p for p in self.points if p.operation == operation]
         if not points:
-            raise ProfileError(f"{operation} at {limit:g} MHz was not measured; there are {', '.join(self.operations)}")
-        return Surface(points)
+            raise ProfileError(f"{operation} was not measured; there are {', '.join(self.operations)}")
+        return Surface(at_clock(points, clock_mhz or max(self.clocks_mhz)))
 
     def resource_to_performance(self, operation: str, amount: float) -> dict[float, float]:
         """The paper's table: the share of the SMs, R -> the performance that it leaves of the best alone, P."""
@@ -143,8 +164,65 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return {sms / self.header.device_sms: best / surface.duration_us(amount, sms) for sms in surface.shares}
 
 
+class ClockLaw(NamedTuple):
+    """How a launch's time and dynamic energy follow the clock f, seen from a clock F at which they are known:
+    t(f) = t(F) (1 - time_share + time_share F / f), e(f) = e(F) (1 - energy_share + energy_share f / F)."""
+
+    time_share: float  # of cycles; the rest waits for memory
+    energy_share: float
+
+    @classmethod
+    def through(cls, at: Point, other: Point) -> ClockLaw:
+        """Between 0 and 1: a lower clock neither saves time nor costs more than its cycles, nor does it cost energy."""
+        apart = other.clock_mhz / at.clock_mhz
+        time_share = (other.duration_us / at.duration_us - 1) / (1 / apart - 1) if at.duration_us else 0.0
+        energy_share = (other.dynamic_j / at.dynamic_j - 1) / (apart - 1) if at.dynamic_j else 0.0
+        return cls(min(max(time_share, 0.0), 1.0), min(max(energy_share, 0.0), 1.0))
+
+
+def at_clock(points: Sequence[Point], clock_mhz: float) -> list[Point]:
+    """One operation's points as they would be at a clock, one for each amount and SMs.
+
+    Linear in 1 / f (time) and in f (energy) between two clocks at which a point was measured; beyond them, and where
+    there is but one, by the law of the nearest amount that has two. An operation without two clocks anywhere keeps its
+    time and energy.
+    """
+    groups: dict[tuple[int, float], list[Point]] = {}
+    for point in sorted(points, key=lambda p: (p.clock_mhz, -p.busy)):
+        group = groups.setdefault((point.sms, point.amount), [])
+        if not group or point.clock_mhz > group[-1].clock_mhz * (1 + APART):
+            group.append(point)
+        elif point.busy == 1:  # all of its time was measured
+            group[-1] = point
+    laws = [(group[0], ClockLaw.through(group[0], group[-1])) for group in groups.values() if len(group) > 1]
+
+    def law_of(point: Point) -> ClockLaw:
+        """Of the same SMs rather than of the same amount: a cap changes what a launch waits for."""
+        if not laws:
+            return ClockLaw(0.0, 0.0)
+        return min(laws, key=lambda law: (law[0].sms != point.sms, abs(math.log(law[0].amount / point.amount))))[1]
+
+    found = []
+    for group in groups.values():
+        above = bisect_left([p.clock_mhz for p in group], clock_mhz)
+        if 0 < above < len(group):
+            low, high = group[above - 1], group[above]
+            slow = (1 / clock_mhz - 1 / high.clock_mhz) / (1 / low.clock_mhz - 1 / high.clock_mhz)
+            fast = (clock_mhz - low.clock_mhz) / (high.clock_mhz - low.clock_mhz)
+            us = slow * low.duration_us + (1 - slow) * high.duration_us
+            joules = (1 - fast) * low.dynamic_j + fast * high.dynamic_j
+            known = low
+        else:
+            known, other = (group[0], group[-1]) if above == 0 else (group[-1], group[0])
+            law = ClockLaw.through(known, other) if len(group) > 1 else law_of(known)
+            us = known.duration_us * (1 + law.time_share * (known.clock_mhz / clock_mhz - 1))
+            joules = known.dynamic_j * (1 + law.energy_share * (clock_mhz / known.clock_mhz - 1))
+        found.append(replace(known, duration_us=us, dynamic_j=joules, clock_mhz=clock_mhz))
+    return found
+
+
 class Surface:
-    """Time and energy of an operation over amount and SMs.
+    """Time and energy of an operation over amount and SMs, at one clock.
 
     Linear in the amount between its points, and on from the outermost two; over SMs linear in 1 / SMs, which is what
     work that divides evenly follows. A share below the least measured is refused: nothing is known there.

@@ -2,65 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from nanoflow_search.profile import Device, Header, Load, Pair, Point, Profile, ProfileError
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.file import fingerprint
+from nanoflow_search.profile import Device, Header, Load, Measurement, Pair, Point, Profile, ProfileError
+
+HALF = 0.5  # of the time: what a load works where another clock than that of back-to-back work is wanted
+CAPPED = 0.97  # of the highest clock: below it, power is what holds the clock down
+
+
+class Anchor(NamedTuple):
+    """A load to measure alone; at two clocks, it shows how its operation depends on the clock."""
+
+    load: Load
+    two_clocks: bool = False
+
+
+def header_of(device: Device, graph: Graph, tensor_parallel: int = 1) -> Header:
+    return Header(
+        model_fingerprint=fingerprint(graph),
+        device=device.name,
+        device_sms=device.sms,
+        tensor_parallel=tensor_parallel,
+        static_w=device.static_w,
+        power_cap_w=device.power_cap_w,
+    )
 
 
 def take_profile(
     device: Device,
     header: Header,
-    alone: Iterable[Load],
+    alone: Iterable[Anchor],
     together: Iterable[tuple[Load, Load]],
     path: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
-    """The profile in `path` with every load of `alone` at every clock level of the device, and every pair.
+    """The profile in `path` with every anchor of `alone` and every pair. Static power is that of the run that began it.
 
     Raises:
         ProfileError: the file is of something else than `header`.
     """
     profile = Profile.load(path) if path.exists() else Profile(header=header)
-    if profile.header != header:
+    if replace(profile.header, static_w=header.static_w) != header:
         raise ProfileError(f"{path}: was taken of {profile.header}, and here is {header}")
-    known = {(p.operation, p.amount, p.sms, p.limit_mhz) for p in profile.points}
-    for load in alone:
-        for limit in device.clocks_mhz:
-            if (load.operation, load.amount, load.sms or device.sms, limit) not in known:
-                progress(f"{load.operation} {load.amount:g} on {load.sms or device.sms} SMs, {limit:g} MHz")
-                profile = replace(profile, points=(*profile.points, measure_alone(device, load, limit)))
-                profile.save(path)
-    paired = {(p.first, p.first_sms, p.second, p.second_sms) for p in profile.pairs}
+
+    def add_point(load: Load, busy: float, heated: bool) -> Point:
+        nonlocal profile
+        sms = load.sms or device.sms
+        for point in profile.points:
+            if (point.operation, point.amount, point.sms, point.busy, point.heated) == (*load[:2], sms, busy, heated):
+                return point
+        rest = "" if busy == 1 else f", {busy:.0%} of the time, {'heated' if heated else 'idle'} for the rest"
+        progress(f"{load.operation} {load.amount:g} on {sms} SMs{rest}")
+        point = _point(load, sms, device.time([load], busy, heated), profile.header.static_w, busy, heated)
+        profile = replace(profile, points=(*profile.points, point))
+        profile.save(path)
+        return point
+
+    for load, two_clocks in alone:
+        point = add_point(load, 1.0, False)
+        if two_clocks:
+            add_point(load, HALF, heated=point.clock_mhz > CAPPED * device.highest_clock_mhz)
+    known = {(p.first, p.first_sms, p.second, p.second_sms) for p in profile.pairs}
     for first, second in together:
-        if (first.operation, first.sms, second.operation, second.sms) not in paired:
-            progress(f"{first.operation} beside {second.operation}")
-            profile = replace(profile, pairs=(*profile.pairs, measure_pair(device, first, second)))
+        if (first.operation, first.sms, second.operation, second.sms) not in known:
+            progress(f"{_describe(first)} beside {_describe(second)}")
+            pair = _pair(profile, first, second, device.time([first, second]))
+            profile = replace(profile, pairs=(*profile.pairs, pair))
             profile.save(path)
     return profile
 
 
-def measure_alone(device: Device, load: Load, limit_mhz: float) -> Point:
-    found = device.time([load], limit_mhz)
+def _describe(load: Load) -> str:
+    return f"{load.operation} {load.amount:g} on {load.sms or 'all'} SMs"
+
+
+def _point(load: Load, sms: int, found: Measurement, static_w: float, busy: float, heated: bool) -> Point:
     duration_us = found.durations_us[0]
     return Point(
         operation=load.operation,
         amount=float(load.amount),
-        sms=load.sms or device.sms,
+        sms=sms,
         duration_us=duration_us,
-        dynamic_j=(found.power_w - device.static_w) * duration_us * 1e-6,
+        dynamic_j=max(found.power_w - static_w, 0.0) * duration_us * 1e-6,
         clock_mhz=found.clock_mhz,
-        limit_mhz=limit_mhz,
+        busy=busy,
+        heated=heated,
     )
 
 
-def measure_pair(device: Device, first: Load, second: Load) -> Pair:
-    """Both slowdowns of two loads side by side, against each alone with the same cap."""
-    alone = [device.time([load]).durations_us[0] for load in (first, second)]
-    beside = device.time([first, second])
-    slowdowns: Sequence[float] = [max(b / a, 1.0) for a, b in zip(alone, beside.durations_us, strict=True)]
+def _pair(profile: Profile, first: Load, second: Load, beside: Measurement) -> Pair:
+    """Against what each would take alone at the clock that both left to each other."""
+    alone = [profile.surface(load.operation, beside.clock_mhz) for load in (first, second)]
+    alone_us = [a.duration_us(load.amount, load.sms) for a, load in zip(alone, (first, second), strict=True)]
+    alone_j = [a.dynamic_j(load.amount, load.sms) for a, load in zip(alone, (first, second), strict=True)]
+    alone_w = sum(1e6 * joules / us for joules, us in zip(alone_j, beside.durations_us, strict=True))
+    slowdowns = [max(us / apart, 1.0) for us, apart in zip(beside.durations_us, alone_us, strict=True)]
     return Pair(
         first=first.operation,
         first_sms=first.sms,
@@ -70,4 +112,5 @@ def measure_pair(device: Device, first: Load, second: Load) -> Pair:
         second_slowdown=slowdowns[1],
         power_w=beside.power_w,
         clock_mhz=beside.clock_mhz,
+        energy_ratio=max(beside.power_w - profile.header.static_w, 0.0) / alone_w if alone_w else 1.0,
     )

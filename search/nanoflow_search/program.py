@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import optimize, sparse
+
+if TYPE_CHECKING:
+    from scipy import optimize
 
 
 class Infeasible(ValueError):
@@ -138,6 +141,8 @@ class Program:
     def _solve(
         self, objective: Linear, constraints: list[tuple[str, Constraint]], time_limit_s: float, gap: float
     ) -> optimize.OptimizeResult:
+        from scipy import optimize, sparse  # here: what times and predicts plans on a GPU has no solver
+
         rows, columns, data = [], [], []
         for row, (_, constraint) in enumerate(constraints):
             for variable, coefficient in constraint.expression.terms.items():

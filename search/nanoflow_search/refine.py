@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from scipy.stats import t as student
-
 from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_search.predict import Timing
 
-# Time one layer of a schedule, in the sustained state, in microseconds.
-Timer = Callable[[Schedule], float]
+# Time a schedule in the sustained state.
+Timer = Callable[[Schedule], Timing]
+
+# Student's t at 0.975, by degrees of freedom.
+STUDENT = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+)  # fmt: skip
 
 
 class Gain(NamedTuple):
@@ -28,8 +33,13 @@ class Trial(NamedTuple):
 
     schedule: Schedule
     predicted_us: float
-    measured_us: float  # mean over its runs
+    measured: Timing  # mean over its runs
+    sequential: Timing  # likewise, of the runs around them
     over_sequential: Gain
+
+    @property
+    def measured_us(self) -> float:
+        return self.measured.layer_us
 
     @property
     def error(self) -> float:
@@ -48,10 +58,10 @@ def refine(timer: Timer, sequential: Schedule, plans: Sequence[tuple[Schedule, f
     """Time each of `plans` (with its predicted microseconds) against `sequential`; the fastest that wins for certain.
 
     Raises:
-        ValueError: fewer rounds than an interval needs.
+        ValueError: fewer rounds than an interval needs, or more than anyone does.
     """
-    if rounds < 2:
-        raise ValueError(f"rounds: expected at least 2, for an interval; got {rounds}")
+    if not 2 <= rounds <= len(STUDENT) + 1:
+        raise ValueError(f"rounds: expected 2..{len(STUDENT) + 1}, for an interval; got {rounds}")
     trials = tuple(_trial(timer, sequential, schedule, predicted_us, rounds) for schedule, predicted_us in plans)
     winners = [trial for trial in trials if trial.over_sequential.low > 1]
     best = max(winners, key=lambda trial: trial.over_sequential.mean, default=None)
@@ -60,11 +70,16 @@ def refine(timer: Timer, sequential: Schedule, plans: Sequence[tuple[Schedule, f
 
 def _trial(timer: Timer, sequential: Schedule, schedule: Schedule, predicted_us: float, rounds: int) -> Trial:
     """Each round runs A B B A: a clock or a temperature that drifts steadily changes both by the same."""
-    logs, runs = [], []
+    logs, bases, runs = [], [], []
     for _ in range(rounds):
         before, first, second, after = (timer(plan) for plan in (sequential, schedule, schedule, sequential))
-        logs.append(math.log((before + after) / (first + second)))
+        logs.append(math.log((before.layer_us + after.layer_us) / (first.layer_us + second.layer_us)))
+        bases += [before, after]
         runs += [first, second]
-    margin = float(student.ppf(0.975, rounds - 1)) * stdev(logs) / math.sqrt(rounds)
+    margin = STUDENT[rounds - 2] * stdev(logs) / math.sqrt(rounds)
     low, middle, high = (math.exp(mean(logs) + shift) for shift in (-margin, 0.0, margin))
-    return Trial(schedule, predicted_us, mean(runs), Gain(middle, low, high))
+    return Trial(schedule, predicted_us, _mean(runs), _mean(bases), Gain(middle, low, high))
+
+
+def _mean(timings: Sequence[Timing]) -> Timing:
+    return Timing(*(mean(values) for values in zip(*timings, strict=True)))

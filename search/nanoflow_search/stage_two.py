@@ -18,7 +18,7 @@ from nanoflow_search.program import Program, total
 class Choice(NamedTuple):
     """A share of the device, and what the nano-task takes with it when nothing else runs."""
 
-    sms: int | None  # a cap that is its own; None: all SMs, shared with whatever runs beside it
+    sms: int | None  # a cap, its own among launches that all have one; None: all SMs, shared with what runs beside it
     duration_us: float
     dynamic_j: float = 0.0
 
@@ -144,7 +144,8 @@ def stage_two(
     for three in combinations(N, 3):
         if all(pair in o for pair in combinations(three, 2)):
             owned = total((s.sms or 0) * v for n in three for s, v in zip(S[n], u[n], strict=True))
-            missing = 3 - total(o[pair] for pair in combinations(three, 2))
+            shared = total(v for n in three for s, v in zip(S[n], u[n], strict=True) if s.sms is None)
+            missing = 3 - total(o[pair] for pair in combinations(three, 2)) + shared
             program.subject_to("(10) SMs are owned once", owned <= contention.device_sms * (1 + 2 * missing))
 
     if contention.power_cap_w < math.inf:

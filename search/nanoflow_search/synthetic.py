@@ -9,11 +9,15 @@ import random
 from collections.abc import Sequence
 
 from nanoflow_backend.graph.operation import Graph, Resource
+from nanoflow_backend.schedule.plan import Launch, Schedule
 from nanoflow_search import devices
+from nanoflow_search.predict import Timing, settled
 from nanoflow_search.profile import Load, Measurement, ProfileError
+from nanoflow_search.walk import Pace, Phase, walk
 from nanoflow_search.work import Mix, Work, operation_work
 
 LAUNCH_US = 3.0
+IDLE_SHARE = 0.65  # of static power, of a device that waits
 # The part of the SMs that is enough for all of the bandwidth: an H200 reads 4.07 of 4.57 TB/s with 32 of 132 SMs.
 SATURATING_SHARE = {Resource.MEMORY: 0.25, Resource.NETWORK: 0.1}
 CONTEXT = 1024.0  # of the decodes behind an amount of keys
@@ -30,30 +34,59 @@ class SyntheticDevice:
             raise ProfileError(f"{spec.name}: no energies are known of it")
         self.name, self.sms = f"synthetic {spec.name}", sms
         self.static_w, self.power_cap_w = spec.power.static_w, spec.power.cap_w
-        self.clocks_mhz = (1400.0, 1700.0, 1980.0)
+        self.highest_clock_mhz = 1980.0
         self._graph, self._spec, self._power, self._ranks = graph, spec, spec.power, ranks
         self._noise, self._random = noise, random.Random(seed)
+        products = [op for op in graph.operations if op.resource is Resource.COMPUTE]
+        self._heat = Load(max(products, key=lambda op: self._work(Load(op.name, 2048)).flop).name, 2048)
 
-    def time(self, loads: Sequence[Load], clock_mhz: float | None = None) -> Measurement:
+    def time(self, loads: Sequence[Load], busy: float = 1.0, heated: bool = False) -> Measurement:
         """See Device."""
-        works = [self._work(load) for load in loads]
-        clock = self._settled_clock(loads, works, clock_mhz or self.clocks_mhz[-1])
-        durations_us, power_w = self._at(loads, works, clock)
+        rest = [self._heat] if heated else []
+
+        def timed(clock_mhz: float) -> Timing:
+            durations_us, power_w = self._at(loads, clock_mhz)
+            rest_w = self._at(rest, clock_mhz)[1] if rest else IDLE_SHARE * self.static_w
+            mean_w = busy * power_w + (1 - busy) * rest_w
+            return Timing(durations_us[0], clock_mhz, mean_w, mean_w * durations_us[0] * 1e-6)
+
+        clock_mhz = settled(timed, 1.0, self.highest_clock_mhz, self.power_cap_w).clock_mhz
+        durations_us, power_w = self._at(loads, clock_mhz)
         noisy = tuple(us * self._random.lognormvariate(0, self._noise) for us in durations_us)
-        return Measurement(noisy, power_w, clock)
+        return Measurement(noisy, power_w, clock_mhz)
 
-    def _settled_clock(self, loads: Sequence[Load], works: list[Work], limit_mhz: float) -> float:
-        """The highest within the limit and, to 1 MHz, the power cap."""
-        if self._at(loads, works, limit_mhz)[1] <= self.power_cap_w:
-            return limit_mhz
-        low, high = 1.0, limit_mhz
-        while high - low > 1:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self._at(loads, works, middle)[1] > self.power_cap_w else (middle, high)
-        return low
+    def time_plan(self, schedule: Schedule, mix: Mix, num_layers: int) -> Timing:
+        """A layer of a schedule for batches of `mix`, by the law itself."""
 
-    def _at(self, loads: Sequence[Load], works: list[Work], clock_mhz: float) -> tuple[list[float], float]:
+        def phases(launch: Launch, clock_mhz: float) -> list[Phase]:
+            decodes = max(0.0, min(launch.stop, mix.decode_tokens) - launch.start)
+            prompts = launch.stop - launch.start - decodes
+            loads = [Load(launch.operation, launch.stop - launch.start, launch.sms)]
+            if self._graph[launch.operation].kernel == "attention":
+                loads = [
+                    Load(f"{launch.operation}/decode", decodes * mix.decode_context, launch.sms),
+                    Load(f"{launch.operation}/prefill", prompts * mix.prefill_context, launch.sms),
+                ]
+            return [Phase(*load, self._at([load], clock_mhz)[0][0]) for load in loads if load.amount]
+
+        def timed(clock_mhz: float) -> Timing:
+            def pace(running: tuple[Phase, ...]) -> Pace:
+                durations_us, power_w = self._at([Load(*phase[:3]) for phase in running], clock_mhz)
+                slowdowns = (us / phase.alone_us for us, phase in zip(durations_us, running, strict=True))
+                return Pace(tuple(slowdowns), power_w - self.static_w)
+
+            walked = walk(schedule, num_layers, [phases(launch, clock_mhz) for launch in schedule.launches], pace)
+            layer_us = walked.total_us / num_layers
+            layer_j = walked.dynamic_j / num_layers + self.static_w * layer_us * 1e-6
+            return Timing(layer_us, clock_mhz, 1e6 * layer_j / layer_us, layer_j)
+
+        found = settled(timed, 1.0, self.highest_clock_mhz, self.power_cap_w)
+        slower = self._random.lognormvariate(0, self._noise)
+        return Timing(found.layer_us * slower, found.clock_mhz, found.power_w, found.layer_j * slower)
+
+    def _at(self, loads: Sequence[Load], clock_mhz: float) -> tuple[list[float], float]:
         """Durations and power at a clock, without noise."""
+        works = [self._work(load) for load in loads]
         asked = [load.sms or self.sms for load in loads]
         granted = [sms * min(1.0, self.sms / sum(asked)) / self.sms for sms in asked]
         alone = [self._duration_us(work, share, clock_mhz, 1.0) for work, share in zip(works, granted, strict=True)]
@@ -68,7 +101,7 @@ class SyntheticDevice:
 
     def _duration_us(self, work: Work, share: float, clock_mhz: float, crowd: float) -> float:
         spec = self._spec
-        compute_s = work.flop / (spec.flop_per_s * share * clock_mhz / self.clocks_mhz[-1])
+        compute_s = work.flop / (spec.flop_per_s * share * clock_mhz / self.highest_clock_mhz)
         reading = min(1.0, share / SATURATING_SHARE[Resource.MEMORY])
         sending = min(1.0, share / SATURATING_SHARE[Resource.NETWORK])
         memory_s = crowd * work.memory_bytes / (spec.memory_bytes_per_s * reading)
@@ -78,7 +111,7 @@ class SyntheticDevice:
     def _dynamic_j(self, load: Load, work: Work, clock_mhz: float) -> float:
         match self._graph[load.operation.partition("/")[0]].resource:
             case Resource.COMPUTE:
-                return work.flop * self._power.j_per_flop * (clock_mhz / self.clocks_mhz[-1]) ** 2
+                return work.flop * self._power.j_per_flop * (clock_mhz / self.highest_clock_mhz) ** 2
             case Resource.MEMORY:
                 return work.memory_bytes * self._power.j_per_byte
             case Resource.NETWORK:

@@ -101,7 +101,7 @@ def line(measured: Mapping[int, float], tokens: float) -> float:
 
 
 def point(name: str, amount: float, sms: int, us: float) -> Point:
-    return Point(operation=name, amount=amount, sms=sms, duration_us=us, dynamic_j=0.0, clock_mhz=1410, limit_mhz=1410)
+    return Point(operation=name, amount=amount, sms=sms, duration_us=us, dynamic_j=0.0, clock_mhz=1410)
 
 
 def pair(first: str, a: int, second: str, b: int) -> Pair:

@@ -76,7 +76,8 @@ class _Chosen:
             return False
         for k in range(len(self.nanos)):
             pairs = {tuple(sorted((i, k))), tuple(sorted((j, k)))}
-            if pairs <= self.overlaps and sum(self.choices[n].sms or 0 for n in (i, j, k)) > self.contention.device_sms:
+            caps = [self.choices[n].sms for n in (i, j, k)]
+            if pairs <= self.overlaps and None not in caps and sum(map(int, caps)) > self.contention.device_sms:
                 return False
         return True
 

@@ -97,7 +97,7 @@ def test_attention_takes_what_its_tokens_need() -> None:
     longer = Measured(PROFILE_8B, Mix(400, 624, 2048.0, 1024.0))
     assert longer.times(("attention",), 0, 400) == pytest.approx(800 * decode)
     assert measured.times(("attention_norm", "qkv"), 0, 384) == pytest.approx(84)
-    with pytest.raises(ProfileError, match="router at 1410 MHz was not measured"):
+    with pytest.raises(ProfileError, match="router was not measured"):
         measured.times(("router",), 0, 1)
 
 

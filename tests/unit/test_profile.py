@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace as change
 from nanoflow_search.devices import DEVICES
 from nanoflow_search.profile import Header, Load, Pair, Point, Profile, ProfileError, held_out
-from nanoflow_search.profiler import take_profile
+from nanoflow_search.profiler import Anchor, take_profile
 from nanoflow_search.synthetic import LAUNCH_US, SyntheticDevice
 
 from nanoflow_backend.config import ModelConfig
@@ -20,15 +20,14 @@ H200 = DEVICES["H200-sustained"]
 HEADER = Header(model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0)
 
 
-def point(amount: float, sms: int, us: float, limit: float = 1980.0) -> Point:
+def point(amount: float, sms: int, us: float, clock: float = 1980.0, joules: float = 0.0) -> Point:
     return Point(
         operation="qkv",
         amount=float(amount),
         sms=sms,
         duration_us=float(us),
-        dynamic_j=us / 1e4,
-        clock_mhz=limit,
-        limit_mhz=limit,
+        dynamic_j=joules or us / 1e4,
+        clock_mhz=clock,
     )
 
 
@@ -58,10 +57,43 @@ def test_linear_in_the_amount_and_in_the_inverse_of_sms() -> None:
 
 
 def test_what_was_not_measured_is_refused() -> None:
-    with pytest.raises(ProfileError, match="o at 1980 MHz was not measured; there are qkv"):
+    with pytest.raises(ProfileError, match="o was not measured; there are qkv"):
         SQUARE.surface("o")
-    with pytest.raises(ProfileError, match="qkv at 1400 MHz was not measured"):
-        SQUARE.surface("qkv", 1400)
+
+
+def at(profile: Profile, clock_mhz: float, amount: float = 100, sms: int = 132) -> tuple[float, float]:
+    surface = profile.surface("qkv", clock_mhz)
+    return surface.duration_us(amount, sms), surface.dynamic_j(amount, sms)
+
+
+def test_between_clocks_time_is_linear_in_the_period_and_energy_in_the_clock() -> None:
+    both = Profile(header=HEADER, points=(point(100, 132, 90, 1800, 9.0), point(100, 132, 110, 1200, 7.0)))
+    assert at(both, 1200) == pytest.approx((110, 7.0))
+    assert at(both, 1800) == pytest.approx((90, 9.0))
+    assert at(both, 1440) == pytest.approx((100, 7.8))  # 1 / 1440 is the middle
+    assert at(both, 900) == pytest.approx((130, 6.0))  # on from there
+    assert both.clocks_mhz == (1200, 1500, 1800)
+
+
+def test_beyond_clocks_times_keep_to_physics() -> None:
+    """Noise would have it that a lower clock saves time, or that it costs more than all cycles."""
+    backwards = Profile(header=HEADER, points=(point(100, 132, 100, 1800, 8.0), point(100, 132, 99, 1200, 8.1)))
+    assert at(backwards, 900) == pytest.approx((99, 8.1))
+    assert at(backwards, 1980) == pytest.approx((100, 8.0))
+    steep = Profile(header=HEADER, points=(point(100, 132, 100, 1800, 8.0), point(100, 132, 180, 1200, 4.0)))
+    assert at(steep, 600) == pytest.approx((360, 2.0))
+
+
+def test_a_point_of_one_clock_follows_the_nearest_that_has_two() -> None:
+    two = (point(100, 132, 100, 1800, 9.0), point(100, 132, 125, 1200, 7.5))  # half of it cycles
+    far = (point(900, 132, 100, 1800, 9.0), point(900, 132, 100, 1200, 9.0))
+    profile = Profile(header=HEADER, points=(*two, *far, point(200, 132, 200, 1200, 15.0)))
+    assert at(profile, 1800, 200) == pytest.approx((200 * 100 / 125, 18.0))
+    alone = Profile(header=HEADER, points=(point(100, 132, 100, 1980, 9.0),))
+    assert at(alone, 1400) == (100, 9.0)
+    same = Profile(header=HEADER, points=(point(100, 132, 100, 1980), point(100, 132, 120, 1979)))
+    assert same.clocks_mhz == (1980,)
+    assert at(same, 990)[0] == 100  # too near each other to tell anything
 
 
 def test_held_out_errors_are_those_of_points_that_were_left_out() -> None:
@@ -106,8 +138,8 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     with pytest.raises(ProfileError, match=r"profile\.json: No such file"):
         Profile.load(path)
-    change(SQUARE, header=change(HEADER, format_version=2)).save(path)
-    with pytest.raises(ProfileError, match=r"profile\.json: format version 2, expected 1"):
+    change(SQUARE, header=change(HEADER, format_version=1)).save(path)
+    with pytest.raises(ProfileError, match=r"profile\.json: format version 1, expected 2"):
         Profile.load(path)
     path.write_text(path.read_text().replace('"sms"', '"SMs"', 1))
     with pytest.raises(ProfileError, match=r"unknown field `SMs` - at `\$\.points\[0\]`"):
@@ -155,7 +187,18 @@ def test_the_clock_falls_until_power_fits() -> None:
     assert frugal.time(load).power_w == pytest.approx(400, abs=2)
     assert frugal.time(load).clock_mhz < free.time(load).clock_mhz == 1980
     assert frugal.time(load).durations_us[0] > free.time(load).durations_us[0]
-    assert free.time(load, 1400.0).clock_mhz == 1400
+
+
+def test_pauses_raise_the_clock_and_heat_lowers_it() -> None:
+    assert H200.power is not None
+    device = quiet(power=replace(H200.power, cap_w=480.0))
+    product, read = [Load("gate_up", 2048)], [Load("attention/decode", 9e5, 16)]
+    full, half = device.time(product), device.time(product, 0.5)
+    assert full.clock_mhz < half.clock_mhz
+    assert full.durations_us[0] > half.durations_us[0]
+    assert half.power_w > full.power_w == pytest.approx(480, abs=2)
+    assert device.time(read).clock_mhz == 1980
+    assert device.time(read, 0.5, heated=True).clock_mhz < 1980
 
 
 def test_noise_is_seeded() -> None:
@@ -177,7 +220,8 @@ class Cut(Exception):
 def test_a_profile_that_was_cut_goes_on(tmp_path: Path) -> None:
     """Killed after any point, the next run measures the rest and no point twice; the fit holds what was left out."""
     path = tmp_path / "profile.json"
-    alone = [Load(op, n, sms) for op in ("qkv", "o") for n in (256, 512, 1024) for sms in (64, None)]
+    alone = [Anchor(Load(op, n, sms)) for op in ("qkv", "o") for n in (256, 512, 1024) for sms in (64, None)]
+    alone += [Anchor(Load("attention/decode", 4e5, sms), two_clocks=True) for sms in (36, None)]
     together = [
         (Load("qkv", 512), Load("attention/decode", 4e5)),
         (Load("o", 512, 96), Load("attention/decode", 4e5, 36)),
@@ -197,7 +241,8 @@ def test_a_profile_that_was_cut_goes_on(tmp_path: Path) -> None:
             profile = take_profile(device, HEADER, alone, together, path, cut_at_every_third)
         except Cut:
             continue
-    assert len(profile.points) == len(alone) * len(device.clocks_mhz) == len({str(p) for p in profile.points})
+    assert len(profile.points) == len(alone) + 2 == len({str(p) for p in profile.points})
+    assert [p.heated for p in profile.points if p.busy < 1] == [True, True]
     assert len(profile.pairs) == 2
     assert all(pair.first_slowdown >= 1 and pair.second_slowdown >= 1 for pair in profile.pairs)
     assert Profile.load(path) == profile

@@ -3,7 +3,9 @@
 import random
 
 import pytest
-from nanoflow_search.refine import refine
+from nanoflow_search.predict import Timing
+from nanoflow_search.refine import STUDENT, refine
+from scipy.stats import t as student
 
 from nanoflow_backend.schedule.plan import Launch, Schedule
 
@@ -23,10 +25,11 @@ class NoisyDevice:
         self.runs: list[int] = []
         self._drift, self._noise, self._random = drift, noise, random.Random(seed)
 
-    def __call__(self, schedule: Schedule) -> float:
+    def __call__(self, schedule: Schedule) -> Timing:
         slower = 1 + self._drift * len(self.runs)
         self.runs.append(schedule.tokens)
-        return TRUE_US[schedule.tokens] * slower * self._random.lognormvariate(0, self._noise)
+        layer_us = TRUE_US[schedule.tokens] * slower * self._random.lognormvariate(0, self._noise)
+        return Timing(layer_us, 1500.0, 700.0, 700.0 * layer_us * 1e-6)
 
 
 def test_the_fastest_that_wins_is_kept() -> None:
@@ -36,6 +39,7 @@ def test_the_fastest_that_wins_is_kept() -> None:
     assert device.runs[:8] == [1, 2, 2, 1, 1, 2, 2, 1]
     assert [trial.schedule for trial in found.trials] == [FASTER, SLOWER, FASTEST]
     assert found.trials[0].error == pytest.approx(950 / 960 - 1, abs=0.01)
+    assert found.trials[2].measured.layer_j < found.trials[2].sequential.layer_j
     gain = found.trials[2].over_sequential
     assert gain.low < 1000 / 930 < gain.high
 
@@ -57,7 +61,11 @@ def test_a_steady_drift_changes_nothing() -> None:
     assert found.trials[0].over_sequential == pytest.approx((1000 / 960,) * 3)
 
 
+def test_the_interval_is_students() -> None:
+    assert [float(student.ppf(0.975, 1 + i)) for i in range(20)] == pytest.approx(STUDENT, abs=1e-4)
+
+
 def test_an_interval_needs_rounds() -> None:
-    with pytest.raises(ValueError, match="rounds: expected at least 2, for an interval; got 1"):
+    with pytest.raises(ValueError, match=r"rounds: expected 2\.\.21, for an interval; got 1"):
         refine(NoisyDevice(), SEQUENTIAL, [], rounds=1)
     assert refine(NoisyDevice(), SEQUENTIAL, []).chosen == SEQUENTIAL

@@ -1,0 +1,115 @@
+"""Time schedules against sequential on the GPU that is here, in a steady state; with a profile, predict them first.
+
+    python benchmarks/time_plans.py --model benchmarks/models/llama-3-8b --workload 512/1024 --tokens 2048 \\
+        --schedule plan.json --schedule nano-batched-2 --profile profile.json --output timed.json
+
+Each round runs sequential, plan, plan, sequential (A B B A). Results are written after every plan, and a plan that is
+in the file is not timed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nanoflow_search.cost_model import Workload
+from nanoflow_search.measured import Measured
+from nanoflow_search.plan_timer import PlanTimer
+from nanoflow_search.predict import Timing, predict
+from nanoflow_search.profile import Profile
+from nanoflow_search.refine import refine
+
+from nanoflow_backend.commands import result
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.file import ScheduleFile
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.validate import validate
+
+
+def schedules(names: list[str], model: Model, tokens: int) -> dict[str, Schedule]:
+    """Presets, and all plans for `tokens` of schedule files."""
+    found = {}
+    for name in names:
+        if name.startswith("nano-batched-"):
+            found[name] = nano_batched(model.layer, tokens, int(name.removeprefix("nano-batched-")))
+            continue
+        plans = ScheduleFile.load(Path(name)).plans
+        found |= {f"{Path(name).name}:{i}": plan for i, plan in enumerate(plans) if plan.tokens == tokens}
+        if tokens not in [plan.tokens for plan in plans]:
+            raise ValueError(f"{name}: has plans for {[plan.tokens for plan in plans]} tokens, none for {tokens}")
+    for schedule in found.values():
+        validate(schedule, model.layer, model.num_layers)
+    return found
+
+
+def described(timing: Timing) -> dict[str, float]:
+    return {
+        "layer_us": round(timing.layer_us, 2),
+        "sm_clock_mhz": round(timing.clock_mhz, 1),
+        "mean_power_w": round(timing.power_w, 1),
+        "layer_mj": round(1e3 * timing.layer_j, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder with a Hugging Face config.json")
+    parser.add_argument("--workload", default="512/1024", help="mean tokens of prompts/outputs")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the batch")
+    parser.add_argument("--schedule", action="append", default=[], help="a file, or nano-batched-N; repeatable")
+    parser.add_argument("--profile", type=Path, help="to predict with")
+    parser.add_argument("--layers", type=int, help="default: the model's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0, help="that are measured, a run")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    config = ModelConfig.from_pretrained(arguments.model)
+    model, mix = build(config), Workload.parse(arguments.workload).mix(arguments.tokens)
+    layers = arguments.layers or model.num_layers
+    measured = Measured(Profile.load(arguments.profile), mix) if arguments.profile else None
+    plans = schedules(arguments.schedule, model, arguments.tokens)
+    base = sequential(model.layer, arguments.tokens)
+    predictions = {
+        name: predict(plan, measured, layers) for name, plan in {"sequential": base, **plans}.items() if measured
+    }
+    for name, timing in predictions.items():
+        print(f"predicted {name}: {described(timing)}", flush=True)
+
+    timed: list[dict[str, Any]] = json.loads(arguments.output.read_text())["plans"] if arguments.output.exists() else []
+    timer = PlanTimer.here(config, mix, num_layers=layers, seconds=arguments.seconds)
+    alone = timer(base)
+    print(f"measured sequential: {described(alone)}", flush=True)
+    for name, plan in plans.items():
+        if name in [entry["schedule"] for entry in timed]:
+            continue
+        predicted = predictions.get(name)
+        [trial] = refine(timer, base, [(plan, predicted.layer_us if predicted else 0.0)], arguments.rounds).trials
+        entry = {
+            "schedule": name,
+            "predicted": described(predicted) if predicted else None,
+            "measured": described(trial.measured),
+            "sequential": described(trial.sequential),
+            "over_sequential": [round(value, 4) for value in trial.over_sequential],
+            "error": round(trial.error, 4) if predicted else None,
+        }
+        print(json.dumps(entry), flush=True)
+        timed.append(entry)
+        content = {
+            "model": arguments.model.name,
+            "workload": arguments.workload,
+            "tokens": arguments.tokens,
+            "layers": layers,
+            "sequential_predicted": described(predictions["sequential"]) if predictions else None,
+            "sequential": described(alone),
+            "plans": timed,
+        }
+        result.write(content, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

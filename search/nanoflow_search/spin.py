@@ -1,0 +1,20 @@
+"""spin: nothing useful, on every SM: what a GPU draws then is its static power."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _spin(out, rounds):  # type: ignore[no-untyped-def]
+    number = tl.program_id(0)
+    for _ in range(rounds):
+        number = number * 1664525 + 1013904223
+    tl.store(out + tl.program_id(0), number)
+
+
+def spin(rounds: int, *, out: Tensor) -> None:
+    """One warp on each SM counts; out [SMs], int32, gets what it counted."""
+    _spin[(len(out),)](out, rounds, num_warps=1)

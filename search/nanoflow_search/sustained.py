@@ -1,0 +1,172 @@
+"""sustain: work back to back for seconds, as it runs in a loaded engine; clock and power are steady before it counts.
+
+Work comes in bursts that are queued ahead, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import NamedTuple, Protocol
+
+from nanoflow_backend.runtime.gpu_meter import GpuReading
+
+WARM_S = 0.7
+BURST_S = 0.03  # that a burst is to take: the power cap averages over longer
+AHEAD = 3  # bursts that are queued at once
+POLL_S = 0.002
+
+
+class Burst(Protocol):
+    def ended(self) -> bool: ...
+
+    def took_s(self) -> float:
+        """Waits until it has ended."""
+        ...
+
+
+class Repeated(Protocol):
+    """What is run again and again, in order with itself; beside others, unless it is to wait for them."""
+
+    @property
+    def calls(self) -> int:
+        """In a burst."""
+        ...
+
+    def launch(self, after: Burst | None = None) -> Burst:
+        """Queue a burst, which does not begin before `after` has ended."""
+        ...
+
+
+class Meter(Protocol):
+    def read(self) -> GpuReading: ...
+
+
+class Used(NamedTuple):
+    call_s: tuple[float, ...]  # of each work
+    power_w: float  # mean over all of the time
+    sm_clock_mhz: float  # mean of readings while work ran
+    busy: float  # share of the time, over which the power is meant, in which the first work ran
+
+
+def sustain(
+    works: Sequence[Repeated],
+    meter: Meter,
+    seconds: float,
+    *,
+    warm_s: float = WARM_S,
+    busy: float = 1.0,
+    rest: Repeated | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Used:
+    """Run `works` side by side; measure `seconds` after `warm_s`.
+
+    A single work may take turns, burst by burst, with `rest`; or leave the device idle between its bursts, so that it
+    is busy for a share of the time.
+    """
+    run = _Run(works, meter, seconds, warm_s, sleep)
+    if busy < 1 and rest is None:
+        run.with_pauses(busy)
+    else:
+        run.back_to_back(rest)
+    return run.used()
+
+
+class _Run:
+    def __init__(
+        self,
+        works: Sequence[Repeated],
+        meter: Meter,
+        seconds: float,
+        warm_s: float,
+        sleep: Callable[[float], None],
+    ) -> None:
+        self._works, self._meter, self._sleep = works, meter, sleep
+        self._start_s = meter.read().time_s + warm_s
+        self._stop_s = self._start_s + seconds
+        self._readings: list[GpuReading] = []
+        self._clocks: list[int] = []
+        self._took_s: list[list[float]] = [[] for _ in works]
+        self._busy: list[tuple[float, float]] = []  # from, to; of the first work
+        self._rest_s = 0.0
+
+    def back_to_back(self, rest: Repeated | None) -> None:
+        """Each work in a queue of its own; `rest` takes turns with the first."""
+        turns = [[(number, work)] for number, work in enumerate(self._works)]
+        if rest:
+            turns[0].append((-1, rest))
+        queues: list[deque[tuple[int, Burst]]] = [deque() for _ in turns]
+        launched = [0] * len(turns)
+
+        def launch(lane: int) -> None:
+            number, work = turns[lane][launched[lane] % len(turns[lane])]
+            before = queues[lane][-1][1] if queues[lane] and rest else None
+            queues[lane].append((number, work.launch(before)))
+            launched[lane] += 1
+
+        for lane in range(len(turns)):
+            for _ in range(AHEAD):
+                launch(lane)
+        while self._read(busy=True):
+            for lane, queue in enumerate(queues):
+                while queue[0][1].ended():
+                    self._count(*queue.popleft())
+                    launch(lane)
+            self._sleep(POLL_S)
+        for queue in queues:
+            for _, burst in queue:
+                burst.took_s()
+
+    def with_pauses(self, busy: float) -> None:
+        going = True
+        while going:
+            burst, begun_s = self._works[0].launch(), self._meter.read().time_s
+            while not burst.ended():
+                going = self._read(busy=True)
+                self._sleep(POLL_S)
+            took_s = burst.took_s()
+            self._count(0, burst)
+            self._busy.append((begun_s, begun_s + took_s))
+            self._sleep(took_s * (1 - busy) / busy)
+            going = self._read(busy=False)
+
+    def used(self) -> Used:
+        first, last = self._between_ticks()
+        over_s = last.time_s - first.time_s
+        if self._busy:
+            busy_s = sum(max(0.0, min(b, last.time_s) - max(a, first.time_s)) for a, b in self._busy)
+            share = busy_s / over_s
+        else:
+            worked_s = sum(self._took_s[0])
+            share = worked_s / (worked_s + self._rest_s)
+        return Used(
+            tuple(sum(took) / (len(took) * work.calls) for took, work in zip(self._took_s, self._works, strict=True)),
+            (last.energy_j - first.energy_j) / over_s,
+            mean(self._clocks),
+            share,
+        )
+
+    def _read(self, busy: bool) -> bool:
+        """Is there time left?"""
+        reading = self._meter.read()
+        if reading.time_s >= self._start_s:
+            self._readings.append(reading)
+            if busy:
+                self._clocks.append(reading.sm_clock_mhz)
+        # However long a burst takes, each work is to have one that counts.
+        return reading.time_s < self._stop_s or not all(self._took_s)
+
+    def _count(self, number: int, burst: Burst) -> None:
+        if not self._readings:
+            return
+        if number < 0:
+            self._rest_s += burst.took_s()
+        else:
+            self._took_s[number].append(burst.took_s())
+
+    def _between_ticks(self) -> tuple[GpuReading, GpuReading]:
+        """The first and the last reading at which the energy counter had just moved: it does so every few dozen ms."""
+        moved = [b for a, b in zip(self._readings, self._readings[1:], strict=False) if b.energy_j != a.energy_j]
+        return (moved[0], moved[-1]) if len(moved) > 1 else (self._readings[0], self._readings[-1])

@@ -1,0 +1,99 @@
+"""The timer of plans, with the CPU's program in place of the GPU's and a GPU in simulated time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nanoflow_search.plan_timer import DISTINCT_LAYERS, PlanTimer
+from nanoflow_search.refine import refine
+from nanoflow_search.work import Mix
+from shapes import CONFIGS, config
+from simulated_gpu import IDLE_W, SimulatedBurst, SimulatedGpu, SimulatedWork
+
+from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+
+MIX = Mix(10.0, 14.0, 9.0, 4.0)
+LAYERS = 6
+LAUNCH_S = 1e-4
+
+
+class Programs:
+    """Makes CPU programs whose forward takes time on a simulated GPU: so much a launch."""
+
+    def __init__(self) -> None:
+        self.gpu = SimulatedGpu()
+        self.made: list[CpuProgram] = []
+        self.launches = 0
+
+    def __call__(self, model: Model, schedule: Schedule, *arguments: Any, max_rows: int, **options: Any) -> CpuProgram:
+        program = CpuProgram(model, schedule, *arguments, **options)
+        plain = program.forward
+
+        def forward(*inputs: torch.Tensor) -> None:
+            self.launches = len(schedule.launches)
+            if not program.tokens:
+                plain(*inputs)
+
+        program.forward = forward  # type: ignore[method-assign]
+        self.made.append(program)
+        return program
+
+    def burst(self, launches: Callable[[], None]) -> SimulatedBurst:
+        launches()
+        return SimulatedWork(self.gpu, LAYERS * self.launches * LAUNCH_S, 300.0, calls=1).launch()
+
+
+def timer(name: str, **options: Any) -> tuple[PlanTimer, Programs]:
+    programs = Programs()
+    shape = config(name, num_layers=LAYERS, dtype="float32")
+    made = PlanTimer(
+        shape, MIX, programs.gpu, programs, programs.burst, page_tokens=4, seconds=0.2, device="cpu",
+        sleep=programs.gpu.sleep, **options
+    )  # fmt: skip
+    return made, programs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
+    made, programs = timer(name)
+    layer = build(config(name)).layer
+    for schedule in (sequential(layer, 24), nano_batched(layer, 24, 2)):
+        found = made(schedule)
+        assert found.layer_us == pytest.approx(len(schedule.launches) * LAUNCH_S * 1e6, rel=0.02)
+        assert found.power_w >= IDLE_W
+        assert found.layer_j == pytest.approx(found.power_w * found.layer_us * 1e-6)
+    one, other = (program.binding for program in programs.made)
+    assert one.weights is other.weights
+    assert [pages.data_ptr() for pages in one.kv] == [pages.data_ptr() for pages in other.kv]
+    assert len({pages.data_ptr() for pages in one.kv}) == DISTINCT_LAYERS < LAYERS == len(one.kv)
+    assert one.weights["layers.5.o.weight"] is one.weights["layers.1.o.weight"]
+    results = [program.binding.results(24) for program in programs.made]
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+
+
+def test_a_pair_of_plans_is_built_once() -> None:
+    made, programs = timer("llama")
+    layer = build(config("llama")).layer
+    plan = nano_batched(layer, 24, 2)
+    found = refine(made, sequential(layer, 24), [(plan, 1000.0)], rounds=3)
+    assert len(programs.made) == 2
+    assert found.trials[0].over_sequential.mean == pytest.approx(
+        len(layer.operations) / len(plan.launches), rel=0.02
+    )  # fmt: skip
+    assert found.chosen == sequential(layer, 24)
+
+
+def test_fewer_layers_and_other_batches() -> None:
+    made, programs = timer("llama", num_layers=2)
+    layer = build(config("llama")).layer
+    made(sequential(layer, 24))
+    assert programs.made[0].binding.model.num_layers == 2
+    with pytest.raises(ValueError, match="expected one for batches of 24 tokens, got 16"):
+        made(sequential(layer, 16))
