@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True)
     arguments = parser.parse_args()
     config = ModelConfig.from_pretrained(arguments.model)
-    graph, mix = build(config).layer, Workload.parse(arguments.workload).mix(arguments.tokens)
+    graph, mix = build(config).layer, Workload.parse(arguments.workload).steady_mix(arguments.tokens)
     device = GpuDevice.here(config, mix, seconds=arguments.seconds)
     loads = loads_of(graph, device.sms, mix, arguments.largest_tokens)
     begun = time.monotonic()

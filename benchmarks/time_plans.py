@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     config = ModelConfig.from_pretrained(arguments.model)
-    model, mix = build(config), Workload.parse(arguments.workload).mix(arguments.tokens)
+    model, mix = build(config), Workload.parse(arguments.workload).steady_mix(arguments.tokens)
     layers = arguments.layers or model.num_layers
     measured = Measured(Profile.load(arguments.profile), mix) if arguments.profile else None
     plans = schedules(arguments.schedule, model, arguments.tokens)

@@ -16,9 +16,7 @@ MOST_CALLS = 512  # in a graph
 class CudaBurst:
     """A Burst between two events of a stream."""
 
-    def __init__(
-        self, stream: torch.cuda.Stream, launches: Callable[[], None], after: CudaBurst | None = None
-    ) -> None:
+    def __init__(self, stream: torch.cuda.Stream, launches: Callable[[], None], after: CudaBurst | None = None) -> None:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             if after:

@@ -6,7 +6,7 @@ All rates are of the whole tensor-parallel group, all times of one iteration: B_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from nanoflow_backend.config import ModelConfig
@@ -46,6 +46,13 @@ class Workload:
     def mix(self, dense_batch_tokens: float) -> Mix:
         decode = dense_batch_tokens * self.decode_share
         return Mix(decode, dense_batch_tokens - decode, self.context_tokens, self.prompt_tokens)
+
+    def steady_mix(self, dense_batch_tokens: float) -> Mix:
+        """As an engine's kernels see it: causal, so that a prompt's tokens see half of it on average.
+
+        The paper's estimates (`mix`) count all of it.
+        """
+        return replace(self.mix(dense_batch_tokens), prefill_context=self.prompt_tokens / 2)
 
 
 @dataclass(frozen=True)

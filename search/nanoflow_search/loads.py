@@ -1,4 +1,4 @@
-"""loads_of: what to measure of a model on a machine: the fewest points between which times are nearly straight lines."""
+"""loads_of: what to measure of a model on a machine: few points, between which times are nearly straight lines."""
 
 from __future__ import annotations
 

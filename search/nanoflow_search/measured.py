@@ -1,4 +1,4 @@
-"""Measured: what a profile says about the operations and tasks of a layer, for a batch of a certain mix, at one clock."""
+"""Measured: what a profile says of the operations and tasks of a layer, for a batch of a certain mix, at one clock."""
 
 from __future__ import annotations
 

@@ -57,14 +57,12 @@ class PlanTimer:
         self._weights = made | {
             f"layers.{i}.{name}": made[f"layers.{i % distinct}.{name}"] for i in range(layers) for name in names
         }
-        pages = storage.allocate(
-            msgspec.structs.replace(config, num_layers=distinct), batch.num_pages, page_tokens, dtype, device=device
-        ).normal_()
+        shape = msgspec.structs.replace(config, num_layers=distinct)
+        pages = storage.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
+        pages.normal_(generator=torch.Generator(device).manual_seed(0))
         self._kv = [pages[i % distinct] for i in range(layers)]
-        self._inputs = [
-            torch.randint(config.vocab_size, batch.positions.shape, dtype=torch.int32).to(device),
-            *(ints.to(device) for ints in (batch.positions, batch.slots, batch.page_table)),
-        ]
+        ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
+        self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
         self._seconds, self._sleep = seconds, sleep
         self._options = {"dtype": dtype, **options}

@@ -40,11 +40,17 @@ def predict(schedule: Schedule, measured: Measured, num_layers: int) -> Timing:
         return Timing(layer_us, clock_mhz, power_w, power_w * layer_us * 1e-6)
 
     highest = measured.profile.clocks_mhz[-1]
-    return settled(timed, LOWEST * highest, highest, header.power_cap_w)
+    found = settled(timed, LOWEST * highest, highest, header.power_cap_w)
+    if found.power_w <= header.power_cap_w:
+        return found
+    # Energies that are not known to fall with the clock: time is what the cap takes.
+    dynamic_j = found.layer_j - header.static_w * found.layer_us * 1e-6
+    layer_us = 1e6 * dynamic_j / (header.power_cap_w - header.static_w)
+    return Timing(layer_us, found.clock_mhz, header.power_cap_w, header.power_cap_w * layer_us * 1e-6)
 
 
 def settled(timed: Callable[[float], Timing], low_mhz: float, high_mhz: float, power_cap_w: float) -> Timing:
-    """The Timing at the highest clock within the cap; a lower clock draws less power."""
+    """The Timing at the highest clock within the cap, or at the lowest: a lower clock draws less power."""
     highest = timed(high_mhz)
     if highest.power_w <= power_cap_w:
         return highest

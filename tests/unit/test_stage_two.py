@@ -67,6 +67,20 @@ def test_three_that_own_more_than_there_is_do_not_run_at_once() -> None:
     assert stage_two(three, ordered, Contention(11, choices, free)).timeline.period_us == pytest.approx(200)
 
 
+def test_caps_beside_what_shares_all_sms_are_no_partition() -> None:
+    """Two caps of 8 of 11 SMs: beside a launch on all of them they are as many programs, wherever they run."""
+    three = replace(PAIR, tasks=(*PAIR.tasks, Task("send", "network", WHOLE)))
+    send = NanoTask("send", 0, 1)
+    ordered = replace(ORDERED, placed=(*ORDERED.placed, Placed(send, 0.0, 100.0, 0)))
+    caps = {GEMM: None, READ: 8, send: 8}
+    sides = [Side(nano.task, sms) for nano, sms in caps.items()]
+    free = {(a, b): 1.0 for a in sides for b in sides if a != b}
+    contention = Contention(11, {nano: (Choice(sms, 100.0),) for nano, sms in caps.items()}, free)
+    assert stage_two(three, ordered, contention).timeline.period_us == pytest.approx(100)
+    assert packing_bound_us(three, contention) == pytest.approx(100)
+    assert cyclic_shares.shortest_period_us(three, ordered, contention) == pytest.approx(100)
+
+
 def test_power_stretches_the_period_and_decides_between_shares() -> None:
     """0.02 J through 100 W beside the static power take 200 us; a frugal share that takes longer alone is better."""
     capped = replace(SHARING, power_cap_w=200.0, static_w=100.0)
