@@ -1,6 +1,7 @@
 """Predictions of whole schedules: against closed forms, against a device that times plans by its own law, and work is
 neither lost nor done twice."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -279,3 +280,32 @@ def test_the_points_to_measure_are_few_and_where_times_bend() -> None:
     assert {a.load for a in loads.alone if a.load.operation == "qkv"} <= {Load("qkv", n) for n in range(128, 4097, 128)}
     no_prompts = loads_of(LAYER, 132, Mix(512, 0, 1024, 0))
     assert "attention/prefill" not in {a.load.operation for a in no_prompts.alone}
+
+
+def test_what_an_h200_did_follows_from_its_parts() -> None:
+    """Products at two clocks and decode attention at one, as they were measured on an H200, foretell one after the
+    other within 2 % (benchmarks/results/gpu_energy_h200.json; static power from the spin on every SM)."""
+    result = json.loads((MODELS.parent / "results" / "gpu_energy_h200.json").read_text())
+    measured = {(point["work"], point["idle_share"]): point for point in result["points"]}
+    profile = Profile(
+        header=header(static_w=185.0, power_cap_w=result["gpu_power_limit_w"]),
+        points=tuple(
+            Point(
+                operation=work,
+                amount=1.0,
+                sms=100,
+                duration_us=found["duration_us"],
+                dynamic_j=(found["busy_power_w"] - 185.0) * found["duration_us"] * 1e-6,
+                clock_mhz=found["sm_clock_mhz"],
+                busy=1 - idle_share,
+            )
+            for work, idle_share in (("products", 0.0), ("products", 0.3), ("decode attention", 0.0))
+            for found in [measured[work, idle_share]]
+        ),
+    )
+    schedule = Schedule(tokens=1, launches=(launch("products", "a"), launch("decode attention", "a")))
+    found = predict(schedule, Measured(profile, Mix(0, 1, 0, 1)), 1)
+    both = measured["products, then decode attention", 0.0]
+    assert found.layer_us == pytest.approx(both["duration_us"], rel=0.02)
+    assert found.clock_mhz == pytest.approx(both["sm_clock_mhz"], rel=0.03)
+    assert found.layer_j == pytest.approx(both["energy_mj"] / 1e3, rel=0.02)
