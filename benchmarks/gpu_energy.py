@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from nanoflow_kernels import device as kernels
 from nanoflow_search.captured import Captured
-from nanoflow_search.sustained import WARM_S, sustain
+from nanoflow_search.sustained import WARM_S, idle_w, sustain
 from sustained import SETS
 
 from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal
@@ -60,10 +60,7 @@ def main() -> None:
     meter = GpuMeter()
     torch.zeros(1, device="cuda")
     time.sleep(2)
-    before = meter.read()
-    time.sleep(arguments.seconds)
-    after = meter.read()
-    idle_w = (after.energy_j - before.energy_j) / (after.time_s - before.time_s)
+    idle = idle_w(meter, arguments.seconds)
 
     products, zeros = layer_products(0.02), layer_products(0.0)
     attend = next(attention("decodes", [(CONTEXT - 1, 1)] * DECODES, 64))
@@ -80,7 +77,7 @@ def main() -> None:
     for name, call, idle_share in work:
         repeated = Captured(call, SETS)
         used = sustain([repeated], meter, arguments.seconds, warm_s=WARM_S + 0.5, busy=1 - idle_share)
-        busy_w = (used.power_w - idle_w * (1 - used.busy)) / used.busy
+        busy_w = (used.power_w - idle * (1 - used.busy)) / used.busy
         call_s = used.call_s[0]
         points.append(
             {
@@ -91,12 +88,12 @@ def main() -> None:
                 "busy_power_w": round(busy_w, 1),
                 "duration_us": round(1e6 * call_s, 1),
                 "energy_mj": round(1e3 * busy_w * call_s, 2),
-                "above_idle_mj": round(1e3 * (busy_w - idle_w) * call_s, 2),
+                "above_idle_mj": round(1e3 * (busy_w - idle) * call_s, 2),
                 "seconds": arguments.seconds,
             }
         )
         print(points[-1], flush=True)
-    result.write({"idle_power_w": round(idle_w, 1), "tokens": TOKENS, "points": points}, arguments.output)
+    result.write({"idle_power_w": round(idle, 1), "tokens": TOKENS, "points": points}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,15 +46,18 @@ class Captured:
                 call(i % sets)
 
         CudaBurst(self._stream, lambda: calls(sets)).took_s()  # compiles
-        one_s = CudaBurst(self._stream, lambda: calls(4 * sets)).took_s() / (4 * sets)
-        in_graph = sets * min(max(1, round(GRAPH_S / one_s / sets)), max(1, MOST_CALLS // sets))
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):
-            calls(in_graph)
-        self._replays = 1
-        self.launch().took_s()
-        self._replays = max(1, round(BURST_S / self.launch().took_s()))
-        self.calls = in_graph * self._replays
+        turns, self._replays = 1, 1  # turns of all sets in a graph
+        while True:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                calls(turns * sets)
+            self.launch().took_s()  # the first launch also uploads it
+            took_s = self.launch().took_s()
+            if took_s >= GRAPH_S / 2 or turns >= MOST_CALLS // sets:
+                break
+            turns = min(math.ceil(turns * GRAPH_S / took_s), MOST_CALLS // sets)
+        self._replays = max(1, round(BURST_S / took_s))
+        self.calls = turns * sets * self._replays
 
     def launch(self, after: Any = None) -> CudaBurst:
         """See Repeated. `after`: a CudaBurst."""

@@ -15,7 +15,7 @@ from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter, GpuReading
 from nanoflow_search.operands import Calls, Operands
 from nanoflow_search.profile import Load, Measurement
-from nanoflow_search.sustained import Repeated, Used, sustain
+from nanoflow_search.sustained import Repeated, Used, idle_w, sustain
 from nanoflow_search.work import Mix
 
 HEAT_TOKENS = 2048.0  # of the product that heats
@@ -104,12 +104,7 @@ class GpuDevice:
 
     @cached_property
     def _idle_w(self) -> float:
-        """With the clock still up, as between bursts."""
-        self._sleep(0.2)
-        first = self._meter.read()
-        self._sleep(self.seconds)
-        last = self._meter.read()
-        return (last.energy_j - first.energy_j) / (last.time_s - first.time_s)
+        return idle_w(self._meter, self.seconds, sleep=self._sleep)
 
     @cached_property
     def _heater(self) -> Repeated:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import mean
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ WARM_S = 0.7
 BURST_S = 0.03  # that a burst is to take: the power cap averages over longer
 AHEAD = 3  # bursts that are queued at once
 POLL_S = 0.002
+POWER_DOWN_S = 0.2  # until what ran before has left the power
 
 
 class Burst(Protocol):
@@ -72,6 +74,23 @@ def sustain(
     else:
         run.back_to_back(rest)
     return run.used()
+
+
+def idle_w(meter: Meter, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> float:
+    """What the device draws with nothing to do, its clock still up, as in a pause between bursts."""
+    sleep(POWER_DOWN_S)
+    readings = [meter.read()]
+    while readings[-1].time_s - readings[0].time_s < seconds:
+        sleep(POLL_S)
+        readings.append(meter.read())
+    first, last = _between_ticks(readings)
+    return (last.energy_j - first.energy_j) / (last.time_s - first.time_s)
+
+
+def _between_ticks(readings: Sequence[GpuReading]) -> tuple[GpuReading, GpuReading]:
+    """The first and the last reading at which the energy counter had just moved: it does so every few dozen ms."""
+    moved = [b for a, b in pairwise(readings) if b.energy_j != a.energy_j]
+    return (moved[0], moved[-1]) if len(moved) > 1 else (readings[0], readings[-1])
 
 
 class _Run:
@@ -133,7 +152,7 @@ class _Run:
             going = self._read(busy=False)
 
     def used(self) -> Used:
-        first, last = self._between_ticks()
+        first, last = _between_ticks(self._readings)
         over_s = last.time_s - first.time_s
         if self._busy:
             busy_s = sum(max(0.0, min(b, last.time_s) - max(a, first.time_s)) for a, b in self._busy)
@@ -165,8 +184,3 @@ class _Run:
             self._rest_s += burst.took_s()
         else:
             self._took_s[number].append(burst.took_s())
-
-    def _between_ticks(self) -> tuple[GpuReading, GpuReading]:
-        """The first and the last reading at which the energy counter had just moved: it does so every few dozen ms."""
-        moved = [b for a, b in zip(self._readings, self._readings[1:], strict=False) if b.energy_j != a.energy_j]
-        return (moved[0], moved[-1]) if len(moved) > 1 else (self._readings[0], self._readings[-1])

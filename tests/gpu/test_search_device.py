@@ -1,0 +1,65 @@
+"""The search's device and timer on a GPU: a small model's operations and plans, for moments."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from nanoflow_search.loads import loads_of
+from nanoflow_search.measured import Measured
+from nanoflow_search.predict import predict
+from nanoflow_search.profile import Load
+from nanoflow_search.profiler import header_of, take_profile
+from nanoflow_search.work import Mix
+from shapes import CONFIGS, config
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.presets import nano_batched, sequential
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MIX = Mix(40, 88, 256.0, 64.0)
+SECONDS = 0.2
+
+
+def shape(name: str) -> ModelConfig:
+    return config(name, hidden_size=512, intermediate_size=1024, head_dim=64, vocab_size=1000, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_load_of_a_model_runs(name: str, tmp_path: Path) -> None:
+    from nanoflow_search.gpu import GpuDevice
+
+    made = shape(name)
+    device, graph = GpuDevice.here(made, MIX, seconds=SECONDS), build(made).layer
+    loads = loads_of(graph, device.sms, MIX, largest_tokens=128)
+    # One amount of each is enough here.
+    alone = {(a.load.operation, a.load.sms): a for a in loads.alone}.values()
+    profile = take_profile(device, header_of(device, graph), alone, loads.together[:3], tmp_path / "profile.json")
+    assert all(p.duration_us > 0 for p in profile.points if not p.operation.endswith("_reduce"))
+    assert all(0 < p.clock_mhz <= device.highest_clock_mhz for p in profile.points)
+    assert 0 < profile.header.static_w < profile.header.power_cap_w
+    assert len(profile.pairs) == 3
+    found = predict(sequential(graph, 128), Measured(profile, MIX), 3)
+    assert found.layer_us > 0
+
+
+def test_a_large_product_takes_longer_than_a_small_one() -> None:
+    from nanoflow_search.gpu import GpuDevice
+
+    device = GpuDevice.here(shape("llama"), MIX, seconds=SECONDS)
+    small, large = (device.time([Load("gate_up", n)]).durations_us[0] for n in (1024, 16384))
+    assert large > 4 * small
+
+
+def test_plans_are_timed_in_the_engines_program() -> None:
+    from nanoflow_search.plan_timer import PlanTimer
+
+    made = shape("llama")
+    timer, layer = PlanTimer.here(made, MIX, seconds=SECONDS), build(made).layer
+    for schedule in (sequential(layer, 128), nano_batched(layer, 128, 2)):
+        found = timer(schedule)
+        assert found.layer_us > 0
+        assert found.layer_j == pytest.approx(found.power_w * found.layer_us * 1e-6)
