@@ -57,4 +57,3 @@ def measure(case: Case, seconds: float) -> Measured:
         round(used.sm_clock_mhz),
         round(allowed_s / call_s, 3),
     )
-

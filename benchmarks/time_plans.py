@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from nanoflow_search.cost_model import Workload
@@ -19,7 +21,7 @@ from nanoflow_search.measured import Measured
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import Timing, predict
 from nanoflow_search.profile import Profile
-from nanoflow_search.refine import refine
+from nanoflow_search.refine import STUDENT, Timer
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
@@ -47,6 +49,23 @@ def schedules(names: list[str], model: Model, tokens: int) -> dict[str, Schedule
     return found
 
 
+def compared(timer: Timer, base: Schedule, plan: Schedule, rounds: int) -> dict[str, Any]:
+    """`over_sequential`: how much faster, the geometric mean over rounds and its 95 % interval."""
+    logs, of_base, of_plan = [], [], []
+    for _ in range(rounds):
+        before, first, second, after = (timer(schedule) for schedule in (base, plan, plan, base))
+        logs.append(math.log((before.layer_us + after.layer_us) / (first.layer_us + second.layer_us)))
+        of_base += [before, after]
+        of_plan += [first, second]
+    margin = STUDENT[rounds - 2] * stdev(logs) / math.sqrt(rounds)
+    return {
+        "measured": described(Timing(*map(mean, zip(*of_plan, strict=True)))),
+        "sequential": described(Timing(*map(mean, zip(*of_base, strict=True)))),
+        "over_sequential": [round(math.exp(mean(logs) + shift), 4) for shift in (0.0, -margin, margin)],
+        "rounds": rounds,
+    }
+
+
 def described(timing: Timing) -> dict[str, float]:
     return {
         "layer_us": round(timing.layer_us, 2),
@@ -64,7 +83,7 @@ def main() -> None:
     parser.add_argument("--schedule", action="append", default=[], help="a file, or nano-batched-N; repeatable")
     parser.add_argument("--profile", type=Path, help="to predict with")
     parser.add_argument("--layers", type=int, help="default: the model's")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, choices=range(2, 22), default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="that are measured, a run")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -87,16 +106,10 @@ def main() -> None:
     for name, plan in plans.items():
         if name in [entry["schedule"] for entry in timed]:
             continue
-        predicted = predictions.get(name)
-        [trial] = refine(timer, base, [(plan, predicted.layer_us if predicted else 0.0)], arguments.rounds).trials
-        entry = {
-            "schedule": name,
-            "predicted": described(predicted) if predicted else None,
-            "measured": described(trial.measured),
-            "sequential": described(trial.sequential),
-            "over_sequential": [round(value, 4) for value in trial.over_sequential],
-            "error": round(trial.error, 4) if predicted else None,
-        }
+        entry = {"schedule": name, **compared(timer, base, plan, arguments.rounds)}
+        if predicted := predictions.get(name):
+            error = predicted.layer_us / entry["measured"]["layer_us"] - 1
+            entry |= {"predicted": described(predicted), "error": round(error, 4)}
         print(json.dumps(entry), flush=True)
         timed.append(entry)
         content = {
