@@ -38,6 +38,7 @@ class Captured:
     """A Repeated of `call(i)` for i = 0 .. sets - 1 in turns, so that no call finds its operands in the cache."""
 
     def __init__(self, call: Callable[[int], Any], sets: int) -> None:
+        self._call = call  # its operands live as long as the graph that reads them
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
 
