@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from nanoflow_kernels import reference_sampling
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanoflow_backend.engine.constraints import Masks
@@ -76,7 +77,7 @@ class Sampler:
             self._edits[slot] = any(concerned)
 
     def sample(
-        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], masks: Masks | None = None
+        self, logits: Tensor, slots: ArrayLike, positions: ArrayLike, masks: Masks | None = None
     ) -> Drawn:
         """A token for each row, and the log-probabilities of those rows that asked for them. Waits for nothing.
 

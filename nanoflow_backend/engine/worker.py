@@ -40,12 +40,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Launched:
-    """A step on its way. Tensors are on the device, but for `drawn` and `token_ids`, which come to the host."""
+    """A step on its way. Tensors are on the device, but for `drawn` and `token_ids`, which come to the host; arrays
+    are on the host."""
 
     batch: Batch
     rows: Tensor  # int32 [R], into the batch's tokens: where it samples
     slots: Tensor  # int32 [R], of those rows
-    positions: list[int]  # R, of the tokens in those rows
+    host_slots: np.ndarray  # the same
+    positions: np.ndarray  # int32 [R], of the tokens in those rows
     drawn: Drawn | None = None  # once the tail is launched; to be read when `ended` has come
     token_ids: Tensor | None = None
     scored: list[Scored] = field(default_factory=list)
@@ -91,28 +93,34 @@ class Worker:
         self._scorer.admit(batch.admitted)
         decodes = len(batch.decode_slots)
         slots, positions = list(batch.decode_slots), list(batch.decode_positions)
-        rows, prompt_ids = list(range(decodes)), []
+        prompt_ids: list[int] = []
+        ends: list[int] = []  # rows that end the known tokens of their request
         for prefill in batch.prefills:
             count = len(prefill.token_ids)
             slots += [prefill.slot] * count
             positions += range(prefill.start, prefill.start + count)
             prompt_ids += prefill.token_ids
             if prefill.sample:
-                rows.append(len(slots) - 1)
+                ends.append(len(slots) - 1)
+        rows = np.concatenate((np.arange(decodes, dtype=np.int32), np.array(ends, np.int32)))
+        slot_of, position_of = np.array(slots, np.int32), np.array(positions, np.int32)
+        sampled_slots = slot_of[rows]
         entries = zip(*batch.page_table, strict=True) if batch.page_table else ((), (), ())
-        slots_, positions_, prompt_ids_, rows_, *entry = self._send(slots, positions, prompt_ids, rows, *entries)
+        slots_, positions_, prompt_ids_, rows_, sampled_, *entry = self._send(
+            slot_of, position_of, prompt_ids, rows, sampled_slots, *entries
+        )
         if batch.page_table:
             slot, index, page = entry
             self._page_table[slot, index] = page
         token_ids = torch.cat((self._last_sampled[slots_[:decodes]], prompt_ids_))
         self.program.forward(token_ids, positions_, slots_, self._page_table)
-        return Launched(batch, rows_, slots_[rows_], [positions[row] for row in rows])
+        return Launched(batch, rows_, sampled_, sampled_slots, position_of[rows])
 
     def launch_tail(self, launched: Launched, masks: Masks | None = None) -> None:
         """LM head and sampling on the R rows that decode or end a prompt; the head on prompts that are scored, too."""
         launched.scored = self._scorer.score(launched.batch, self.program.head)
         logits = self.program.head(launched.rows)
-        launched.drawn = self._sampler.sample(logits, launched.batch.sampled_slots, launched.positions, masks)
+        launched.drawn = self._sampler.sample(logits, launched.host_slots, launched.positions, masks)
         self._last_sampled[launched.slots] = launched.drawn.token_ids.int()
         launched.token_ids = to_host(launched.drawn.token_ids)
         if self.device.kind == "cuda":
@@ -128,7 +136,7 @@ class Worker:
         scores = [scored.scores() for scored in launched.scored]
         return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.drawn.logprobs.by_row(), scores)
 
-    def _send(self, *columns: Sequence[int]) -> list[Tensor]:
+    def _send(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
         """int32 on the device, all columns in one copy."""
         ints = to_device(np.concatenate([np.asarray(column, np.int32) for column in columns]), self._torch_device)
         return list(ints.split([len(column) for column in columns]))
