@@ -26,16 +26,16 @@ CPU = torch.device("cpu")
 class Logprobs:
     """Log-probabilities on their way to the host, of those rows that asked for them."""
 
-    rows: np.ndarray
-    wanted: np.ndarray  # of each of these rows, how many alternatives
+    slots: np.ndarray  # of these rows
+    wanted: np.ndarray  # of each of them, how many alternatives
     columns: tuple[Tensor, ...]  # ids, log-probabilities, rank, as nanoflow_kernels has them
 
-    def by_row(self) -> dict[int, TokenLogprobs]:
+    def by_slot(self) -> dict[int, TokenLogprobs]:
         """To be read once the device has come here."""
         columns = (column.tolist() for column in self.columns)
         return {
-            int(row): TokenLogprobs(tokens[: 1 + wanted], values[: 1 + wanted], rank)
-            for row, wanted, tokens, values, rank in zip(self.rows, self.wanted, *columns, strict=True)
+            int(slot): TokenLogprobs(tokens[: 1 + wanted], values[: 1 + wanted], rank)
+            for slot, wanted, tokens, values, rank in zip(self.slots, self.wanted, *columns, strict=True)
         }
 
 
@@ -102,7 +102,7 @@ class Sampler:
             ids = self._kernels.greedy(scores)
         if drawing:
             self._penalties.count(drawing, ids)
-        return Drawn(ids, self._logprobs(raw, ids, self._logprobs_wanted[slots_]))
+        return Drawn(ids, self._logprobs(raw, ids, slots_))
 
     def _edit(self, scores: Tensor, slots: np.ndarray, positions: np.ndarray, masks: Masks | None) -> Drawing | None:
         self._bias.apply(scores, slots)
@@ -113,10 +113,11 @@ class Sampler:
             self._kernels.mask(scores, rows, allowed)
         return drawing
 
-    def _logprobs(self, logits: Tensor, ids: Tensor, wanted: np.ndarray) -> Logprobs:
+    def _logprobs(self, logits: Tensor, ids: Tensor, slots: np.ndarray) -> Logprobs:
+        wanted = self._logprobs_wanted[slots]
         rows = np.flatnonzero(wanted >= 0)
         if not len(rows):
             return Logprobs(rows, rows, ())
         rows_ = to_device(rows, logits.device)
         columns = self._kernels.logprobs(logits[rows_], ids[rows_], int(wanted.max()))
-        return Logprobs(rows, wanted[rows], tuple(to_host(column) for column in columns))
+        return Logprobs(slots[rows], wanted[rows], tuple(to_host(column) for column in columns))

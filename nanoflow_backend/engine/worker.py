@@ -134,7 +134,7 @@ class Worker:
         if launched.ended:
             launched.ended.synchronize()
         scores = [scored.scores() for scored in launched.scored]
-        return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.drawn.logprobs.by_row(), scores)
+        return Sampled(launched.batch.step, launched.token_ids.tolist(), launched.drawn.logprobs.by_slot(), scores)
 
     def _send(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
         """int32 on the device, all columns in one copy."""

@@ -78,7 +78,7 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     token_ids: list[int]
-    logprobs: dict[int, TokenLogprobs] = {}  # by index into token_ids, for requests that asked
+    logprobs: dict[int, TokenLogprobs] = {}  # by slot, for requests that asked
     prompt_scores: list[PromptScores] = []  # of prefill chunks, for requests that asked
 
 
@@ -98,7 +98,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, 
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id; None for EOS
-    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache; with the first token
     index: int = 0  # of the sequence, among the `n` of its request
     prompt_logprobs: list[TokenLogprobs] | None = None  # of all prompt tokens but the first, with the first token
     account: Account | None = None  # in the last one

@@ -40,6 +40,7 @@ class Sequence:
 
     state: State = State.HELD
     finish_reason: FinishReason | None = None
+    plain: bool = False  # its next delta tells a token, and nothing else
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
     siblings: list[Sequence] = field(default_factory=list)  # held until this one's prompt is there for them to share

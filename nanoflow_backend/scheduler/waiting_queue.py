@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from nanoflow_backend.scheduler.sequence import Sequence, rank
+from nanoflow_backend.scheduler.sequence import Sequence, State, rank
 
 
 class QueueFull(RuntimeError):
@@ -19,32 +19,60 @@ class QueueFull(RuntimeError):
 class WaitingQueue:
     """A preempted sequence keeps its arrival number, and so comes back in front of its priority.
 
-    A sorted list: inserting and removing move pointers, microseconds at tens of thousands waiting.
+    A sorted list: inserting and removing move pointers, microseconds at tens of thousands waiting. Those that are held
+    wait, too, and have no place in it before they are released.
     """
 
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
+        self._held = 0
 
     def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+        """Held ones, too."""
+        return len(self._sequences) + self._held
 
     @property
     def head(self) -> Sequence | None:
+        """The next one to be admitted."""
         return self._sequences[0] if self._sequences else None
 
+    def hold(self, sequence: Sequence) -> None:
+        sequence.state = State.HELD
+        self._held += 1
+
+    def release(self, sequences: Iterable[Sequence]) -> None:
+        """Those of them that are held may be admitted from now on."""
+        for s in sequences:
+            if s.state is State.HELD:
+                self._held -= 1
+                self.push(s)
+
     def push(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
         insort(self._sequences, sequence, key=rank)
 
     def remove(self, sequence: Sequence) -> None:
+        """Raises: ValueError, it does not wait."""
+        if sequence.state is State.HELD:
+            self._held -= 1
+            return
         index = bisect_left(self._sequences, rank(sequence), key=rank)
         if index == len(self._sequences) or self._sequences[index] is not sequence:
             raise ValueError(f"request {sequence.id} is not waiting")
         del self._sequences[index]
 
-    def check(self) -> None:
-        """Raise AssertionError if the order is broken or a sequence is in twice."""
+    def check(self, held: int) -> None:
+        """Raise AssertionError if the order is broken, a sequence is in twice, has ended, or is lost.
+
+        Args:
+            held: sequences whose state says so.
+        """
+        assert held == self._held, f"{self._held} sequences are said to be held, {held} are"
         ranks = [rank(s) for s in self._sequences]
         assert all(a < b for a, b in pairwise(ranks)), "the waiting queue is out of order"
+        waiting = all(s.state is State.WAITING and s.finish_reason is None for s in self._sequences)
+        assert waiting, "the ended do not wait"
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Those that may be admitted, in order."""
+        return iter(self._sequences)

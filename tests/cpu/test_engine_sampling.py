@@ -100,7 +100,7 @@ def test_preemption_changes_no_token(
 ) -> None:
     """What was counted and where a grammar was is made again from the tokens."""
     scarce = Engine.from_pretrained(model, kv_cache_tokens=128, page_tokens=4, dense_batch_tokens=32)
-    scarce.scheduler._forecast = ReserveNothing()  # it admits too many
+    scarce.scheduler._running._forecast = ReserveNothing()  # it admits too many
     assert comparable(scarce.generate(prompts, asked)) == comparable(expected)
     assert scarce.scheduler.stats.preemptions >= 10
     scarce.scheduler.check()

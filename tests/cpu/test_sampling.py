@@ -225,7 +225,7 @@ def test_a_slot_forgets_the_request_before() -> None:
     made.admit([Admission(0, 10, SamplingParams(temperature=0))])
     ids, found = made.sample(peaked(STOP, 20), [0], [9])
     assert ids.tolist() == [STOP]
-    assert found.by_row() == {}
+    assert found.by_slot() == {}
     assert made.sample(torch.zeros(0, VOCABULARY), [], [])[0].tolist() == []
 
 
@@ -247,10 +247,10 @@ def test_logprobs_come_to_the_rows_that_asked_and_before_masks() -> None:
         SamplingParams(temperature=0, logprobs=2, min_tokens=1),
     ]
     ids, found = sampler(*params).sample(peaked(EOS, 20, 30).repeat(3, 1), [0, 1, 2], [9, 9, 9])
-    by_row = found.by_row()
+    by_slot = found.by_slot()
     assert ids.tolist() == [EOS, EOS, 20]
-    assert by_row.keys() == {1, 2}
-    assert (by_row[1].token_ids, by_row[1].sampled_rank) == ([EOS], 1)
-    assert (by_row[2].token_ids, by_row[2].sampled_rank) == ([20, EOS, 20], 2)
+    assert by_slot.keys() == {1, 2}
+    assert (by_slot[1].token_ids, by_slot[1].sampled_rank) == ([EOS], 1)
+    assert (by_slot[2].token_ids, by_slot[2].sampled_rank) == ([20, EOS, 20], 2)
     mass = math.exp(15) + math.exp(10) + math.exp(5) + VOCABULARY - 3
-    assert by_row[2].logprobs == pytest.approx([h - math.log(mass) for h in (10, 15, 10)], abs=1e-5)
+    assert by_slot[2].logprobs == pytest.approx([h - math.log(mass) for h in (10, 15, 10)], abs=1e-5)

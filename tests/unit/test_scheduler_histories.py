@@ -169,11 +169,11 @@ class History:
             assert not life.output, f"request {delta.request_id} is scored late"
             life.scored = [scores.token_ids[0] for scores in delta.prompt_logprobs]
         life.output += delta.token_ids
+        self.seen["prefix hits"] += delta.cached_tokens > 0
         if delta.finish_reason is not None:
             life.ends.append(delta.finish_reason)
             life.stop_reason = delta.stop_reason
             self.seen[delta.finish_reason] += 1
-            self.seen["prefix hits"] += delta.cached_tokens > 0
 
     def verify(self) -> None:
         stats = self.scheduler.stats
