@@ -42,7 +42,7 @@ class Intake:
         """
         self._validate(request.prompt)
         sequences = [self._sequence(request, index, arrived_s) for index in range(request.params.n)]
-        sequences[0].siblings = sequences[1:]
+        sequences[0].siblings = tuple(sequences[1:])
         return sequences
 
     def _sequence(self, request: Request, index: int, arrived_s: float) -> Sequence:
@@ -64,6 +64,7 @@ class Intake:
             max_total_tokens=min(prompt_tokens + params.max_tokens, self._max_model_tokens, self._cache_tokens + 1),
             stop_ids=stop_ids.union(params.stop_token_ids) if params.stop_token_ids else stop_ids,
             tokens=array("i", request.prompt),
+            prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
 
     def _validate(self, prompt: list[int]) -> None:

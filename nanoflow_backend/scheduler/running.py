@@ -126,8 +126,6 @@ class Running:
         Pages of a request that is still in a step in flight come one step later; who needs them waits for that step.
         """
         needy = {s.slot: s for s in self._slots.decoding.values() if s.computed == s.room}
-        if not needy:
-            return list(self._slots.decoding.values())
         while len(needy) > self._pool.available + self._account.freed_by(self._slots.leaving.values()):
             victim = max(self._slots.running, key=rank)
             needy.pop(victim.slot, None)
@@ -141,7 +139,8 @@ class Running:
             del needy[s.slot]
         for s in needy.values():
             self._observer.paused(s, self._flight.returned)
-        return [s for s in self._slots.decoding.values() if s.slot not in needy]
+        decoding = self._slots.decoding.values()
+        return [s for s in decoding if s.slot not in needy] if needy else list(decoding)
 
     def _admit(self, page_table: list[tuple[int, int, int]], admitted: list[Admission]) -> Iterator[Sequence]:
         """Let waiting requests in, in order, while the predicted peak of page use fits; one always may run."""

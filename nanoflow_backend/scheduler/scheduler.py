@@ -227,8 +227,9 @@ class Scheduler:
         sequences = self._flight.land(sampled)
         self.observer.returned(sampled.step)
         for scores in sampled.prompt_scores:
-            s = self._slots.at(scores.slot)
-            s.prompt_logprobs[scores.position - 1 :] = scores.tokens  # after a preemption they come again
+            known = self._slots.at(scores.slot).prompt_logprobs
+            if known is not None:  # after a preemption they come again
+                known[scores.position - 1 :] = scores.tokens
         deltas: list[Delta] = []
         for s, token in zip(sequences, sampled.token_ids, strict=True):
             if s.plain and token not in s.stop_ids:
@@ -246,8 +247,7 @@ class Scheduler:
         delta = Delta(s.id, [token], None if logprobs is None else [logprobs], index=s.index)
         if s.output_tokens == 1:
             delta.cached_tokens = s.cached_tokens
-            if s.params.prompt_logprobs is not None:
-                delta.prompt_logprobs, s.prompt_logprobs = s.prompt_logprobs, []
+            delta.prompt_logprobs, s.prompt_logprobs = s.prompt_logprobs, None
         if token in s.stop_ids and s.output_tokens >= s.params.min_tokens:
             delta.finish_reason = FinishReason.STOP
             if s.params.ignore_eos or token not in self._eos_token_ids:

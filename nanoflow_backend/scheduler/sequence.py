@@ -43,8 +43,8 @@ class Sequence:
     plain: bool = False  # its next delta tells a token, and nothing else
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
-    siblings: list[Sequence] = field(default_factory=list)  # held until this one's prompt is there for them to share
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # as far as computed, where asked for
+    siblings: tuple[Sequence, ...] = ()  # held until this one's prompt is there for them to share
+    prompt_logprobs: list[TokenLogprobs] | None = None  # as far as computed, where asked for and not handed over
     account: OpenAccount = field(default_factory=OpenAccount)  # the observer's
     peak_pages: int = 0  # of those that it gave back
 
