@@ -76,9 +76,7 @@ class Sampler:
             concerned = [stage.admit(admission) for stage in stages]  # all of them: each must forget who was here
             self._edits[slot] = any(concerned)
 
-    def sample(
-        self, logits: Tensor, slots: ArrayLike, positions: ArrayLike, masks: Masks | None = None
-    ) -> Drawn:
+    def sample(self, logits: Tensor, slots: ArrayLike, positions: ArrayLike, masks: Masks | None = None) -> Drawn:
         """A token for each row, and the log-probabilities of those rows that asked for them. Waits for nothing.
 
         Log-probabilities are of the logits as they come; tokens are drawn after logit_bias, min_tokens, penalties and

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +40,8 @@ from nanoflow_backend.serving.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.senders import Senders
-from nanoflow_backend.serving.tensors import INPUTS, Arrays, Parameters, complete
+from nanoflow_backend.serving.server_channel import ServerChannel, has_response_parameters
+from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
 from nanoflow_backend.serving.tracing import Tracer
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
@@ -99,7 +99,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            channel = _Channel(request.get_response_sender(), request.request_id())
+            channel = ServerChannel(request.get_response_sender(), request.request_id())
             try:
                 self._submit(request, channel)
             except Exception as error:
@@ -121,7 +121,7 @@ class TritonPythonModel:
         if self._tracer is not None:
             self._tracer.close()
 
-    def _submit(self, request: Any, channel: _Channel) -> None:
+    def _submit(self, request: Any, channel: ServerChannel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
         came_s = time.monotonic()
         tensors = _inputs(request)
@@ -210,41 +210,6 @@ class TritonPythonModel:
         self._metrics.engine_restarted(ready)
 
 
-class _Channel:
-    """A response sender of the server in the words of `reply.Channel`.
-
-    The final response frees what `is_cancelled` looks at: asked later, or meanwhile, the server (2.51) crashes.
-    """
-
-    def __init__(self, sender: Any, request_id: str) -> None:
-        self.request_id = request_id
-        self._sender = sender
-        self._ending = threading.Lock()
-        self._ended = False
-
-    def send(self, tensors: Arrays, final: bool, parameters: Parameters) -> None:
-        extra = {"parameters": dict(parameters)} if parameters and _has_response_parameters() else {}
-        outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items()]
-        response = pb_utils.InferenceResponse(outputs, **extra)
-        if final:
-            self._end(response)
-        else:
-            self._sender.send(response)
-
-    def fail(self, failure: Failure) -> None:
-        error = pb_utils.TritonError(failure.message, getattr(pb_utils.TritonError, failure.code))
-        self._end(pb_utils.InferenceResponse(output_tensors=[], error=error))
-
-    def is_cancelled(self) -> bool:
-        with self._ending:
-            return not self._ended and bool(self._sender.is_cancelled())
-
-    def _end(self, response: Any) -> None:
-        with self._ending:
-            self._ended = True
-            self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
 def _inputs(request: Any) -> Arrays:
     found = {tensor.name: pb_utils.get_input_tensor_by_name(request, tensor.name) for tensor in INPUTS}
     return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
@@ -288,17 +253,8 @@ def _check_numpy() -> None:
 
     They do not say which they are. Parameters of a response came with 25.02: what has them is new enough.
     """
-    if int(np.__version__.split(".")[0]) >= 2 and not _has_response_parameters():
+    if int(np.__version__.split(".")[0]) >= 2 and not has_response_parameters():
         raise RuntimeError(
             f"numpy {np.__version__} does not work with this server, which is older than 25.02: "
             f"install 'numpy<2' for {sys.executable}"
         )
-
-
-@functools.cache
-def _has_response_parameters() -> bool:
-    try:
-        pb_utils.InferenceResponse([], parameters={})
-    except TypeError:
-        return False
-    return True

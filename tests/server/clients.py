@@ -8,14 +8,14 @@ import json
 import queue
 import re
 import socket
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 from nanoflow_backend.serving.tensors import INPUTS
 
@@ -103,14 +103,6 @@ def generate_stream(url: str, model: str, **body: Any) -> list[dict[str, Any]]:
     status, text = post(url, model, "generate_stream", body)
     assert status == 200, text
     return [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Wait for something that other processes do."""
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.02)
 
 
 def metrics_page(url: str) -> str:

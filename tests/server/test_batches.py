@@ -5,8 +5,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post, until
+from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 from nanoflow_backend.engine import SamplingParams
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc
 from packaging.requirements import Requirement
-from server.clients import generate, metrics_page, until
+from server.clients import generate, metrics_page
+from waiting import until
 
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.serving.embedded import OWN_PACKAGES

@@ -15,7 +15,8 @@ import observability
 import pytest
 import tiny_tokenizers
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post, until
+from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
+from waiting import until
 
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.serving.families import FAMILIES

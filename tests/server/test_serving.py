@@ -18,8 +18,9 @@ import checkpoints
 import pytest
 import tiny_tokenizers
 import tritonclient.grpc
-from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post, until
+from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.tokenizer import Tokenizer

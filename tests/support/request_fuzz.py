@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import checkpoints
 import numpy as np
 import tiny_tokenizers
 from request_surface import Case
-from unit.test_model import ServerRequest, stub_module
+from stub_backend import ServerRequest, model_module
 
 from nanoflow_backend.engine.tokenizer import Tokenizer
 
@@ -40,10 +37,8 @@ def model(folder: Path) -> Iterator[Any]:
     checkpoint.mkdir()
     (folder / "1").mkdir()
     (folder / "1" / "engine.json").write_text(json.dumps({"model": str(tiny_checkpoint(checkpoint)), **SETTINGS}))
-    name = "nanoflow_backend.serving.model"
-    with mock.patch.dict(sys.modules, {"triton_python_backend_utils": stub_module()}):
-        sys.modules.pop(name, None)
-        served = importlib.import_module(name).TritonPythonModel()
+    with model_module() as module:
+        served = module.TritonPythonModel()
         served.initialize(
             {
                 "model_config": json.dumps({"model_transaction_policy": {"decoupled": True}}),
@@ -59,7 +54,6 @@ def model(folder: Path) -> Iterator[Any]:
             yield served
         finally:
             served.finalize()
-            sys.modules.pop(name)
 
 
 def check(served: Any, batch: Sequence[Case]) -> Counter[str]:

@@ -1,6 +1,5 @@
 """TritonPythonModel without a server: a stand-in for the stub's module and for the engine process."""
 
-import importlib
 import json
 import re
 import shutil
@@ -13,83 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stub_backend
 import tiny_tokenizers
+from stub_backend import ServerRequest
+from waiting import until
 
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.messages import News, Queue, Ready, Refusal
 from nanoflow_backend.engine.process import EngineError
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
-from nanoflow_backend.serving.tensors import OUTPUTS
 
 FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
-FINAL = 1
-
-
-class ResponseSender:
-    """The server's end: checks what would hang or crash a real one."""
-
-    def __init__(self):
-        self.responses, self.final, self.cancelled, self.slow_s = [], threading.Event(), False, 0.0
-
-    def send(self, response=None, flags=0):
-        assert not self.final.is_set(), "the server raises here"
-        self.responses.append(response)
-        if flags == FINAL:
-            self.final.set()
-
-    def is_cancelled(self):
-        assert not self.final.is_set(), "the server crashes here"
-        time.sleep(self.slow_s)
-        assert not self.final.is_set(), "the server crashes here"
-        return self.cancelled
-
-
-class ServerRequest:
-    def __init__(self, parameters="", timeout_us=0, request_id="", **tensors):
-        self.request_id = lambda: request_id
-        self.tensors = {name: types.SimpleNamespace(as_numpy=lambda v=v: v) for name, v in tensors.items()}
-        self.parameters, self.timeout = lambda: parameters, lambda: timeout_us
-        self.requested_output_names = lambda: [tensor.name for tensor in OUTPUTS]
-        self.sender = ResponseSender()
-        self.get_response_sender = lambda: self.sender
-
-    def result(self):
-        assert self.sender.final.wait(30), "no final response"
-        return self.sender.responses[-1]
-
-
-def stub_module():
-    """triton_python_backend_utils as far as the model uses it."""
-    stub = types.ModuleType("triton_python_backend_utils")
-
-    class TritonError:
-        INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = "INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"
-
-        def __init__(self, message, code):
-            message.encode()  # as the server must
-            self.message, self.code = message, code
-
-    class MetricFamily:
-        GAUGE, COUNTER = "gauge", "counter"
-
-        def __init__(self, name, description, kind):
-            raise stub.TritonModelException("metrics not supported")
-
-    stub.TritonError, stub.MetricFamily = TritonError, MetricFamily
-    stub.TritonModelException = type("TritonModelException", (Exception,), {})
-    stub.InferenceResponse = lambda output_tensors, error=None: types.SimpleNamespace(
-        outputs={tensor.name: tensor.value for tensor in output_tensors}, error=error
-    )
-    stub.Tensor = lambda name, value: types.SimpleNamespace(name=name, value=value)
-    stub.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
-    stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
-    stub.Logger = types.SimpleNamespace(
-        log_info=lambda text: None, log_error=lambda text: None, log_verbose=lambda text: None
-    )
-    return stub
-
-
 READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
 
 
@@ -127,14 +61,9 @@ class FakeEngine:
 
 @pytest.fixture(scope="module")
 def module():
-    """nanoflow_backend.serving.model, imported beside the stand-in."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "triton_python_backend_utils", stub_module())
-        patch.delitem(sys.modules, "nanoflow_backend.serving.model", raising=False)
-        model = importlib.import_module("nanoflow_backend.serving.model")
+    with stub_backend.model_module() as model, pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "Supervisor", FakeEngine)
         yield model
-        sys.modules.pop("nanoflow_backend.serving.model")
 
 
 @pytest.fixture
@@ -170,14 +99,6 @@ def served(module, args):
 
 
 FLAG = np.array([True])
-
-
-def until(condition):
-    """Wait for a sender thread, or for the cancellation ticker."""
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.005)
 
 
 def text(value):
@@ -534,20 +455,20 @@ def test_an_unknown_parameter_of_config_pbtxt_is_named(module, args):
 
 def test_numpy_2_is_refused_by_an_old_server(module, args, monkeypatch):
     monkeypatch.setattr(np, "__version__", "2.4.6")
-    module._has_response_parameters.cache_clear()
+    module.has_response_parameters.cache_clear()
     with pytest.raises(RuntimeError, match=r"numpy 2\.4\.6 does not work with this server.*install 'numpy<2'"):
         module.TritonPythonModel().initialize(args)
-    module._has_response_parameters.cache_clear()
+    module.has_response_parameters.cache_clear()
     monkeypatch.setattr(module.pb_utils, "InferenceResponse", lambda output_tensors, error=None, parameters=None: None)
     model = module.TritonPythonModel()
     model.initialize(args)
     model.finalize()
-    module._has_response_parameters.cache_clear()
+    module.has_response_parameters.cache_clear()
 
 
 @pytest.mark.parametrize("new_server", [True, False])
 def test_parameters_of_responses_where_the_server_has_them(module, served, monkeypatch, new_server):
-    module._has_response_parameters.cache_clear()
+    module.has_response_parameters.cache_clear()
     plain = module.pb_utils.InferenceResponse
     if new_server:
 
@@ -564,7 +485,7 @@ def test_parameters_of_responses_where_the_server_has_them(module, served, monke
     model.execute(requests)
     engine.say(*(last(submitted.id) for submitted in engine.requests))
     one, streamed, gathered = [request.result() for request in requests]
-    module._has_response_parameters.cache_clear()
+    module.has_response_parameters.cache_clear()
     if new_server:
         for response in (one, streamed):
             assert (response.parameters["finish_reason"], response.parameters["total_output_tokens"]) == ("length", 1)
