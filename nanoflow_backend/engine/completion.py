@@ -41,7 +41,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         assert whole.finish_reason is not None, "a request that ended says why"
         return cls(
             text=whole.text,
-            token_ids=whole.token_ids,
+            token_ids=list(whole.token_ids),
             finish_reason=whole.finish_reason,
             stop_reason=whole.stop_reason,
             num_input_tokens=num_input_tokens,

@@ -24,7 +24,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     text: str = ""
-    token_ids: list[int] = []
+    token_ids: tuple[int, ...] = ()
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the stop token id; None for EOS
@@ -38,7 +38,7 @@ def merge(*deltas: TextDelta) -> TextDelta:
     last = next((delta for delta in deltas if delta.finish_reason is not None), deltas[-1])
     return TextDelta(
         text="".join(delta.text for delta in deltas),
-        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=[entry for entries in logprobs for entry in entries] if logprobs else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,

@@ -94,7 +94,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, 
     """A sequence's news of one step. Its last one carries `finish_reason`; every sequence gets exactly one such."""
 
     request_id: int
-    token_ids: list[int]  # with the EOS or stop id that ended it
+    token_ids: tuple[int, ...]  # with the EOS or stop id that ended it
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id; None for EOS

@@ -136,7 +136,7 @@ class Scheduler:
         for s in self._live.get(request_id, ()):
             if s.finish_reason is None and index in (None, s.index):
                 account = self._finish(s, reason)
-                self._news.append(Delta(request_id, [], None, reason, None, s.cached_tokens, s.index, account=account))
+                self._news.append(Delta(request_id, (), None, reason, None, s.cached_tokens, s.index, account=account))
 
     def id_at(self, slot: int) -> int:
         """The request in a slot. Raises: KeyError, there is none."""
@@ -234,7 +234,7 @@ class Scheduler:
         for s, token in zip(sequences, sampled.token_ids, strict=True):
             if s.plain and token not in s.stop_ids:
                 s.tokens.append(token)
-                deltas.append(Delta(s.id, [token]))
+                deltas.append(Delta(s.id, (token,)))
             elif s.finish_reason is None:
                 s.tokens.append(token)
                 deltas.append(self._tell(s, token, sampled.logprobs.get(s.slot)))
@@ -244,7 +244,7 @@ class Scheduler:
 
     def _tell(self, s: Sequence, token: int, logprobs: TokenLogprobs | None) -> Delta:
         """All that a sequence's newest token brings."""
-        delta = Delta(s.id, [token], None if logprobs is None else [logprobs], index=s.index)
+        delta = Delta(s.id, (token,), None if logprobs is None else [logprobs], index=s.index)
         if s.output_tokens == 1:
             delta.cached_tokens = s.cached_tokens
             delta.prompt_logprobs, s.prompt_logprobs = s.prompt_logprobs, None

@@ -53,7 +53,7 @@ class FakeEngine:
 
     def cancel(self, request_id, reason, index=None):
         self.cancelled.append(request_id)
-        self.say(Delta(request_id, [], finish_reason=FinishReason.CANCELLED))
+        self.say(Delta(request_id, (), finish_reason=FinishReason.CANCELLED))
 
     def stop(self):
         self.stopped = True
@@ -106,7 +106,7 @@ def text(value):
 
 
 def last(request_id, token=5):
-    return Delta(request_id, [token], finish_reason=FinishReason.LENGTH)
+    return Delta(request_id, (token,), finish_reason=FinishReason.LENGTH)
 
 
 def test_engine_json_and_the_parameters_of_config_pbtxt(served, args):
@@ -133,7 +133,7 @@ def test_a_request_and_its_answer(served):
     (submitted,) = engine.requests
     assert submitted.params.max_tokens == 3
     assert 9 < submitted.deadline - before_s < 11
-    engine.say(Delta(submitted.id, [5]), Delta(12345, [6]))
+    engine.say(Delta(submitted.id, (5,)), Delta(12345, (6,)))
     engine.say(last(submitted.id))
     response = request.result()
     assert response.error is None
@@ -166,7 +166,7 @@ def test_prompts_of_one_request_come_back_in_their_order(served):
     first, second = engine.requests
     assert first.prompt != second.prompt
     engine.say(last(second.id))
-    engine.say(Delta(first.id, [5, 6]))
+    engine.say(Delta(first.id, (5, 6)))
     assert not request.sender.responses
     engine.say(last(first.id))
     outputs = request.result().outputs
@@ -182,7 +182,7 @@ def test_a_stream_of_prompts_says_whose_each_response_is(served):
     model.execute([request])
     assert [submitted.prompt for submitted in engine.requests] == [[5], [6, 7]]
     first, second = engine.requests
-    for delta in (Delta(second.id, [8]), last(second.id, token=9), last(first.id, token=10)):
+    for delta in (Delta(second.id, (8,)), last(second.id, token=9), last(first.id, token=10)):
         before = len(request.sender.responses)
         engine.say(delta)
         until(lambda before=before: len(request.sender.responses) > before)
@@ -373,7 +373,7 @@ def test_a_request_that_waited_too_long_is_unavailable(served):
     (submitted,) = engine.requests
     assert submitted.deadline is None
     assert 4 < submitted.queue_deadline - before_s < 6
-    engine.say(Delta(submitted.id, [], finish_reason=FinishReason.QUEUE_TIMEOUT))
+    engine.say(Delta(submitted.id, (), finish_reason=FinishReason.QUEUE_TIMEOUT))
     assert request.result().error.code == "UNAVAILABLE"
     assert request.result().error.message == "queue_timeout: still waiting 5000000 us after the request came"
 

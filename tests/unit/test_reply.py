@@ -97,7 +97,7 @@ class Conversation:
 def deltas(ids, request_id=0, reason=FinishReason.LENGTH, **last):
     """One delta per token, the last with a finish reason and what else is given."""
     *before, end = ids
-    return [*(Delta(request_id, [token]) for token in before), Delta(request_id, [end], finish_reason=reason, **last)]
+    return [*(Delta(request_id, (token,)) for token in before), Delta(request_id, (end,), finish_reason=reason, **last)]
 
 
 def test_a_stream_is_deltas_and_one_final_response(tokenizer):
@@ -148,7 +148,7 @@ def test_several_sequences_share_their_responses(tokenizer):
     assert len(said[0]) < len(said[1])
     for k in range(len(said[1])):
         news = [
-            Delta(0, [ids[k]], [TokenLogprobs([ids[k]], [-1.0], 1)], index=index)
+            Delta(0, (ids[k],), [TokenLogprobs([ids[k]], [-1.0], 1)], index=index)
             for index, ids in enumerate(said)
             if k < len(ids)
         ]
@@ -170,10 +170,10 @@ def test_several_sequences_share_their_responses(tokenizer):
 
 def test_without_streaming_several_sequences_come_together(tokenizer):
     talk = Conversation(tokenizer, stream=False, n=3, shown_prompt="Say: ", prompt_logprobs=0)
-    talk.reply.feed([Delta(0, tokenizer.encode("dog", False), finish_reason=FinishReason.LENGTH, index=2)])
-    talk.reply.feed([Delta(0, tokenizer.encode("fox", False), finish_reason=FinishReason.LENGTH, index=0)])
+    talk.reply.feed([Delta(0, tuple(tokenizer.encode("dog", False)), finish_reason=FinishReason.LENGTH, index=2)])
+    talk.reply.feed([Delta(0, tuple(tokenizer.encode("fox", False)), finish_reason=FinishReason.LENGTH, index=0)])
     assert talk.client.responses == []
-    talk.reply.feed([Delta(0, tokenizer.encode("the", False), finish_reason=FinishReason.LENGTH, index=1)])
+    talk.reply.feed([Delta(0, tuple(tokenizer.encode("the", False)), finish_reason=FinishReason.LENGTH, index=1)])
     (response,) = talk.client.whole
     assert [text.decode() for text in response["text_output"]] == ["Say: fox", "Say: the", "Say: dog"]
     assert (talk.client.finals, talk.cancels) == (1, 0)
@@ -182,8 +182,8 @@ def test_without_streaming_several_sequences_come_together(tokenizer):
 def test_the_prompts_logprobs_come_once(tokenizer):
     talk = Conversation(tokenizer, outputs=["prompt_logprobs", "output_ids"], prompt_logprobs=1)
     scores = [TokenLogprobs([2, 9], [-1.5, -0.5], 2), TokenLogprobs([3, 3], [-0.5, -0.5], 1)]
-    talk.reply.feed([Delta(0, [5], prompt_logprobs=scores)])
-    talk.reply.feed([Delta(0, [6], finish_reason=FinishReason.LENGTH)])
+    talk.reply.feed([Delta(0, (5,), prompt_logprobs=scores)])
+    talk.reply.feed([Delta(0, (6,), finish_reason=FinishReason.LENGTH)])
     first, last = talk.client.responses
     assert "prompt_logprobs" not in last
     nothing, second, third = json.loads(first["prompt_logprobs"])
@@ -196,9 +196,9 @@ def test_all_outputs_of_one_token(tokenizer):
     talk = Conversation(tokenizer, outputs=ALL_OUTPUTS, logprobs=2)
     (dog,) = tokenizer.encode(" dog", add_special_tokens=False)[-1:]
     entry = TokenLogprobs([dog, 7, dog], [-1.5, -0.5, -1.5], sampled_rank=2)
-    talk.reply.feed([Delta(0, [dog], logprobs=[entry], cached_tokens=2)])
+    talk.reply.feed([Delta(0, (dog,), logprobs=[entry], cached_tokens=2)])
     last_logprobs = [TokenLogprobs([9], [-2.0], 5)]
-    talk.reply.feed([Delta(0, [9], last_logprobs, FinishReason.STOP, stop_reason=9, account=ACCOUNT)])
+    talk.reply.feed([Delta(0, (9,), last_logprobs, FinishReason.STOP, stop_reason=9, account=ACCOUNT)])
     first, last = talk.client.responses
     assert json.loads(first.pop("logprobs")) == [
         {
@@ -230,7 +230,9 @@ def test_all_outputs_of_one_token(tokenizer):
 
 def test_where_nothing_measures_energy_there_is_no_such_output(tokenizer):
     talk = Conversation(tokenizer, outputs=["energy_j", "total_time_s"], stream=False)
-    talk.reply.feed([Delta(0, [5], finish_reason=FinishReason.LENGTH, account=structs.replace(ACCOUNT, energy_j=None))])
+    talk.reply.feed(
+        [Delta(0, (5,), finish_reason=FinishReason.LENGTH, account=structs.replace(ACCOUNT, energy_j=None))]
+    )
     assert talk.client.responses == [{"total_time_s": [4.0]}]
 
 
@@ -244,7 +246,7 @@ def test_with_a_stop_string_the_account_is_waited_for(tokenizer, stream):
     assert not talk.reply.finished
     assert talk.reasons
     assert set(talk.reasons) == {FinishReason.STOP}
-    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.STOP, account=ACCOUNT)])
+    talk.reply.feed([Delta(0, (), finish_reason=FinishReason.STOP, account=ACCOUNT)])
     assert "".join(talk.client.sent("text_output")) == "The quick brown fox jumps over the "
     last = talk.client.responses[-1]
     assert (last["finish_reason"], last["peak_kv_pages"]) == ("stop", [7])
@@ -258,9 +260,9 @@ def test_several_sequences_have_one_account(tokenizer):
     for delta in deltas(tokenizer.encode(TEXT)[1:], reason=None):
         talk.reply.feed([delta])
     assert (talk.reasons, talk.cancelled) == ([FinishReason.STOP], 0)
-    talk.reply.feed([Delta(0, [5], index=1, finish_reason=FinishReason.LENGTH, account=other)])
+    talk.reply.feed([Delta(0, (5,), index=1, finish_reason=FinishReason.LENGTH, account=other)])
     assert not talk.reply.finished
-    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.STOP, account=ACCOUNT)])
+    talk.reply.feed([Delta(0, (), finish_reason=FinishReason.STOP, account=ACCOUNT)])
     assert {name: talk.client.responses[-1][name] for name in ACCOUNT_OUTPUTS} == {
         "queue_time_s": [0.5],
         "prefill_time_s": [1.0],
@@ -294,14 +296,14 @@ def test_a_trace_is_ended_once_with_the_account(tokenizer):
     talk = Conversation(tokenizer, trace=trace)
     for delta in deltas([5, 6, 7], account=ACCOUNT):
         talk.reply.feed([delta])
-    talk.reply.feed([Delta(0, [8])])
+    talk.reply.feed([Delta(0, (8,))])
     assert trace.ends == [("length", 3, 3, ACCOUNT)]
 
 
 def test_a_trace_of_a_failure_has_its_code(tokenizer):
     refused, late = Trace(), Trace()
     Conversation(tokenizer, trace=refused).reply.feed([Failure("INVALID_ARG", "prompt: too long")])
-    news = [Delta(0, [5]), Delta(0, [], finish_reason=FinishReason.DEADLINE, account=ACCOUNT)]
+    news = [Delta(0, (5,)), Delta(0, (), finish_reason=FinishReason.DEADLINE, account=ACCOUNT)]
     Conversation(tokenizer, stream=False, trace=late).reply.feed(news)
     assert refused.ends == [("INVALID_ARG", 3, 0, None)]
     assert late.ends == [("UNAVAILABLE", 3, 0, ACCOUNT)]
@@ -309,8 +311,8 @@ def test_a_trace_of_a_failure_has_its_code(tokenizer):
 
 def test_the_last_response_has_what_was_not_asked_for_as_parameters(tokenizer):
     talk = Conversation(tokenizer, outputs=["text_output", "finish_reason"], stream=True)
-    talk.reply.feed([Delta(0, [5, 6], cached_tokens=2)])
-    talk.reply.feed([Delta(0, [9], finish_reason=FinishReason.STOP, stop_reason=9)])
+    talk.reply.feed([Delta(0, (5, 6), cached_tokens=2)])
+    talk.reply.feed([Delta(0, (9,), finish_reason=FinishReason.STOP, stop_reason=9)])
     assert talk.client.parameters == {
         "stop_reason": "9",
         "num_input_tokens": 3,
@@ -321,7 +323,7 @@ def test_the_last_response_has_what_was_not_asked_for_as_parameters(tokenizer):
 
 def test_logprobs_that_were_not_asked_for_are_null(tokenizer):
     talk = Conversation(tokenizer, outputs=["text_output", "logprobs", "cumulative_logprob"])
-    talk.reply.feed([Delta(0, [5], [TokenLogprobs([5], [-1.0], 1)], FinishReason.LENGTH)])
+    talk.reply.feed([Delta(0, (5,), [TokenLogprobs([5], [-1.0], 1)], FinishReason.LENGTH)])
     assert talk.client.responses[0]["logprobs"] == "null"
     assert talk.client.responses[0]["cumulative_logprob"] == [-1.0]
 
@@ -336,16 +338,16 @@ def test_ids_alone_need_no_tokenizer():
 
 def test_a_cancelled_request_says_so_one_way_or_the_other(tokenizer):
     talk = Conversation(tokenizer, outputs=["text_output", "finish_reason"])
-    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.CANCELLED)])
+    talk.reply.feed([Delta(0, (), finish_reason=FinishReason.CANCELLED)])
     assert (talk.client.responses[-1]["finish_reason"], talk.client.failure) == ("cancelled", None)
     talk = Conversation(tokenizer)
-    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.CANCELLED)])
+    talk.reply.feed([Delta(0, (), finish_reason=FinishReason.CANCELLED)])
     assert (talk.client.failure.code, talk.client.responses) == ("CANCELLED", [])
 
 
 def test_a_missed_deadline_is_unavailable(tokenizer):
     talk = Conversation(tokenizer, outputs=["text_output", "finish_reason"])
-    talk.reply.feed([Delta(0, [], finish_reason=FinishReason.DEADLINE)])
+    talk.reply.feed([Delta(0, (), finish_reason=FinishReason.DEADLINE)])
     assert talk.client.failure.code == "UNAVAILABLE"
     assert "timeout: not done 1500 us after" in talk.client.failure.message
 
@@ -397,12 +399,12 @@ def test_a_slow_client_gets_fewer_and_larger_responses(tokenizer):
 
     outputs = ["output_ids", "num_output_tokens"]
     crowd = Crowd([Conversation(tokenizer, outputs=outputs, client=Slow())], threads=1)
-    crowd.senders.file([Delta(0, [0])])
+    crowd.senders.file([Delta(0, (0,))])
     client = crowd.talks[0].client
     while not client.responses:  # the sender is now inside the first response
         time.sleep(0.001)
     for token in range(1, 100):
-        crowd.senders.file([Delta(0, [token])])
+        crowd.senders.file([Delta(0, (token,))])
     released.set()
     while len(client.responses) < 2:
         time.sleep(0.001)

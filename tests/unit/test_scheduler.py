@@ -146,8 +146,8 @@ def test_a_missing_seed_is_drawn_from_the_schedulers() -> None:
 def test_eos_is_delivered_and_has_no_stop_reason() -> None:
     s = make()
     s.add(request(0, 3))
-    assert step(s) == [Delta(0, [7])]
-    assert step(s, EOS) == [Delta(0, [EOS], finish_reason=FinishReason.STOP)]
+    assert step(s) == [Delta(0, (7,))]
+    assert step(s, EOS) == [Delta(0, (EOS,), finish_reason=FinishReason.STOP)]
     assert not s.has_work
     assert s.stats.overshoot_tokens == 0
 
@@ -169,7 +169,7 @@ def test_length_is_counted_when_scheduled() -> None:
     first, second = formed(s), formed(s)
     assert s.schedule() is None, "both tokens are on their way"
     assert returned(s, first)[0].finish_reason is None
-    assert returned(s, second) == [Delta(0, [7], finish_reason=FinishReason.LENGTH)]
+    assert returned(s, second) == [Delta(0, (7,), finish_reason=FinishReason.LENGTH)]
     assert s.stats.overshoot_tokens == 0
 
 
@@ -208,12 +208,15 @@ def test_nothing_stops_before_min_tokens() -> None:
 
 def test_logprobs_travel_with_their_token() -> None:
     s = make()
-    s.add(request(0, 3))
+    s.add(request(0, 3, max_tokens=1))
     s.add(request(1, 3, logprobs=0))
+    logprobs = [TokenLogprobs([token], [-0.5], 1) for token in (8, 9)]
+    first, second = s.retire(Sampled(formed(s).step, [7, 8], {1: logprobs[0]}))
+    assert (first.logprobs, second.logprobs) == (None, [logprobs[0]])
     batch = formed(s)
-    logprobs = TokenLogprobs([8], [-0.5], 1)
-    first, second = s.retire(Sampled(batch.step, [7, 8], {1: logprobs}))
-    assert (first.logprobs, second.logprobs) == (None, [logprobs])
+    assert batch.sampled_slots == [1]
+    (last,) = s.retire(Sampled(batch.step, [9], {1: logprobs[1]}))
+    assert last.logprobs == [logprobs[1]]
 
 
 # -- cancel and deadline
@@ -225,7 +228,7 @@ def test_cancel_while_waiting() -> None:
     s.add(request(1, 3))
     step(s)
     s.cancel(1)
-    assert step(s) == [Delta(1, [], finish_reason=FinishReason.CANCELLED), Delta(0, [7])]
+    assert step(s) == [Delta(1, (), finish_reason=FinishReason.CANCELLED), Delta(0, (7,))]
     assert s.stats.waiting_requests == 0
 
 
@@ -238,7 +241,7 @@ def test_cancel_with_a_step_in_flight_keeps_the_pages_until_it_is_back() -> None
     s.check()
     assert s.stats.used_pages == 5
     assert s.schedule() is None
-    assert returned(s, batch) == [Delta(0, [], finish_reason=FinishReason.CANCELLED)]
+    assert returned(s, batch) == [Delta(0, (), finish_reason=FinishReason.CANCELLED)]
     assert (s.stats.used_pages, s.has_work) == (0, False)
 
 
@@ -259,10 +262,10 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     s.add(request(1, 3, deadline=2.0))
     assert [d.request_id for d in step(s)] == [0]
     now = 2.0
-    assert step(s) == [Delta(1, [], finish_reason=FinishReason.DEADLINE), Delta(0, [7])]
+    assert step(s) == [Delta(1, (), finish_reason=FinishReason.DEADLINE), Delta(0, (7,))]
     now = 5.0
     assert s.schedule() is None
-    assert without_accounts(s.retire(None)) == [Delta(0, [], finish_reason=FinishReason.DEADLINE)]
+    assert without_accounts(s.retire(None)) == [Delta(0, (), finish_reason=FinishReason.DEADLINE)]
     assert s.stats.used_pages == 0
 
 
@@ -343,7 +346,7 @@ def test_a_victim_in_flight_comes_back_first() -> None:
     assert s.schedule() is None, "request 0 waits for the pages of request 1, which a step in flight writes"
     s.check()
     assert s.stats.used_pages == 4
-    assert returned(s, batch) == [Delta(0, [7]), Delta(1, [7])]
+    assert returned(s, batch) == [Delta(0, (7,)), Delta(1, (7,))]
     assert s.stats.used_pages == 2
     assert finish(s) == {0: [7] * 2, 1: [7] * 2}
 

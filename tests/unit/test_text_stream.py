@@ -60,9 +60,9 @@ def split(ids: Sequence[int], rng: random.Random, finish: FinishReason = FinishR
     start = 0
     while start < len(ids):
         width = rng.randrange(5)
-        yield Delta(0, list(ids[start : start + width]))
+        yield Delta(0, tuple(ids[start : start + width]))
         start += width
-    yield Delta(0, [], finish_reason=finish)
+    yield Delta(0, (), finish_reason=finish)
 
 
 def stream(
@@ -135,11 +135,11 @@ def test_random_ids(tokenizer: Tokenizer, skip: bool) -> None:
 def test_a_character_is_shown_with_its_last_byte(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("x𓀀", add_special_tokens=False)
     text_stream = TextStream(tokenizer, params(), tokenizer.encode("The"))
-    shown = [text_stream.push(Delta(0, [token_id])).text for token_id in ids]
+    shown = [text_stream.push(Delta(0, (token_id,))).text for token_id in ids]
     assert shown[-4:] == ["", "", "", "𓀀"]
     cut = TextStream(tokenizer, params(), [])
-    cut.push(Delta(0, ids[:-1]))
-    end = cut.push(Delta(0, [], finish_reason=FinishReason.LENGTH)).text
+    cut.push(Delta(0, tuple(ids[:-1])))
+    end = cut.push(Delta(0, (), finish_reason=FinishReason.LENGTH)).text
     assert end == tokenizer.decode(ids[:-1])[1:] != ""
 
 
@@ -223,14 +223,14 @@ def test_stop_strings(
         shown += delta.text
         assert text.startswith(shown)  # nothing of a stop string, ever
     whole = merge(*deltas)
-    assert (shown, whole.token_ids) == (text, ids[:tokens])
+    assert (shown, list(whole.token_ids)) == (text, ids[:tokens])
     assert (whole.finish_reason, whole.stop_reason) == (FinishReason.STOP if stop else FinishReason.LENGTH, stop)
     assert sum(delta.finish_reason is not None for delta in deltas) == 1
 
 
 def test_text_waits_only_while_a_stop_string_is_possible(plain: Tokenizer) -> None:
     text_stream = TextStream(plain, params(stop=("<||>",)), [])
-    shown = [text_stream.push(Delta(0, plain.encode(character, False))).text for character in "x<||y<"]
+    shown = [text_stream.push(Delta(0, tuple(plain.encode(character, False)))).text for character in "x<||y<"]
     assert shown == ["x", "", "", "", "<||y", ""]
 
 
@@ -238,13 +238,13 @@ def test_overshoot_is_not_shown(plain: Tokenizer) -> None:
     ids = plain.encode("one stop two", add_special_tokens=False)
     logprobs = [TokenLogprobs([token_id], [-1.0], 1) for token_id in ids]
     text_stream = TextStream(plain, params(stop=("stop",), logprobs=0), [])
-    delta = text_stream.push(Delta(0, ids, logprobs, FinishReason.LENGTH, cached_tokens=3))
+    delta = text_stream.push(Delta(0, tuple(ids), logprobs, FinishReason.LENGTH, cached_tokens=3))
     assert (delta.text, delta.finish_reason, delta.stop_reason) == ("one ", FinishReason.STOP, "stop")
     assert plain.decode(delta.token_ids) == "one stop"
     assert delta.logprobs == logprobs[: len(delta.token_ids)]
     assert delta.cached_tokens == 3
     assert text_stream.finished
-    assert text_stream.push(Delta(0, ids, finish_reason=FinishReason.CANCELLED)) == TextDelta()
+    assert text_stream.push(Delta(0, tuple(ids), finish_reason=FinishReason.CANCELLED)) == TextDelta()
 
 
 @pytest.mark.parametrize(
@@ -264,26 +264,28 @@ def test_the_stopping_token_counts_but_has_no_text(
     assert plain.eos_id is not None
     ids = plain.encode("hi st", add_special_tokens=False)
     text_stream = TextStream(plain, params(**fields), [])
-    first = text_stream.push(Delta(0, ids))
-    last = text_stream.push(Delta(0, [plain.eos_id], finish_reason=FinishReason.STOP, stop_reason=stop_reason))
+    first = text_stream.push(Delta(0, tuple(ids)))
+    last = text_stream.push(Delta(0, (plain.eos_id,), finish_reason=FinishReason.STOP, stop_reason=stop_reason))
     assert first.text + last.text == text
-    assert last.token_ids == [plain.eos_id]
+    assert last.token_ids == (plain.eos_id,)
     assert (last.finish_reason, last.stop_reason) == (FinishReason.STOP, stop_reason)
 
 
 def test_a_stop_id_that_is_an_ordinary_token(plain: Tokenizer) -> None:
     ids = plain.encode("one two", add_special_tokens=False)
-    delta = TextStream(plain, params(), []).push(Delta(0, ids, finish_reason=FinishReason.STOP, stop_reason=ids[-1]))
+    delta = TextStream(plain, params(), []).push(
+        Delta(0, tuple(ids), finish_reason=FinishReason.STOP, stop_reason=ids[-1])
+    )
     assert delta.text == plain.decode(ids[:-1])
     included = TextStream(plain, params(include_stop_str_in_output=True), [])
-    assert included.push(Delta(0, ids, finish_reason=FinishReason.STOP, stop_reason=ids[-1])).text == "one two"
+    assert included.push(Delta(0, tuple(ids), finish_reason=FinishReason.STOP, stop_reason=ids[-1])).text == "one two"
 
 
 @pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.LENGTH])
 def test_what_is_held_back_is_released_at_the_end(plain: Tokenizer, reason: FinishReason) -> None:
     text_stream = TextStream(plain, params(stop=("stop",)), [])
-    assert text_stream.push(Delta(0, plain.encode("a sto", False))).text == "a "
-    end = text_stream.push(Delta(0, [], finish_reason=reason))
+    assert text_stream.push(Delta(0, tuple(plain.encode("a sto", False)))).text == "a "
+    end = text_stream.push(Delta(0, (), finish_reason=reason))
     assert (end.text, end.finish_reason, end.stop_reason) == ("sto", reason, None)
 
 
@@ -291,11 +293,11 @@ def test_merged_deltas_say_the_same(plain: Tokenizer) -> None:
     rng = random.Random(2)
     ids = plain.encode("naïve café 👩‍👩‍👧 stop", add_special_tokens=False)
     text_stream = TextStream(plain, params(stop=("stop",), logprobs=0), [])
-    pushes = [Delta(0, [i], [TokenLogprobs([i], [-1.0], 1)], cached_tokens=4 * (n == 0)) for n, i in enumerate(ids)]
-    deltas = [text_stream.push(delta) for delta in [*pushes, Delta(0, [], finish_reason=FinishReason.CANCELLED)]]
+    pushes = [Delta(0, (i,), [TokenLogprobs([i], [-1.0], 1)], cached_tokens=4 * (n == 0)) for n, i in enumerate(ids)]
+    deltas = [text_stream.push(delta) for delta in [*pushes, Delta(0, (), finish_reason=FinishReason.CANCELLED)]]
     whole = merge(*deltas)
     assert (whole.text, whole.finish_reason, whole.stop_reason) == ("naïve café 👩‍👩‍👧 ", FinishReason.STOP, "stop")
-    assert (whole.token_ids, len(whole.logprobs or []), whole.cached_tokens) == (ids, len(ids), 4)
+    assert (list(whole.token_ids), len(whole.logprobs or []), whole.cached_tokens) == (ids, len(ids), 4)
     for _ in range(20):
         queued = list(deltas)
         while len(queued) > 1:
@@ -306,8 +308,8 @@ def test_merged_deltas_say_the_same(plain: Tokenizer) -> None:
 
 def test_without_a_tokenizer_there_are_ids_only() -> None:
     text_stream = TextStream(None, params(), [1, 2])
-    assert text_stream.push(Delta(0, [3, 4])) == TextDelta(token_ids=[3, 4])
-    last = text_stream.push(Delta(0, [5], finish_reason=FinishReason.STOP, stop_reason=5))
-    assert last == TextDelta(token_ids=[5], finish_reason=FinishReason.STOP, stop_reason=5)
+    assert text_stream.push(Delta(0, (3, 4))) == TextDelta(token_ids=(3, 4))
+    last = text_stream.push(Delta(0, (5,), finish_reason=FinishReason.STOP, stop_reason=5))
+    assert last == TextDelta(token_ids=(5,), finish_reason=FinishReason.STOP, stop_reason=5)
     with pytest.raises(InvalidRequest, match="stop: expected none"):
         TextStream(None, params(stop=("x",)), [])
