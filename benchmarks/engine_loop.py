@@ -2,13 +2,19 @@
 nothing, thread CPU time by part.
 
     python benchmarks/engine_loop.py --model demo/tiny-llama --output benchmarks/results/engine_loop.json
+
+With `--against`, a checkout of another commit, both are measured in turn: what else the machine does meets both.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,6 +28,8 @@ from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.engine.messages import News
 from nanoflow_backend.scheduler.request import Request
+
+MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
 
 
 class NullProgram:
@@ -40,10 +48,24 @@ class NullProgram:
 def main(
     model: Annotated[Path, typer.Option()],
     output: Annotated[Path | None, typer.Option()] = None,
+    against: Annotated[Path | None, typer.Option(help="A checkout of another commit.")] = None,
+    rounds: Annotated[int, typer.Option(help="Of A B B A, with --against.")] = 3,
     running: int = 1000,
     prompt_tokens: int = 64,
     steps: int = 300,
 ) -> None:
+    load = [os.getloadavg()[0]]
+    if against is None:
+        measured = measure(model, running, prompt_tokens, steps)
+    else:
+        options = [f"--model={model.resolve()}", f"--running={running}", f"--prompt-tokens={prompt_tokens}"]
+        measured = compare(Path(__file__).parents[1], against.resolve(), [*options, f"--steps={steps}"], rounds)
+    load.append(os.getloadavg()[0])
+    result.write({**measured, "load_average_before_and_after": load}, output)
+
+
+def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
+    """In this process."""
     engine = Engine.from_pretrained(
         model,
         device="cpu",
@@ -84,16 +106,41 @@ def main(
     assert engine.scheduler.stats.running_requests == running, "all requests decode in every measured step"
     milliseconds = {name: round(1e3 * median(times), 3) for name, times in cpu_s.items()}
     total = milliseconds["step"] + milliseconds["encode_news"]
-    result.write(
-        {
-            "running_requests": running,
-            "steps": steps,
-            "median_thread_cpu_ms": milliseconds,
-            "total_ms_per_step": round(total, 3),
-            "p99_step_ms": round(1e3 * sorted(cpu_s["step"])[int(0.99 * steps)], 3),
-        },
-        output,
+    return {
+        "running_requests": running,
+        "steps": steps,
+        "median_thread_cpu_ms": milliseconds,
+        "total_ms_per_step": round(total, 3),
+        "p99_step_ms": round(1e3 * sorted(cpu_s["step"])[int(0.99 * steps)], 3),
+    }
+
+
+def compare(here: Path, there: Path, options: list[str], rounds: int) -> dict[str, Any]:
+    """Two checkouts in turn, A B B A, each run in a process of its own, by that checkout's own script and code.
+
+    Returns the median run of `here`, and the totals of all.
+    """
+    runs: defaultdict[Path, list[dict[str, Any]]] = defaultdict(list)
+    for checkout in (here, there, there, here) * rounds:
+        path = os.pathsep.join(str(checkout / folder) for folder in ("", "kernels", "search"))
+        command = [sys.executable, checkout / "benchmarks" / "engine_loop.py", *options]
+        ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
+        runs[checkout].append(msgspec.json.decode(ran.stdout))
+        print(checkout.name, runs[checkout][-1]["total_ms_per_step"], file=sys.stderr)
+    ours, theirs = (sorted(runs[checkout], key=itemgetter("total_ms_per_step")) for checkout in (here, there))
+    middle, their_middle = ours[len(ours) // 2], theirs[len(theirs) // 2]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=there, check=True, capture_output=True, text=True
     )
+    return {
+        **{key: middle[key] for key in MEASURED},
+        "totals_ms": [run["total_ms_per_step"] for run in ours],
+        "against": {
+            "commit": commit.stdout.strip(),
+            **{key: their_middle[key] for key in MEASURED},
+            "totals_ms": [run["total_ms_per_step"] for run in theirs],
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -90,8 +90,11 @@ class FinishReason(StrEnum):
     QUEUE_TIMEOUT = "queue_timeout"  # it never ran
 
 
-class Delta(msgspec.Struct, array_like=True, gc=False):  # a thousand per step, and no cycle to collect
-    """A sequence's news of one step. Its last one carries `finish_reason`; every sequence gets exactly one such."""
+class Delta(msgspec.Struct, omit_defaults=True, rename={"request_id": "r", "token_ids": "t"}, gc=False):
+    """A sequence's news of one step. Its last one carries `finish_reason`; every sequence gets exactly one such.
+
+    There are a thousand in a step, nearly all of two fields: the others are not sent, and there is no cycle to collect.
+    """
 
     request_id: int
     token_ids: tuple[int, ...]  # with the EOS or stop id that ended it
