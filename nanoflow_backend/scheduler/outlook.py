@@ -57,7 +57,8 @@ class Outlook:
         Each has grown by then, or has ended and uses nothing. A last page is half full on average.
         """
         alive = self._forecast.alive(np.array(produced), np.array(max_tokens), MOMENTS[:-1])
-        tokens = np.array(held_tokens) + (MOMENTS[1:, None] - 1)
-        pages = tokens / self._account.page_tokens + 0.5
+        page_tokens = self._account.page_tokens
+        pages = np.add.outer((MOMENTS[1:] - 1) / page_tokens + 0.5, np.array(held_tokens) / page_tokens)
         mean = alive * pages
-        return mean.sum(axis=1), (mean * (pages - mean)).sum(axis=1)
+        variance = np.einsum("mr,mr->m", mean, pages) - np.einsum("mr,mr->m", mean, mean)
+        return mean.sum(axis=1), variance
