@@ -118,7 +118,7 @@ def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[s
 def compare(here: Path, there: Path, options: list[str], rounds: int) -> dict[str, Any]:
     """Two checkouts in turn, A B B A, each run in a process of its own, by that checkout's own script and code.
 
-    Returns the median run of `here`, and the totals of all.
+    Returns the median run of each (of two in the middle the faster), and the totals of all.
     """
     runs: defaultdict[Path, list[dict[str, Any]]] = defaultdict(list)
     for checkout in (here, there, there, here) * rounds:
@@ -128,7 +128,7 @@ def compare(here: Path, there: Path, options: list[str], rounds: int) -> dict[st
         runs[checkout].append(msgspec.json.decode(ran.stdout))
         print(checkout.name, runs[checkout][-1]["total_ms_per_step"], file=sys.stderr)
     ours, theirs = (sorted(runs[checkout], key=itemgetter("total_ms_per_step")) for checkout in (here, there))
-    middle, their_middle = ours[len(ours) // 2], theirs[len(theirs) // 2]
+    middle, their_middle = ours[(len(ours) - 1) // 2], theirs[(len(theirs) - 1) // 2]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=there, check=True, capture_output=True, text=True
     )
