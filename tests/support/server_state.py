@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import re
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from nanoflow_backend.serving.embedded import EmbeddedServer
 
 # By a word of the command line. What else there is (guard, helpers of the allocator) is small and lives as long.
 ROLES = {"tritonserver": "/bin/tritonserver", "stub": "triton_python_backend_stub", "engine": "engine.loop"}
+
+# The sockets that the kernel lists, in /proc/PID/net.
+INODE_COLUMNS = {"tcp": 9, "tcp6": 9, "udp": 9, "udp6": 9, "unix": 6, "netlink": 9, "packet": 8}
 
 
 def processes(root: int) -> dict[int, str]:
@@ -36,18 +40,41 @@ def by_role(server: EmbeddedServer) -> dict[str, list[int]]:
     return found
 
 
+def dead_sockets(pid: int) -> set[str]:
+    """Inodes of a process's sockets that are in no table of the kernel: their connection has ended, and is not closed.
+
+    A socket is so for a moment after a client's reset, until its owner has read of it. One that stays so is lost.
+    """
+    held = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed while we look
+            if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor)):
+                held.add(match[1])
+    for table, column in INODE_COLUMNS.items():
+        held -= {line.split()[column] for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]}
+    return held
+
+
 def sample(server: EmbeddedServer) -> dict[str, float]:
-    """Of each role: processes, RSS in MiB, descriptors; and MiB of shared memory."""
+    """Of each role: processes, RSS in MiB, lost sockets, all other descriptors; and MiB of shared memory."""
     values: dict[str, float] = {}
     for role, pids in by_role(server).items():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
             values[f"{role}_processes"] = len(pids)
             values[f"{role}_rss_mib"] = round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
-            values[f"{role}_fds"] = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+            values[f"{role}_lost_sockets"] = lost = sum(_lost_sockets(pid) for pid in pids)
+            values[f"{role}_fds"] = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids) - lost
     segments = Path("/dev/shm").glob(f"{server.shm_prefix}*")
     values["shm_mib"] = round(sum(segment.stat().st_blocks * 512 for segment in segments) / 2**20, 2)
     return values
+
+
+def _lost_sockets(pid: int) -> int:
+    if dead := dead_sockets(pid):
+        time.sleep(1)
+        dead &= dead_sockets(pid)
+    return len(dead)
 
 
 def cpu_s(server: EmbeddedServer) -> dict[str, float]:
