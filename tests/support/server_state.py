@@ -56,15 +56,20 @@ def dead_sockets(pid: int) -> set[str]:
 
 
 def sample(server: EmbeddedServer) -> dict[str, float]:
-    """Of each role: processes, RSS in MiB, lost sockets, all other descriptors; and MiB of shared memory."""
+    """Of each role: processes, RSS in MiB, descriptors; and MiB of shared memory.
+
+    Sockets that the server lost are counted apart from its other descriptors.
+    """
     values: dict[str, float] = {}
     for role, pids in by_role(server).items():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
             values[f"{role}_processes"] = len(pids)
             values[f"{role}_rss_mib"] = round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
-            values[f"{role}_lost_sockets"] = lost = sum(_lost_sockets(pid) for pid in pids)
-            values[f"{role}_fds"] = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids) - lost
+            values[f"{role}_fds"] = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+            if role == "tritonserver":
+                values["lost_sockets"] = lost = sum(_lost_sockets(pid) for pid in pids)
+                values[f"{role}_fds"] -= lost
     segments = Path("/dev/shm").glob(f"{server.shm_prefix}*")
     values["shm_mib"] = round(sum(segment.stat().st_blocks * 512 for segment in segments) / 2**20, 2)
     return values
