@@ -30,8 +30,8 @@ MAX_REFUSAL_P99_MS = 100.0
 # inherits what the server has open, some 25 descriptors; shared memory grows by 1 MiB at a time.
 MAX_GROWTH = {"stub_fds": 32.0, "fds": 4.0, "lost_sockets": math.inf, "shm_mib": 1.0, "processes": 0.0}
 MAX_RSS_GROWTH, ALLOCATOR_MIB = 0.05, 8.0
-# Sockets that the 2.51 server loses, by clients that left (see soak.py): 8 of some 240 in a soak, 26 of 1,125 with a trivial
-# model. None without such clients.
+# Sockets that the 2.51 server loses, by clients that left (see soak.py): 8 of some 240 in a soak, 26 of 1,125 with a
+# trivial model. None without such clients.
 MAX_LOST_SOCKETS, LOST_BY_CHANCE = 0.1, 1
 
 
