@@ -53,14 +53,20 @@ def gathered_tile(
 def attend(
     peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
     K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys: peak [M], mass [M], acc [M, D], queries [M, D], whose rows stand at positions `at` [M]."""
+    """One more tile of keys: peak [M], mass [M], acc [M, D], queries [M, D], whose rows stand at positions `at` [M].
+
+    LAST: the tile may have keys behind a row's own.
+    """
     if BULK:
         k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
+        if LAST:  # what lies behind may be NaN
+            v = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
     else:
         k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
     s = tl.dot(queries, k.T, input_precision="ieee")
-    if not BULK:
+    if LAST:
         s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
     highest = tl.maximum(peak, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - highest[:, None])

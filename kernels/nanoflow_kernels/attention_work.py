@@ -21,6 +21,7 @@ from nanoflow_kernels.grid import programs
 
 DECODE_KEYS = 32  # of a tile of keys that a decoding row reads
 DECODE_PER_SM = 6  # programs
+SHARE_TILES = 2  # at least: of a row or two on many SMs, parts of single tiles would cost more to join than they save
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERIES = 64  # rows of a tile of queries: tokens times the query heads of a kv head
 PREFILL_PER_SM = 2
@@ -32,12 +33,15 @@ FEW = 16  # rows that all decode
 class AttentionWork:
     """Valid while positions and slots are what they were; the same for every layer of a model.
 
-    stop_tile [T]: tiles of the decode rows up to and with this one. first_row [shares]: the decode row in which a
-    share begins. query_row [T]: the first row of each tile of queries. counts [2]: tiles of keys, tiles of queries.
+    stop_tile [T]: tiles of the decode rows up to and with this one. shares [shares, 4]: the row, kv head and tile at
+    which a share begins, and how many tiles it has. joins [joins, 4]: a pair that is cut: its row, kv head, the share
+    in which it begins, and in how many it lies. query_row [T]: the first row of each tile of queries. counts [3]: tiles
+    of keys, tiles of queries, joins.
     """
 
     stop_tile: Tensor
-    first_row: Tensor
+    shares: Tensor
+    joins: Tensor
     query_row: Tensor
     counts: Tensor
     queries: int  # tokens in a tile of queries
@@ -46,9 +50,9 @@ class AttentionWork:
 
 @triton.jit
 def _list_work(
-    positions, slots, stop_tile, first_row, query_row, counts, T, shares, steps,
-    K: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
-    FEW: tl.constexpr,
+    positions, slots, stop_tile, share_list, join_list, query_row, counts, T, shares, steps,
+    K: tl.constexpr, KEYS: tl.constexpr, SHARE_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    SHARES: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     key_tiles = 0
     query_tiles = 0
@@ -78,7 +82,8 @@ def _list_work(
 
     tl.debug_barrier()  # what other threads stored is searched now
     share = tl.arange(0, SHARES)
-    begin = share * tl.cdiv(key_tiles * K, shares)
+    size = tl.maximum(tl.cdiv(key_tiles * K, shares), SHARE_TILES)
+    begin = share * size
     low = tl.zeros([SHARES], tl.int32)
     high = low + T
     for _ in range(steps):
@@ -86,7 +91,25 @@ def _list_work(
         past = tl.load(stop_tile + middle, mask=middle < T, other=2147483647 // K) * K > begin
         high = tl.where(past, middle, high)
         low = tl.where(past, low, middle + 1)
-    tl.store(first_row + share, low, mask=share < shares)
+    row = tl.minimum(low, T - 1)  # of shares without tiles too
+    row_start = tl.load(stop_tile + row - 1, mask=row > 0, other=0)
+    tiles = tl.maximum(tl.load(stop_tile + row) - row_start, 1)
+    head = (begin - row_start * K) // tiles
+    first = (begin - row_start * K) % tiles
+    place, listed = share_list + share * 4, share < shares
+    tl.store(place, row, mask=listed)
+    tl.store(place + 1, head, mask=listed)
+    tl.store(place + 2, first, mask=listed)
+    tl.store(place + 3, tl.maximum(tl.minimum(size, key_tiles * K - begin), 0), mask=listed)
+
+    # A pair that is cut is listed by the first of the shares that begin in its midst.
+    cut = listed & (begin < key_tiles * K) & (first > 0) & (first <= size)
+    place = join_list + (tl.cumsum(cut.to(tl.int32)) - 1) * 4
+    tl.store(place, row, mask=cut)
+    tl.store(place + 1, head, mask=cut)
+    tl.store(place + 2, share - 1, mask=cut)
+    tl.store(place + 3, 1 + tl.cdiv(tiles - first, size), mask=cut)
+    tl.store(counts + 2, tl.sum(cut.to(tl.int32)))
 
 
 def list_work(
@@ -101,15 +124,16 @@ def list_work(
     shares = programs(1 << 30, num_sms, device, per_sm=DECODE_PER_SM)
     work = AttentionWork(
         stop_tile=torch.empty(tokens, dtype=torch.int32, device=device),
-        first_row=torch.empty(shares, dtype=torch.int32, device=device),
+        shares=torch.empty((shares, 4), dtype=torch.int32, device=device),
+        joins=torch.empty((min(shares - 1, tokens * kv_heads), 4), dtype=torch.int32, device=device),
         query_row=torch.empty(tokens, dtype=torch.int32, device=device),
-        counts=torch.empty(2, dtype=torch.int32, device=device),
+        counts=torch.empty(3, dtype=torch.int32, device=device),
         queries=max(1, QUERIES // triton.next_power_of_2(heads // kv_heads)),
         prefill_programs=0 if few else programs(tokens * kv_heads, num_sms, device, per_sm=PREFILL_PER_SM),
     )
     _list_work[(1,)](
-        positions, slots, work.stop_tile, work.first_row, work.query_row, work.counts,
-        tokens, shares, tokens.bit_length(), kv_heads, DECODE_KEYS, work.queries,
-        BLOCK, triton.next_power_of_2(shares), few, num_warps=8,
+        positions, slots, work.stop_tile, work.shares, work.joins, work.query_row, work.counts,
+        tokens, shares, tokens.bit_length(), kv_heads, DECODE_KEYS, SHARE_TILES, work.queries, BLOCK,
+        triton.next_power_of_2(shares), few, num_warps=8,
     )  # fmt: skip
     return work
