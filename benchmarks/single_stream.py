@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from nanoflow_kernels import attention_work, chain, few_tokens
+from nanoflow_kernels import attention_decode, attention_work, chain, few_tokens
 from nanoflow_kernels.few_tokens import Plan
 
 from nanoflow_backend.commands import result
@@ -28,16 +28,20 @@ from nanoflow_backend.scheduler.request import Request
 
 READ_BYTES_PER_S = 4.375e12
 TOKENS = 16
-MANY = few_tokens.MANY_ROWS
 Variant = dict[tuple[Any, str], Any]
-GATE_UP_64 = Plan(64, 5, 4, MANY.ahead)
+FEW, WIDE = (few_tokens, "FEW_ROWS"), (few_tokens, "MANY_ROWS")
+GATHERED: Variant = {(attention_decode, "BULK_TAIL"): False, (attention_decode, "TAIL_STAGES"): 1}
 VARIANTS: dict[str, Variant] = {
     "unchained": {(chain, "ROWS"): 0},
     "chained": {},
-    "gate_up 64 deep, 4 an SM": {(few_tokens, "MANY_ROWS"): GATE_UP_64},
-    "few: 128 deep, 8 stages": {(few_tokens, "FEW_ROWS"): Plan(128, 8, 1, 2048)},
-    "decode: 4 an SM": {(attention_work, "DECODE_PER_SM"): 4},
-    "decode: 2 an SM": {(attention_work, "DECODE_PER_SM"): 2},
+    "share 1": {(attention_work, "SHARE_TILES"): 1},
+    "share 4": {(attention_work, "SHARE_TILES"): 4},
+    "gathered tail": GATHERED,
+    "few: 32 rows": {FEW: Plan(32, 256, 4, 2, 2048)},
+    "few: 32 rows, 8 KiB ahead": {FEW: Plan(32, 256, 4, 2, 8192)},
+    "few: 32 rows, 512 deep": {FEW: Plan(32, 512, 3, 2, 4096)},
+    "few: 64 rows, 8 KiB ahead": {FEW: Plan(64, 256, 4, 1, 8192)},
+    "gate_up: 32 rows": {WIDE: Plan(32, 128, 6, 3, 1024)},
 }
 
 

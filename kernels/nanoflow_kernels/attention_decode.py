@@ -26,6 +26,7 @@ FEWEST_ROWS = 16  # of the tensor cores' tile
 WARPS, STAGES = 1, 5
 JOINED = 64  # parts of a query head that are joined at once
 BULK_TAIL = True
+TAIL_STAGES = 2
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _decode(
     q, pages, tiles, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, BULK_TAIL: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    BULK: tl.constexpr, BULK_TAIL: tl.constexpr, TAIL: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     release_next(CHAINED)
     program = tl.program_id(0)
@@ -70,7 +71,7 @@ def _decode(
                 peak, mass, acc = attend(
                     peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True, False
                 )
-        for tile in tl.range(whole, last, num_stages=1 if BULK and not BULK_TAIL else STAGES):
+        for tile in tl.range(whole, last, num_stages=TAIL if BULK else STAGES):
             peak, mass, acc = attend(
                 peak, mass, acc, queries, at, tiles if BULK and BULK_TAIL else pages, table, tile, head, length, scale,
                 K, D, PAGE, KEYS, BULK and BULK_TAIL, True,
@@ -155,7 +156,7 @@ def decode(
         q, pages, tiles, positions, slots, page_table, work.stop_tile, work.shares,
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, rows, head_dim, page_tokens, DECODE_KEYS, tiles is not None, BULK_TAIL, SHARE_TILES,
+        kv_heads, group, rows, head_dim, page_tokens, DECODE_KEYS, tiles is not None, BULK_TAIL, TAIL_STAGES, SHARE_TILES,
         1 if q.dtype == torch.float32 else STAGES, chained, num_warps=WARPS, launch_pdl=chained,
     )  # fmt: skip
     _join[(len(work.joins), group)](
