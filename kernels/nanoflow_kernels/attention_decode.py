@@ -17,16 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.attention_tile import LOWEST, attend, bulk_tiles
-from nanoflow_kernels.attention_work import DECODE_KEYS, SHARE_TILES, AttentionWork
+from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
 from nanoflow_kernels.chain import await_earlier, prefetch, release_next
 
 FEWEST_ROWS = 16  # of the tensor cores' tile
 # With DECODE_KEYS and DECODE_PER_SM: of 24 on H200 the fastest on 32 of its SMs (96 GB/s each), as fast as any on all.
 # A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
-WARPS, STAGES = 1, 5
+WARPS, STAGES, TAIL_STAGES = 1, 5, 2
 JOINED = 64  # parts of a query head that are joined at once
-BULK_TAIL = True
-TAIL_STAGES = 2
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def _decode(
     q, pages, tiles, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, BULK_TAIL: tl.constexpr, TAIL: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     release_next(CHAINED)
     program = tl.program_id(0)
@@ -47,13 +45,10 @@ def _decode(
     in_group = (group < G)[:, None]
     if left > 0:  # others need not wait: while one of a kernel's programs does, no kernel behind it comes too early
         if CHAINED and BULK:
-            for ahead in tl.static_range(AHEAD):
-                key = (first + ahead) * KEYS
-                if (ahead < left) & (key < length):
-                    page = tl.load(table + key // PAGE).to(tl.int64)
-                    place = (page * 2 * K + head) * PAGE + key % PAGE + tl.arange(0, KEYS)
-                    prefetch(pages + place * D, 2 * D)
-                    prefetch(pages + (place + K * PAGE) * D, 2 * D)
+            page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS < length, other=0).to(tl.int64)
+            place = (page * 2 * K + head) * PAGE + first * KEYS % PAGE + tl.arange(0, KEYS)
+            prefetch(pages + place * D, 2 * D)
+            prefetch(pages + (place + K * PAGE) * D, 2 * D)
         await_earlier(CHAINED)
     while left > 0:
         count = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
@@ -71,10 +66,10 @@ def _decode(
                 peak, mass, acc = attend(
                     peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True, False
                 )
-        for tile in tl.range(whole, last, num_stages=TAIL if BULK else STAGES):
+        for tile in tl.range(whole, last, num_stages=TAIL_STAGES if BULK else STAGES):
             peak, mass, acc = attend(
-                peak, mass, acc, queries, at, tiles if BULK and BULK_TAIL else pages, table, tile, head, length, scale,
-                K, D, PAGE, KEYS, BULK and BULK_TAIL, True,
+                peak, mass, acc, queries, at, tiles if BULK else pages, table, tile, head, length, scale,
+                K, D, PAGE, KEYS, BULK, True,
             )  # fmt: skip
 
         if last - first == count:
@@ -156,8 +151,8 @@ def decode(
         q, pages, tiles, positions, slots, page_table, work.stop_tile, work.shares,
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, rows, head_dim, page_tokens, DECODE_KEYS, tiles is not None, BULK_TAIL, TAIL_STAGES, SHARE_TILES,
-        1 if q.dtype == torch.float32 else STAGES, chained, num_warps=WARPS, launch_pdl=chained,
+        kv_heads, group, rows, head_dim, page_tokens, DECODE_KEYS, tiles is not None,
+        1 if q.dtype == torch.float32 else STAGES, TAIL_STAGES, chained, num_warps=WARPS, launch_pdl=chained,
     )  # fmt: skip
     _join[(len(work.joins), group)](
         work.joins, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),

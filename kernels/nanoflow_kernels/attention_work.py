@@ -21,7 +21,6 @@ from nanoflow_kernels.grid import programs
 
 DECODE_KEYS = 32  # of a tile of keys that a decoding row reads
 DECODE_PER_SM = 6  # programs
-SHARE_TILES = 2  # at least: of a row or two on many SMs, parts of single tiles would cost more to join than they save
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERIES = 64  # rows of a tile of queries: tokens times the query heads of a kv head
 PREFILL_PER_SM = 2
@@ -51,7 +50,7 @@ class AttentionWork:
 @triton.jit
 def _list_work(
     positions, slots, stop_tile, share_list, join_list, query_row, counts, T, shares, steps,
-    K: tl.constexpr, KEYS: tl.constexpr, SHARE_TILES: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
     SHARES: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     key_tiles = 0
@@ -82,7 +81,7 @@ def _list_work(
 
     tl.debug_barrier()  # what other threads stored is searched now
     share = tl.arange(0, SHARES)
-    size = tl.maximum(tl.cdiv(key_tiles * K, shares), SHARE_TILES)
+    size = tl.maximum(tl.cdiv(key_tiles * K, shares), 1)
     begin = share * size
     low = tl.zeros([SHARES], tl.int32)
     high = low + T
@@ -133,7 +132,7 @@ def list_work(
     )
     _list_work[(1,)](
         positions, slots, work.stop_tile, work.shares, work.joins, work.query_row, work.counts,
-        tokens, shares, tokens.bit_length(), kv_heads, DECODE_KEYS, SHARE_TILES, work.queries, BLOCK,
-        triton.next_power_of_2(shares), few, num_warps=8,
+        tokens, shares, tokens.bit_length(), kv_heads, DECODE_KEYS, work.queries,
+        BLOCK, triton.next_power_of_2(shares), few, num_warps=8,
     )  # fmt: skip
     return work
