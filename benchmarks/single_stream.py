@@ -1,126 +1,93 @@
-"""One request alone: ms of a decode step of the whole engine, and its share of the weight-read bound, by variant.
+"""One request alone: ms of a decode step of the whole engine, and its share of the weight-read bound.
 
     python benchmarks/single_stream.py --model benchmarks/models/llama-3-8b
 
-Every variant is an engine of its own on the same random weights. KV pages and tokens of all must be, bit for bit, those
-of the first, whose kernels wait for one another to end.
+Once with kernels that wait for one another to end and once as they are (chain.py), on the same random weights: tokens
+and KV pages of both must be the same, bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from nanoflow_kernels import attention_decode, attention_work, chain, few_tokens
-from nanoflow_kernels.few_tokens import Plan
+from nanoflow_kernels import chain
 
 from nanoflow_backend.commands import result
-from nanoflow_backend.commands.breakdown import break_down
 from nanoflow_backend.commands.workload import constant
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.models import weights
 from nanoflow_backend.scheduler.request import Request
 
-READ_BYTES_PER_S = 4.375e12
-TOKENS = 16
-Variant = dict[tuple[Any, str], Any]
-FEW, WIDE = (few_tokens, "FEW_ROWS"), (few_tokens, "MANY_ROWS")
-GATHERED: Variant = {(attention_decode, "BULK_TAIL"): False, (attention_decode, "TAIL_STAGES"): 1}
-VARIANTS: dict[str, Variant] = {
-    "unchained": {(chain, "ROWS"): 0},
-    "chained": {},
-    "share 1": {(attention_work, "SHARE_TILES"): 1},
-    "share 4": {(attention_work, "SHARE_TILES"): 4},
-    "gathered tail": GATHERED,
-    "few: 32 rows": {FEW: Plan(32, 256, 4, 2, 2048)},
-    "few: 32 rows, 8 KiB ahead": {FEW: Plan(32, 256, 4, 2, 8192)},
-    "few: 32 rows, 512 deep": {FEW: Plan(32, 512, 3, 2, 4096)},
-    "few: 64 rows, 8 KiB ahead": {FEW: Plan(64, 256, 4, 1, 8192)},
-    "gate_up: 32 rows": {WIDE: Plan(32, 128, 6, 3, 1024)},
-}
+READ_BYTES_PER_S = 4.375e12  # one H200, measured
+TOKENS = 16  # of the dense batch
+WARM_TOKENS, RUNS = 20, 3
 
 
 def main(
     model: Annotated[Path, typer.Option()],
     output: Annotated[Path | None, typer.Option()] = None,
     input_tokens: int = 1024,
-    steps: int = 150,
-    only: Annotated[list[str] | None, typer.Option(help="Variants, beside the first.")] = None,
-    profile: Annotated[str | None, typer.Option(help="The variant whose breakdown is shown.")] = None,
+    steps: int = 300,
 ) -> None:
-    once: dict[str, torch.Tensor] = {}
-    make = weights.dummy
-
-    def dummy(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        once.update(once or make(*args, **kwargs))
-        return once
-
-    weights.dummy = dummy
-    names = [*list(VARIANTS)[:1], *(only or list(VARIANTS)[1:])]
-    measured, expected = [], None
-    for name in names:
-        kept = {(module, field): getattr(module, field) for module, field in VARIANTS[name]}
-        for (module, field), value in VARIANTS[name].items():
-            setattr(module, field, value)
-        try:
-            facts, got = measure(model, input_tokens, steps, name == profile)
-        finally:
-            for (module, field), value in kept.items():
-                setattr(module, field, value)
-        expected = expected or got
-        same = got[0] == expected[0] and torch.equal(got[1], expected[1])
-        measured.append({"variant": name, **facts, "same_bits": same})
-        print({k: v for k, v in measured[-1].items() if k != "breakdown"}, flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    result.write({"input_tokens": input_tokens, "steps": steps, "variants": measured}, output)
-
-
-def measure(model: Path, input_tokens: int, steps: int, profiled: bool) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    engine = Engine.from_pretrained(
-        model, load_format="dummy", dense_batch_tokens=TOKENS, kv_cache_tokens=8192, max_model_tokens=4096
+    engine = functools.partial(
+        Engine.from_pretrained,
+        model,
+        load_format="dummy",
+        dense_batch_tokens=TOKENS,
+        kv_cache_tokens=8192,
+        max_model_tokens=4096,
     )
+    chained_rows, chain.ROWS = chain.ROWS, 0
+    apart, expected, _ = measure(engine(), input_tokens, steps)
+    gc.collect()
+    torch.cuda.empty_cache()
+    chain.ROWS = chained_rows
+    chained, got, read_bytes = measure(engine(), input_tokens, steps)
+    if got[0] != expected[0] or not torch.equal(got[1], expected[1]):
+        raise RuntimeError("kernels that start early gave other tokens or pages")
+    bound_ms = read_bytes / READ_BYTES_PER_S * 1e3
+    content = {
+        "model": model.name,
+        "workload": f"{input_tokens}/{steps} alone",
+        "step_ms": round(statistics.median(chained), 4),
+        "step_ms_of_runs": [round(ms, 4) for ms in chained],
+        "step_ms_kernels_apart": round(statistics.median(apart), 4),
+        "bound_ms": round(bound_ms, 4),
+        "output_tokens_per_s": round(1e3 / statistics.median(chained), 1),
+        "share_of_weight_read_bound": round(bound_ms / statistics.median(chained), 4),
+    }
+    result.write(content, output)
+
+
+def measure(engine: Engine, input_tokens: int, steps: int) -> tuple[list[float], tuple[list[int], torch.Tensor], int]:
+    """ms a step of each run; the tokens and pages at their end; bytes of the weights that a step reads."""
     prompt = next(iter(constant(input_tokens, steps, 1).prompts(engine.model_config.vocab_size)))
-    params = SamplingParams(max_tokens=steps + 100, ignore_eos=True, temperature=0.0)
-    engine.add(Request(0, prompt, params))
+    engine.add(Request(0, prompt, SamplingParams(max_tokens=steps + 100, ignore_eos=True, temperature=0.0)))
     tokens: list[int] = []
 
     def step() -> None:
         for delta in engine.step():
             tokens.extend(delta.token_ids)
 
-    while len(tokens) < 20:
+    while len(tokens) < WARM_TOKENS:
         step()
     times = []
-    for _ in range(3):
+    for _ in range(RUNS):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        for _ in range(steps // 3):
+        for _ in range(steps // RUNS):
             step()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) / (steps // 3) * 1e3)
-    program = engine.worker.program
-    facts: dict[str, Any] = {"step_ms": round(statistics.median(times), 4), "runs_ms": [round(t, 4) for t in times]}
-    graph = program._graphs[min(program._graphs)]
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    got = tokens[:steps], program.binding.kv.clone()
-    begin_event.record()
-    for _ in range(50):
-        graph.replay()
-    end_event.record()
-    torch.cuda.synchronize()
-    facts["layers_ms"] = round(begin_event.elapsed_time(end_event) / 50, 4)
-    read = sum(w.numel() * w.element_size() for name, w in program.binding.weights.items() if "embed" not in name)
-    facts["bound_ms"] = round(read / READ_BYTES_PER_S * 1e3, 4)
-    facts["share"] = round(facts["bound_ms"] / facts["step_ms"], 4)
-    if profiled:
-        facts["breakdown"] = break_down(engine, step)
-    return facts, got
+        times.append((time.perf_counter() - begin) / (steps // RUNS) * 1e3)
+    binding = engine.worker.program.binding
+    read = sum(w.numel() * w.element_size() for name, w in binding.weights.items() if "embed" not in name)
+    return times, (tokens[:steps], binding.kv.clone()), read
 
 
 if __name__ == "__main__":
