@@ -5,19 +5,24 @@ Shape legend: T tokens, F columns of SwiGLU's result.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from nanoflow_kernels.few_tokens import few_tokens, is_few
-from nanoflow_kernels.operands import check_bulk, check_dtype, check_rows, check_shape
+from nanoflow_kernels.operands import are_bulk, check_bulk, check_dtype, check_rows, check_shape
 from nanoflow_kernels.persistent import persistent
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor, num_sms: int | None = None) -> None:
     """x weight^T + bias; an fp32 `out` of narrower operands gets the unrounded sums.
 
-    With num_sms, and an `out` of x's dtype, rows must begin at multiples of 16 bytes. cuBLAS plans its tiles for all
-    of the device: it loses far more than its share where it has less.
+    On few SMs cuBLAS loses more than its share, so it has only what bulk copies do not take: rows that begin at other
+    places than multiples of 16 bytes.
     x [T, in], weight [out, in], bias [out] -> [T, out], of x's dtype or fp32.
     """
     check_rows("linear", x=x, weight=weight, out=out)
@@ -26,19 +31,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     wider = out.dtype != x.dtype
     if wider and (out.dtype != torch.float32 or x.device.type == "cpu"):
         raise ValueError(f"linear: out: expected {x.dtype}, or on a GPU float32, got {out.dtype} on {out.device}")
-    if wider:
+    if bias is None and not wider and is_few(x, weight):
+        few_tokens(x, weight, gated=False, out=out, num_sms=num_sms)
+    elif num_sms is not None and not wider and are_bulk(x, weight, out):
+        persistent(x, weight, bias, gated=False, out=out, num_sms=num_sms)
+    else:
+        with _sm_target(num_sms):
+            _cublas(x, weight, bias, out)
+
+
+def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if out.dtype != x.dtype:
         torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
         if bias is not None:
             out.add_(bias)
-    elif bias is None and is_few(x, weight):
-        few_tokens(x, weight, gated=False, out=out, num_sms=num_sms)
-    elif num_sms is not None:
-        check_bulk("linear", x=x, weight=weight, out=out)
-        persistent(x, weight, bias, gated=False, out=out, num_sms=num_sms)
     elif bias is None:
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias, x, weight.T, out=out)
+
+
+@contextmanager
+def _sm_target(num_sms: int | None) -> Iterator[None]:
+    """The SMs that cuBLAS plans its tiles for: a wish."""
+    if num_sms is None or not torch.cuda.is_available():
+        yield
+        return
+    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+    _library().cublasSetSmCountTarget(handle, num_sms)
+    try:
+        yield
+    finally:
+        _library().cublasSetSmCountTarget(handle, 0)  # the handle is shared by every product on this stream
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The cuBLAS that torch has loaded."""
+    torch.cuda.current_blas_handle()
+    return ctypes.CDLL(f"libcublas.so.{str(torch.version.cuda).split('.')[0]}")
 
 
 def linear_swiglu(x: Tensor, weight: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:

@@ -32,15 +32,18 @@ def check_dtype(kernel: str, dtype: torch.dtype, **operands: Tensor) -> None:
             raise ValueError(f"{kernel}: {name}: expected {dtype}, got {tensor.dtype}")
 
 
-def check_bulk(kernel: str, **operands: Tensor) -> None:
-    """What bulk copies ask of a matrix: rows that begin at multiples of 16 bytes.
+def are_bulk(*operands: Tensor) -> bool:
+    """Whether bulk copies take these matrices: their rows begin at multiples of 16 bytes."""
+    return all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
 
-    Raises:
-        ValueError: names the operand.
+
+def check_bulk(kernel: str, **operands: Tensor) -> None:
+    """Raises:
+    ValueError: names the operand that bulk copies do not take.
     """
     for name, tensor in operands.items():
-        row_bytes = tensor.stride(0) * tensor.element_size()
-        if row_bytes % 16 or tensor.data_ptr() % 16:
+        if not are_bulk(tensor):
+            row_bytes = tensor.stride(0) * tensor.element_size()
             raise ValueError(f"{kernel}: {name}: expected rows at multiples of 16 bytes, got one every {row_bytes}")
 
 

@@ -51,6 +51,7 @@ def test_linear(checks: Checks, tokens: int, bias: bool, wide_output: bool) -> N
 def test_linear_on_few_sms(checks: Checks, tokens: int, bias: bool) -> None:
     for num_sms in (37, 999):
         checks.linear(tokens, bias, False, num_sms, 1032, 776)
+        checks.linear(tokens, bias, False, num_sms, 193, 97)
 
 
 @pytest.mark.parametrize("tokens", [*TOKENS, 61, 389])
