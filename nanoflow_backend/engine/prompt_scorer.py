@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoflow_backend.engine.layout import Layout
 from nanoflow_backend.engine.transfer import to_device, to_host
 from nanoflow_backend.scheduler.batch import Admission, Batch, PromptScores, TokenLogprobs
 
@@ -45,8 +46,8 @@ class PromptScorer:
                 prompt = admission.tokens[: admission.prompt_tokens]
                 self._wanted[admission.slot] = prompt, admission.params.prompt_logprobs
 
-    def score(self, batch: Batch, head: Callable[[Tensor], Tensor]) -> list[Scored]:
-        """Scores of what the batch prefills; `head` gives the logits [rows, V] of rows of the batch."""
+    def score(self, batch: Batch, layout: Layout | None, head: Callable[[Tensor], Tensor]) -> list[Scored]:
+        """Scores of what the batch prefills; `head` gives the logits [rows, V] of rows of the batch as they lie."""
         if not self._wanted:
             return []
         scored, row = [], len(batch.decode_slots)
@@ -55,19 +56,19 @@ class PromptScorer:
                 prompt, alternatives = self._wanted[prefill.slot]
                 if prefill.start < len(prompt):  # not what it had generated before a preemption
                     targets = prompt[prefill.start + 1 : prefill.start + len(prefill.token_ids) + 1]
-                    columns = self._columns(row, targets, alternatives, head)
+                    rows = np.arange(row, row + len(targets), dtype=np.int32)
+                    columns = self._columns(layout.place[rows] if layout else rows, targets, alternatives, head)
                     scored.append(Scored(prefill.slot, prefill.start + 1, columns))
             row += len(prefill.token_ids)
         return scored
 
     def _columns(
-        self, first_row: int, targets: list[int], alternatives: int, head: Callable[[Tensor], Tensor]
+        self, rows: np.ndarray, targets: list[int], alternatives: int, head: Callable[[Tensor], Tensor]
     ) -> list[tuple[Tensor, ...]]:
         columns = []
         for begin in range(0, len(targets), self._most_rows):
             ids = targets[begin : begin + self._most_rows]
-            rows = np.arange(first_row + begin, first_row + begin + len(ids), dtype=np.int32)
-            logits = head(to_device(rows, self._device))[:, : self._vocab_size]
+            logits = head(to_device(rows[begin : begin + len(ids)], self._device))[:, : self._vocab_size]
             found = self._kernels.logprobs(logits, to_device(np.array(ids, np.int64), self._device), alternatives)
             columns.append(tuple(to_host(column) for column in found))
         return columns

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
 from nanoflow_backend.engine.constraints import Masks
+from nanoflow_backend.engine.layout import Layout, deal
 from nanoflow_backend.engine.memory import GIB, check_room
 from nanoflow_backend.engine.prompt_scorer import PromptScorer, Scored
 from nanoflow_backend.engine.sampling import Drawn, Sampler
@@ -44,7 +45,8 @@ class Launched:
     are on the host."""
 
     batch: Batch
-    rows: Tensor  # int32 [R], into the batch's tokens: where it samples
+    layout: Layout | None  # of the batch's rows; None: they lie as the batch lists them
+    rows: Tensor  # int32 [R], where they lie: the batch samples there
     slots: Tensor  # int32 [R], of those rows
     host_slots: np.ndarray  # the same
     positions: np.ndarray  # int32 [R], of the tokens in those rows
@@ -105,20 +107,24 @@ class Worker:
         rows = np.concatenate((np.arange(decodes, dtype=np.int32), np.array(ends, np.int32)))
         slot_of, position_of = np.array(slots, np.int32), np.array(positions, np.int32)
         sampled_slots = slot_of[rows]
+        layout = deal(decodes, len(slots), self.program.groups(len(slots)))
+        listed, places = (layout.listed, layout.place[rows]) if layout else ((), rows)
         entries = zip(*batch.page_table, strict=True) if batch.page_table else ((), (), ())
-        slots_, positions_, prompt_ids_, rows_, sampled_, *entry = self._send(
-            slot_of, position_of, prompt_ids, rows, sampled_slots, *entries
+        slots_, positions_, prompt_ids_, listed_, rows_, sampled_, *entry = self._send(
+            slot_of, position_of, prompt_ids, listed, places, sampled_slots, *entries
         )
         if batch.page_table:
             slot, index, page = entry
             self._page_table[slot, index] = page
         token_ids = torch.cat((self._last_sampled[slots_[:decodes]], prompt_ids_))
+        if layout:
+            token_ids, positions_, slots_ = torch.stack((token_ids, positions_, slots_)).index_select(1, listed_)
         self.program.forward(token_ids, positions_, slots_, self._page_table)
-        return Launched(batch, rows_, sampled_, sampled_slots, position_of[rows])
+        return Launched(batch, layout, rows_, sampled_, sampled_slots, position_of[rows])
 
     def launch_tail(self, launched: Launched, masks: Masks | None = None) -> None:
         """LM head and sampling on the R rows that decode or end a prompt; the head on prompts that are scored, too."""
-        launched.scored = self._scorer.score(launched.batch, self.program.head)
+        launched.scored = self._scorer.score(launched.batch, launched.layout, self.program.head)
         logits = self.program.head(launched.rows)
         launched.drawn = self._sampler.sample(logits, launched.host_slots, launched.positions, masks)
         self._last_sampled[launched.slots] = launched.drawn.token_ids.int()

@@ -37,7 +37,7 @@ class Binding:
     weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
     page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
     With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
-    launches that have a cap pass it to their kernel as `num_sms`.
+    launches that have a cap, or are in a lane with SMs of its own, pass it to their kernel as `num_sms`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Binding:
                 continue
             value = partial(self._value, layer, start=start, stop=stop)
             where = f"{describe(number, launch)} in layer {layer}"
-            sms = launch.sms if self._limit_sms else None
+            sms = self.schedule.sms(launch) if self._limit_sms else None
             calls.append(self._call(self.layer, operation, value, where, f"layers.{layer}.", sms))
         return calls
 

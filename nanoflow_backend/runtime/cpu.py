@@ -16,7 +16,7 @@ from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.runtime.binding import Binding, Call, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
-from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.plan import Group, Schedule
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in a model of 4 layers with 3 nano-batches
 
@@ -52,6 +52,10 @@ class CpuProgram:
             buffer.fill_(_poison(buffer.dtype))
         # Launches are bound to their tensors once per batch size, so what changes from step to step is copied.
         self._launches = lru_cache(CACHED_BATCH_SIZES)(self._bind)
+
+    def groups(self, tokens: int) -> tuple[Group, ...]:
+        """See Program."""
+        return self.schedule.fit_groups(tokens)
 
     def forward(
         self,

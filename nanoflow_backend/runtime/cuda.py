@@ -14,7 +14,8 @@ from torch import Tensor
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.runtime.binding import Binding, Call, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
-from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.runtime.green_contexts import lane_streams
+from nanoflow_backend.schedule.plan import Group, Schedule
 
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
@@ -65,12 +66,16 @@ class CudaProgram:
             for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
         }
         self._list_work = kernels.list_work
-        self._lanes = dict(zip(schedule.lanes, [None, *(torch.cuda.Stream() for _ in schedule.lanes[1:])], strict=True))
+        self._lanes = _streams(schedule)
         self._waits = _waits(schedule, model.num_layers)
         self._cuda_graphs = cuda_graphs
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
         self._tokens = 0
+
+    def groups(self, tokens: int) -> tuple[Group, ...]:
+        """See Program."""
+        return self.binding.schedule.fit_groups(min(bucket(tokens), self.max_tokens))
 
     def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
         """See Program. Raises: ValueError, more than max_tokens tokens."""
@@ -160,7 +165,8 @@ class CudaProgram:
             if call and number not in works and self.binding.layer[launch.operation].kernel == "attention":
                 q, pages, positions, slots, _ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
-                works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=launch.sms)}
+                sms = self.binding.schedule.sms(launch)
+                works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=sms)}
         return works
 
 
@@ -174,6 +180,14 @@ def bucket(tokens: int) -> int:
     power = 1 << (tokens - 1).bit_length()
     grain = min(power, max(16, power // 16))
     return -(-tokens // grain) * grain
+
+
+def _streams(schedule: Schedule) -> dict[str, torch.cuda.Stream | None]:
+    """By lane; None is the stream that issues: all of the device's SMs, where lanes have none of their own."""
+    if schedule.partition:
+        return dict(lane_streams(tuple(schedule.partition.items())))
+    first, *others = schedule.lanes
+    return {first: None, **{lane: torch.cuda.Stream() for lane in others}}
 
 
 def _waits(schedule: Schedule, num_layers: int) -> list[list[int]]:

@@ -1,8 +1,9 @@
-"""Launch and Schedule: which operation runs on which tokens, in which lane, on how many SMs, after what."""
+"""Launch, Group and Schedule: which operation runs on which tokens, in which lane, on how many SMs, after what."""
 
 from __future__ import annotations
 
 import msgspec
+from msgspec.structs import replace
 
 from nanoflow_backend.graph.nano_batch import NanoOperation
 
@@ -34,6 +35,16 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
         return NanoOperation(self.operation, self.start, self.stop)
 
 
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows of a batch, up to `stop`, that hold this share of its decoding rows: those first, then prompts' tokens.
+
+    Without groups all decodes come first, and the nano-batch that has them has all reading of the KV cache.
+    """
+
+    stop: int
+    decodes: float
+
+
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """The launches of one layer on a batch of `tokens`, repeated for every layer (a cyclic plan, paper section 4.1).
 
@@ -45,6 +56,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     granularity: int = 1  # boundaries are multiples of it
     split_all_reduces: tuple[str, ...] = ()  # run as reduce-scatter and all-gather
     partition: dict[str, int] = {}  # lane -> SMs that are its own; empty: all lanes share the device
+    groups: tuple[Group, ...] = ()  # in which order a batch's rows lie; empty: all decodes first
 
     def __post_init__(self) -> None:
         for name in ("tokens", "granularity"):
@@ -65,14 +77,21 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
             if 0 <= period + launch.layers_ahead < num_layers
         ]
 
+    def sms(self, launch: Launch) -> int | None:
+        """How many SMs a launch may fill; None: all of the device."""
+        return launch.sms or self.partition.get(launch.lane)
+
     def fit(self, tokens: int) -> list[tuple[int, int]]:
         """The launches' token ranges when a batch has fewer `tokens`: every boundary scaled, some ranges empty.
 
         Scaling is monotone, so ranges that had no token in common still have none: what was valid stays valid.
         """
+        return [(self._scaled(launch.start, tokens), self._scaled(launch.stop, tokens)) for launch in self.launches]
 
-        def scaled(boundary: int) -> int:
-            grains = (2 * boundary * tokens + self.tokens * self.granularity) // (2 * self.tokens * self.granularity)
-            return tokens if boundary == self.tokens else min(grains * self.granularity, tokens)
+    def fit_groups(self, tokens: int) -> tuple[Group, ...]:
+        """The groups of a batch of `tokens`, their boundaries scaled as those of launches are."""
+        return tuple(replace(group, stop=self._scaled(group.stop, tokens)) for group in self.groups)
 
-        return [(scaled(launch.start), scaled(launch.stop)) for launch in self.launches]
+    def _scaled(self, boundary: int, tokens: int) -> int:
+        grains = (2 * boundary * tokens + self.tokens * self.granularity) // (2 * self.tokens * self.granularity)
+        return tokens if boundary == self.tokens else min(grains * self.granularity, tokens)

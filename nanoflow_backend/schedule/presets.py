@@ -1,4 +1,4 @@
-"""The built-in plans: sequential, and n nano-batches in lanes that overlap."""
+"""The built-in plans: sequential, n nano-batches in lanes that overlap, and two on SMs of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
-from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
+from nanoflow_backend.schedule.plan import Group, Launch, Schedule, ScheduleError, Wait
 from nanoflow_backend.schedule.validate import describe
 
 
@@ -30,6 +30,46 @@ def nano_batched(graph: Graph, tokens: int, parts: int, granularity: int = 1) ->
         for start, stop in pairwise(boundaries)
     ]
     return synchronise(Schedule(tokens=tokens, launches=tuple(launches), granularity=granularity), graph)
+
+
+def overlapped(
+    graph: Graph, tokens: int, stop: int, decodes: float, attention_sms: int, device_sms: int, granularity: int = 1
+) -> Schedule:
+    """Two nano-batches, cut at `stop`: attention of one on SMs of its own, while the others work for the other one.
+
+    The first has this share of the `decodes`. It runs half a layer ahead: while its attention runs, the rest of the
+    layer before and the start of this one run on the second, and then the other way round.
+    """
+    names = [op.name for op in graph.operations]
+    at = next(i for i, op in enumerate(graph.operations) if op.kernel == "attention")
+
+    def launches(operations: list[str], start: int, stop: int, layers_ahead: int = 0) -> list[Launch]:
+        return [
+            Launch(
+                operation=name,
+                start=start,
+                stop=stop,
+                lane="memory" if name == names[at] else "compute",
+                layers_ahead=layers_ahead,
+            )
+            for name in operations
+        ]
+
+    until, after = names[: at + 1], names[at + 1 :]
+    period = (
+        *launches(until, stop, tokens),
+        *launches(after, 0, stop),
+        *launches(until, 0, stop, layers_ahead=1),
+        *launches(after, stop, tokens),
+    )
+    schedule = Schedule(
+        tokens=tokens,
+        launches=period,
+        granularity=granularity,
+        partition={"memory": attention_sms, "compute": device_sms - attention_sms},
+        groups=(Group(stop, decodes), Group(tokens, 1 - decodes)),
+    )
+    return synchronise(schedule, graph)
 
 
 def synchronise(schedule: Schedule, graph: Graph) -> Schedule:

@@ -7,6 +7,7 @@ from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError
 
+ROUNDING = 1e-6  # of shares that are 1 together
 MOST_LAUNCHES = 4096  # of a layer; a plan of 16 nano-batches has some 200
 
 
@@ -16,7 +17,7 @@ def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int 
     Raises:
         ScheduleError: naming the launch and the rule: an operation covers every token once, ranges keep to the
             granularity, every dependency (by token range, and through the KV pages) is ordered by lanes and waits,
-            and SM shares keep inside a declared partition.
+            SM shares keep inside a declared partition, and groups hold every row and decode.
     """
     if len(schedule.launches) > MOST_LAUNCHES:
         raise ScheduleError(f"launches: expected at most {MOST_LAUNCHES}, got {len(schedule.launches)}")
@@ -24,6 +25,7 @@ def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int 
         _check_launch(number, launch, schedule, graph, num_layers)
     _check_coverage(schedule, graph)
     _check_partition(schedule, device_sms)
+    _check_groups(schedule)
     _check_dependencies(schedule, graph, num_layers)
 
 
@@ -76,6 +78,20 @@ def _check_partition(schedule: Schedule, device_sms: int | None) -> None:
         limit = schedule.partition.get(launch.lane, device_sms)
         if launch.sms is not None and not 1 <= launch.sms <= (limit or launch.sms):
             raise ScheduleError(f"{describe(number, launch)}: sms is {launch.sms}, expected 1..{limit}")
+
+
+def _check_groups(schedule: Schedule) -> None:
+    groups = schedule.groups
+    if not groups:
+        return
+    stops = [group.stop for group in groups]
+    if stops[0] < 1 or stops != sorted(set(stops)) or stops[-1] != schedule.tokens:
+        raise ScheduleError(f"groups: expected ascending stops from 1 to {schedule.tokens}, got {stops}")
+    if off := [stop for stop in stops[:-1] if stop % schedule.granularity]:
+        raise ScheduleError(f"groups: stop {off[0]} is not a multiple of the granularity {schedule.granularity}")
+    shares = [group.decodes for group in groups]
+    if min(shares) < 0 or not abs(sum(shares) - 1) <= ROUNDING:
+        raise ScheduleError(f"groups: expected shares of the decodes, 0 or more and 1 together, got {shares}")
 
 
 def _check_dependencies(schedule: Schedule, graph: Graph, num_layers: int) -> None:

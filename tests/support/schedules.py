@@ -12,7 +12,7 @@ from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
-from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential, synchronise
 
 
 def in_lanes(schedule: Schedule, graph: Graph, lanes: dict[str, str]) -> Schedule:
@@ -36,7 +36,7 @@ def rotated(graph: Graph, schedule: Schedule, ahead: tuple[str, ...], stop: int)
 
 
 def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
-    """The built-in plans, with lanes of their own for append and attention, and with a layer's start pulled ahead."""
+    """The built-in plans, on all SMs of a device, with lanes of their own for append and attention, and with a layer's start pulled ahead."""
     two, three = nano_batched(graph, tokens, 2), nano_batched(graph, tokens, 3)
     apart = {"rope_append": "append", "attention": "attend"}
     return {
@@ -46,6 +46,7 @@ def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
         "apart": in_lanes(three, graph, apart),
         "append in the network lane": in_lanes(two, graph, {"rope_append": "network"}),
         "attend beside compute": in_lanes(two, graph, {"attention": "compute"}),
+        "overlapped": replace(overlapped(graph, tokens, tokens // 2, 0.5, 1, 2), partition={}),
         "ahead": rotated(graph, two, ("attention_norm", "qkv"), tokens // 2),
         "ahead and apart": in_lanes(
             rotated(graph, three, ("attention_norm", "qkv", "rope_append"), three.launches[0].stop), graph, apart

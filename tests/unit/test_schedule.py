@@ -13,8 +13,9 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
-from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
-from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
+from nanoflow_backend.schedule.order import PartialOrder
+from nanoflow_backend.schedule.plan import Group, Launch, Schedule, ScheduleError, Wait
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential, synchronise
 from nanoflow_backend.schedule.validate import validate
 
 LAYER = build(config("llama")).layer
@@ -82,6 +83,15 @@ def test_small_batches_still_have_two_nano_batches() -> None:
         assert len(parts) == min(tokens, 3), tokens
 
 
+def test_groups_fit_as_launches_do() -> None:
+    schedule = overlapped(LAYER, 1000, 384, 0.7, 32, 132, granularity=128)
+    for tokens in (1, 63, 64, 200, 999, 1000):
+        first, last = schedule.fit_groups(tokens)
+        assert {(0, first.stop), (first.stop, tokens)} == set(schedule.fit(tokens))
+        assert (last.stop, first.decodes, last.decodes) == (tokens, 0.7, pytest.approx(0.3))
+    assert sequential(LAYER, 8).fit_groups(5) == ()
+
+
 # validate: each rule
 
 
@@ -114,6 +124,13 @@ def broken(rule: str) -> Schedule:
         ),
         "share of the device": lambda: change(plan, first.operation, sms=17),
         "no share": lambda: change(plan, first.operation, sms=0),
+        "groups out of order": lambda: replace(plan, groups=(Group(6, 0.5), Group(4, 0.0), Group(8, 0.5))),
+        "an empty group": lambda: replace(plan, groups=(Group(0, 0.5), Group(8, 0.5))),
+        "rows in no group": lambda: replace(plan, groups=(Group(4, 0.5), Group(7, 0.5))),
+        "a group off the grains": lambda: replace(whole, granularity=4, groups=(Group(3, 0.5), Group(8, 0.5))),
+        "decodes in no group": lambda: replace(plan, groups=(Group(4, 0.5), Group(8, 0.4))),
+        "a negative share": lambda: replace(plan, groups=(Group(4, 1.5), Group(8, -0.5))),
+        "no number": lambda: replace(plan, groups=(Group(4, float("nan")), Group(8, 0.5))),
     }[rule]()
 
 
@@ -141,6 +158,13 @@ RULES = {
     "too many SMs": "partition: its lanes own 20 SMs, the device has 16",
     "share of the lane": r"launch 0 \(attention_norm 0\.\.4\): sms is 5, expected 1\.\.4",
     "share of the device": r"launch 0 \(attention_norm 0\.\.4\): sms is 17, expected 1\.\.16",
+    "groups out of order": r"groups: expected ascending stops from 1 to 8, got \[6, 4, 8\]",
+    "an empty group": r"groups: expected ascending stops from 1 to 8, got \[0, 8\]",
+    "rows in no group": r"groups: expected ascending stops from 1 to 8, got \[4, 7\]",
+    "a group off the grains": "groups: stop 3 is not a multiple of the granularity 4",
+    "decodes in no group": r"groups: expected shares of the decodes, 0 or more and 1 together, got \[0\.5, 0\.4\]",
+    "a negative share": r"groups: expected shares .* got \[1\.5, -0\.5\]",
+    "no number": r"groups: expected shares .* got \[nan, 0\.5\]",
     "no share": r"launch 0 \(attention_norm 0\.\.4\): sms is 0, expected 1\.\.16",
 }
 
@@ -186,6 +210,9 @@ def test_presets_are_valid_for_every_model(name: str, tp: int, split: tuple[str,
         validate(sequential(layer, 512), layer, num_layers)
         for parts, granularity in [(1, 1), (2, 1), (3, 1), (4, 128), (3, 7), (2, 500)]:
             validate(nano_batched(layer, 512, parts, granularity), layer, num_layers)
+        for stop, granularity in [(256, 1), (128, 128), (1, 1), (511, 1)]:
+            plan = overlapped(layer, 512, stop, 0.9, 40, 132, granularity)
+            validate(plan, layer, num_layers, device_sms=132)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -198,6 +225,23 @@ def test_next_layer_may_start_before_this_one_ends(name: str) -> None:
         assert plan.launches[-1].layers_ahead == 0
         for num_layers in (1, 2, 5):
             validate(plan, layer, num_layers)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_of_one_half_runs_beside_the_other_half(name: str) -> None:
+    """Between an attention and the first launch that waits for it, the compute lane has a whole layer of the others."""
+    layer, num_layers = build(config(name)).layer, 4
+    plan = overlapped(layer, 512, 256, 0.5, 40, 132)
+    order = PartialOrder(plan, num_layers)
+    names = [op.name for op in layer.operations if op.name != "attention"]
+    at = {(x.operation, x.start): number for number, x in enumerate(plan.launches)}
+    for number, mine, other in [(1, 0, 256), (2, 256, 0)]:
+        attention, o = (order.index[number, at[op, mine]] for op in ("attention", "o"))
+        assert order.precedes(attention, o)
+        beside = [k for k in range(len(order.steps)) if not order.precedes(k, attention) and order.precedes(k, o)]
+        launches = [plan.launches[order.steps[k][1]] for k in beside if k != attention]
+        assert sorted(x.operation for x in launches) == sorted(names)
+        assert {(x.lane, x.start) for x in launches} == {("compute", other)}
 
 
 def test_sequential_needs_no_waits() -> None:
@@ -218,6 +262,7 @@ def test_waits_are_sufficient_and_minimal() -> None:
             lanes = [{}, {"rope_append": "append"}, {"attention": "compute"}, {"mlp_norm": "network"}]
             plans = [in_lanes(plan, layer, moved) for moved in lanes]
             plans.append(rotated(layer, plan, LEADING, 12 // parts))
+            plans.append(overlapped(layer, 12, 12 // parts, 0.5, 1, 2))
             for schedule in plans:
                 validate(schedule, layer, 5)
                 waits += minimal(schedule, layer, 5)

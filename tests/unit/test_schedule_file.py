@@ -16,7 +16,7 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import ScheduleError
-from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 from nanoflow_backend.schedule.source import find_schedule
 
 MODEL = build(config("llama"), 2)
@@ -49,7 +49,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     for seed in range(20):
         plan = random_schedule(MODEL.layer, 32, random.Random(seed))
         plan = replace(plan, partition=dict.fromkeys(plan.lanes, 4))
-        file = ScheduleFile(header=HEADER, plans=(plan,))
+        file = ScheduleFile(header=HEADER, plans=(plan, overlapped(MODEL.layer, 64, 16, 0.3, 40, 132)))
         file.save(again)
         assert ScheduleFile.load(again) == file
 
