@@ -8,16 +8,17 @@ import checkpoints
 import pytest
 import torch
 from msgspec.structs import replace
+from schedules import save
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.completion import Completion
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
-from nanoflow_backend.scheduler.batch import Batch
-from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.presets import overlapped, sequential, synchronise
+from nanoflow_backend.scheduler.batch import Batch
 
 TOKENS = 64
 PLANS = ("halves", "all decodes last", "grains", "groups of their own", "one lane")
@@ -44,8 +45,7 @@ def prompts(folder: Path) -> list[list[int]]:
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, 70))] for _ in ASKED]
 
 
-def plan(folder: Path, name: str) -> Schedule:
-    layer = build(ModelConfig.from_pretrained(folder)).layer
+def plan(layer: Graph, name: str) -> Schedule:
     halves = overlapped(layer, TOKENS, 32, 0.5, 40, 132)
     return {
         "halves": halves,
@@ -60,8 +60,7 @@ def plan(folder: Path, name: str) -> Schedule:
 
 def comparable(completions: list[Completion]) -> list[Any]:
     return [
-        (c.token_ids, [(entry.token_ids, entry.sampled_rank) for entry in c.prompt_logprobs or ()])
-        for c in completions
+        (c.token_ids, [(entry.token_ids, entry.sampled_rank) for entry in c.prompt_logprobs or ()]) for c in completions
     ]
 
 
@@ -70,21 +69,13 @@ def test_groups_change_no_token(
     folder: Path, expected: list[Completion], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = watch(monkeypatch)
-    header = Header(
-        model_fingerprint=fingerprint(build(ModelConfig.from_pretrained(folder)).layer), device="cpu", tensor_parallel=1
-    )
-    path = tmp_path / "plan.json"
-    ScheduleFile(header=header, plans=(plan(folder, name),)).save(path)
-    engine = Engine.from_pretrained(
-        folder, schedule=str(path), dense_batch_tokens=TOKENS, chunk_tokens=30, page_tokens=4
-    )
+    layer = build(ModelConfig.from_pretrained(folder)).layer
+    path = save(tmp_path / "plan.json", layer, plan(layer, name))
+    engine = Engine.from_pretrained(folder, schedule=path, dense_batch_tokens=TOKENS, chunk_tokens=30, page_tokens=4)
     found = engine.generate(prompts(folder), ASKED)
     assert comparable(found) == comparable(expected)
     for ours, theirs in zip(found, expected, strict=True):
-        logprobs = [
-            torch.tensor([entry.logprobs for entry in c.prompt_logprobs or () if entry is not None])
-            for c in (ours, theirs)
-        ]
+        logprobs = [torch.tensor([entry.logprobs for entry in c.prompt_logprobs or ()]) for c in (ours, theirs)]
         torch.testing.assert_close(*logprobs, rtol=0, atol=1e-4)
     assert len(cut) > 3, "chunks that lie in several pieces"
 

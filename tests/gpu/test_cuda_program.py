@@ -6,6 +6,8 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+import triton
+import triton.language as tl
 from batches import Requests
 from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close, relative_rms
@@ -13,19 +15,22 @@ from msgspec.structs import replace
 from nanoflow_kernels import chain, device, reference
 from schedules import plans
 from torch import Tensor
+from triton.language.extra.cuda import smid
 
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cuda import CudaProgram
-from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.runtime.green_contexts import lane_streams
+from nanoflow_backend.schedule.plan import Schedule, ScheduleError
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+SMS = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 0
 PAGE_TOKENS = (4, 64)  # 64: pages that are copied as tiles
 LAUNCH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -145,6 +150,51 @@ def test_capped_launches_give_the_same_logits(case: Case) -> None:
         made.forward(token_ids, positions, slots, page_table)
         logits.append(made.head(rows).clone())
     assert_close("logits under a cap", logits[1].cpu(), logits[0].cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_halves_on_sms_of_their_own_give_the_same_logits_and_pages(case: Case, cuda_graphs: bool) -> None:
+    """Run as they come, and again from the capture."""
+    requests, layer, tokens = Requests(case.config, LENGTHS, 64), case.model.layer, 4 * TOKENS
+    results = []
+    for schedule in (sequential(layer, tokens), overlapped(layer, tokens, tokens // 2, 0.5, 40, SMS)):
+        made = program(case, schedule, requests, torch.float32, cuda_graphs=cuda_graphs)
+        page_table, logits = requests.page_table.cuda(), []
+        for batch in BATCHES * 3:
+            token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
+            made.forward(token_ids, positions, slots, page_table)
+            logits.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
+        results.append((torch.cat(logits), made.binding.kv))
+    (logits, pages), (expected, expected_pages) = results
+    assert_close("logits", logits.cpu(), expected.cpu(), 1e-5)
+    assert torch.equal(pages.isnan(), expected_pages.isnan())
+    assert_close("pages", pages.cpu().nan_to_num(), expected_pages.cpu().nan_to_num(), 1e-5)
+
+
+@triton.jit
+def _where(out):
+    tl.store(out + tl.program_id(0), smid())
+
+
+def test_streams_of_lanes_keep_to_sms_of_their_own() -> None:
+    shares = (("memory", 40), ("network", 8), ("compute", SMS - 48))
+    used: dict[str, set[int]] = {}
+    for lane, stream in lane_streams(shares).items():
+        found = torch.full((64 * SMS,), -1, dtype=torch.int32, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            _where[(len(found),)](found)
+        torch.cuda.synchronize()
+        used[lane] = set(found.tolist())
+    assert {lane: len(sms) for lane, sms in used.items()} == dict(shares)
+    assert len(set().union(*used.values())) == SMS
+
+
+def test_sms_that_the_device_does_not_grant_are_refused(tmp_path: Path) -> None:
+    case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
+    uneven = overlapped(case.model.layer, TOKENS, 8, 0.5, 36, SMS)
+    with pytest.raises(ScheduleError, match="partition: lane 'memory' has 36 SMs, the device would grant 40"):
+        program(case, uneven, Requests(case.config, LENGTHS, 64), torch.float32)
 
 
 def test_too_much_is_refused(tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from schedules import save
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.kvcache import storage
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import find_device
+from nanoflow_backend.schedule.presets import overlapped
 from nanoflow_backend.scheduler.request import Request
 
 pytestmark = [
@@ -41,9 +45,18 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(24)]
 
 
-def test_greedy_tokens_are_those_of_the_cpu() -> None:
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A plan of two halves: decodes dealt out, attention on SMs of its own."""
+    layer, device = build(ModelConfig.from_pretrained(MODEL)).layer, find_device("cuda")
+    assert device.sms is not None
+    plan = overlapped(layer, 256, 128, 0.6, 40, device.sms)
+    return save(tmp_path_factory.mktemp("plans") / "halves.json", layer, plan, device.name, device.sms)
+
+
+def test_greedy_tokens_are_those_of_the_cpu(halves: str) -> None:
     expected = token_ids(engine(device="cpu"), list(PROMPTS), GREEDY)
-    for schedule in ("sequential", "nano-batched-3"):
+    for schedule in ("sequential", "nano-batched-3", halves):
         assert token_ids(engine(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
 
 
@@ -88,13 +101,18 @@ def in_turns(count: int, **fields: Any) -> list[SamplingParams]:
     return [SamplingParams.parse({"max_tokens": 40, "seed": k, **WAYS[k % len(WAYS)], **fields}) for k in range(count)]
 
 
-def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]]) -> None:
+def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]], halves: str) -> None:
     params = in_turns(len(prompts))
     arms = [
         token_ids(engine(dtype="float32", **arm), prompts, params)
-        for arm in ({}, {"async_scheduling": False}, {"schedule": "nano-batched-3", "chunk_tokens": 32})
+        for arm in (
+            {},
+            {"async_scheduling": False},
+            {"schedule": "nano-batched-3", "chunk_tokens": 32},
+            {"schedule": halves, "chunk_tokens": 32},
+        )
     ]
-    assert arms[0] == arms[1] == arms[2]
+    assert arms[0] == arms[1] == arms[2] == arms[3]
     greedy = in_turns(len(prompts), temperature=0, n=1)
     assert token_ids(engine(dtype="float32"), prompts, greedy) == token_ids(engine(device="cpu"), prompts, greedy)
 
@@ -118,8 +136,9 @@ def test_logprobs_come_with_their_tokens(prompts: list[list[int]]) -> None:
             assert found.sampled_rank == 1
 
 
-def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]]) -> None:
-    made, rounds = engine(), 2
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]], halves: str, overlaps: bool) -> None:
+    made, rounds = engine(schedule=halves if overlaps else "sequential"), 2
     for attempt in range(rounds):  # in the first round buckets are captured, which waits
         torch.cuda.set_sync_debug_mode("error" if attempt == rounds - 1 else "default")
         try:

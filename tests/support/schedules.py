@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential, synchronise
@@ -36,7 +38,7 @@ def rotated(graph: Graph, schedule: Schedule, ahead: tuple[str, ...], stop: int)
 
 
 def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
-    """The built-in plans, on all SMs of a device, with lanes of their own for append and attention, and with a layer's start pulled ahead."""
+    """The built-in plans, on all SMs, with lanes of their own for append and attention, and with a start pulled ahead."""
     two, three = nano_batched(graph, tokens, 2), nano_batched(graph, tokens, 3)
     apart = {"rope_append": "append", "attention": "attend"}
     return {
@@ -52,6 +54,15 @@ def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
             rotated(graph, three, ("attention_norm", "qkv", "rope_append"), three.launches[0].stop), graph, apart
         ),
     }
+
+
+def save(path: Path, graph: Graph, schedule: Schedule, device: str = "cpu", device_sms: int | None = None) -> str:
+    """A schedule file's path, as configurations have it."""
+    header = Header(
+        model_fingerprint=fingerprint(graph), device=device, device_sms=device_sms, tensor_parallel=1
+    )  # fmt: skip
+    ScheduleFile(header=header, plans=(schedule,)).save(path)
+    return str(path)
 
 
 def without_wait(schedule: Schedule, number: int, wait: Wait) -> Schedule:
