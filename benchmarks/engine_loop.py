@@ -27,6 +27,7 @@ from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.engine.messages import News
+from nanoflow_backend.schedule.plan import Group
 from nanoflow_backend.scheduler.request import Request
 
 MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
@@ -38,6 +39,9 @@ class NullProgram:
     def __init__(self, rows: int) -> None:
         columns = 8  # sampling from a vocabulary is the device's work
         self.logits = torch.zeros(rows, columns).index_fill(1, torch.tensor([3]), 1.0)
+
+    def groups(self, tokens: int) -> tuple[Group, ...]:
+        return ()
 
     def forward(self, *inputs: torch.Tensor) -> None: ...
 

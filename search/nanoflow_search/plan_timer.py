@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.engine.layout import deal
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -62,6 +63,7 @@ class PlanTimer:
         pages.normal_(generator=torch.Generator(device).manual_seed(0))
         self._kv = [pages[i % distinct] for i in range(layers)]
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
+        self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
         self._seconds, self._sleep = seconds, sleep
@@ -104,8 +106,13 @@ class PlanTimer:
             **self._options,
         )
 
+        *listed, page_table = self._inputs
+        layout = deal(self._decodes, tokens, program.groups(tokens))
+        rows = torch.from_numpy(layout.listed).to(page_table.device) if layout else slice(None)
+        inputs = [ints[rows] for ints in listed]
+
         def forward() -> None:
-            program.forward(*self._inputs)
+            program.forward(*inputs, page_table)
 
         forward()  # compiles, and captures
         return forward

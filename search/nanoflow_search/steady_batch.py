@@ -19,7 +19,7 @@ SPREAD = 0.5  # contexts of decodes lie so far around their mean, evenly
 
 @dataclass(frozen=True)
 class SteadyBatch:
-    """int32, on the CPU. Decodes come first, as in the engine; pages lie anywhere."""
+    """int32, on the CPU. Decodes come first, as a Batch lists its rows; pages lie anywhere."""
 
     positions: Tensor  # [T]
     slots: Tensor  # [T]

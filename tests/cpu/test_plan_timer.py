@@ -11,11 +11,12 @@ from nanoflow_search.work import Mix
 from shapes import CONFIGS, config
 from simulated_gpu import IDLE_W, SimulatedBurst, SimulatedGpu, SimulatedWork
 
+from nanoflow_backend.engine.layout import deal
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
 MIX = Mix(10.0, 14.0, 9.0, 4.0)
 LAYERS = 6
@@ -76,6 +77,19 @@ def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
     for a, b in zip(*results, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b)
+
+
+def test_rows_lie_in_the_plans_groups() -> None:
+    made, programs = timer("llama", num_layers=2)
+    layer = build(config("llama")).layer
+    halves = overlapped(layer, 24, 12, 0.4, 1, 2)
+    for schedule in (sequential(layer, 24), halves):
+        made(schedule)
+    layout = deal(10, 24, halves.groups)
+    assert layout is not None
+    expected, found = (program.binding.results(24) for program in programs.made)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b[layout.place])
 
 
 def test_a_pair_of_plans_is_built_once() -> None:

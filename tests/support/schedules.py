@@ -38,7 +38,7 @@ def rotated(graph: Graph, schedule: Schedule, ahead: tuple[str, ...], stop: int)
 
 
 def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
-    """The built-in plans, on all SMs, with lanes of their own for append and attention, and with a start pulled ahead."""
+    """The built-in plans on all SMs, with lanes of their own for append and attention, with a layer's start ahead."""
     two, three = nano_batched(graph, tokens, 2), nano_batched(graph, tokens, 3)
     apart = {"rope_append": "append", "attention": "attend"}
     return {
