@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanoflow_backend.engine import Engine
 from nanoflow_backend.models.model import build
-from nanoflow_backend.schedule.source import find_schedule
+from nanoflow_backend.schedule.source import find_schedules
 
 STEPS = 10
 PRODUCTS = ("nvjet", "gemm", "cutlass")  # in the names of cuBLAS's kernels
@@ -84,7 +84,7 @@ def linear_operations(engine: Engine) -> list[str]:
     """The names of a full step's products by cuBLAS, in the order in which they run; none if two lanes have some."""
     config, device = engine.config, engine.worker.device
     model = build(engine.model_config, config.tensor_parallel)
-    schedule = find_schedule(config, model, device.name, device.sms)
+    schedule = find_schedules(config, model, device.name, device.sms)[-1]
     in_layer = {operation.name for operation in model.layer.operations if operation.kernel == "linear"}
     in_head = [operation.name for operation in model.head.operations if operation.kernel == "linear"]
     order = [schedule.launches[number] for _, number in schedule.unroll(model.num_layers)]

@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
 from nanoflow_backend.engine.constraints import Constraints, Masks
@@ -19,6 +21,7 @@ from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, show_only
+from nanoflow_backend.schedule.source import named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
@@ -39,6 +42,7 @@ class Engine:
     def __init__(self, config: EngineConfig, on_rank_death: Callable[[str], None] = log.error) -> None:
         if config.gpus is not None:
             show_only(config.gpus)
+        config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
         self.config = config = config.settle(find_device(config.device).kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)

@@ -33,7 +33,7 @@ from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import CudaProgram
 from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.runtime.program import Program
-from nanoflow_backend.schedule.source import find_schedule
+from nanoflow_backend.schedule.source import find_schedules
 from nanoflow_backend.scheduler.batch import Batch, Sampled
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,9 @@ def _program(
     model = build(model_config, tp)
     for line in _implementations(model, kernels) if kernels else ():
         log.info("%s", line)
-    schedule = find_schedule(config, model, device.name, device.sms)
+    schedules = find_schedules(config, model, device.name, device.sms)
+    if len(schedules) > 1:
+        log.info("schedules for batches of up to %s tokens", ", ".join(str(s.tokens) for s in schedules))
     free_bytes = device.free_bytes() // (tp if device.kind == "cpu" else 1)
     check_room(config, model_config, weights.size_bytes(model, dtype), free_bytes, device.name)
     if config.load_format == "dummy":
@@ -178,11 +180,11 @@ def _program(
         kv = storage.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
         if kernels is None:
             return CpuProgram(
-                model, schedule, loaded, kv, Collectives(tp), max_tokens=config.dense_batch_tokens, dtype=dtype
+                model, schedules, loaded, kv, Collectives(tp), max_tokens=config.dense_batch_tokens, dtype=dtype
             )
         made = CudaProgram(
             model,
-            schedule,
+            schedules,
             loaded,
             kv,
             Collectives(tp),

@@ -1,11 +1,13 @@
-"""Binding: the kernel calls of a schedule on one device's tensors; what all programs have in common.
+"""Binding: the kernel calls of schedules on one device's tensors; what all programs have in common.
 
 T tokens of a batch, R rows that are sampled.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
-from nanoflow_backend.runtime.buffers import Instance, instance_of, plan_buffers
+from nanoflow_backend.runtime.buffers import BufferPlan, Instance, instance_of, plan_buffers, shared
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.validate import describe
@@ -31,9 +33,20 @@ class Call(NamedTuple):
     rows: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class BoundPlan:
+    """A schedule of a model's layers, and where its values lie."""
+
+    schedule: Schedule
+    layer: Graph  # its all-reduces in the schedule's form
+    steps: Sequence[tuple[int, int]]  # (layer, launch number), in the order of issue
+    buffers: BufferPlan
+
+
 class Binding:
     """Weights, pages, the batch's ints and activation buffers, and which rows of them each launch works on.
 
+    `schedules`: by ascending tokens; a batch runs under the first that holds it.
     weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
     page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
     With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
@@ -43,7 +56,7 @@ class Binding:
     def __init__(
         self,
         model: Model,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
         kv: Sequence[Tensor] | Tensor,
         collectives: Collectives,
@@ -55,18 +68,26 @@ class Binding:
         in_place: bool = False,
         limit_sms: bool = False,
     ) -> None:
-        if max_tokens > schedule.tokens:
-            raise ValueError(f"max_tokens: expected at most the schedule's {schedule.tokens}, got {max_tokens}")
-        self.model, self.schedule, self.weights, self.kv = model, schedule, weights, kv
-        self.layer = split_all_reduce(model.layer, schedule.split_all_reduces, collectives.ranks)
-        self.steps = schedule.unroll(model.num_layers)
+        if max_tokens > schedules[-1].tokens:
+            raise ValueError(f"max_tokens: expected at most the schedule's {schedules[-1].tokens}, got {max_tokens}")
+        self.model, self.weights, self.kv = model, weights, kv
         self.device = torch.device(device)
         self._collectives, self._kernels, self._limit_sms = collectives, kernels, limit_sms
         self._in_place = in_place and collectives.ranks == 1
         self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
-        self.plan = plan_buffers(self.layer, schedule, model.num_layers, self._same(self.layer))
+        layers = [split_all_reduce(model.layer, s.split_all_reduces, collectives.ranks) for s in schedules]
+        buffers = shared(
+            [
+                plan_buffers(layer, schedule, model.num_layers, self._same(layer))
+                for layer, schedule in zip(layers, schedules, strict=True)
+            ]
+        )
+        self.plans = [
+            BoundPlan(schedule, layer, schedule.unroll(model.num_layers), plan)
+            for schedule, layer, plan in zip(schedules, layers, buffers, strict=True)
+        ]
         # Rows begin at multiples of 16 bytes, which bulk copies ask for; _rows cuts what a value has.
-        self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in self.plan.buffers]
+        self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in buffers[0].buffers]
         self.positions = self.empty(max_tokens, dtype="int32")
         self.slots = self.empty(max_tokens, dtype="int32")
         self.page_table: Tensor | None = None
@@ -75,35 +96,41 @@ class Binding:
         """`dtype` as in Value."""
         return torch.empty(shape, dtype=self._dtypes[dtype], device=self.device)
 
+    def plan_for(self, tokens: int) -> BoundPlan:
+        """The plan under which a batch of `tokens` runs."""
+        return self.plans[bisect_left(self.plans, tokens, key=lambda plan: plan.schedule.tokens)]
+
     def embed(self, token_ids: Tensor) -> list[Call]:
         """Token ids [T] to the inputs of the first layer."""
+        plan, tokens = self.plan_for(len(token_ids)), len(token_ids)
         embedded = {
-            name: self._rows(Instance(-1, value), 0, len(token_ids))
-            for name, value in zip(self.model.embed.outputs, self.layer.outputs, strict=True)
+            name: self._rows(plan, Instance(-1, value), 0, tokens)
+            for name, value in zip(self.model.embed.outputs, plan.layer.outputs, strict=True)
         }
         return self._all(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
 
     def layers(self, tokens: int) -> list[Call | None]:
         """The call of each step on a batch of `tokens`; None where there is nothing to do."""
-        ranges = self.schedule.fit(tokens)
+        plan = self.plan_for(tokens)
+        ranges = plan.schedule.fit(tokens)
         calls: list[Call | None] = []
-        for layer, number in self.steps:
+        for layer, number in plan.steps:
             start, stop = ranges[number]
-            launch = self.schedule.launches[number]
-            operation = self.layer[launch.operation]
+            launch = plan.schedule.launches[number]
+            operation = plan.layer[launch.operation]
             if start == stop or (self._in_place and operation.resource is Resource.NETWORK):
                 calls.append(None)
                 continue
-            value = partial(self._value, layer, start=start, stop=stop)
+            value = partial(self._value, plan, layer, start=start, stop=stop)
             where = f"{describe(number, launch)} in layer {layer}"
-            sms = self.schedule.sms(launch) if self._limit_sms else None
-            calls.append(self._call(self.layer, operation, value, where, f"layers.{layer}.", sms))
+            sms = plan.schedule.sms(launch) if self._limit_sms else None
+            calls.append(self._call(plan.layer, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
     def results(self, tokens: int) -> tuple[Tensor, ...]:
         """The last layer's outputs [T, D]."""
-        last = self.model.num_layers - 1
-        return tuple(self._rows(Instance(last, value), 0, tokens) for value in self.layer.outputs)
+        plan, last = self.plan_for(tokens), self.model.num_layers - 1
+        return tuple(self._rows(plan, Instance(last, value), 0, tokens) for value in plan.layer.outputs)
 
     def head(self, values: dict[str, Tensor]) -> list[Call]:
         """Rows of the results to logits; `values` has the head's inputs, and gets all that it computes."""
@@ -129,19 +156,20 @@ class Binding:
         idle = (op for op in graph.operations if self._in_place and op.resource is Resource.NETWORK)
         return {op.outputs[0]: op.inputs[0] for op in idle}
 
-    def _value(self, layer: int, name: str, start: int, stop: int) -> Tensor:
+    def _value(self, plan: BoundPlan, layer: int, name: str, start: int, stop: int) -> Tensor:
         """What a launch of `layer` on rows start .. stop - 1 means by a value's name."""
         if name == "page_table":
             assert self.page_table is not None
             return self.page_table
-        if self.layer.values[name].kind is Kind.PAGES:
+        if plan.layer.values[name].kind is Kind.PAGES:
             return self.kv[layer]
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
-        return self._rows(instance_of(self.layer, layer, name), start, stop)
+        return self._rows(plan, instance_of(plan.layer, layer, name), start, stop)
 
-    def _rows(self, instance: Instance, start: int, stop: int) -> Tensor:
-        return self.buffers[self.plan.holder[instance]][start:stop, : self.layer.values[instance.value].width]
+    def _rows(self, plan: BoundPlan, instance: Instance, start: int, stop: int) -> Tensor:
+        width = plan.layer.values[instance.value].width
+        return self.buffers[plan.buffers.holder[instance]][start:stop, :width]
 
     def _call(
         self,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -136,6 +136,28 @@ def plan_buffers(
     also = [Instance(layer, value) for layer in range(-1, num_layers) for value in same]
     holder |= {instance: holder[home(instance)] for instance in also if home(instance) in holder}
     return BufferPlan(tuple(buffers), holder)
+
+
+def shared(plans: Sequence[BufferPlan]) -> list[BufferPlan]:
+    """The same plans on common buffers, since no two of them run at the same time.
+
+    The widest buffers of a dtype, one of each plan, become one, then the second widest, and so on.
+    """
+    widths: dict[tuple[str, int], int] = {}  # (dtype, place among its dtype's by width)
+    places: list[dict[int, tuple[str, int]]] = []
+    for plan in plans:
+        places.append({})
+        for b in sorted(range(len(plan.buffers)), key=lambda b: -plan.buffers[b].width):
+            dtype = plan.buffers[b].dtype
+            place = dtype, sum(other == dtype for other, _ in places[-1].values())
+            places[-1][b] = place
+            widths[place] = max(widths.get(place, 0), plan.buffers[b].width)
+    number = {place: i for i, place in enumerate(widths)}
+    buffers = tuple(Buffer(width, dtype) for (dtype, _), width in widths.items())
+    return [
+        BufferPlan(buffers, {instance: number[at[b]] for instance, b in plan.holder.items()})
+        for plan, at in zip(plans, places, strict=True)
+    ]
 
 
 class _Life:

@@ -1,4 +1,4 @@
-"""CpuProgram: a schedule, launch by launch, in plain torch: the development default, and the oracle of other programs.
+"""CpuProgram: schedules, launch by launch, in plain torch: the development default, and the oracle of other programs.
 
 T tokens of a batch, R rows that are sampled, V vocabulary.
 """
@@ -24,15 +24,15 @@ CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in 
 class CpuProgram:
     """A Program (see there) whose activations lie in buffers shared by lifetime, with tags on their rows.
 
-    For weights and kv see Binding. The schedule is not validated here: a launch whose input is not there raises
-    StaleRead. With `checked`, buffers are poisoned (NaN, or the lowest int) before each forward and outputs before
-    each launch, and poison in an output raises too: a kernel read what it should not, or left rows unwritten.
+    For schedules, weights and kv see Binding. Schedules are not validated here: a launch whose input is not there
+    raises StaleRead. With `checked`, buffers are poisoned (NaN, or the lowest int) before each forward and outputs
+    before each launch, and poison in an output raises too: a kernel read what it should not, or left rows unwritten.
     """
 
     def __init__(
         self,
         model: Model,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
         kv: Sequence[Tensor] | Tensor,
         collectives: Collectives,
@@ -42,11 +42,15 @@ class CpuProgram:
         kernels: Kernels = reference,
         checked: bool = False,
     ) -> None:
-        self.schedule, self.kv, self.max_tokens, self.checked = schedule, kv, max_tokens, checked
+        self.kv, self.max_tokens, self.checked = kv, max_tokens, checked
         self.binding = Binding(
-            model, schedule, weights, kv, collectives, kernels, max_tokens=max_tokens, dtype=dtype
+            model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, dtype=dtype
         )  # fmt: skip
-        self.tags = RowTags(self.binding.layer, schedule, model.num_layers, self.binding.plan)
+        self.tags_of = {
+            plan.schedule.tokens: RowTags(plan.layer, plan.schedule, model.num_layers, plan.buffers)
+            for plan in self.binding.plans
+        }
+        self.tags = self.tags_of[schedules[-1].tokens]  # of the last batch's plan
         self.tokens = 0  # of the last batch
         for buffer in self.binding.buffers:
             buffer.fill_(_poison(buffer.dtype))
@@ -55,7 +59,7 @@ class CpuProgram:
 
     def groups(self, tokens: int) -> tuple[Group, ...]:
         """See Program."""
-        return self.schedule.fit_groups(tokens)
+        return self.binding.plan_for(tokens).schedule.fit_groups(tokens)
 
     def forward(
         self,
@@ -65,7 +69,7 @@ class CpuProgram:
         page_table: Tensor,
         order: Iterable[int] | None = None,
     ) -> None:
-        """See Program. `order` is another interleaving of the schedule's steps than the order of issue.
+        """See Program. `order` is another interleaving of the steps of the batch's schedule than the order of issue.
 
         Raises:
             ValueError: more than max_tokens tokens.
@@ -85,6 +89,7 @@ class CpuProgram:
                 buffer.fill_(_poison(buffer.dtype))
         for call in binding.embed(token_ids):
             self._ready(call)()
+        self.tags = self.tags_of[binding.plan_for(tokens).schedule.tokens]
         self.tags.embed()
         launches = self._launches(tokens)
         check = self.tags.launch

@@ -1,4 +1,4 @@
-"""CudaProgram: a schedule on one GPU: lanes are streams, waits are events, and an iteration is one CUDA graph.
+"""CudaProgram: schedules on one GPU: lanes are streams, waits are events, and an iteration is one CUDA graph.
 
 T tokens of a batch, R rows that are sampled, V vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.runtime.binding import Binding, Call, Kernels
+from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Group, Schedule
@@ -21,17 +21,18 @@ PAD = -1  # the position of a row that is no token: kernels leave it out, and wr
 
 
 class CudaProgram:
-    """A Program (see there) whose calls return at once. For weights and kv see Binding.
+    """A Program (see there) whose calls return at once. For schedules, weights and kv see Binding.
 
-    A batch is padded to a bucket (see `bucket`). The first batch of a bucket runs a kernel at a time, which compiles
-    what is not compiled yet, and is captured; later ones replay the capture. With `cuda_graphs` off none is captured.
+    A batch is padded to a bucket (see `bucket`), which runs under the schedule for its size. The first batch of a
+    bucket runs a kernel at a time, which compiles what is not compiled yet, and is captured; later ones replay the
+    capture. With `cuda_graphs` off none is captured.
     The logits of `head` are valid until its next call, on the same stream.
     """
 
     def __init__(
         self,
         model: Model,
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
         kv: Sequence[Tensor] | Tensor,
         collectives: Collectives,
@@ -45,7 +46,7 @@ class CudaProgram:
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.binding = Binding(
             model,
-            schedule,
+            schedules,
             weights,
             kv,
             collectives,
@@ -66,16 +67,18 @@ class CudaProgram:
             for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
         }
         self._list_work = kernels.list_work
-        self._lanes = _streams(schedule)
-        self._waits = _waits(schedule, model.num_layers)
+        shared = [torch.cuda.Stream() for _ in range(max(len(s.lanes) for s in schedules) - 1)]
+        self._lanes = {schedule.tokens: _streams(schedule, shared) for schedule in schedules}
+        self._waits = {schedule.tokens: _waits(schedule, model.num_layers) for schedule in schedules}
         self._cuda_graphs = cuda_graphs
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
         self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
-        self._tokens = 0
+        self._padded = 0  # tokens of the last batch's bucket
 
     def groups(self, tokens: int) -> tuple[Group, ...]:
         """See Program."""
-        return self.binding.schedule.fit_groups(min(bucket(tokens), self.max_tokens))
+        padded = min(bucket(tokens), self.max_tokens)
+        return self.binding.plan_for(padded).schedule.fit_groups(padded)
 
     def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
         """See Program. Raises: ValueError, more than max_tokens tokens."""
@@ -90,7 +93,7 @@ class CudaProgram:
         binding.slots[:tokens].copy_(slots)
         binding.positions[:tokens].copy_(positions)
         binding.positions[tokens:padded].fill_(PAD)
-        self._tokens = tokens
+        self._padded = padded
         if padded in self._graphs:
             self._graphs[padded].replay()
             return
@@ -111,7 +114,7 @@ class CudaProgram:
             raise ValueError(f"rows: expected at most {self.max_rows}, got {len(rows)}")
         head = self.binding.model.head
         values = {name: value[: len(rows)] for name, value in self._head_values.items()}
-        for name, result in zip(head.inputs, self.binding.results(self._tokens), strict=True):
+        for name, result in zip(head.inputs, self.binding.results(self._padded), strict=True):
             torch.index_select(result, 0, rows, out=values[name])
         for call in self.binding.head(values):
             call.run()
@@ -134,20 +137,21 @@ class CudaProgram:
 
     def _issue(self, tokens: int) -> None:
         """Every launch on the stream of its lane, after the events of those that it waits for."""
-        main = torch.cuda.current_stream()
-        streams = {lane: stream or main for lane, stream in self._lanes.items()}
+        plan, main = self.binding.plan_for(tokens), torch.cuda.current_stream()
+        streams = {lane: stream or main for lane, stream in self._lanes[plan.schedule.tokens].items()}
+        waits = self._waits[plan.schedule.tokens]
         for embedding in self.binding.embed(self._token_ids[:tokens]):
             embedding.run()
         calls = self.binding.layers(tokens)
-        works = self._works(calls)
+        works = self._works(plan, calls)
         start = main.record_event()
         for stream in streams.values():
             stream.wait_event(start)
         ended: dict[int, torch.cuda.Event] = {}
-        awaited = {target for targets in self._waits for target in targets}
-        for step, ((_, number), call) in enumerate(zip(self.binding.steps, calls, strict=True)):
-            stream = streams[self.binding.schedule.launches[number].lane]
-            for target in self._waits[step]:
+        awaited = {target for targets in waits for target in targets}
+        for step, ((_, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
+            stream = streams[plan.schedule.launches[number].lane]
+            for target in waits[step]:
                 stream.wait_event(ended[target])
             if call:
                 with torch.cuda.stream(stream):
@@ -157,15 +161,15 @@ class CudaProgram:
         for stream in streams.values():
             main.wait_event(stream.record_event())
 
-    def _works(self, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
+    def _works(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
         """By launch number, what attention has to do: listed once, for it is the same in every layer."""
         works: dict[int, dict[str, Any]] = {}
-        for (_, number), call in zip(self.binding.steps, calls, strict=True):
-            launch = self.binding.schedule.launches[number]
-            if call and number not in works and self.binding.layer[launch.operation].kernel == "attention":
+        for (_, number), call in zip(plan.steps, calls, strict=True):
+            launch = plan.schedule.launches[number]
+            if call and number not in works and plan.layer[launch.operation].kernel == "attention":
                 q, pages, positions, slots, _ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
-                sms = self.binding.schedule.sms(launch)
+                sms = plan.schedule.sms(launch)
                 works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=sms)}
         return works
 
@@ -182,12 +186,11 @@ def bucket(tokens: int) -> int:
     return -(-tokens // grain) * grain
 
 
-def _streams(schedule: Schedule) -> dict[str, torch.cuda.Stream | None]:
-    """By lane; None is the stream that issues: all of the device's SMs, where lanes have none of their own."""
+def _streams(schedule: Schedule, shared: Sequence[torch.cuda.Stream]) -> dict[str, torch.cuda.Stream | None]:
+    """By lane; None is the stream that issues, `shared` are those of lanes beside it that have no SMs of their own."""
     if schedule.partition:
         return dict(lane_streams(tuple(schedule.partition.items())))
-    first, *others = schedule.lanes
-    return {first: None, **{lane: torch.cuda.Stream() for lane in others}}
+    return dict(zip(schedule.lanes, [None, *shared], strict=False))
 
 
 def _waits(schedule: Schedule, num_layers: int) -> list[list[int]]:

@@ -11,17 +11,19 @@ from nanoflow_backend.config import ConfigError, read_file
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the plans were made for, and what they promise. Times are of one layer; None: not known."""
+    """What the plans were made for, and what they promise. Times are of one layer at B_dense; None: not known."""
 
     format_version: int = FORMAT_VERSION
     model_fingerprint: str
     device: str  # "NVIDIA H200", "cpu"
     device_sms: int | None = None
     tensor_parallel: int
+    dense_batch_tokens: int  # B_dense: the size of a step that was found best
+    workloads: tuple[str, ...] = ()  # "1024/512"
     profile_hash: str | None = None
     solver: str | None = None
     gap: float | None = None  # the solver's, relative
@@ -29,16 +31,42 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     measured_us: float | None = None
 
 
-class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Plans for several batch sizes, smallest first."""
+class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan that a search predicted, and then timed against sequential: what `nanoflow-search explain` tells of."""
+
+    name: str
+    dense_batch_tokens: int
+    workload: str
+    predicted_us: float  # of one layer, before it was timed
+    measured_us: float
+    gain: float  # over sequential; and the 95 % interval
+    gain_low: float
+    gain_high: float
+    power_w: float
+    clock_mhz: float
+    token_mj: float  # of all layers
+    chosen: bool
+
+
+class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Plans for ranges of batch sizes, smallest first: a batch runs under the first that holds it.
+
+    So a plan for small batches is for them alone; there, as a rule, sequential: parts of few tokens only cost.
+    """
 
     header: Header
     plans: tuple[Schedule, ...]
+    trials: tuple[Trial, ...] = ()
+    bounds_us: dict[str, float] = {}  # by name, what no plan's layer at B_dense goes below
 
     def __post_init__(self) -> None:
         sizes = [plan.tokens for plan in self.plans]
         if not sizes or sizes != sorted(set(sizes)):
             raise ScheduleError(f"plans: expected at least one, by ascending and different tokens; got {sizes}")
+        if not 1 <= self.header.dense_batch_tokens <= sizes[-1]:
+            raise ScheduleError(
+                f"dense_batch_tokens: expected 1..{sizes[-1]}, which plans reach, got {self.header.dense_batch_tokens}"
+            )
 
     @classmethod
     def load(cls, path: Path) -> ScheduleFile:
@@ -59,31 +87,29 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check_header(self, graph: Graph, device: str, tensor_parallel: int, device_sms: int | None = None) -> None:
         """Raises: ScheduleError, saying every way in which this machine differs from the one the plans are for."""
-        here = Header(
-            model_fingerprint=fingerprint(graph),
-            device=device,
-            device_sms=device_sms,
-            tensor_parallel=tensor_parallel,
-        )
-        keys = ("model_fingerprint", "device", "device_sms", "tensor_parallel")
+        here = {
+            "model_fingerprint": fingerprint(graph),
+            "device": device,
+            "device_sms": device_sms,
+            "tensor_parallel": tensor_parallel,
+        }
         differences = [
-            f"{key} is {getattr(self.header, key)!r} in the file and {getattr(here, key)!r} here"
-            for key in keys
-            if getattr(self.header, key) != getattr(here, key)
+            f"{key} is {getattr(self.header, key)!r} in the file and {value!r} here"
+            for key, value in here.items()
+            if getattr(self.header, key) != value
         ]
         if differences:
             raise ScheduleError("the schedule was made for something else: " + "; ".join(differences))
 
-    def plan_for(self, tokens: int) -> Schedule:
-        """The smallest plan that holds `tokens`.
+    def plans_up_to(self, tokens: int) -> tuple[Schedule, ...]:
+        """Those that batches of up to `tokens` need.
 
         Raises:
-            ScheduleError: no plan does.
+            ScheduleError: no plan holds so many.
         """
-        for plan in self.plans:
-            if plan.tokens >= tokens:
-                return plan
-        raise ScheduleError(f"the largest plan is for {self.plans[-1].tokens} tokens, a batch may have {tokens}")
+        if (largest := self.plans[-1].tokens) < tokens:
+            raise ScheduleError(f"the largest plan is for {largest} tokens, a batch may have {tokens}")
+        return self.plans[: 1 + sum(plan.tokens < tokens for plan in self.plans)]
 
 
 class _Version(msgspec.Struct):

@@ -1,11 +1,11 @@
-"""find_schedule: the validated schedule that a configuration names."""
+"""find_schedules: the validated plans that a configuration names."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from nanoflow_backend.config import SettledConfig
+from nanoflow_backend.config import EngineConfig, SettledConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.schedule.file import ScheduleFile
@@ -14,27 +14,42 @@ from nanoflow_backend.schedule.presets import nano_batched, sequential
 from nanoflow_backend.schedule.validate import validate
 
 
-def find_schedule(config: SettledConfig, model: Model, device: str = "cpu", device_sms: int | None = None) -> Schedule:
-    """The plan for batches of up to `config.dense_batch_tokens`, of `model` as `build` makes it, on `device`.
+def find_schedules(
+    config: SettledConfig, model: Model, device: str = "cpu", device_sms: int | None = None
+) -> tuple[Schedule, ...]:
+    """The plans for batches of up to `config.dense_batch_tokens`, of `model` as `build` makes it, on `device`.
 
-    `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file.
+    `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file. By ascending tokens: a batch
+    runs under the first that holds it.
 
     Raises:
         ScheduleError: naming the preset or the file, and what is wrong with it.
     """
     name, tokens, tp = config.schedule, config.dense_batch_tokens, config.tensor_parallel
-    file = ScheduleFile.load(Path(name)) if name.endswith(".json") else None
+    file = ScheduleFile.load(Path(name)) if is_file(name) else None
     try:
         if file is not None:
             file.check_header(model.layer, device, tp, device_sms)
-            schedule = file.plan_for(tokens)
+            plans = file.plans_up_to(tokens)
         elif name == "sequential":
-            schedule = sequential(model.layer, tokens)
+            plans = (sequential(model.layer, tokens),)
         elif preset := re.fullmatch(r"nano-batched-(\d+)", name):
-            schedule = nano_batched(model.layer, tokens, int(preset[1]))
+            plans = (nano_batched(model.layer, tokens, int(preset[1])),)
         else:
             raise ScheduleError("expected sequential, nano-batched-N, or the path of a .json schedule file")
-        validate(schedule, split_all_reduce(model.layer, schedule.split_all_reduces, tp), model.num_layers, device_sms)
+        for plan in plans:
+            validate(plan, split_all_reduce(model.layer, plan.split_all_reduces, tp), model.num_layers, device_sms)
     except ValueError as error:  # ScheduleError is one
         raise ScheduleError(f"schedule {name}: {error}") from None
-    return schedule
+    return plans
+
+
+def named_dense_batch_tokens(config: EngineConfig) -> int | None:
+    """What the configuration says, or else its schedule file. Raises: ScheduleError, the file cannot be read."""
+    if config.dense_batch_tokens is not None or not is_file(config.schedule):
+        return config.dense_batch_tokens
+    return ScheduleFile.load(Path(config.schedule)).header.dense_batch_tokens
+
+
+def is_file(schedule: str) -> bool:
+    return schedule.endswith(".json")

@@ -33,14 +33,15 @@ def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_
     for schedule in schedules:
         binding = bound(case, schedule)
         networks = [call is None for call in binding.layers(TOKENS)]
-        assert sum(networks) == sum("reduce" in binding.schedule.launches[n].operation for _, n in binding.steps) > 0
-        for order in (range(len(binding.steps)), random_interleaving(PartialOrder(schedule, 3), rng)):
+        steps = binding.plans[0].steps
+        assert sum(networks) == sum("reduce" in schedule.launches[n].operation for _, n in steps) > 0
+        for order in (range(len(steps)), random_interleaving(PartialOrder(schedule, 3), rng)):
             check(case, binding, order)
 
 
 def bound(case: Case, schedule: Schedule) -> Binding:
     pages, options = case.requests.empty_pages(), {"max_tokens": TOKENS, "dtype": torch.float32}
-    binding = Binding(case.model, schedule, case.weights, pages, Collectives(), reference, in_place=True, **options)
+    binding = Binding(case.model, [schedule], case.weights, pages, Collectives(), reference, in_place=True, **options)
     binding.page_table = case.requests.page_table
     return binding
 
@@ -70,7 +71,7 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
     for limit_sms, expected in ((True, {"mlp_norm": 5}), (False, {})):
         binding = Binding(
             case.model,
-            replace(schedule, launches=capped),
+            [replace(schedule, launches=capped)],
             case.weights,
             case.requests.empty_pages(),
             Collectives(),

@@ -81,13 +81,26 @@ def test_bfloat16_follows_float32(case: Case) -> None:
     }  # fmt: skip
     schedule = nano_batched(case.model.layer, TOKENS, 3)
     options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16, "checked": True}
-    program = CpuProgram(case.model, schedule, weights, pages, Collectives(), **options)
+    program = CpuProgram(case.model, [schedule], weights, pages, Collectives(), **options)
     program.forward(*case.requests.inputs(BATCHES[0]))
     logits = program.head(torch.arange(TOKENS))
     assert logits.dtype == torch.float32
     # The median row: in a router's near tie, rounding may choose other experts.
     errors = [relative_rms(a, b) for a, b in zip(logits, case.requests.rows(case.logits, BATCHES[0]), strict=True)]
     assert 1e-4 < sorted(errors)[len(errors) // 2] < 0.05
+
+
+def test_each_batch_runs_under_the_plan_for_its_size(case: Case) -> None:
+    """Batches of 1, 8 and 16 tokens in turn, each under a plan of its own, on buffers that the plans share."""
+    graph, rng = case.model.layer, random.Random(3)
+    for _ in range(4):
+        sizes = (rng.randint(1, 2), rng.randint(8, 14), TOKENS)
+        schedules = [sequential(graph, sizes[0]), *(random_schedule(graph, size, rng) for size in sizes[1:])]
+        program = case.program(*schedules)
+        for tokens in range(1, TOKENS + 1):
+            expected = next(schedule for schedule in schedules if schedule.tokens >= tokens)
+            assert program.binding.plan_for(tokens).schedule is expected
+        case.check(program, batches=BATCHES)
 
 
 # the seams of a batch
@@ -117,7 +130,7 @@ def test_head_reads_the_rows_asked_for(llama: Case) -> None:
 def test_what_a_batch_does_not_have_is_refused(llama: Case) -> None:
     program = llama.program(sequential(llama.model.layer, 32), max_tokens=TOKENS)
     with pytest.raises(ValueError, match="max_tokens: expected at most the schedule's 32, got 33"):
-        llama.program(program.schedule, max_tokens=33)
+        llama.program(sequential(llama.model.layer, 32), max_tokens=33)
     with pytest.raises(
         StaleRead, match=r"the head reads 'mlp_norm\.residual' of layer 0, but its rows 0\.\.32 hold nothing"
     ):

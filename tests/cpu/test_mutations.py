@@ -44,7 +44,7 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
     kv = torch.empty(model.num_layers, 0)
-    return CpuProgram(model, schedule, weights, kv, Collectives(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
+    return CpuProgram(model, [schedule], weights, kv, Collectives(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
@@ -96,11 +96,12 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
     killed = 0
     for schedule in plans(graph, TOKENS).values():
         for number, wait in mutants(schedule):
-            program = case.program(without_wait(schedule, number, wait))
-            program.tags = Untagged(program)
+            mutant = without_wait(schedule, number, wait)
+            program = case.program(mutant)
+            program.tags_of[TOKENS] = Untagged()
             program.checked = False  # poison is read, and nobody objects
             wrong = False
-            for late in overtaken(PartialOrder(program.schedule, 2), wait, number):
+            for late in overtaken(PartialOrder(mutant, 2), wait, number):
                 for pages in program.kv:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
@@ -114,9 +115,6 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
 
 
 class Untagged:
-    def __init__(self, program: CpuProgram) -> None:
-        self.steps = program.tags.steps
-
     def embed(self) -> None: ...
 
     def launch(self, step: int) -> None: ...
@@ -187,7 +185,7 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    return CpuProgram(attention.model, schedule, attention.weights, pages, Collectives(), max_tokens=6)
+    return CpuProgram(attention.model, [schedule], attention.weights, pages, Collectives(), max_tokens=6)
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:

@@ -1,5 +1,7 @@
 """CudaProgram against CpuProgram launch by launch, and against transformers, on tiny models of every architecture."""
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close, relative_rms
 from msgspec.structs import replace
 from nanoflow_kernels import chain, device, reference
-from schedules import plans
+from schedules import plans, random_schedule
 from torch import Tensor
 from triton.language.extra.cuda import smid
 
@@ -45,17 +47,20 @@ def cast(weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> dict[str
     return {name: w.to(where, torch.float32 if name.endswith("frequencies") else dtype) for name, w in weights.items()}
 
 
-def program(case: Case, schedule: Schedule, requests: Requests, dtype: torch.dtype, **options: Any) -> CudaProgram:
+def program(
+    case: Case, schedules: Sequence[Schedule], requests: Requests, dtype: torch.dtype, **options: Any
+) -> CudaProgram:
     pages = storage.allocate(
         case.config, requests.num_pages, requests.page_tokens, dtype, device="cuda", poison=True
     )  # fmt: skip
+    tokens = schedules[-1].tokens
     return CudaProgram(
         case.model,
-        schedule,
+        schedules,
         cast(case.weights, dtype, "cuda"),
         pages,
         Collectives(),
-        **{"max_tokens": schedule.tokens, "max_rows": schedule.tokens, "kernels": device, "dtype": dtype} | options,
+        **{"max_tokens": tokens, "max_rows": tokens, "kernels": device, "dtype": dtype} | options,
     )
 
 
@@ -67,9 +72,9 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
     schedule, options = nano_batched(case.model.layer, TOKENS, 3), {"max_tokens": TOKENS, "dtype": dtype}
     pages = storage.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
     cpu = Binding(
-        case.model, schedule, cast(case.weights, dtype, "cpu"), pages, Collectives(), reference, **options
+        case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, Collectives(), reference, **options
     )  # fmt: skip
-    cuda = program(case, schedule, requests, dtype).binding
+    cuda = program(case, [schedule], requests, dtype).binding
     compared = 0
     for batch in BATCHES:
         token_ids, positions, slots, page_table = requests.inputs(batch)
@@ -99,7 +104,7 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
             assert_close(f"pages after {ours.where}", cuda.kv.cpu().nan_to_num(), cpu.kv.nan_to_num(), 1e-2)
             cuda.kv.copy_(cpu.kv)
     assert compared > 300
-    assert any(op.resource is Resource.NETWORK for op in cpu.layer.operations)
+    assert any(op.resource is Resource.NETWORK for op in cpu.plans[0].layer.operations)
 
 
 @pytest.mark.parametrize("dtype", LOGITS_TOLERANCE, ids=str)
@@ -108,7 +113,7 @@ def test_logits_are_those_of_transformers(case: Case, cuda_graphs: bool, dtype: 
     """Every plan in lanes of its own; each batch is padded, and runs once as it comes and again from the capture."""
     requests = Requests(case.config, LENGTHS, 64)
     for name, schedule in plans(case.model.layer, 4 * TOKENS).items():
-        made = program(case, schedule, requests, dtype, cuda_graphs=cuda_graphs)
+        made = program(case, [schedule], requests, dtype, cuda_graphs=cuda_graphs)
         page_table = requests.page_table.cuda()
         for _ in range(2):
             for batch in BATCHES:
@@ -127,7 +132,7 @@ def test_kernels_that_start_early_give_the_same_bits(case: Case, monkeypatch: py
     requests, results = Requests(case.config, LENGTHS, 64), []
     for rows in (0, chain.ROWS):
         monkeypatch.setattr(chain, "ROWS", rows)
-        made = program(case, sequential(case.model.layer, TOKENS), requests, torch.bfloat16)
+        made = program(case, [sequential(case.model.layer, TOKENS)], requests, torch.bfloat16)
         page_table, logits = requests.page_table.cuda(), []
         inputs = [[x.cuda() for x in requests.inputs(batch)[:3]] for batch in BATCHES]
         for _ in range(50):
@@ -139,6 +144,28 @@ def test_kernels_that_start_early_give_the_same_bits(case: Case, monkeypatch: py
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_each_bucket_runs_under_the_plan_for_its_size(case: Case, cuda_graphs: bool) -> None:
+    """Buckets of 16, 32, 48 and 64 tokens in turn, the plans random but the first, on buffers that they share."""
+    requests, graph, rng = Requests(case.config, [61, 61], 64), case.model.layer, random.Random(4)
+    batches = [[(0, 0, 9)], [(0, 9, 29)], [(0, 29, 60), (1, 0, 9)], [(1, 9, 60), (0, 60, 61)], [(1, 60, 61)]]
+    page_table = requests.page_table.cuda()
+
+    def logits(*schedules: Schedule) -> list[Tensor]:
+        made, found = program(case, schedules, requests, torch.float32, cuda_graphs=cuda_graphs), []
+        for batch in batches * 2:  # as it comes, and from the capture
+            token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
+            made.forward(token_ids, positions, slots, page_table)
+            found.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).cpu())
+        return found
+
+    expected = logits(sequential(graph, 64))
+    for _ in range(3):
+        found = logits(sequential(graph, 16), random_schedule(graph, 40, rng), random_schedule(graph, 64, rng))
+        for batch, ours, theirs in zip(batches * 2, found, expected, strict=True):
+            assert_close(f"logits of {batch}", ours, theirs, 1e-4)
+
+
 def test_capped_launches_give_the_same_logits(case: Case) -> None:
     requests, batch = Requests(case.config, LENGTHS, 64), BATCHES[0]
     schedule = nano_batched(case.model.layer, TOKENS, 3)
@@ -146,7 +173,7 @@ def test_capped_launches_give_the_same_logits(case: Case) -> None:
     token_ids, positions, slots, page_table = (x.cuda() for x in requests.inputs(batch))
     rows, logits = torch.arange(len(token_ids), device="cuda"), []
     for plan in (schedule, capped):
-        made = program(case, plan, requests, torch.float32)
+        made = program(case, [plan], requests, torch.float32)
         made.forward(token_ids, positions, slots, page_table)
         logits.append(made.head(rows).clone())
     assert_close("logits under a cap", logits[1].cpu(), logits[0].cpu(), 1e-5)
@@ -199,7 +226,7 @@ def test_sms_that_the_device_does_not_grant_are_refused(tmp_path: Path) -> None:
 
 def test_too_much_is_refused(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
-    made = program(case, sequential(case.model.layer, TOKENS), Requests(case.config, LENGTHS, 64), torch.float32)
+    made = program(case, [sequential(case.model.layer, TOKENS)], Requests(case.config, LENGTHS, 64), torch.float32)
     ints = torch.zeros(TOKENS + 1, dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="token_ids: expected at most 16 tokens, got 17"):
         made.forward(ints, ints, ints, ints[:, None])

@@ -47,10 +47,10 @@ class Case:
                 for ids in self.requests.ids
             ]
 
-    def program(self, schedule: Schedule, **options: Any) -> CpuProgram:
-        options = {"max_tokens": schedule.tokens, "checked": True} | options
+    def program(self, *schedules: Schedule, **options: Any) -> CpuProgram:
+        options = {"max_tokens": schedules[-1].tokens, "checked": True} | options
         pages = self.requests.empty_pages()
-        return CpuProgram(self.model, schedule, self.weights, pages, Collectives(), **options)
+        return CpuProgram(self.model, schedules, self.weights, pages, Collectives(), **options)
 
     def check(
         self,

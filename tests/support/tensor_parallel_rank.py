@@ -57,7 +57,7 @@ def run(rank: int, work: Work) -> None:
         for name, schedule in schedules(model.layer, work.tokens, work.ranks).items():
             pages = requests.empty_pages(work.ranks)
             collectives = Collectives(work.ranks)
-            program = CpuProgram(model, schedule, loaded, pages, collectives, max_tokens=work.tokens, checked=True)
+            program = CpuProgram(model, [schedule], loaded, pages, collectives, max_tokens=work.tokens, checked=True)
             logits = []
             for batch in work.batches:
                 program.forward(*requests.inputs(batch))

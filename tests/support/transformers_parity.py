@@ -165,7 +165,7 @@ def recorded(outcome: Outcome) -> Iterator[list[dict[int, Tensor]]]:
 
     class RecordingProgram(CpuProgram):
         def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
-            ranges = {r for r in self.schedule.fit(len(slots)) if r[0] < r[1]}
+            ranges = {r for r in self.binding.plan_for(len(slots)).schedule.fit(len(slots)) if r[0] < r[1]}
             if len(slots) >= 2:
                 outcome.steps += 1
                 outcome.split_steps += len(ranges) >= 2

@@ -1,7 +1,7 @@
 """The buffer plan, against every pair of accesses to every row."""
 
 import random
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import pytest
 from row_conflicts import conflicts
@@ -10,7 +10,7 @@ from shapes import CONFIGS, config
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.buffers import BufferPlan, Instance, plan_buffers
+from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers, shared
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
 
@@ -41,6 +41,28 @@ def test_every_instance_has_a_buffer_of_its_dtype_and_width(name: str) -> None:
         for instance, buffer in plan.holder.items():
             assert plan.buffers[buffer].dtype == graph.values[instance.value].dtype
             assert plan.buffers[buffer].width >= graph.values[instance.value].width
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plans_share_buffers_and_none_of_them_meets_itself(name: str) -> None:
+    graph = build(config(name)).layer
+    made = schedules(graph)
+    apart = [plan_buffers(graph, schedule, 3) for schedule in made]
+    together = shared(apart)
+    assert len({plan.buffers for plan in together}) == 1
+    for plan, alone, schedule in zip(together, apart, made, strict=True):
+        assert conflicts(plan, graph, schedule, 3, 9) == []
+        assert plan.holder.keys() == alone.holder.keys()
+        for instance, buffer in plan.holder.items():
+            assert plan.buffers[buffer].dtype == graph.values[instance.value].dtype
+            assert plan.buffers[buffer].width >= graph.values[instance.value].width
+    for dtype in {buffer.dtype for buffer in together[0].buffers}:  # as many as the neediest plan has, as wide
+        of_dtype = [sorted((b.width for b in plan.buffers if b.dtype == dtype), reverse=True) for plan in apart]
+        needed = [max(widths) for widths in zip_longest(*of_dtype, fillvalue=0)]
+        assert [buffer.width for buffer in together[0].buffers if buffer.dtype == dtype] == needed
+    assert shared([BufferPlan((Buffer(3, "float32"), Buffer(5, "float32")), {Instance(0, "x"): 0})])[0] == BufferPlan(
+        (Buffer(5, "float32"), Buffer(3, "float32")), {Instance(0, "x"): 1}
+    )
 
 
 def test_the_brute_force_sees_a_forced_share() -> None:

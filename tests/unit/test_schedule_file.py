@@ -17,15 +17,18 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
-from nanoflow_backend.schedule.source import find_schedule
+from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 MODEL = build(config("llama"), 2)
-HEADER = Header(model_fingerprint=fingerprint(MODEL.layer), device="cpu", tensor_parallel=2)
+HEADER = Header(model_fingerprint=fingerprint(MODEL.layer), device="cpu", tensor_parallel=2, dense_batch_tokens=32)
 
 
 def configured(schedule: str | Path, tokens: int = 64) -> SettledConfig:
-    config = EngineConfig(model="/model", schedule=str(schedule), tensor_parallel=2, dense_batch_tokens=tokens)
-    return config.settle("cpu")
+    return unsettled(schedule, tokens).settle("cpu")
+
+
+def unsettled(schedule: str | Path, tokens: int | None) -> EngineConfig:
+    return EngineConfig(model="/model", schedule=str(schedule), tensor_parallel=2, dense_batch_tokens=tokens)
 
 
 def saved(path: Path) -> Path:
@@ -35,7 +38,8 @@ def saved(path: Path) -> Path:
     overlapped = replace(overlapped, launches=tuple(replace(x, sms=40) for x in overlapped.launches))
     split = replace(nano_batched(layer, 128, 3, granularity=16), split_all_reduces=("mlp_reduce",))
     plans = (sequential(MODEL.layer, 32), overlapped, split)
-    ScheduleFile(header=replace(HEADER, solver="HiGHS", gap=0.01, predicted_us=1234.5), plans=plans).save(path)
+    header = replace(HEADER, dense_batch_tokens=96, solver="HiGHS", gap=0.01, predicted_us=1234.5)
+    ScheduleFile(header=header, plans=plans).save(path)
     return path
 
 
@@ -54,26 +58,36 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         assert ScheduleFile.load(again) == file
 
 
-def test_a_plan_is_found_by_size(tmp_path: Path) -> None:
+def test_plans_reach_as_far_as_batches(tmp_path: Path) -> None:
     path = saved(tmp_path / "plans.json")
-    for tokens, expected in [(1, 32), (32, 32), (33, 64), (64, 64), (65, 128), (128, 128)]:
-        assert find_schedule(configured(path, tokens), MODEL).tokens == expected
+    for tokens, expected in [(1, [32]), (32, [32]), (33, [32, 64]), (64, [32, 64]), (65, [32, 64, 128])]:
+        assert [plan.tokens for plan in find_schedules(configured(path, tokens), MODEL)] == expected
     with pytest.raises(ScheduleError, match=r"plans\.json: the largest plan is for 128 tokens, a batch may have 129"):
-        find_schedule(configured(path, 129), MODEL)
+        find_schedules(configured(path, 129), MODEL)
+
+
+def test_the_files_step_is_the_engines_where_the_user_names_none(tmp_path: Path) -> None:
+    path = saved(tmp_path / "plans.json")
+    assert named_dense_batch_tokens(unsettled(path, None)) == 96
+    assert named_dense_batch_tokens(unsettled(path, 48)) == 48
+    assert named_dense_batch_tokens(unsettled("sequential", None)) is None
+    assert named_dense_batch_tokens(unsettled(tmp_path / "absent.json", 48)) == 48
+    with pytest.raises(ScheduleError, match=r"absent\.json: No such file or directory"):
+        named_dense_batch_tokens(unsettled(tmp_path / "absent.json", None))
 
 
 def test_presets_are_found_by_name() -> None:
-    assert find_schedule(configured("sequential"), MODEL) == sequential(MODEL.layer, 64)
-    assert find_schedule(configured("nano-batched-3"), MODEL) == nano_batched(MODEL.layer, 64, 3)
+    assert find_schedules(configured("sequential"), MODEL) == (sequential(MODEL.layer, 64),)
+    assert find_schedules(configured("nano-batched-3"), MODEL) == (nano_batched(MODEL.layer, 64, 3),)
     with pytest.raises(ScheduleError, match=r"schedule nano-batched-65: parts: expected 1\.\.64 nano-batches"):
-        find_schedule(configured("nano-batched-65"), MODEL)
+        find_schedules(configured("nano-batched-65"), MODEL)
     with pytest.raises(ScheduleError, match="schedule fast: expected sequential, nano-batched-N, or the path of"):
-        find_schedule(configured("fast"), MODEL)
+        find_schedules(configured("fast"), MODEL)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match=r"absent\.json: No such file or directory"):
-        find_schedule(configured(tmp_path / "absent.json"), MODEL)
+        find_schedules(configured(tmp_path / "absent.json"), MODEL)
 
 
 def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
@@ -95,7 +109,7 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
         (("plans", 1, "launches", 0, "stream"), 1, r"unknown field `stream` - at `\$\.plans\[1\]\.launches\[0\]`"),
         (("plans", 0, "tokens"), "32", r"Expected `int`, got `str` - at `\$\.plans\[0\]\.tokens`"),
         (("plans", 0, "tokens"), 0, "tokens: expected an integer >= 1, got 0"),
-        (("header", "format_version"), 2, "format version 2, this engine reads 1"),
+        (("header", "format_version"), 1, "format version 1, this engine reads 2"),
         (("header", "format_version"), None, r"Expected `int`, got `null` - at `\$\.header\.format_version`"),
         (("header",), {}, r"missing required field `format_version` - at `\$\.header`"),
         (
@@ -105,6 +119,7 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
         ),
         (("header", "tensor_parallel"), 4, "tensor_parallel is 4 in the file and 2 here"),
         (("header", "model_fingerprint"), "0" * 16, "model_fingerprint is '0000000000000000' in the file and"),
+        (("header", "dense_batch_tokens"), 129, r"dense_batch_tokens: expected 1\.\.128, which plans reach, got 129"),
         (("plans",), [], "plans: expected at least one, by ascending and different tokens; got "),
         (("plans", 0, "tokens"), 128, r"by ascending and different tokens; got \[128, 64, 128\]"),
         (("plans", 1, "launches", 3, "start"), 31, "rope_append: tokens 31..32 are covered twice"),
@@ -115,7 +130,7 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, place: tuple[Any, ...], value: Any, message: str) -> None:
     path = edited(tmp_path, *place, value=value)
     with pytest.raises(ScheduleError, match=message) as error:
-        find_schedule(configured(path, 64), MODEL)
+        find_schedules(configured(path, 64), MODEL)
     assert str(path) in str(error.value)
 
 
@@ -124,7 +139,7 @@ def test_what_is_not_json_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b'{"header": ')
     with pytest.raises(ScheduleError, match=r"plans\.json: Input data was truncated"):
         ScheduleFile.load(path)
-    path.write_bytes(b'{"header": {"format_version": 1, "model_fingerprint": "\xff"}}')
+    path.write_bytes(b'{"header": {"format_version": 2, "model_fingerprint": "\xff"}}')
     with pytest.raises(ScheduleError, match=r"plans\.json: 'utf-8' codec can't decode"):
         ScheduleFile.load(path)
 
@@ -151,10 +166,11 @@ def test_a_file_that_would_run_for_ever_is_refused_at_once(tmp_path: Path, chang
     path = saved(tmp_path / "plans.json")
     content = json.loads(path.read_text())
     content["plans"] = content["plans"][1:2]
+    content["header"]["dense_batch_tokens"] = 1
     change(content["plans"][0])
     path.write_text(json.dumps(content))
     with pytest.raises(ScheduleError, match=complaint):
-        find_schedule(configured(path), MODEL, "cpu")
+        find_schedules(configured(path), MODEL, "cpu")
 
 
 @pytest.mark.parametrize(
