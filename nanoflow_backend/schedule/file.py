@@ -34,7 +34,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plan that a search predicted, and then timed against sequential: what `nanoflow-search explain` tells of."""
 
-    name: str
+    plan: str  # "sequential", "plan 1"
     dense_batch_tokens: int
     workload: str
     predicted_us: float  # of one layer, before it was timed

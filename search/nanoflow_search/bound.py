@@ -1,12 +1,30 @@
-"""packing_bound_us: what no plan can beat, whatever its cuts and orders."""
+"""What no plan can beat, whatever its cuts and orders."""
 
 from __future__ import annotations
 
 from itertools import combinations, product
 
+from nanoflow_search.measured import Measured
+from nanoflow_search.planner import one_after_the_other
 from nanoflow_search.problem import NanoTask, Problem
 from nanoflow_search.program import Program, total
 from nanoflow_search.stage_two import Choice, Contention, Side
+
+
+def bounds_us(problem: Problem, measured: Measured, chunk_tokens: int) -> dict[str, float]:
+    """By name: each lane's work uncut, the time in which the power cap lets all energy through, and the packing."""
+    whole = one_after_the_other(problem).timeline
+    contention = measured.contention(problem, whole, chunk_tokens)
+    spare_w = contention.power_cap_w - contention.static_w
+    least_j = min(
+        sum(
+            measured.at(clock).choice(task.operations, 0, problem.chunks * chunk_tokens, None).dynamic_j
+            for task in problem.tasks
+        )
+        for clock in measured.profile.clocks_mhz
+    )
+    lanes = {f"{lane} lane": problem.lane_us(lane) for lane in problem.lanes}
+    return {**lanes, "power": 1e6 * least_j / spare_w, "packing": packing_bound_us(problem, contention)}
 
 
 def packing_bound_us(problem: Problem, contention: Contention) -> float:

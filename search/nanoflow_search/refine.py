@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.predict import Timing
+from nanoflow_search.state import Once, always
 
-# Time a schedule in the sustained state.
-Timer = Callable[[Schedule], Timing]
-
-# Student's t at 0.975, by degrees of freedom.
+# Student's t at 0.975, by degrees of freedom: a table, since there may be no scipy where a GPU is.
 STUDENT = (
     12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
     2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
 )  # fmt: skip
+
+Timer = Callable[[Schedule], Timing]  # of one layer, in the sustained state
+
+
+class Round(NamedTuple):
+    """A B B A: a clock or a temperature that drifts steadily changes both plans by the same."""
+
+    before: Timing  # of sequential
+    first: Timing
+    second: Timing
+    after: Timing  # of sequential
+
+    @property
+    def log_gain(self) -> float:
+        return math.log((self.before.layer_us + self.after.layer_us) / (self.first.layer_us + self.second.layer_us))
 
 
 class Gain(NamedTuple):
@@ -27,59 +40,84 @@ class Gain(NamedTuple):
     low: float
     high: float
 
+    @classmethod
+    def of(cls, logs: Sequence[float]) -> Gain:
+        margin = STUDENT[len(logs) - 2] * stdev(logs) / math.sqrt(len(logs))
+        return cls(*(math.exp(mean(logs) + shift) for shift in (0.0, -margin, margin)))
+
 
 class Trial(NamedTuple):
-    """A plan's prediction, made before it was timed, and what was measured."""
+    """What was measured of a plan on one workload."""
 
-    schedule: Schedule
-    predicted_us: float
-    measured: Timing  # mean over its runs
-    sequential: Timing  # likewise, of the runs around them
-    over_sequential: Gain
+    timing: Timing  # mean over its runs
+    sequential: Timing  # mean over those beside them
+    gain: Gain  # over sequential
+
+
+class Trials(NamedTuple):
+    """Of one plan, by workload; and over all of them."""
+
+    by_workload: Mapping[str, Trial]
+    gain: Gain
 
     @property
-    def measured_us(self) -> float:
-        return self.measured.layer_us
-
-    @property
-    def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
-        return self.predicted_us / self.measured_us - 1
+    def wins(self) -> bool:
+        """Faster for certain, and on no workload certainly slower."""
+        return self.gain.low > 1 and all(trial.gain.high >= 1 for trial in self.by_workload.values())
 
 
 class Refined(NamedTuple):
-    """`chosen` is sequential if no plan's interval lies above 1."""
+    """`chosen` is the number of a plan; None: sequential, since no plan wins."""
 
-    chosen: Schedule
-    trials: tuple[Trial, ...]
+    chosen: int | None
+    trials: tuple[Trials, ...]
 
 
-def refine(timer: Timer, sequential: Schedule, plans: Sequence[tuple[Schedule, float]], rounds: int = 5) -> Refined:
-    """Time each of `plans` (with its predicted microseconds) against `sequential`; the fastest that wins for certain.
+def refine(
+    timers: Mapping[str, Timer],
+    sequential: Schedule,
+    plans: Sequence[Schedule],
+    rounds: int = 5,
+    once: Once = always,
+    progress: Callable[[], None] = lambda: None,
+) -> Refined:
+    """Time each of `plans` against `sequential` on every workload (`timers`, by name); the fastest that wins.
 
     Raises:
         ValueError: fewer rounds than an interval needs, or more than anyone does.
     """
     if not 2 <= rounds <= len(STUDENT) + 1:
         raise ValueError(f"rounds: expected 2..{len(STUDENT) + 1}, for an interval; got {rounds}")
-    trials = tuple(_trial(timer, sequential, schedule, predicted_us, rounds) for schedule, predicted_us in plans)
-    winners = [trial for trial in trials if trial.over_sequential.low > 1]
-    best = max(winners, key=lambda trial: trial.over_sequential.mean, default=None)
-    return Refined(best.schedule if best else sequential, trials)
+    trials = []
+    for number, plan in enumerate(plans, 1):
+        measured: dict[str, list[Round]] = {}
+        for workload, timer in timers.items():
+
+            def time_round(timer: Timer = timer, plan: Schedule = plan) -> Round:
+                return Round(timer(sequential), timer(plan), timer(plan), timer(sequential))
+
+            measured[workload] = []
+            for turn in range(rounds):
+                name = f"plan-{number}-{workload.replace('/', '-')}-{turn}.json"
+                measured[workload].append(once(name, Round, time_round))
+                progress()
+        trials.append(_trials(measured))
+    winners = [number for number, found in enumerate(trials) if found.wins]
+    return Refined(max(winners, key=lambda n: trials[n].gain.mean, default=None), tuple(trials))
 
 
-def _trial(timer: Timer, sequential: Schedule, schedule: Schedule, predicted_us: float, rounds: int) -> Trial:
-    """Each round runs A B B A: a clock or a temperature that drifts steadily changes both by the same."""
-    logs, bases, runs = [], [], []
-    for _ in range(rounds):
-        before, first, second, after = (timer(plan) for plan in (sequential, schedule, schedule, sequential))
-        logs.append(math.log((before.layer_us + after.layer_us) / (first.layer_us + second.layer_us)))
-        bases += [before, after]
-        runs += [first, second]
-    margin = STUDENT[rounds - 2] * stdev(logs) / math.sqrt(rounds)
-    low, middle, high = (math.exp(mean(logs) + shift) for shift in (-margin, 0.0, margin))
-    return Trial(schedule, predicted_us, _mean(runs), _mean(bases), Gain(middle, low, high))
+def _trials(measured: Mapping[str, Sequence[Round]]) -> Trials:
+    by_workload = {
+        workload: Trial(
+            mean_timing([run for r in rounds for run in (r.first, r.second)]),
+            mean_timing([run for r in rounds for run in (r.before, r.after)]),
+            Gain.of([r.log_gain for r in rounds]),
+        )
+        for workload, rounds in measured.items()
+    }
+    turns = zip(*measured.values(), strict=True)
+    return Trials(by_workload, Gain.of([mean(r.log_gain for r in turn) for turn in turns]))
 
 
-def _mean(timings: Sequence[Timing]) -> Timing:
-    return Timing(*(mean(values) for values in zip(*timings, strict=True)))
+def mean_timing(runs: Sequence[Timing]) -> Timing:
+    return Timing(*(mean(column) for column in zip(*runs, strict=True)))

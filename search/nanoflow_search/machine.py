@@ -1,0 +1,90 @@
+"""Machine: what a search measures on: a GPU, or the law that stands for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from nanoflow_search.devices import DEVICES
+from nanoflow_search.loads import loads_of
+from nanoflow_search.profile import Device
+from nanoflow_search.profiler import header_of, take_profile
+from nanoflow_search.refine import Timer
+from nanoflow_search.setting import Setting
+from nanoflow_search.state import SearchError
+from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.work import Mix
+
+SYNTHETIC = "H200-sustained"  # the only one whose energies are known
+
+
+class Machine(Protocol):
+    name: str  # of the device, as profiles and schedule files have it
+
+    def device(self, setting: Setting, mix: Mix) -> Device:
+        """To profile, with the contexts of `mix`."""
+        ...
+
+    def timer(self, setting: Setting, mix: Mix) -> Timer:
+        """Of schedules for batches of `mix`."""
+        ...
+
+
+class Gpu:
+    """The first one that is visible."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def device(self, setting: Setting, mix: Mix) -> Device:
+        from nanoflow_search.gpu import GpuDevice
+
+        return GpuDevice.here(setting.config, mix)
+
+    def timer(self, setting: Setting, mix: Mix) -> Timer:
+        from nanoflow_search.plan_timer import PlanTimer
+
+        return PlanTimer.here(setting.config, mix)
+
+
+class Synthetic:
+    """See SyntheticDevice. Without noise, so that a run that was cut ends as one that was not."""
+
+    name = f"synthetic {SYNTHETIC}"
+
+    def device(self, setting: Setting, mix: Mix) -> Device:
+        return self._device(setting)
+
+    def timer(self, setting: Setting, mix: Mix) -> Timer:
+        device = self._device(setting)
+        return lambda schedule: device.time_plan(schedule, mix, setting.model.num_layers)
+
+    def _device(self, setting: Setting) -> SyntheticDevice:
+        return SyntheticDevice(setting.model.layer, DEVICES[SYNTHETIC], ranks=setting.ranks, noise=0.0)
+
+
+def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | None:
+    """None: no GPU here, or nothing that could use one. Raises: SearchError, more ranks than can be measured."""
+    if kind == "synthetic":
+        return Synthetic()
+    try:
+        from nanoflow_backend.runtime.device import find_device
+    except ImportError:  # no torch: planning needs none
+        return None
+    if (device := find_device("auto")).kind == "cpu":
+        return None
+    if ranks > 1:
+        raise SearchError(f"tp: {ranks} ranks cannot be measured yet, expected 1")
+    return Gpu(device.name)
+
+
+def measure_profile(
+    machine: Machine, setting: Setting, sizes: tuple[int, ...], path: Path, progress: Callable[[str], None]
+) -> None:
+    """What `path` holds of it already is not measured again. Raises: ProfileError, it is of something else."""
+    mix = setting.mix(setting.workloads[0], max(sizes), machine.name)
+    device = machine.device(setting, mix)
+    graph = setting.model.layer
+    header = header_of(device, graph, setting.ranks)
+    take_profile(device, header, *loads_of(graph, device.sms, mix, max(sizes)), path, progress)
