@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -141,14 +142,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """engine.json, field for field. Paths are absolute here; in the file they may be relative to it."""
 
     model: str  # Hugging Face folder
-    schedule: str = "sequential"  # a preset ("sequential", "nano-batched-3") or a schedule file
+    schedule: str = "sequential"  # a preset ("sequential", "nano-batched-3"), a schedule file, or "auto": find one
+    schedule_workload: str = "1024/512"  # mean prompt/output tokens of a request, that "auto" finds a schedule for
+    schedule_cache: str | None = None  # folder of what "auto" has found; None: nanoflow/schedules in the user's cache
     python: str | None = None  # the engine process's interpreter; None: the one that runs the server's stub
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of weights, activations and KV pages
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
     gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
-    dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by device
+    dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
@@ -166,6 +169,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.schedule_workload, re.ASCII):
+            raise ConfigError(
+                f"schedule_workload: expected PROMPT/OUTPUT tokens such as 1024/512, got {self.schedule_workload!r}"
+            )
         if self.max_queue_size < 1:
             raise ConfigError(f"max_queue_size: expected an integer >= 1, got {self.max_queue_size}")
         if not 0 <= self.priority_aging_s < math.inf:
@@ -225,7 +232,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Check `fields` and make their paths absolute."""
 
         def rooted(key: str, value: Any) -> Any:
-            is_path = key == "model" or (key == "python" and "/" in str(value)) or str(value).endswith(".json")
+            is_path = (
+                key in ("model", "schedule_cache")
+                or (key == "python" and "/" in str(value))
+                or str(value).endswith(".json")
+            )
             # Not resolve(): the python of a virtual environment is a link that must stay one.
             return os.path.normpath(relative_to / value) if is_path and isinstance(value, str) else value
 

@@ -13,6 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
+from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
 from nanoflow_backend.engine.constraints import Constraints, Masks
 from nanoflow_backend.engine.grammar import Grammar, Grammars
@@ -42,8 +43,10 @@ class Engine:
     def __init__(self, config: EngineConfig, on_rank_death: Callable[[str], None] = log.error) -> None:
         if config.gpus is not None:
             show_only(config.gpus)
+        device = find_device(config.device)
+        config = find_auto_schedule(config, device)
         config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
-        self.config = config = config.settle(find_device(config.device).kind)
+        self.config = config = config.settle(device.kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
         build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts

@@ -19,8 +19,8 @@ def find_schedules(
 ) -> tuple[Schedule, ...]:
     """The plans for batches of up to `config.dense_batch_tokens`, of `model` as `build` makes it, on `device`.
 
-    `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file. By ascending tokens: a batch
-    runs under the first that holds it.
+    `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file, which "auto" has become. By
+    ascending tokens: a batch runs under the first that holds it.
 
     Raises:
         ScheduleError: naming the preset or the file, and what is wrong with it.
@@ -36,7 +36,7 @@ def find_schedules(
         elif preset := re.fullmatch(r"nano-batched-(\d+)", name):
             plans = (nano_batched(model.layer, tokens, int(preset[1])),)
         else:
-            raise ScheduleError("expected sequential, nano-batched-N, or the path of a .json schedule file")
+            raise ScheduleError("expected sequential, nano-batched-N, auto, or the path of a .json schedule file")
         for plan in plans:
             validate(plan, split_all_reduce(model.layer, plan.split_all_reduces, tp), model.num_layers, device_sms)
     except ValueError as error:  # ScheduleError is one

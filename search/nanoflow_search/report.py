@@ -37,6 +37,7 @@ def explain(file: ScheduleFile) -> None:
         f"for {', '.join(header.workloads)} tokens in/out; profile {header.profile_hash}; "
         f"solver {header.solver}, gap {header.gap}",
         highlight=False,
+        soft_wrap=True,
     )
     if not file.trials:
         console.print("Nothing is told in this file of how its plans were found.")

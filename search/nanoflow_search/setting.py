@@ -71,12 +71,21 @@ class Setting:
     def model(self) -> Model:
         return build(self.config, self.ranks)
 
+    @cached_property
+    def size(self) -> ModelSize:
+        return ModelSize.of(self.config)
+
+    @property
+    def parsed(self) -> tuple[Workload, ...]:
+        return tuple(map(Workload.parse, self.workloads))
+
     def sizes(self, device: str) -> tuple[int, ...]:
         """Of batches that are worth a plan. Raises: SearchError, the memory of the device is not known."""
-        return candidates([self._natural_tokens(workload, device) for workload in self.workloads])
+        return candidates([natural_tokens(self.size, device, self.ranks, workload) for workload in self.parsed])
 
     def mix(self, workload: str, tokens: int, device: str) -> Mix:
-        return mix_of(Workload.parse(workload), tokens, self._natural_tokens(workload, device))
+        parsed = Workload.parse(workload)
+        return mix_of(parsed, tokens, natural_tokens(self.size, device, self.ranks, parsed))
 
     def measured(self, profile: Profile, workload: str, tokens: int) -> Measured:
         return Measured(profile, self.mix(workload, tokens, profile.header.device))
@@ -93,6 +102,3 @@ class Setting:
             dense_batch_tokens=tuple(sizes),
             effort=effort,
         )
-
-    def _natural_tokens(self, workload: str, device: str) -> float:
-        return natural_tokens(ModelSize.of(self.config), device, self.ranks, Workload.parse(workload))

@@ -5,9 +5,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import torch
-from schedules import save
+from schedules import random_schedule, save
+from searched import schedule_file, searched
 
 from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
@@ -58,6 +60,23 @@ def test_greedy_tokens_are_those_of_the_cpu(halves: str) -> None:
     expected = token_ids(engine(device="cpu"), list(PROMPTS), GREEDY)
     for schedule in ("sequential", "nano-batched-3", halves):
         assert token_ids(engine(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
+
+
+@pytest.mark.parametrize("architecture", checkpoints.CONFIGS)
+def test_greedy_tokens_are_those_of_sequential_under_every_schedule_file(architecture: str, tmp_path: Path) -> None:
+    """Plans that a search finds, and random ones; buckets of 16, 32 and more tokens have plans of their own."""
+    folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
+    model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
+    prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 90))] for _ in range(12)]
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    options = {"kv_cache_tokens": 16384, "device": "cuda", "dtype": "float32"}
+    expected = token_ids(Engine.from_pretrained(folder, dense_batch_tokens=64, **options), prompts, params)
+    found = searched(model, 64)
+    for seed, plan in enumerate([found[0], found[-1], *(random_schedule(model.layer, 64, rng) for _ in range(3))]):
+        path = schedule_file(tmp_path / f"{seed}.json", model, find_device("cuda"), 64, plan, seed)
+        made = Engine.from_pretrained(folder, schedule=str(path), **options)
+        assert made.config.dense_batch_tokens == 64, "the file's"
+        assert token_ids(made, prompts, params) == expected
 
 
 def test_greedy_tokens_are_those_of_transformers() -> None:

@@ -81,7 +81,7 @@ def test_presets_are_found_by_name() -> None:
     assert find_schedules(configured("nano-batched-3"), MODEL) == (nano_batched(MODEL.layer, 64, 3),)
     with pytest.raises(ScheduleError, match=r"schedule nano-batched-65: parts: expected 1\.\.64 nano-batches"):
         find_schedules(configured("nano-batched-65"), MODEL)
-    with pytest.raises(ScheduleError, match="schedule fast: expected sequential, nano-batched-N, or the path of"):
+    with pytest.raises(ScheduleError, match="schedule fast: expected sequential, nano-batched-N, auto, or the path of"):
         find_schedules(configured("fast"), MODEL)
 
 

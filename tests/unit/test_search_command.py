@@ -31,6 +31,56 @@ def test_a_model_that_does_not_fit_is_said_to() -> None:
     assert "weights do not fit" in done.stdout
 
 
+def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
+    """On the synthetic device, a small size and few rounds; the same command again does nothing again."""
+    out = tmp_path / "schedule.json"
+    effort = ("--dense-batch-tokens", "256", "--turns", "1", "--rounds", "2", "--plans", "2", "--device", "synthetic")
+    search = ("--model", "benchmarks/models/llama-3-8b", "--tp", "1", "--workload", "1024/512", "--out", str(out))
+    done = run(*search, *effort)
+    assert done.returncode == 0, done.stderr
+    assert "qkv 256 on 132 SMs" in done.stderr
+    header, *rows = (line for line in done.stdout.splitlines() if line[:1] in "┃│")
+    columns = [cell.strip() for cell in header.strip("┃").split("┃")]
+    assert columns[:8] == ["B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %"]
+    assert [row.split("│")[3].strip() for row in rows] == ["sequential", "plan 1", "plan 2"]
+    written = out.read_bytes()
+    again = run(*search, *effort)
+    assert again.returncode == 0, again.stderr
+    assert "SMs" not in again.stderr
+    assert (again.stdout, out.read_bytes()) == (done.stdout, written)
+
+    told = run("explain", str(out))
+    assert told.returncode == 0, told.stderr
+    for words in (
+        "synthetic H200-sustained, 132 SMs, TP 1",
+        "solver HiGHS, gap 0",
+        "..256 tokens: ",
+        "256 tokens, 1024/512: ",
+        "best was plan",
+        "the bound is ",
+    ):
+        assert words in told.stdout
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    model, workload = ("--model", "benchmarks/models/llama-3-8b"), ("--workload", "1/1")
+    out = ("--out", str(tmp_path / "schedule.json"))
+    for arguments, message in {
+        (*model, *workload): "Invalid value for --out",
+        (*workload, *out): "Invalid value for --model",
+        (*model, *out): "Invalid value for --workload",
+        (*out, "analyze", *model, *workload): "Invalid value for --out: stands before analyze",
+        (*model, *workload, *out, "--dense-batch-tokens", "100"): "expected a multiple of 128 from 256 on, got 100",
+        (*model, "--workload", "1", *out): "workload: expected PROMPT/OUTPUT tokens such as 1024/512, got '1'",
+        (*model, *workload, *out, "--until", "plans"): "there is no profile, and no GPU here",
+        ("explain", str(tmp_path / "absent.json")): "absent.json: No such file or directory",
+    }.items():
+        done = run(*arguments)
+        assert done.returncode in (1, 2)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_bad_input_is_named() -> None:
     model = ("--model", "benchmarks/models/llama-3-8b")
     for arguments, message in {

@@ -1,0 +1,129 @@
+"""find_auto_schedule: what "schedule": "auto" stands for: a file found before, or one that a short search finds."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from nanoflow_backend.config import EngineConfig, ModelConfig
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
+from nanoflow_backend.schedule.plan import ScheduleError
+
+log = logging.getLogger(__name__)
+AUTO = "auto"
+MINUTES = 15.0  # of a search while a model loads; the next load goes on with it
+COMMAND = (sys.executable, "-m", "nanoflow_search")
+EFFORT = ("--plans", "3", "--rounds", "4", "--turns", "2", "--time-limit-s", "20")
+TILE, LEAST = 128, 256  # tokens: sizes that the search plans for are multiples, from the least on
+
+
+def find_auto_schedule(
+    config: EngineConfig, device: Device, *, command: Sequence[str] = COMMAND, minutes: float = MINUTES
+) -> EngineConfig:
+    """`config`; where its schedule is "auto", with the file in the cache of this model, device, group and workload.
+
+    Where there is none, and none can be found, the schedule is sequential; a line of the log says why.
+    """
+    if config.schedule != AUTO:
+        return config
+    path = _cached(config, device)
+    try:
+        with _alone(path):
+            why = None if _is_good(path) else _search(config, device, path, command, minutes)
+    except OSError as error:  # such as a cache that cannot be written
+        why = str(error)
+    if why is not None:
+        log.warning("schedule auto: sequential, for %s", why)
+        return replace(config, schedule="sequential")
+    log.info("schedule auto: %s", path)
+    return replace(config, schedule=str(path))
+
+
+def _cached(config: EngineConfig, device: Device) -> Path:
+    model = build(ModelConfig.from_pretrained(Path(config.model)), config.tensor_parallel)
+    cache = config.schedule_cache or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanoflow", "schedules"
+    )
+    parts = (
+        f"{fingerprint(model.layer)}-{model.num_layers}",
+        f"tp{config.tensor_parallel}",
+        config.schedule_workload.replace("/", "-"),
+        *([] if config.dense_batch_tokens is None else [f"{config.dense_batch_tokens}"]),
+    )
+    return Path(cache).expanduser() / re.sub(r"\W+", "-", device.name) / f"{'_'.join(parts)}.json"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of several engines that load the same model, one searches and the others wait for its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_good(path: Path) -> bool:
+    """The file is there, and of this version."""
+    try:
+        if path.exists():
+            ScheduleFile.load(path)
+            return True
+    except ScheduleError as error:
+        log.warning("schedule auto: %s; searching again", error)
+        path.unlink()
+    return False
+
+
+def _search(config: EngineConfig, device: Device, path: Path, command: Sequence[str], minutes: float) -> str | None:
+    """Write the file. What stands in the way, if something does."""
+    if device.kind == "cpu":
+        return "on a CPU nothing runs side by side"
+    if absent := [name for name in ("nanoflow_search", "scipy") if find_spec(name) is None]:
+        return f"{' and '.join(absent)} cannot be imported: pip install 'nanoflow-triton[search]'"
+    sizes = []
+    if config.dense_batch_tokens is not None:
+        sizes = ["--dense-batch-tokens", str(max(-(-config.dense_batch_tokens // TILE) * TILE, LEAST))]
+    log.info("schedule auto: searching for at most %g minutes; what is found is kept in %s", minutes, path)
+    child = subprocess.Popen(
+        [
+            *command,
+            *("--model", config.model, "--tp", str(config.tensor_parallel), "--workload", config.schedule_workload),
+            *("--out", str(path), *sizes, *EFFORT),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        child.kill()  # it goes on from its files
+
+    timer = threading.Timer(60 * minutes, stop)
+    timer.daemon = True
+    timer.start()
+    line = ""
+    assert child.stdout is not None
+    for line in child.stdout:
+        log.info("nanoflow-search: %s", line.rstrip())
+    timer.cancel()
+    status = child.wait()
+    if stopped.is_set():
+        return f"the search took more than {minutes:g} minutes: the next load goes on with it"
+    return None if status == 0 and path.exists() else f"the search failed ({status}): {line.strip()}"

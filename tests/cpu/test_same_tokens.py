@@ -1,0 +1,48 @@
+"""Greedy tokens do not depend on the schedule: plans that a search finds, random ones, and several in one file."""
+
+import random
+from pathlib import Path
+
+import checkpoints
+import pytest
+from cases import LENGTHS, TOKENS, Case
+from schedules import random_schedule
+from searched import schedule_file, searched
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import find_device
+from nanoflow_backend.schedule.validate import validate
+
+B_DENSE = 32
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+@pytest.mark.parametrize("architecture", checkpoints.CONFIGS)
+def test_every_schedule_file_gives_the_tokens_of_sequential(architecture: str, tmp_path: Path) -> None:
+    """Steps of all sizes: prompts fill some, decodes alone are others."""
+    folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
+    model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
+    prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 40))] for _ in range(12)]
+    options = {"page_tokens": 4, "kv_cache_tokens": 2048, "device": "cpu"}
+    expected = Engine.from_pretrained(folder, dense_batch_tokens=B_DENSE, **options).generate(prompts, GREEDY)
+    found = searched(model, B_DENSE)
+    plans = [found[0], found[-1], *(random_schedule(model.layer, B_DENSE, rng) for _ in range(3))]
+    for seed, plan in enumerate(plans):
+        path = schedule_file(tmp_path / f"{seed}.json", model, find_device("cpu"), B_DENSE, plan, seed)
+        engine = Engine.from_pretrained(folder, schedule=str(path), **options)
+        assert engine.config.dense_batch_tokens == B_DENSE, "the file's"
+        assert [c.token_ids for c in engine.generate(prompts, GREEDY)] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize("architecture", checkpoints.CONFIGS)
+def test_plans_that_a_search_finds_give_the_logits_of_transformers(architecture: str, tmp_path: Path) -> None:
+    case = Case(tmp_path, architecture, LENGTHS, num_hidden_layers=3)
+    found = searched(case.model, TOKENS)
+    cut = [plan for plan in found if len(plan.launches) > len(case.model.layer.operations)]
+    assert len({plan.launches for plan in cut}) >= 3
+    assert any(len(plan.lanes) > 1 for plan in cut)
+    for plan in cut[:8]:
+        validate(plan, case.model.layer, 3)
+        case.check(case.program(plan))

@@ -1,0 +1,58 @@
+"""Plans as a search finds them, for tiny models: on a synthetic device that is as slow as they are small."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from nanoflow_search.devices import DEVICES
+from nanoflow_search.layer import layer_problem, schedule_of
+from nanoflow_search.loads import loads_of
+from nanoflow_search.measured import Measured
+from nanoflow_search.planner import find_plans
+from nanoflow_search.profiler import header_of, take_profile
+from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.work import Mix
+from schedules import random_schedule
+
+from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import sequential
+
+SLOWER = 1e-5  # than the real one: so that launches take longer than it takes to begin them
+
+
+def searched(model: Model, tokens: int, parts: int = 4) -> list[Schedule]:
+    """All the plans that are found for batches of `tokens`, cut at multiples of a `parts`-th of them."""
+    fast = DEVICES["H200-sustained"]
+    spec = replace(
+        fast, flop_per_s=SLOWER * fast.flop_per_s, memory_bytes_per_s=SLOWER * fast.memory_bytes_per_s
+    )  # fmt: skip
+    device = SyntheticDevice(model.layer, spec, noise=0.0)
+    mix = Mix(tokens // 2, tokens - tokens // 2, 8.0 * tokens, 4.0 * tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        loads, path = loads_of(model.layer, device.sms, mix, 4 * tokens), Path(folder) / "profile.json"
+        profile = take_profile(device, header_of(device, model.layer), *loads, path)
+    measured, chunk = Measured(profile, mix), tokens // parts
+    problem = layer_problem(model.layer, 1, tokens, chunk, measured.times)
+    plans = find_plans(problem, measured, chunk, turns=3, time_limit_s=10.0)
+    return [schedule_of(model.layer, problem, plan.shares.timeline, chunk, plan.shares.sms) for plan in plans]
+
+
+def schedule_file(path: Path, model: Model, device: Device, tokens: int, plan: Schedule, seed: int) -> Path:
+    """Batches of up to a quarter run sequential, those of up to half under a random plan, larger ones under `plan`."""
+    assert plan.tokens == tokens
+    header = Header(
+        model_fingerprint=fingerprint(model.layer),
+        device=device.name,
+        device_sms=device.sms,
+        tensor_parallel=1,
+        dense_batch_tokens=tokens,
+    )
+    middle = random_schedule(model.layer, tokens // 2, random.Random(seed))
+    ScheduleFile(header=header, plans=(sequential(model.layer, tokens // 4), middle, plan)).save(path)
+    return path
