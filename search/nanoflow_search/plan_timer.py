@@ -97,7 +97,7 @@ class PlanTimer:
         tokens = len(self._inputs[0])
         program = self._make_program(
             self._model,
-            msgspec.json.decode(schedule, type=Schedule),
+            [msgspec.json.decode(schedule, type=Schedule)],
             self._weights,
             self._kv,
             Collectives(),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nanoflow_search.measured import Measured
-from nanoflow_search.problem import Problem, Timeline
+from nanoflow_search.problem import NanoTask, Placed, Problem, Timeline
 from nanoflow_search.program import OutOfTime
 from nanoflow_search.stage_one import stage_one
 from nanoflow_search.stage_two import Shares, stage_two
+from nanoflow_search.state import Once, always
 
 PARTS = ((2, 2), (3, 2), (4, 2), (3, 3))  # before and in attention, where three resources meet; and after it
 TURNS = 4  # of the two stages for each of them
@@ -48,6 +49,7 @@ def find_plans(
     turns: int = TURNS,
     time_limit_s: float = 60.0,
     seed: int = 0,
+    once: Once = always,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
     """All the plans found, best first.
@@ -56,7 +58,7 @@ def find_plans(
     with durations stretched by what the lanes suffered in the best plan, then by guesses (`seed`).
 
     `parts`: at most so many nano-tasks of each task up to attention, and of each after it; tried in turn, until one
-    does not help. `time_limit_s` is that of each program.
+    does not help. `time_limit_s` is that of each program. A turn that `once` knows is not solved again.
 
     Sequential is not among them: it needs no search.
     """
@@ -72,22 +74,39 @@ def find_plans(
         most = {task.name: front if task.name in before else back for task in problem.tasks}
         reached = min((plan.predicted_us for plan in plans), default=math.inf)
         for turn in range(turns):
-            slower = _slower(problem, plans, turn, rng)
-            try:
-                ordered = stage_one(_stretched(problem, slower), most, alike=alike, time_limit_s=time_limit_s)
-                found = [
-                    _share(problem, measured.at(clock), ordered, most, chunk_tokens, time_limit_s)
-                    for clock in measured.profile.clocks_mhz
-                ]
-            except OutOfTime as error:
-                progress(f"{front} and {back} parts: {error}")
-                continue
+            stretched = _stretched(problem, _slower(problem, plans, turn, rng))
+
+            def solve(stretched: Problem = stretched, most: dict[str, int] = most) -> list[Plan]:
+                try:
+                    ordered = stage_one(stretched, most, alike=alike, time_limit_s=time_limit_s)
+                    return [
+                        _share(problem, measured.at(clock), ordered, most, chunk_tokens, time_limit_s)
+                        for clock in measured.profile.clocks_mhz
+                    ]
+                except OutOfTime:
+                    return []
+
+            found = once(f"{front}-{back}-{turn}.msgpack", list[Plan], solve)
             plans += found
-            best = min(found, key=_predicted_us)
-            progress(f"{front} and {back} parts: {best.predicted_us:.0f} us, {best.gain:.3f}x sequential")
+            outcome = (
+                f"{(best := min(found, key=_predicted_us)).predicted_us:.0f} us, {best.gain:.3f}x sequential"
+                if found
+                else f"nothing within {time_limit_s:g} s"
+            )
+            progress(f"{front} and {back} parts: {outcome}")
         if min((plan.predicted_us for plan in plans), default=math.inf) > ENOUGH * reached:
             break
     return sorted(plans, key=_predicted_us)
+
+
+def one_after_the_other(problem: Problem) -> Shares:
+    """The plan without a search: each task on the whole batch, with all of the device."""
+    placed: list[Placed] = []
+    for task in problem.tasks:
+        start_us = placed[-1].start_us + placed[-1].duration_us if placed else 0.0
+        whole = (0, problem.chunks)
+        placed.append(Placed(NanoTask(task.name, *whole), start_us, task.duration_us[whole], 0))
+    return Shares(Timeline(problem.sequential_us(), tuple(placed)), {p.nano: None for p in placed}, 0.0)
 
 
 def _before_attention(problem: Problem) -> set[str]:
