@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, product
 
 from nanoflow_search.measured import Measured
 from nanoflow_search.planner import one_after_the_other
+from nanoflow_search.predict import LOWEST, Timing, settled
 from nanoflow_search.problem import NanoTask, Problem
 from nanoflow_search.program import Program, total
 from nanoflow_search.stage_two import Choice, Contention, Side
 
 
-def bounds_us(problem: Problem, measured: Measured, chunk_tokens: int) -> dict[str, float]:
-    """By name: each lane's work uncut, the time in which the power cap lets all energy through, and the packing."""
-    whole = one_after_the_other(problem).timeline
-    contention = measured.contention(problem, whole, chunk_tokens)
-    spare_w = contention.power_cap_w - contention.static_w
-    least_j = min(
-        sum(
-            measured.at(clock).choice(task.operations, 0, problem.chunks * chunk_tokens, None).dynamic_j
-            for task in problem.tasks
-        )
-        for clock in measured.profile.clocks_mhz
-    )
-    lanes = {f"{lane} lane": problem.lane_us(lane) for lane in problem.lanes}
-    return {**lanes, "power": 1e6 * least_j / spare_w, "packing": packing_bound_us(problem, contention)}
+def bounds_us(problem_at: Callable[[Measured], Problem], measured: Measured, chunk_tokens: int) -> dict[str, float]:
+    """By name, each what no plan goes below: a lane's work uncut, the packing, and power.
+
+    At one clock, the highest at which the cap lets through the energy of all tasks in the time of the packing: a
+    higher one takes longer for the energy, a lower one for the work. `problem_at`: of times at a clock.
+    """
+    header = measured.profile.header
+
+    def packed(clock_mhz: float) -> tuple[Problem, float, float]:
+        """With the time of the packing, and the tasks' dynamic energy."""
+        there = measured.at(clock_mhz)
+        problem = problem_at(there)
+        contention = there.contention(problem, one_after_the_other(problem).timeline, chunk_tokens)
+        whole = (0, problem.chunks * chunk_tokens, None)
+        dynamic_j = sum(there.choice(task.operations, *whole).dynamic_j for task in problem.tasks)
+        return problem, packing_bound_us(problem, contention), dynamic_j
+
+    def timed(clock_mhz: float) -> Timing:
+        _, layer_us, dynamic_j = packed(clock_mhz)
+        power_w = header.static_w + 1e6 * dynamic_j / layer_us
+        return Timing(layer_us, clock_mhz, power_w, power_w * layer_us * 1e-6)
+
+    highest = measured.profile.clocks_mhz[-1]
+    problem, packing_us, dynamic_j = packed(settled(timed, LOWEST * highest, highest, header.power_cap_w).clock_mhz)
+    power_us = 1e6 * dynamic_j / (header.power_cap_w - header.static_w)
+    return {
+        "power": power_us,
+        **{f"{lane} lane": problem.lane_us(lane) for lane in problem.lanes},
+        "packing": packing_us,
+    }
 
 
 def packing_bound_us(problem: Problem, contention: Contention) -> float:

@@ -10,6 +10,7 @@ from rich.table import Table
 from nanoflow_backend.schedule.file import ScheduleFile, Trial
 from nanoflow_backend.schedule.plan import Schedule
 
+ALIKE = 0.99  # of the least time: what is as near to it is why it is not less
 COLUMNS = ("B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %", "W", "MHz", "mJ/token", "")
 
 
@@ -115,11 +116,11 @@ def _bounds(file: ScheduleFile) -> Iterator[str]:
     chosen = next(t for t in at_best if t.chosen)
     if not file.bounds_us:
         return
-    name = max(file.bounds_us, key=file.bounds_us.__getitem__)
-    least_us = file.bounds_us[name]
+    least_us = max(file.bounds_us.values())
+    name = next(name for name, us in file.bounds_us.items() if us > ALIKE * least_us)
     listed = ", ".join(f"{key} {us:,.1f}" for key, us in sorted(file.bounds_us.items(), key=lambda item: -item[1]))
     yield (
-        f"At {tokens} tokens, {workload}, no plan's layer is shorter than {least_us:,.1f} us by the profile, "
+        f"By the profile, no plan's layer of {tokens} tokens, {workload}, is shorter than {least_us:,.1f} us, "
         f"at most {sequential.predicted_us / least_us:.3f}x sequential: the bound is {name} (us: {listed}). "
         f"Chosen: {chosen.measured_us:,.1f} us measured."
     )

@@ -27,6 +27,7 @@ from nanoflow_search.machine import Machine, measure_profile
 from nanoflow_search.profile import Profile
 from nanoflow_search.refine import Refined, Timer, refine
 from nanoflow_search.setting import Effort, Phase, Setting
+from nanoflow_search.sizes import chunk_tokens
 from nanoflow_search.state import SearchError, State
 
 
@@ -100,11 +101,10 @@ def _predict(
 
 def _bounds_us(setting: Setting, profile: Profile, tokens: int, state: State) -> dict[str, float]:
     """On the first workload."""
+    measured = setting.measured(profile, setting.workloads[0], tokens)
 
     def make() -> dict[str, float]:
-        measured = setting.measured(profile, setting.workloads[0], tokens)
-        _, problem, chunk = problem_of(setting, measured, tokens)
-        return bounds_us(problem, measured, chunk)
+        return bounds_us(lambda there: problem_of(setting, there, tokens)[1], measured, chunk_tokens(tokens))
 
     return state.once(f"{tokens}/bounds.json", dict[str, float], make)
 

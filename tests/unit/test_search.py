@@ -93,6 +93,10 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path) -> None:
     assert [trial.dense_batch_tokens for trial in chosen] == [256, 384]
     assert all(trial.gain == pytest.approx(1 / 0.9) for trial in chosen)
     assert (file.header.predicted_us, file.header.measured_us) == (chosen[1].predicted_us, chosen[1].measured_us)
+    assert list(file.bounds_us) == ["power", "compute lane", "memory lane", "packing"]
+    assert file.bounds_us["packing"] >= max(file.bounds_us["compute lane"], file.bounds_us["memory lane"])
+    predicted = [trial.predicted_us for trial in file.trials if trial.dense_batch_tokens == 384]
+    assert min(predicted) > 0.99 * max(file.bounds_us.values())
 
 
 def test_plans_that_lose_are_rejected(tmp_path: Path) -> None:
