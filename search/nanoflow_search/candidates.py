@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import geometric_mean
 
@@ -22,6 +23,8 @@ from nanoflow_search.setting import Effort, Setting
 from nanoflow_search.sizes import chunk_tokens
 from nanoflow_search.state import SearchError, State
 from nanoflow_search.timeline import draw
+
+ALIKE = 1e-4  # predictions that differ by less, relative
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -45,16 +48,22 @@ def find_candidates(
     """Sequential, and the best plans found for any of the workloads, by what is predicted over all of them."""
 
     def make() -> list[Candidate]:
-        found = {
-            msgspec.json.encode(candidate.schedule): candidate
+        found = [
+            candidate
             for workload in setting.workloads
-            for form in forms(setting.model.layer, setting.ranks)
+            for form in forms(setting, profile)
             for candidate in _plans(setting, profile, workload, tokens, form, effort, state, progress)
-        }
+        ]
         if not found:
             raise SearchError(f"{tokens} tokens: no plan in {effort.time_limit_s:g} s a program; raise --time-limit-s")
-        best = sorted(found.values(), key=lambda c: _mean_us(predictions_of(setting, profile, tokens, [c])))
-        named = [msgspec.structs.replace(c, name=f"plan {i}") for i, c in enumerate(best[: effort.plans], 1)]
+        unlike: dict[
+            int, tuple[float, Candidate]
+        ] = {}  # those that are predicted alike are, as a rule, one plan turned
+        for candidate in found:
+            layer_us = _mean_us(predictions_of(setting, profile, tokens, [candidate]))
+            unlike.setdefault(round(math.log(layer_us) / ALIKE), (layer_us, candidate))
+        best = sorted(unlike.values(), key=lambda entry: entry[0])[: effort.plans]
+        named = [msgspec.structs.replace(plan, name=f"plan {i}") for i, (_, plan) in enumerate(best, 1)]
         return [_sequential(setting, profile, tokens), *named]
 
     return state.once(f"{tokens}/plans.msgpack", list[Candidate], make)
@@ -76,10 +85,12 @@ def predictions_of(
     ]
 
 
-def forms(graph: Graph, ranks: int) -> list[tuple[str, ...]]:
-    """The all-reduces that run as reduce-scatter and all-gather: none, or all."""
-    reduces = tuple(op.name for op in graph.operations if op.kernel == "all_reduce")
-    return [(), reduces] if ranks > 1 else [()]
+def forms(setting: Setting, profile: Profile) -> list[tuple[str, ...]]:
+    """The all-reduces that run as reduce-scatter and all-gather: none; and all, where a profile knows those."""
+    layer, known = setting.model.layer, {curve.partition("/")[0] for curve in profile.operations}
+    reduces = tuple(op.name for op in layer.operations if op.kernel == "all_reduce")
+    split = split_all_reduce(layer, reduces, setting.ranks)
+    return [(), reduces] if setting.ranks > 1 and {op.name for op in split.operations} <= known else [()]
 
 
 def problem_of(

@@ -17,7 +17,7 @@ from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.cost_model import ModelSize, Workload
 from nanoflow_search.measured import Measured
 from nanoflow_search.profile import Profile
-from nanoflow_search.sizes import candidates, mix_of, natural_tokens
+from nanoflow_search.sizes import mix_of, natural_tokens, suitable
 from nanoflow_search.work import Mix
 
 
@@ -81,7 +81,7 @@ class Setting:
 
     def sizes(self, device: str) -> tuple[int, ...]:
         """Of batches that are worth a plan. Raises: SearchError, the memory of the device is not known."""
-        return candidates([natural_tokens(self.size, device, self.ranks, workload) for workload in self.parsed])
+        return suitable([natural_tokens(self.size, device, self.ranks, workload) for workload in self.parsed])
 
     def mix(self, workload: str, tokens: int, device: str) -> Mix:
         parsed = Workload.parse(workload)

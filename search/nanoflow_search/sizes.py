@@ -35,7 +35,7 @@ def mix_of(workload: Workload, tokens: int, natural: float) -> Mix:
     return Mix(decodes, tokens - decodes, full.decode_context, full.prefill_context)
 
 
-def candidates(naturals: Sequence[float]) -> tuple[int, ...]:
+def suitable(naturals: Sequence[float]) -> tuple[int, ...]:
     """The natural sizes and their neighbours, ascending. Raises: SearchError, a natural size is not known."""
     if math.inf in naturals:
         raise SearchError("dense-batch-tokens: say one; the device is not in devices.py, nor is its memory known")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from nanoflow_search.predict import Timing
 from nanoflow_search.profile import Profile, ProfileError
 from nanoflow_search.search import Found, search
 from nanoflow_search.setting import Effort, Phase, Setting
-from nanoflow_search.sizes import candidates, checked, chunk_tokens, mix_of, natural_tokens
+from nanoflow_search.sizes import checked, chunk_tokens, mix_of, natural_tokens, suitable
 from nanoflow_search.state import SearchError, State
 from nanoflow_search.work import Mix
 from rich.console import Console
@@ -111,7 +112,8 @@ def test_predictions_are_on_file_before_anything_is_timed(tmp_path: Path) -> Non
     kept: list[bytes] = []
     paths = [tmp_path / "state" / str(tokens) / "predictions.json" for tokens in SIZES]
     found = run(tmp_path, Biased(0.9, before=lambda: kept.append(b"".join(path.read_bytes() for path in paths))))
-    assert len(kept) == 2 * 2 * 2 * 4  # sizes, plans, rounds, runs
+    timed = [trial for trial in found.file.trials if trial.plan != "sequential"]
+    assert len(kept) == len(timed) * EFFORT.rounds * 4
     assert set(kept) == {b"".join(path.read_bytes() for path in paths)}
     predicted = {
         (tokens, entry["plan"]): entry["layer_us"]
@@ -119,7 +121,10 @@ def test_predictions_are_on_file_before_anything_is_timed(tmp_path: Path) -> Non
         for entry in json.loads(path.read_bytes())
     }
     assert predicted == {(trial.dense_batch_tokens, trial.plan): trial.predicted_us for trial in found.file.trials}
-    assert {plan for _, plan in predicted} == {"sequential", "plan 1", "plan 2"}
+    assert {(tokens, plan) for tokens in SIZES for plan in ("sequential", "plan 1")} <= predicted.keys()
+    predicted_us = [us for (tokens, plan), us in predicted.items() if tokens == 384 and plan != "sequential"]
+    assert predicted_us == sorted(predicted_us), "the best comes first"
+    assert all(b / a > 1.00005 for a, b in pairwise(predicted_us)), "and none is another one turned"
 
 
 def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +214,9 @@ def test_sizes_follow_the_memory() -> None:
     of_8b = setting()
     natural = natural_tokens(of_8b.size, "NVIDIA H200", 1, of_8b.parsed[0])
     assert natural == pytest.approx(1.5 * (141e9 - 16.06e9) / 131072 / 1024, rel=0.01)
-    assert candidates([natural]) == of_8b.sizes("NVIDIA H200") == (1024, 1280, 2048)
-    assert candidates([1e9]) == (4096,)
-    assert candidates([10.0]) == (512,)
+    assert suitable([natural]) == of_8b.sizes("NVIDIA H200") == (1024, 1280, 2048)
+    assert suitable([1e9]) == (4096,)
+    assert suitable([10.0]) == (512,)
     with pytest.raises(SearchError, match="dense-batch-tokens: say one; the device is not in"):
         of_8b.sizes("NVIDIA GTX 970")
 
