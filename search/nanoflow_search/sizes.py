@@ -30,7 +30,7 @@ def natural_tokens(model: ModelSize, device_name: str, gpus: int, workload: Work
 
 def mix_of(workload: Workload, tokens: int, natural: float) -> Mix:
     """Of a batch of `tokens`. No more of them decode than in the natural one: what a larger batch has are prompts."""
-    full = workload.mix(min(tokens, natural))
+    full = workload.steady_mix(min(tokens, natural))
     decodes = round(full.decode_tokens)
     return Mix(decodes, tokens - decodes, full.decode_context, full.prefill_context)
 

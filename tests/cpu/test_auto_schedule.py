@@ -31,6 +31,7 @@ def auto(
 ) -> EngineConfig:
     monkeypatch.setenv("PYTHONPATH", ":".join(str(ROOT / folder) for folder in ("", "kernels", "search")))
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(auto_schedule.log, "disabled", False)  # as import-linter leaves all that were there before it
     return EngineConfig(
         model=str(model), schedule="auto", schedule_cache=str(tmp_path / "cache"), dense_batch_tokens=250
     )

@@ -223,8 +223,8 @@ def test_sizes_follow_the_memory() -> None:
 
 def test_no_more_tokens_decode_than_the_memory_holds() -> None:
     workload = setting().parsed[0]
-    assert mix_of(workload, 300, 600.0) == Mix(200, 100, 1024.0, 512)
-    assert mix_of(workload, 900, 600.0) == Mix(400, 500, 1024.0, 512)
+    assert mix_of(workload, 300, 600.0) == Mix(200, 100, 1024.0, 256)
+    assert mix_of(workload, 900, 600.0) == Mix(400, 500, 1024.0, 256)
 
 
 def test_chunks_are_whole_tiles() -> None:
