@@ -34,11 +34,11 @@ def test_a_model_that_does_not_fit_is_said_to() -> None:
 def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
     """On the synthetic device, a small size and few rounds; the same command again does nothing again."""
     out = tmp_path / "schedule.json"
-    effort = ("--dense-batch-tokens", "384", "--turns", "1", "--rounds", "2", "--plans", "2", "--device", "synthetic")
+    effort = ("--dense-batch-tokens", "512", "--turns", "2", "--rounds", "2", "--plans", "2", "--device", "synthetic")
     search = ("--model", "benchmarks/models/llama-3-8b", "--tp", "1", "--workload", "1024/512", "--out", str(out))
     done = run(*search, *effort)
     assert done.returncode == 0, done.stderr
-    assert "qkv 384 on 132 SMs" in done.stderr
+    assert "qkv 512 on 132 SMs" in done.stderr
     header, *rows = (line for line in done.stdout.splitlines() if line[:1] in "┃│")
     columns = [cell.strip() for cell in header.strip("┃").split("┃")]
     assert columns[:8] == ["B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %"]
@@ -54,8 +54,8 @@ def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
     for words in (
         "synthetic H200-sustained, 132 SMs, TP 1",
         "solver HiGHS, gap 0",
-        "..384 tokens: ",
-        "384 tokens, 1024/512: ",
+        "..512 tokens: ",
+        "512 tokens, 1024/512: ",
         "best was plan",
         "the bound is ",
     ):
