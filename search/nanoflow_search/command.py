@@ -37,8 +37,8 @@ def find_schedules(
     if found is None:
         print(f"{until} done; the same command without --until {until} goes on from {state.folder}")
         return
-    file, picture = found
+    file, plan = found
     file.save(out)
-    out.with_suffix(".svg").write_text(picture)
+    out.with_suffix(".svg").write_text(plan.picture)
     show(file)
     print(f"{out}: B_dense {file.header.dense_batch_tokens}; nanoflow-search explain {out} says why")

@@ -7,33 +7,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 from nanoflow_backend.schedule.file import ScheduleFile
-from nanoflow_search.answer import answer, winner
-from nanoflow_search.bound import bounds_us
-from nanoflow_search.candidates import (
-    Candidate,
-    Prediction,
-    find_candidates,
-    predictions_of,
-    problem_of,
-)
+from nanoflow_search.answer import Outcome, Planned, answer
+from nanoflow_search.candidates import Candidate, Prediction, find_candidates, predictions_of
+from nanoflow_search.case import Case
 from nanoflow_search.display import Display
 from nanoflow_search.machine import Machine, measure_profile
 from nanoflow_search.profile import Profile
 from nanoflow_search.refine import Refined, Timer, refine
 from nanoflow_search.setting import Effort, Phase, Setting
-from nanoflow_search.sizes import chunk_tokens
 from nanoflow_search.state import SearchError, State
-
-
-class Found(NamedTuple):
-    file: ScheduleFile
-    picture: str  # SVG of the plan at B_dense
 
 
 def search(
@@ -45,11 +31,11 @@ def search(
     state: State,
     display: Display,
     until: Phase = Phase.TIMING,
-) -> Found | None:
-    """None if an earlier phase is the last one wanted.
+) -> tuple[ScheduleFile, Candidate] | None:
+    """The file, and its plan at B_dense; None if an earlier phase is the last one wanted.
 
-    `sizes` of batches; none: those that suit the workloads and the device's memory. `machine` is None where nothing
-    can be measured: what the files of `state` do not hold must be measured elsewhere.
+    `sizes` of batches, ascending; none: those that suit the workloads and the device's memory. `machine` is None where
+    nothing can be measured: what the files of `state` do not hold must be measured elsewhere.
 
     Raises:
         SearchError: something is to be measured, and here is no machine; or the state is that of another search.
@@ -61,21 +47,16 @@ def search(
     sizes = sizes or setting.sizes(profile.header.device)
     state.claim(setting.request(profile, sizes, effort))
     display.begin("plans", len(sizes))
-    plans, predictions, bounds = {}, {}, {}
+    planned = []
     for tokens in sizes:
-        plans[tokens] = find_candidates(setting, profile, tokens, effort, state, display.say)
-        predictions[tokens] = _predict(setting, profile, tokens, plans[tokens], state)  # before anything is timed
-        bounds[tokens] = _bounds_us(setting, profile, tokens, state)
+        planned.append(_plan(Case(setting, profile, tokens), effort, state.within(str(tokens)), display))
         display.advance()
     if until is Phase.PLANS:
         return None
-    display.begin("timing", effort.rounds * len(setting.workloads) * sum(len(found) - 1 for found in plans.values()))
-    refined = {
-        tokens: _time(setting, machine, profile, tokens, plans[tokens], effort, state, display) for tokens in sizes
-    }
-    file = answer(setting, profile, plans, predictions, refined, bounds)
-    best = file.header.dense_batch_tokens
-    return Found(file, plans[best][winner(refined[best])].picture)
+    trials = len(setting.workloads) * sum(len(found.plans) - 1 for found in planned)
+    display.begin("timing", effort.rounds * trials)
+    timed = [_time(found, effort, machine, state.within(str(found.case.tokens)), display) for found in planned]
+    return answer([Outcome(*found, refined) for found, refined in zip(planned, timed, strict=True)])
 
 
 def _profile(
@@ -91,45 +72,28 @@ def _profile(
     return Profile.load(path)
 
 
-def _predict(
-    setting: Setting, profile: Profile, tokens: int, plans: Sequence[Candidate], state: State
-) -> list[Prediction]:
-    return state.once(
-        f"{tokens}/predictions.json", list[Prediction], lambda: predictions_of(setting, profile, tokens, plans)
-    )
+def _plan(case: Case, effort: Effort, state: State, display: Display) -> Planned:
+    """On file before anything is timed."""
+    once = state.once
+    plans = once("plans.msgpack", list[Candidate], lambda: find_candidates(case, effort, state, display.say))
+    predictions = once("predictions.json", list[Prediction], lambda: predictions_of(case, plans))
+    return Planned(case, plans, predictions, once("bounds.json", dict[str, float], case.bounds_us))
 
 
-def _bounds_us(setting: Setting, profile: Profile, tokens: int, state: State) -> dict[str, float]:
-    """On the first workload."""
-    measured = setting.measured(profile, setting.workloads[0], tokens)
+def _time(found: Planned, effort: Effort, machine: Machine | None, state: State, display: Display) -> Refined:
+    case = found.case
 
-    def make() -> dict[str, float]:
-        return bounds_us(lambda there: problem_of(setting, there, tokens)[1], measured, chunk_tokens(tokens))
-
-    return state.once(f"{tokens}/bounds.json", dict[str, float], make)
-
-
-def _time(
-    setting: Setting,
-    machine: Machine | None,
-    profile: Profile,
-    tokens: int,
-    plans: Sequence[Candidate],
-    effort: Effort,
-    state: State,
-    display: Display,
-) -> Refined:
     def timer(workload: str) -> Timer:
         @cache
         def made() -> Timer:
             """Only for what is not timed yet: it takes weights and pages."""
             if machine is None:
                 raise SearchError("the plans are found; run the same command where a GPU is to time them")
-            return machine.timer(setting, setting.mix(workload, tokens, profile.header.device))
+            return machine.timer(case.setting, case.mix(workload))
 
         return lambda schedule: made()(schedule)
 
-    sequential, *others = (plan.schedule for plan in plans)
-    timers = {workload: timer(workload) for workload in setting.workloads}
-    within = state.within(f"{tokens}/timing")
-    return refine(timers, sequential, others, effort.rounds, once=within.once, progress=display.advance)
+    sequential, *others = (plan.schedule for plan in found.plans)
+    timers = {workload: timer(workload) for workload in case.setting.workloads}
+    once = state.within("timing").once
+    return refine(timers, sequential, others, effort.rounds, once=once, progress=display.advance)

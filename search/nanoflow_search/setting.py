@@ -15,7 +15,6 @@ from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.cost_model import ModelSize, Workload
-from nanoflow_search.measured import Measured
 from nanoflow_search.profile import Profile
 from nanoflow_search.sizes import mix_of, natural_tokens, suitable
 from nanoflow_search.work import Mix
@@ -86,9 +85,6 @@ class Setting:
     def mix(self, workload: str, tokens: int, device: str) -> Mix:
         parsed = Workload.parse(workload)
         return mix_of(parsed, tokens, natural_tokens(self.size, device, self.ranks, parsed))
-
-    def measured(self, profile: Profile, workload: str, tokens: int) -> Measured:
-        return Measured(profile, self.mix(workload, tokens, profile.header.device))
 
     def request(self, profile: Profile, sizes: Sequence[int], effort: Effort) -> Request:
         return Request(

@@ -9,12 +9,13 @@ from xml.etree import ElementTree
 import pytest
 from msgspec.structs import replace
 from nanoflow_search import state as state_module
+from nanoflow_search.candidates import Candidate
 from nanoflow_search.command import find_schedules as search_command
 from nanoflow_search.display import Display
 from nanoflow_search.machine import Synthetic
 from nanoflow_search.predict import Timing
 from nanoflow_search.profile import Profile, ProfileError
-from nanoflow_search.search import Found, search
+from nanoflow_search.search import search
 from nanoflow_search.setting import Effort, Phase, Setting
 from nanoflow_search.sizes import checked, chunk_tokens, mix_of, natural_tokens, suitable
 from nanoflow_search.state import SearchError, State
@@ -37,7 +38,9 @@ def setting(*workloads: str) -> Setting:
     return Setting.of(MODELS / "llama-3-8b", 1, workloads or ("512/1024",))
 
 
-def run(folder: Path, machine: Synthetic | None, until: Phase = Phase.TIMING, **options) -> Found | None:
+def run(
+    folder: Path, machine: Synthetic | None, until: Phase = Phase.TIMING, **options
+) -> tuple[ScheduleFile, Candidate] | None:
     options = {"setting": setting(), "sizes": SIZES, "effort": EFFORT} | options
     with Display(Console(quiet=True)) as display:
         return search(
@@ -68,9 +71,9 @@ class Biased(Synthetic):
         return timer
 
 
-def saved(found: Found | None, path: Path) -> bytes:
+def saved(found: tuple[ScheduleFile, Candidate] | None, path: Path) -> bytes:
     assert found is not None
-    found.file.save(path)
+    found[0].save(path)
     return path.read_bytes()
 
 
@@ -89,7 +92,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path) -> None:
     assert find_schedules(config, model, "synthetic H200-sustained", 132) == file.plans
     profile = Profile.load(tmp_path / "profile.json")
     assert (file.header.profile_hash, file.header.workloads) == (profile.hash(), ("512/1024",))
-    assert ElementTree.fromstring(found.picture).tag.endswith("svg")
+    assert ElementTree.fromstring(found[1].picture).tag.endswith("svg")
     chosen = [trial for trial in file.trials if trial.chosen]
     assert [trial.dense_batch_tokens for trial in chosen] == [256, 384]
     assert all(trial.gain == pytest.approx(1 / 0.9) for trial in chosen)
@@ -102,7 +105,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path) -> None:
 
 def test_plans_that_lose_are_rejected(tmp_path: Path) -> None:
     """However good their predictions; then one sequential plan is all that the file needs."""
-    file = run(tmp_path, Biased(1.02)).file
+    file = run(tmp_path, Biased(1.02))[0]
     assert file.plans == (sequential(setting().model.layer, 384),)
     assert {trial.plan for trial in file.trials if trial.chosen} == {"sequential"}
     assert all(trial.gain == pytest.approx(1 / 1.02) for trial in file.trials if trial.plan != "sequential")
@@ -112,7 +115,7 @@ def test_predictions_are_on_file_before_anything_is_timed(tmp_path: Path) -> Non
     kept: list[bytes] = []
     paths = [tmp_path / "state" / str(tokens) / "predictions.json" for tokens in SIZES]
     found = run(tmp_path, Biased(0.9, before=lambda: kept.append(b"".join(path.read_bytes() for path in paths))))
-    timed = [trial for trial in found.file.trials if trial.plan != "sequential"]
+    timed = [trial for trial in found[0].trials if trial.plan != "sequential"]
     assert len(kept) == len(timed) * EFFORT.rounds * 4
     assert set(kept) == {b"".join(path.read_bytes() for path in paths)}
     predicted = {
@@ -120,7 +123,7 @@ def test_predictions_are_on_file_before_anything_is_timed(tmp_path: Path) -> Non
         for tokens, path in zip(SIZES, paths, strict=True)
         for entry in json.loads(path.read_bytes())
     }
-    assert predicted == {(trial.dense_batch_tokens, trial.plan): trial.predicted_us for trial in found.file.trials}
+    assert predicted == {(trial.dense_batch_tokens, trial.plan): trial.predicted_us for trial in found[0].trials}
     assert {(tokens, plan) for tokens in SIZES for plan in ("sequential", "plan 1")} <= predicted.keys()
     predicted_us = [us for (tokens, plan), us in predicted.items() if tokens == 384 and plan != "sequential"]
     assert predicted_us == sorted(predicted_us), "the best comes first"
@@ -187,10 +190,10 @@ def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_for_several_workloads_is_predicted_and_timed_on_each(tmp_path: Path) -> None:
     both = ("512/1024", "1024/512")
-    file = run(tmp_path, Biased(0.9), setting=setting(*both), sizes=(256,)).file
+    file = run(tmp_path, Biased(0.9), setting=setting(*both), sizes=(256,))[0]
     assert file.header.workloads == both
     assert [(trial.plan, trial.workload) for trial in file.trials] == [
-        (plan, workload) for plan in ("sequential", "plan 1", "plan 2") for workload in both
+        (plan, workload) for workload in both for plan in ("sequential", "plan 1", "plan 2")
     ]
     chosen = [trial for trial in file.trials if trial.chosen]
     assert file.header.measured_us == pytest.approx(sum(trial.measured_us for trial in chosen) / 2)
