@@ -63,7 +63,7 @@ def _cached(config: EngineConfig, device: Device) -> Path:
         config.schedule_workload.replace("/", "-"),
         *([] if config.dense_batch_tokens is None else [f"{config.dense_batch_tokens}"]),
     )
-    return Path(cache).expanduser() / re.sub(r"\W+", "-", device.name) / f"{'_'.join(parts)}.json"
+    return Path(cache).expanduser() / re.sub(r"\W+", "-", f"{device.name} {device.sms}") / f"{'_'.join(parts)}.json"
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def script(tmp_path: Path, text: str) -> tuple[str, ...]:
 
 def test_what_is_found_is_kept(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
     found = find_auto_schedule(auto, GPU, command=SYNTHETIC)
-    assert re.fullmatch(r".*/cache/synthetic-H200-sustained/[0-9a-f]{16}-2_tp1_1024-512_250\.json", found.schedule)
+    assert re.fullmatch(r".*/cache/synthetic-H200-sustained-132/[0-9a-f]{16}-2_tp1_1024-512_250\.json", found.schedule)
     assert ScheduleFile.load(Path(found.schedule)).plans[-1].tokens == 256
     assert "nanoflow-search: plans" in caplog.text
     caplog.clear()

@@ -15,6 +15,7 @@ from nanoflow_search.display import Display
 from nanoflow_search.machine import Synthetic
 from nanoflow_search.predict import Timing
 from nanoflow_search.profile import Profile, ProfileError
+from nanoflow_search.report import explain
 from nanoflow_search.search import search
 from nanoflow_search.setting import Effort, Phase, Setting
 from nanoflow_search.sizes import checked, chunk_tokens, mix_of, natural_tokens, suitable
@@ -24,7 +25,7 @@ from rich.console import Console
 from shapes import config
 
 from nanoflow_backend.config import EngineConfig
-from nanoflow_backend.schedule.file import ScheduleFile
+from nanoflow_backend.schedule.file import Header, ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
@@ -208,6 +209,12 @@ def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.Capt
         "plan.json", "plan.profile.json", "plan.search", "plan.svg",
     ]  # fmt: skip
     assert "B_dense 256" in capsys.readouterr().out
+
+
+def test_a_file_without_an_account_is_explained_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    header = Header(model_fingerprint="0" * 16, device="cpu", tensor_parallel=1, dense_batch_tokens=8)
+    explain(ScheduleFile(header=header, plans=(sequential(setting().model.layer, 8),)))
+    assert "Nothing is told in this file of how its plans were found." in capsys.readouterr().out
 
 
 # sizes
