@@ -1,4 +1,4 @@
-"""Captured: a call on the GPU in a CUDA graph, to be replayed in bursts on a stream of its own."""
+"""Captured: a call on the GPU in a CUDA graph, to be replayed in bursts on a stream."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ class CudaBurst:
 
 
 class Captured:
-    """A Repeated of `call(i)` for i = 0 .. sets - 1 in turns, so that no call finds its operands in the cache."""
+    """A Repeated of `call(i)` for i = 0 .. sets - 1 in turns, so that no call finds its operands in the cache.
 
-    def __init__(self, call: Callable[[int], Any], sets: int) -> None:
+    `stream`: one with SMs of its own, to which the calls then keep; None: one of the whole device.
+    """
+
+    def __init__(self, call: Callable[[int], Any], sets: int, stream: torch.cuda.Stream | None = None) -> None:
         self._call = call  # its operands live as long as the graph that reads them
-        self._stream = torch.cuda.Stream()
+        self._stream = stream or torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
 
         def calls(count: int) -> None:

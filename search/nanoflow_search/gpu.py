@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.runtime.device import find_device
+from nanoflow_backend.runtime.green_contexts import Shares
 from nanoflow_backend.runtime.gpu_meter import GpuMeter, GpuReading
 from nanoflow_search.operands import Calls, Operands
 from nanoflow_search.profile import Load, Measurement
@@ -43,7 +44,11 @@ class Source(Protocol):
 
 
 class GpuDevice:
-    """See Device. `capture` makes of a launch what can be repeated, `nothing` is a launch without work on every SM."""
+    """See Device. Loads that all have SMs, which there are, run on those alone, as lanes of a partition do.
+
+    `capture` makes of a launch what can be repeated on a stream (None: of the whole device), `split` the streams of a
+    partition; `nothing` is a launch without work on every SM.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,8 @@ class GpuDevice:
         sms: int,
         operands: Source,
         meter: PowerMeter,
-        capture: Callable[[Calls], Repeated],
+        capture: Callable[[Calls, Any], Repeated],
+        split: Callable[[Shares], Mapping[str, Any]],
         nothing: Calls,
         *,
         seconds: float = 1.0,
@@ -60,13 +66,14 @@ class GpuDevice:
         self.name, self.sms, self.seconds = name, sms, seconds
         self.power_cap_w, self.highest_clock_mhz = meter.power_limit_w, meter.highest_sm_clock_mhz
         self._operands, self._meter, self._capture, self._nothing = operands, meter, capture, nothing
-        self._sleep = sleep
+        self._split, self._sleep = split, sleep
 
     @classmethod
     def here(cls, config: ModelConfig, mix: Mix, page_tokens: int = 64, seconds: float = 1.0) -> GpuDevice:
         """The first GPU that is visible, for a model's operations in batches of `mix`'s contexts."""
         from nanoflow_kernels import device as kernels
 
+        from nanoflow_backend.runtime.green_contexts import lane_streams
         from nanoflow_search.captured import Captured
         from nanoflow_search.spin import spin
 
@@ -76,23 +83,31 @@ class GpuDevice:
         nothing = partial(spin, SPIN_ROUNDS, out=counted)
         operands = Operands(config, mix, kernels, page_tokens=page_tokens, dtype=getattr(torch, config.dtype))
         calls = Calls(lambda _: nothing(), 1)
-        return cls(device.name, device.sms, operands, GpuMeter(), lambda c: Captured(*c), calls, seconds=seconds)
+        return cls(
+            device.name, device.sms, operands, GpuMeter(), lambda c, stream: Captured(*c, stream), lane_streams, calls,
+            seconds=seconds,
+        )  # fmt: skip
 
     @cached_property
     def static_w(self) -> float:
-        return self._sustained([self._capture(self._nothing)]).power_w
+        return self._sustained([self._capture(self._nothing, None)]).power_w
 
     def time(self, loads: Sequence[Load], busy: float = 1.0, heated: bool = False) -> Measurement:
         """See Device."""
         if all(self._is_idle(load) for load in loads):
             return Measurement((0.0,) * len(loads), self.static_w, self.highest_clock_mhz)
-        works = [self._capture(self._operands.calls(load)) for load in loads]
+        works = self._works(loads)
         used = self._sustained(works, busy, self._heater if heated else None)
         power_w = used.power_w
         if busy < 1:
             rest_w = self._heat_w(used.sm_clock_mhz) if heated else self._idle_w
             power_w = (used.power_w - (1 - used.busy) * rest_w) / used.busy
         return Measurement(tuple(1e6 * s for s in used.call_s), power_w, used.sm_clock_mhz)
+
+    def _works(self, loads: Sequence[Load]) -> list[Repeated]:
+        shares = partition_of(loads, self.sms)
+        streams = self._split(shares) if shares else {}
+        return [self._capture(self._operands.calls(load), streams.get(str(i))) for i, load in enumerate(loads)]
 
     def _is_idle(self, load: Load) -> bool:
         """A collective of one rank is no launch."""
@@ -113,7 +128,7 @@ class GpuDevice:
         size = {p.name: p.shape[-1] * p.shape[-2] for p in graph.parameters if len(p.shape) > 1}
         products = [op for op in graph.operations if op.resource is Resource.COMPUTE]
         heaviest = max(products, key=lambda op: size[op.parameters[0]])
-        return self._capture(self._operands.calls(Load(heaviest.name, HEAT_TOKENS)))
+        return self._works([Load(heaviest.name, HEAT_TOKENS)])[0]
 
     @cached_property
     def _heats(self) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -126,3 +141,16 @@ class GpuDevice:
     def _heat_w(self, clock_mhz: float) -> float:
         (low, low_w), (high, high_w) = self._heats
         return low_w + (high_w - low_w) * (clock_mhz - low) / (high - low) if high > low else low_w
+
+
+def partition_of(loads: Sequence[Load], device_sms: int) -> Shares:
+    """Each load's SMs, by its number, and the rest; empty if the loads share the device.
+
+    The largest is last: only that one may be other than a multiple of what the device grants.
+    """
+    asked = [load.sms for load in loads if load.sms is not None]
+    rest = device_sms - sum(asked)
+    if len(asked) < len(loads) or rest < 0:
+        return ()
+    shares = [*((str(i), sms) for i, sms in enumerate(asked)), *([("rest", rest)] if rest else [])]
+    return tuple(sorted(shares, key=lambda share: share[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nanoflow_backend.graph.operation import Graph, Operation, Resource
@@ -15,6 +16,8 @@ FEW_WAVES = 4  # of tiles: from there on a last one that is not full makes littl
 CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention is launched on beside products
 PAIR_CAP = 0.25  # that stands for all where a launch is short
 PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
+ATTENTION_SMS = (24, 32, 40, 48)  # that a partition may give to attention
+PARTITION_TOKENS = (512, 768, 1024, 1536)  # of products in a partition: nano-batches
 
 
 class Loads(NamedTuple):
@@ -51,6 +54,47 @@ def loads_of(graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 4096
             together += [(product, Load(decode, keys, few))] if keys else []
         else:
             alone.append(Anchor(Load(op.name, largest_tokens)))
+    return Loads(tuple(alone), tuple(together))
+
+
+def partition_loads_of(
+    graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 2048, sizes: Sequence[int] = ATTENTION_SMS
+) -> Loads:
+    """For plans whose attention has SMs of its own, one of `sizes`, and all else the rest; and for sequential.
+
+    What has SMs of its own is slowed down by the memory and the power that it shares, which two sizes show.
+    """
+    alone: list[Anchor] = []
+    together: list[tuple[Load, Load]] = []
+    attention = next(op for op in graph.operations if op.kernel == "attention")
+    middle = sorted(sizes)[len(sizes) // 2 - 1 :][:2]  # to pair
+    most = {
+        f"{attention.name}/decode": mix.decode_tokens * mix.decode_context,
+        f"{attention.name}/prefill": mix.prefill_tokens * mix.prefill_context,
+    }
+    beside = [(curve, keys) for curve, keys in most.items() if keys]
+    for op in graph.operations:
+        if op is attention:
+            for curve, keys in beside:
+                alone += [Anchor(Load(curve, share * keys), share == 1) for share in (0.5, 1)]
+                for sms in sizes:
+                    alone += [Anchor(Load(curve, 0.5 * keys, sms), True), Anchor(Load(curve, keys, sms))]
+        elif op.resource is Resource.COMPUTE:
+            amounts = [tokens for tokens in STEPS if 512 <= tokens < largest_tokens] + [largest_tokens]
+            alone += [Anchor(Load(op.name, n), n in (amounts[0], amounts[-1])) for n in (128, 256, *amounts)]
+            for sms in sizes:
+                halves = [Load(op.name, n, device_sms - sms) for n in PARTITION_TOKENS if n < largest_tokens]
+                alone += [Anchor(load, load.amount == PAIR_TOKENS and sms in middle) for load in halves]
+            for curve, keys in beside:
+                for sms in middle if curve == beside[0][0] else middle[:1]:
+                    together.append((Load(op.name, PAIR_TOKENS, device_sms - sms), Load(curve, 0.5 * keys, sms)))
+        elif op.resource is Resource.MEMORY:
+            shares = (None, device_sms - max(sizes), device_sms - min(middle))
+            alone += [Anchor(Load(op.name, n, sms)) for sms in shares for n in (PAIR_TOKENS, largest_tokens)]
+            for curve, keys in beside:
+                together.append((Load(op.name, PAIR_TOKENS, shares[-1]), Load(curve, 0.5 * keys, min(middle))))
+        else:
+            alone += [Anchor(Load(op.name, largest_tokens, sms)) for sms in (None, device_sms - max(sizes))]
     return Loads(tuple(alone), tuple(together))
 
 

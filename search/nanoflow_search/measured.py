@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from math import prod
 from typing import NamedTuple
 
+from nanoflow_backend.schedule.plan import Group
+from nanoflow_search.dealt import Decodes, dealt
 from nanoflow_search.problem import NanoTask, Problem, Timeline
 from nanoflow_search.profile import Profile, Surface
 from nanoflow_search.stage_two import Choice, Contention, Side
@@ -26,11 +28,16 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of batches whose first tokens decode and whose others are of prompts, as the engine forms them."""
+    """Of batches as the engine forms them: decodes come first, in each group if there are groups; then prompts."""
 
     profile: Profile
     mix: Mix
     clock_mhz: float | None = None  # None: the highest
+    groups: tuple[Group, ...] = ()
+
+    @cached_property
+    def _decodes(self) -> Decodes:
+        return dealt(self.mix, self.groups)
 
     @cached_property
     def _surfaces(self) -> dict[str, Surface]:
@@ -50,6 +57,9 @@ class Measured:
     def at(self, clock_mhz: float) -> Measured:
         return replace(self, clock_mhz=clock_mhz)
 
+    def of_groups(self, groups: tuple[Group, ...]) -> Measured:
+        return replace(self, groups=groups)
+
     # operations
 
     def loads(self, run: tuple[str, ...], start: int, stop: int) -> list[tuple[str, float]]:
@@ -58,7 +68,7 @@ class Measured:
         Raises:
             ProfileError: an operation that was not measured.
         """
-        decodes = max(0.0, min(stop, self.mix.decode_tokens) - start)
+        decodes = self._decodes(start, stop)
         phases = {
             "decode": decodes * self.mix.decode_context,
             "prefill": (stop - start - decodes) * self.mix.prefill_context,
@@ -82,7 +92,10 @@ class Measured:
         return self._surfaces[curve].dynamic_j(amount, sms)
 
     def slowdown(self, one: tuple[str, int | None], other: tuple[str, int | None]) -> float:
-        """Of a (curve, SMs) beside another: as measured, or with the nearest SMs that were."""
+        """Of a (curve, SMs) beside another: as measured, or with the nearest SMs that were.
+
+        SMs of their own say nothing about those that are shared, nor the other way round.
+        """
         found = self._nearest(one, other)
         return found.slowdown if found else TURNS
 
@@ -92,7 +105,9 @@ class Measured:
         return prod(beside.energy_ratio for beside in found if beside)
 
     def _nearest(self, one: tuple[str, int | None], other: tuple[str, int | None]) -> Beside | None:
-        near = self._beside.get((one[0], other[0]))
+        shared = None in (one[1], other[1])
+        measured = self._beside.get((one[0], other[0]), {})
+        near = {sms: beside for sms, beside in measured.items() if (None in sms) == shared}
         if not near:
             return None
         whole = self.profile.header.device_sms
@@ -116,18 +131,24 @@ class Measured:
             sum(self.dynamic_j(curve, amount, sms) for curve, amount in loads),
         )
 
-    def contention(self, problem: Problem, ordered: Timeline, chunk_tokens: int) -> Contention:
-        """What stage two needs: shares that some pair was measured with, and all SMs.
+    def contention(
+        self, problem: Problem, ordered: Timeline, chunk_tokens: int, partition: Mapping[str, int] | None = None
+    ) -> Contention:
+        """What stage two needs: shares that some pair was measured with, and all SMs; or those of a lane's partition.
 
         Beside another task, a task is slowed down as its operations were beside the other's, by the time each takes.
         """
+        own = {task.name: (partition or {}).get(task.lane) for task in problem.tasks}
         task_of = {operation: task.name for task in problem.tasks for operation in task.operations}
-        sides: dict[str, set[int | None]] = {task.name: {None} for task in problem.tasks}
+        sides: dict[str, set[int | None]] = {name: {sms} for name, sms in own.items()}
         weighed: dict[tuple[Side, Side], list[tuple[float, float]]] = {}  # weight, slowdown
         for (one, other), by_sms in self._beside.items():
             first, second = (task_of.get(curve.partition("/")[0]) for curve in (one, other))
             if first is None or second is None or first == second:
                 continue
+            if partition:
+                nearest = self._nearest((one, own[first]), (other, own[second]))
+                by_sms = {(own[first], own[second]): nearest} if nearest else {}
             for (sms, other_sms), beside in by_sms.items():
                 sides[first].add(sms)
                 weight = self._weight(one, problem, chunk_tokens) * self._weight(other, problem, chunk_tokens)

@@ -47,6 +47,7 @@ def find_plans(
     *,
     parts: Sequence[tuple[int, int]] = PARTS,
     turns: int = TURNS,
+    partition: Mapping[str, int] | None = None,
     time_limit_s: float = 60.0,
     seed: int = 0,
     once: Once = always,
@@ -58,7 +59,8 @@ def find_plans(
     with durations stretched by what the lanes suffered in the best plan, then by guesses (`seed`).
 
     `parts`: at most so many nano-tasks of each task up to attention, and of each after it; tried in turn, until one
-    does not help. `time_limit_s` is that of each program. A turn that `once` knows is not solved again.
+    does not help. `partition`: SMs of each lane, those of the problem's times. `time_limit_s` is that of each program.
+    A turn that `once` knows is not solved again.
 
     Sequential is not among them: it needs no search.
     """
@@ -80,7 +82,7 @@ def find_plans(
                 try:
                     ordered = stage_one(stretched, most, alike=alike, time_limit_s=time_limit_s)
                     return [
-                        _share(problem, measured.at(clock), ordered, most, chunk_tokens, time_limit_s)
+                        _share(problem, measured.at(clock), ordered, most, chunk_tokens, partition, time_limit_s)
                         for clock in measured.profile.clocks_mhz
                     ]
                 except OutOfTime:
@@ -142,9 +144,10 @@ def _share(
     ordered: Timeline,
     parts: Mapping[str, int],
     chunk_tokens: int,
+    partition: Mapping[str, int] | None,
     time_limit_s: float,
 ) -> Plan:
-    contention = measured.contention(problem, ordered, chunk_tokens)
+    contention = measured.contention(problem, ordered, chunk_tokens, partition)
     shares = stage_two(problem, ordered, contention, time_limit_s=time_limit_s)
     clock_mhz = measured.clock_mhz or max(measured.profile.clocks_mhz)
     return Plan(shares, parts, clock_mhz, problem.sequential_us(), ordered.gap)

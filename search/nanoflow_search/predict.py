@@ -62,13 +62,15 @@ def settled(timed: Callable[[float], Timing], low_mhz: float, high_mhz: float, p
 
 def walk_at(schedule: Schedule, measured: Measured, num_layers: int) -> Walked:
     """At the clock of `measured`."""
+    measured = measured.of_groups(schedule.groups)
     phases = [
         [
-            Phase(curve, amount, launch.sms, alone_us)
+            Phase(curve, amount, sms, alone_us)
             for curve, amount in measured.loads((launch.operation,), launch.start, launch.stop)
-            if (alone_us := measured.duration_us(curve, amount, launch.sms)) > 0
+            if (alone_us := measured.duration_us(curve, amount, sms)) > 0
         ]
         for launch in schedule.launches
+        for sms in [schedule.sms(launch)]
     ]
 
     def pace(running: tuple[Phase, ...]) -> Pace:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.schedule.plan import Launch, Schedule
 from nanoflow_search import devices
+from nanoflow_search.dealt import dealt
 from nanoflow_search.predict import Timing, settled
 from nanoflow_search.profile import Load, Measurement, ProfileError
 from nanoflow_search.walk import Pace, Phase, walk
@@ -57,15 +58,16 @@ class SyntheticDevice:
 
     def time_plan(self, schedule: Schedule, mix: Mix, num_layers: int) -> Timing:
         """A layer of a schedule for batches of `mix`, by the law itself."""
+        decodes_of = dealt(mix, schedule.groups)
 
         def phases(launch: Launch, clock_mhz: float) -> list[Phase]:
-            decodes = max(0.0, min(launch.stop, mix.decode_tokens) - launch.start)
+            decodes, sms = decodes_of(launch.start, launch.stop), schedule.sms(launch)
             prompts = launch.stop - launch.start - decodes
-            loads = [Load(launch.operation, launch.stop - launch.start, launch.sms)]
+            loads = [Load(launch.operation, launch.stop - launch.start, sms)]
             if self._graph[launch.operation].kernel == "attention":
                 loads = [
-                    Load(f"{launch.operation}/decode", decodes * mix.decode_context, launch.sms),
-                    Load(f"{launch.operation}/prefill", prompts * mix.prefill_context, launch.sms),
+                    Load(f"{launch.operation}/decode", decodes * mix.decode_context, sms),
+                    Load(f"{launch.operation}/prefill", prompts * mix.prefill_context, sms),
                 ]
             return [Phase(*load, self._at([load], clock_mhz)[0][0]) for load in loads if load.amount]
 
