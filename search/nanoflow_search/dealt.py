@@ -25,6 +25,4 @@ def dealt(mix: Mix, groups: Sequence[Group]) -> Decodes:
 
 def evenly(tokens: int, stops: Sequence[int]) -> tuple[Group, ...]:
     """Groups up to `stops` that each hold the batch's mean mix."""
-    return tuple(
-        Group(stop, (stop - start) / tokens) for start, stop in zip((0, *stops[:-1]), stops, strict=True)
-    )
+    return tuple(Group(stop, (stop - start) / tokens) for start, stop in zip((0, *stops[:-1]), stops, strict=True))

@@ -12,8 +12,8 @@ import torch
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.runtime.device import find_device
-from nanoflow_backend.runtime.green_contexts import Shares
 from nanoflow_backend.runtime.gpu_meter import GpuMeter, GpuReading
+from nanoflow_backend.runtime.green_contexts import Shares
 from nanoflow_search.operands import Calls, Operands
 from nanoflow_search.profile import Load, Measurement
 from nanoflow_search.sustained import Repeated, Used, idle_w, sustain

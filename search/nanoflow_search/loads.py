@@ -17,7 +17,8 @@ CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention is lau
 PAIR_CAP = 0.25  # that stands for all where a launch is short
 PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
 ATTENTION_SMS = (24, 32, 40, 48)  # that a partition may give to attention
-PARTITION_TOKENS = (512, 768, 1024, 1536)  # of products in a partition: nano-batches
+PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: their time goes in steps of tiles
+FEW_PARTITION_TOKENS = (512, 1024, 1536)
 
 
 class Loads(NamedTuple):
@@ -62,40 +63,50 @@ def partition_loads_of(
 ) -> Loads:
     """For plans whose attention has SMs of its own, one of `sizes`, and all else the rest; and for sequential.
 
-    What has SMs of its own is slowed down by the memory and the power that it shares, which two sizes show.
+    The second and third of the sizes are those that usually win. What has SMs of its own is slowed down by the memory
+    that it shares, which these two show.
     """
     alone: list[Anchor] = []
     together: list[tuple[Load, Load]] = []
     attention = next(op for op in graph.operations if op.kernel == "attention")
-    middle = sorted(sizes)[len(sizes) // 2 - 1 :][:2]  # to pair
+    decode, prefill = (f"{attention.name}/{phase}" for phase in ("decode", "prefill"))
     most = {
-        f"{attention.name}/decode": mix.decode_tokens * mix.decode_context,
-        f"{attention.name}/prefill": mix.prefill_tokens * mix.prefill_context,
+        decode: mix.decode_tokens * mix.decode_context,
+        prefill: mix.prefill_tokens * mix.prefill_context,
     }
-    beside = [(curve, keys) for curve, keys in most.items() if keys]
+    likely = sorted(sizes)[1:3] or list(sizes)
     for op in graph.operations:
         if op is attention:
-            for curve, keys in beside:
-                alone += [Anchor(Load(curve, share * keys), share == 1) for share in (0.5, 1)]
-                for sms in sizes:
-                    alone += [Anchor(Load(curve, 0.5 * keys, sms), True), Anchor(Load(curve, keys, sms))]
+            for curve, amount in most.items():
+                parts = (0.5, 1) if curve == decode else (0.5,)
+                alone += [Anchor(Load(curve, share * amount), share == 1) for share in (0.5, 1) if amount]
+                alone += [
+                    Anchor(Load(curve, share * amount, sms), share == 0.5 and (curve == decode or sms == likely[0]))
+                    for sms in sizes
+                    for share in parts
+                    if amount
+                ]
         elif op.resource is Resource.COMPUTE:
-            amounts = [tokens for tokens in STEPS if 512 <= tokens < largest_tokens] + [largest_tokens]
-            alone += [Anchor(Load(op.name, n), n in (amounts[0], amounts[-1])) for n in (128, 256, *amounts)]
+            whole = sorted({min(tokens, largest_tokens) for tokens in (512, PAIR_TOKENS, largest_tokens)})
+            alone += [Anchor(Load(op.name, 256)), *(Anchor(Load(op.name, n), n != PAIR_TOKENS) for n in whole)]
             for sms in sizes:
-                halves = [Load(op.name, n, device_sms - sms) for n in PARTITION_TOKENS if n < largest_tokens]
-                alone += [Anchor(load, load.amount == PAIR_TOKENS and sms in middle) for load in halves]
-            for curve, keys in beside:
-                for sms in middle if curve == beside[0][0] else middle[:1]:
-                    together.append((Load(op.name, PAIR_TOKENS, device_sms - sms), Load(curve, 0.5 * keys, sms)))
+                amounts = PARTITION_TOKENS if sms in likely else FEW_PARTITION_TOKENS
+                loads = [Load(op.name, n, device_sms - sms) for n in amounts]
+                alone += [Anchor(load, load.amount == PAIR_TOKENS and sms in likely) for load in loads]
+            pairs = [(sms, decode) for sms in likely] + [(likely[0], prefill)]
+            together += [_halves(op, device_sms, sms, curve, most[curve]) for sms, curve in pairs if most[curve]]
         elif op.resource is Resource.MEMORY:
-            shares = (None, device_sms - max(sizes), device_sms - min(middle))
-            alone += [Anchor(Load(op.name, n, sms)) for sms in shares for n in (PAIR_TOKENS, largest_tokens)]
-            for curve, keys in beside:
-                together.append((Load(op.name, PAIR_TOKENS, shares[-1]), Load(curve, 0.5 * keys, min(middle))))
+            shares = (None, device_sms - max(sizes))
+            alone += [Anchor(Load(op.name, n, sms)) for sms in shares for n in (PAIR_TOKENS / 2, largest_tokens)]
+            together += [_halves(op, device_sms, likely[0], decode, most[decode])] if most[decode] else []
         else:
             alone += [Anchor(Load(op.name, largest_tokens, sms)) for sms in (None, device_sms - max(sizes))]
     return Loads(tuple(alone), tuple(together))
+
+
+def _halves(op: Operation, device_sms: int, attention_sms: int, curve: str, amount: float) -> tuple[Load, Load]:
+    """An operation for one half of a batch beside the attention of the other one."""
+    return Load(op.name, PAIR_TOKENS, device_sms - attention_sms), Load(curve, 0.5 * amount, attention_sms)
 
 
 def _cap(device_sms: int, share: float) -> int | None:

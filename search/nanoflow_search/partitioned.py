@@ -25,7 +25,6 @@ from nanoflow_search.profile import Profile
 
 PARTS = ((2, 2), (3, 2))  # nano-tasks up to attention and after it
 SHARES = (-0.2, -0.1, 0.0, 0.1, 0.2)  # decodes of the first half beyond its part of the tokens
-FEW_LAYERS = 4  # show which plans are worth predicting with all
 
 
 class Found(NamedTuple):
@@ -57,7 +56,7 @@ def find_partitioned(
     time_limit_s: float = 10.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Found]:
-    """The best `keep`, best first. Those that differ in just the decodes of their halves count as one.
+    """The best `keep`, best first: one for each size of attention's share and each way to cut attention.
 
     `graph`: of one rank. `chunk_tokens` is what the programs cut a batch into, `step` what the grid does.
     """
@@ -65,16 +64,16 @@ def find_partitioned(
     for partition in partitions_of(measured.profile, graph):
         plans = list(_grid(graph, measured, partition, step))
         plans += _solved(graph, measured, partition, chunk_tokens, turns, time_limit_s, progress)
-        found += [Found(plan, predict(plan, measured, FEW_LAYERS)) for plan in plans]
+        found += [Found(plan, predict(plan, measured, num_layers)) for plan in plans]
         best = min(found, key=_layer_us)
         progress(f"{partition['memory']} SMs of attention: {len(plans)} plans; {best.predicted.layer_us:.0f} us so far")
-    unlike: dict[object, Schedule] = {}
-    for schedule, _ in sorted(found, key=_layer_us):
-        unlike.setdefault((tuple(schedule.partition.items()), schedule.launches), schedule)
-    best_plans = list(unlike.values())[: 2 * keep]
+    unlike: dict[object, Found] = {}
+    for one in sorted(found, key=_layer_us):
+        unlike.setdefault((one.schedule.partition["memory"], *(group.stop for group in one.schedule.groups)), one)
+    best_plans = list(unlike.values())[:keep]
     for plan in best_plans:
-        validate(plan, graph, num_layers, measured.profile.header.device_sms)
-    return sorted((Found(plan, predict(plan, measured, num_layers)) for plan in best_plans), key=_layer_us)[:keep]
+        validate(plan.schedule, graph, num_layers, measured.profile.header.device_sms)
+    return best_plans
 
 
 def _layer_us(found: Found) -> float:
@@ -112,9 +111,7 @@ def _solved(
         problem, measured, chunk_tokens,
         parts=PARTS, turns=turns, partition=partition, time_limit_s=time_limit_s, progress=progress,
     )  # fmt: skip
-    return [
-        _dealt(graph, schedule_of(graph, problem, plan.shares.timeline, chunk_tokens), partition) for plan in plans
-    ]
+    return [_dealt(graph, schedule_of(graph, problem, plan.shares.timeline, chunk_tokens), partition) for plan in plans]
 
 
 def _dealt(graph: Graph, plan: Schedule, partition: dict[str, int]) -> Schedule:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from nanoflow_search.gpu import GpuDevice
+from nanoflow_search.gpu import GpuDevice, partition_of
 from nanoflow_search.operands import Calls
 from nanoflow_search.profile import Load
 from nanoflow_search.profiler import Anchor, header_of, take_profile
@@ -13,6 +13,7 @@ from simulated_gpu import IDLE_W, SimulatedGpu, SimulatedWork
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.green_contexts import Shares
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
@@ -70,6 +71,7 @@ class Cases:
 
     def __init__(self) -> None:
         self.asked: list[Load] = []
+        self.streams: list[str | None] = []
 
     def calls(self, load: Load) -> Calls:
         self.asked.append(load)
@@ -78,12 +80,17 @@ class Cases:
 
 
 def device(gpu: SimulatedGpu, cases: Cases) -> GpuDevice:
-    def capture(calls: Calls) -> SimulatedWork:
+    def capture(calls: Calls, stream: str | None) -> SimulatedWork:
+        cases.streams.append(stream)
         call_s, watts = calls.call(0)
         return SimulatedWork(gpu, call_s, watts, calls=max(1, round(0.03 / call_s)))
 
     nothing = Calls(lambda _: (1e-3, 60.0), 1)
-    return GpuDevice("simulated", 132, cases, gpu, capture, nothing, sleep=gpu.sleep)
+
+    def split(shares: Shares) -> dict[str, str]:
+        return {lane: f"{lane} of {shares}" for lane, _ in shares}
+
+    return GpuDevice("simulated", 132, cases, gpu, capture, split, nothing, sleep=gpu.sleep)
 
 
 def test_power_is_that_of_the_load_alone() -> None:
@@ -121,3 +128,19 @@ def test_a_profile_of_it(tmp_path: Path) -> None:
     longer = take_profile(again, header_of(again, LAYER), [*alone, Anchor(Load("o", 500))], [], path)
     assert longer.header == profile.header
     assert [p.operation for p in longer.points] == ["qkv", "qkv", "o"]
+
+
+def test_loads_that_all_have_sms_run_on_those_alone() -> None:
+    """On streams of one partition, whose shares are all of the device's SMs and whose largest is split off last."""
+    gpu, cases = SimulatedGpu(), Cases()
+    measured = device(gpu, cases)
+    measured.time([Load("qkv", 1000, 92), Load("attention/decode", 500, 40)])
+    shares = (("1", 40), ("0", 92))
+    assert cases.streams == [f"0 of {shares}", f"1 of {shares}"]
+    assert partition_of([Load("qkv", 1000, 92)], 132) == (("rest", 40), ("0", 92))
+    assert partition_of([Load("attention/decode", 500, 32)], 132) == (("0", 32), ("rest", 100))
+    assert partition_of([Load("qkv", 1000, 132)], 132) == (("0", 132),)
+    for shared in ([Load("qkv", 1), Load("o", 1, 32)], [Load("qkv", 1, 100), Load("o", 1, 40)], [Load("qkv", 1)]):
+        assert partition_of(shared, 132) == ()
+        measured.time(shared)
+    assert cases.streams[2:] == [None] * 5

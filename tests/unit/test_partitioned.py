@@ -1,0 +1,117 @@
+"""Plans whose attention has SMs of its own: what is measured for them, how they are predicted, which are found."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from nanoflow_search.dealt import dealt, evenly
+from nanoflow_search.devices import DEVICES
+from nanoflow_search.loads import partition_loads_of
+from nanoflow_search.measured import TURNS, Measured
+from nanoflow_search.partitioned import find_partitioned, partitions_of
+from nanoflow_search.predict import predict
+from nanoflow_search.profile import Profile
+from nanoflow_search.profiler import header_of, take_profile
+from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.work import Mix
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.plan import Group
+from nanoflow_backend.schedule.presets import overlapped, sequential
+from nanoflow_backend.schedule.validate import validate
+
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+MIX = Mix(704, 1344, 1280, 512)
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticDevice, Profile]:
+    """A device whose cap binds."""
+    spec = DEVICES["H200-sustained"]
+    assert spec.power is not None
+    device = SyntheticDevice(LAYER, replace(spec, power=replace(spec.power, cap_w=560.0)))
+    loads = partition_loads_of(LAYER, device.sms, MIX)
+    path = tmp_path_factory.mktemp("taken") / "profile.json"
+    return device, take_profile(device, header_of(device, LAYER), loads.alone, loads.together, path)
+
+
+def test_what_is_measured_is_what_partitions_run() -> None:
+    loads = partition_loads_of(LAYER, 132, MIX)
+    assert len(loads.alone) + sum(anchor.two_clocks for anchor in loads.alone) + len(loads.together) <= 175
+    assert len({anchor.load for anchor in loads.alone}) == len(loads.alone)
+    for first, second in loads.together:
+        assert (first.sms or 0) + (second.sms or 0) == 132
+        assert second.operation.startswith("attention/")
+    assert {a.load.sms for a in loads.alone if a.load.operation == "down"} == {None, 84, 92, 100, 108}
+    decodes_only = partition_loads_of(LAYER, 132, Mix(512, 0, 1024, 0))
+    assert not any("prefill" in a.load.operation for a in decodes_only.alone)
+    assert not any("prefill" in load.operation for pair in decodes_only.together for load in pair)
+
+
+def test_decodes_are_counted_as_the_engine_deals_them() -> None:
+    groups = (Group(512, 0.25), Group(1024, 0.75))
+    decodes = dealt(Mix(400, 624, 1, 1), groups)
+    assert [decodes(*rows) for rows in ((0, 512), (0, 50), (100, 512), (512, 1024), (500, 522))] == [
+        100,
+        50,
+        0,
+        300,
+        10,
+    ]
+    assert dealt(Mix(400, 624, 1, 1), ())(300, 512) == 100
+    even = dealt(Mix(400, 624, 1, 1), evenly(1024, range(256, 1025, 256)))
+    assert [even(start, start + 256) for start in range(0, 1024, 256)] == [100] * 4
+
+
+def test_own_sms_say_nothing_about_shared_ones(taken: tuple[SyntheticDevice, Profile]) -> None:
+    measured = Measured(taken[1], MIX)
+    assert measured.slowdown(("down", 100), ("attention/decode", 32)) < 1.5
+    assert measured.slowdown(("down", 84), ("attention/decode", 48)) < 1.5  # the nearest that was measured
+    assert measured.slowdown(("down", None), ("attention/decode", None)) == TURNS
+
+
+def test_partitioned_plans_are_predicted_as_the_device_times_them(taken: tuple[SyntheticDevice, Profile]) -> None:
+    """An energy that goes with the clock's square is a straight line to a profile: it is told a little too high."""
+    device, profile = taken
+    measured, rng = Measured(profile, MIX), random.Random(1)
+    for partition in partitions_of(profile, LAYER):
+        for _ in range(4):
+            stop, share = 128 * rng.randint(4, 12), rng.choice((0.2, 0.35, 0.5, 0.65))
+            plan = overlapped(LAYER, 2048, stop, share, partition["memory"], 132, 128)
+            predicted, timed = predict(plan, measured, 8), device.time_plan(plan, MIX, 8)
+            assert predicted.layer_us == pytest.approx(timed.layer_us, rel=0.08)
+            assert predicted.power_w <= 560.6
+
+
+def test_attention_reads_what_its_groups_hold(taken: tuple[SyntheticDevice, Profile]) -> None:
+    measured = Measured(taken[1], MIX).of_groups(overlapped(LAYER, 2048, 1024, 0.25, 32, 132).groups)
+    assert measured.loads(("attention",), 0, 1024) == [
+        ("attention/decode", 176 * 1280),
+        ("attention/prefill", (1024 - 176) * 512),
+    ]
+    assert measured.loads(("attention",), 1024, 2048)[0] == ("attention/decode", 528 * 1280)
+
+
+def test_the_best_plans_are_valid_unlike_and_faster_than_sequential(taken: tuple[SyntheticDevice, Profile]) -> None:
+    device, profile = taken
+    two_sizes = [p for p in profile.points if p.sms in (24, 32, 100, 108, 132) or is_small(p.operation)]
+    few = Profile(header=profile.header, points=tuple(two_sizes), pairs=profile.pairs)
+    assert [partition["memory"] for partition in partitions_of(few, LAYER)] == [24, 32]
+    measured = Measured(few, MIX)
+    found = find_partitioned(LAYER, measured, 6, 512, keep=3, step=256, turns=1)
+    assert [f.predicted.layer_us for f in found] == sorted(f.predicted.layer_us for f in found)
+    assert len({(f.schedule.partition["memory"], *(g.stop for g in f.schedule.groups)) for f in found}) == 3
+    base = device.time_plan(sequential(LAYER, 2048), MIX, 6).layer_us
+    for schedule, predicted in found:
+        validate(schedule, LAYER, 6, 132)
+        assert predicted == predict(schedule, measured, 6)
+        assert device.time_plan(schedule, MIX, 6).layer_us < base
+
+
+def is_small(curve: str) -> bool:
+    operation = LAYER[curve.partition("/")[0]]
+    return operation.resource is not Resource.COMPUTE and operation.kernel != "attention"
