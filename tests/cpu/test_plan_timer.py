@@ -113,17 +113,3 @@ def test_fewer_layers_and_other_batches() -> None:
     assert programs.made[0].binding.model.num_layers == 2
     with pytest.raises(ValueError, match="expected one for batches of 24 tokens, got 16"):
         made(sequential(layer, 16))
-
-
-def test_decodes_are_dealt_out() -> None:
-    """Rows lie as in the engine: each group's decodes, then its prompts' tokens; the tokens are the same."""
-    made, programs = timer("llama", num_layers=2)
-    layer = build(config("llama")).layer
-    made(sequential(layer, 24))
-    made(overlapped(layer, 24, 8, 0.3, 40, 132))
-    listed, dealt = (program.binding.positions[:24].tolist() for program in programs.made)
-    assert dealt == [*listed[:3], *listed[10:15], *listed[3:10], *listed[15:]]
-    plain, moved = (program.binding.results(24) for program in programs.made)
-    order = [*range(3), *range(10, 15), *range(3, 10), *range(15, 24)]
-    for a, b in zip(plain, moved, strict=True):
-        torch.testing.assert_close(a[order], b)
