@@ -105,9 +105,12 @@ class GpuDevice:
         return Measurement(tuple(1e6 * s for s in used.call_s), power_w, used.sm_clock_mhz)
 
     def _works(self, loads: Sequence[Load]) -> list[Repeated]:
-        shares = partition_of(loads, self.sms)
+        shares, lanes = partition_of(loads, self.sms)
         streams = self._split(shares) if shares else {}
-        return [self._capture(self._operands.calls(load), streams.get(str(i))) for i, load in enumerate(loads)]
+        return [
+            self._capture(self._operands.calls(load), streams.get(lane))
+            for load, lane in zip(loads, lanes, strict=True)
+        ]
 
     def _is_idle(self, load: Load) -> bool:
         """A collective of one rank is no launch."""
@@ -143,14 +146,17 @@ class GpuDevice:
         return low_w + (high_w - low_w) * (clock_mhz - low) / (high - low) if high > low else low_w
 
 
-def partition_of(loads: Sequence[Load], device_sms: int) -> Shares:
-    """Each load's SMs, by its number, and the rest; empty if the loads share the device.
+def partition_of(loads: Sequence[Load], device_sms: int) -> tuple[Shares, list[str]]:
+    """All of the device's SMs in shares that the loads and the rest have, and each load's lane; none if loads share.
 
-    The largest is last: only that one may be other than a multiple of what the device grants.
+    Lanes are numbered from the smallest: the last share alone may be other than what the device grants. So a load
+    that leaves the rest to nobody runs in the partition that it has beside another one.
     """
     asked = [load.sms for load in loads if load.sms is not None]
     rest = device_sms - sum(asked)
     if len(asked) < len(loads) or rest < 0:
-        return ()
-    shares = [*((str(i), sms) for i, sms in enumerate(asked)), *([("rest", rest)] if rest else [])]
-    return tuple(sorted(shares, key=lambda share: share[1]))
+        return (), [""] * len(loads)
+    sizes = [*asked, rest] if rest else asked
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    shares = tuple((str(lane), sizes[number]) for lane, number in enumerate(order))
+    return shares, [str(order.index(number)) for number in range(len(loads))]

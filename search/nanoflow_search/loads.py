@@ -75,6 +75,11 @@ def partition_loads_of(
         prefill: mix.prefill_tokens * mix.prefill_context,
     }
     likely = sorted(sizes)[1:3] or list(sizes)
+    half = min(PAIR_TOKENS, largest_tokens)
+
+    def up_to(*tokens: int) -> list[int]:
+        return sorted({min(n, largest_tokens) for n in tokens})
+
     for op in graph.operations:
         if op is attention:
             for curve, amount in most.items():
@@ -87,26 +92,24 @@ def partition_loads_of(
                     if amount
                 ]
         elif op.resource is Resource.COMPUTE:
-            whole = sorted({min(tokens, largest_tokens) for tokens in (512, PAIR_TOKENS, largest_tokens)})
-            alone += [Anchor(Load(op.name, 256)), *(Anchor(Load(op.name, n), n != PAIR_TOKENS) for n in whole)]
+            amounts = up_to(256, 512, half, largest_tokens)
+            alone += [Anchor(Load(op.name, n), n in (amounts[0], amounts[-1])) for n in amounts]
             for sms in sizes:
-                amounts = PARTITION_TOKENS if sms in likely else FEW_PARTITION_TOKENS
-                loads = [Load(op.name, n, device_sms - sms) for n in amounts]
-                alone += [Anchor(load, load.amount == PAIR_TOKENS and sms in likely) for load in loads]
-            pairs = [(sms, decode) for sms in likely] + [(likely[0], prefill)]
-            together += [_halves(op, device_sms, sms, curve, most[curve]) for sms, curve in pairs if most[curve]]
+                amounts = up_to(*(PARTITION_TOKENS if sms in likely else FEW_PARTITION_TOKENS))
+                alone += [Anchor(Load(op.name, n, device_sms - sms), n == half and sms in likely) for n in amounts]
+            for sms, curve in [*((sms, decode) for sms in likely), (likely[0], prefill)]:
+                if most[curve]:
+                    beside = Load(curve, 0.5 * most[curve], sms)
+                    together.append((Load(op.name, half, device_sms - sms), beside))
         elif op.resource is Resource.MEMORY:
             shares = (None, device_sms - max(sizes))
-            alone += [Anchor(Load(op.name, n, sms)) for sms in shares for n in (PAIR_TOKENS / 2, largest_tokens)]
-            together += [_halves(op, device_sms, likely[0], decode, most[decode])] if most[decode] else []
+            alone += [Anchor(Load(op.name, n, sms)) for sms in shares for n in up_to(512, largest_tokens)]
+            if most[decode]:
+                beside = Load(decode, 0.5 * most[decode], likely[0])
+                together.append((Load(op.name, half, device_sms - likely[0]), beside))
         else:
             alone += [Anchor(Load(op.name, largest_tokens, sms)) for sms in (None, device_sms - max(sizes))]
     return Loads(tuple(alone), tuple(together))
-
-
-def _halves(op: Operation, device_sms: int, attention_sms: int, curve: str, amount: float) -> tuple[Load, Load]:
-    """An operation for one half of a batch beside the attention of the other one."""
-    return Load(op.name, PAIR_TOKENS, device_sms - attention_sms), Load(curve, 0.5 * amount, attention_sms)
 
 
 def _cap(device_sms: int, share: float) -> int | None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoflow_search.loads import loads_of
+from nanoflow_search.loads import loads_of, partition_loads_of
 from nanoflow_search.measured import Measured
+from nanoflow_search.partitioned import partitions_of
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Load
 from nanoflow_search.profiler import header_of, take_profile
@@ -14,7 +15,7 @@ from shapes import CONFIGS, config
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.models.model import build
-from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +45,32 @@ def test_every_load_of_a_model_runs(name: str, tmp_path: Path) -> None:
     assert len(profile.pairs) == 3
     found = predict(sequential(graph, 128), Measured(profile, MIX), 3)
     assert found.layer_us > 0
+
+
+def test_plans_with_sms_of_their_own_are_profiled_predicted_and_timed(tmp_path: Path) -> None:
+    from nanoflow_search.gpu import GpuDevice
+    from nanoflow_search.plan_timer import PlanTimer
+
+    made = shape("llama")
+    device, layer = GpuDevice.here(made, MIX, seconds=SECONDS), build(made).layer
+    loads = partition_loads_of(layer, device.sms, MIX, 128, sizes=(32, 40))
+    path = tmp_path / "profile.json"
+    profile = take_profile(device, header_of(device, layer), loads.alone, loads.together, path)
+    timer = PlanTimer.here(made, MIX, seconds=SECONDS)
+    assert len(partitions_of(profile, layer)) == 2
+    for partition in partitions_of(profile, layer):
+        plan = overlapped(layer, 128, 64, 0.5, partition["memory"], device.sms)
+        assert predict(plan, Measured(profile, MIX), 3).layer_us > 0
+        assert timer(plan).layer_us > 0
+
+
+def test_few_sms_take_longer() -> None:
+    """A launch keeps to its SMs: decode attention is not as fast on a few as on all."""
+    from nanoflow_search.gpu import GpuDevice
+
+    device = GpuDevice.here(shape("llama"), MIX, seconds=SECONDS)
+    few, whole = (device.time([Load("attention/decode", 1_000_000, sms)]).durations_us[0] for sms in (16, None))
+    assert few > 1.5 * whole
 
 
 def test_a_large_product_takes_longer_than_a_small_one() -> None:

@@ -135,12 +135,13 @@ def test_loads_that_all_have_sms_run_on_those_alone() -> None:
     gpu, cases = SimulatedGpu(), Cases()
     measured = device(gpu, cases)
     measured.time([Load("qkv", 1000, 92), Load("attention/decode", 500, 40)])
-    shares = (("1", 40), ("0", 92))
-    assert cases.streams == [f"0 of {shares}", f"1 of {shares}"]
-    assert partition_of([Load("qkv", 1000, 92)], 132) == (("rest", 40), ("0", 92))
-    assert partition_of([Load("attention/decode", 500, 32)], 132) == (("0", 32), ("rest", 100))
-    assert partition_of([Load("qkv", 1000, 132)], 132) == (("0", 132),)
+    shares = (("0", 40), ("1", 92))
+    assert cases.streams == [f"1 of {shares}", f"0 of {shares}"]
+    assert partition_of([Load("qkv", 1000, 92)], 132) == (shares, ["1"])  # the same partition
+    assert partition_of([Load("attention/decode", 500, 40)], 132) == (shares, ["0"])
+    assert partition_of([Load("qkv", 1, 66), Load("o", 1, 66)], 132) == ((("0", 66), ("1", 66)), ["0", "1"])
+    assert partition_of([Load("qkv", 1000, 132)], 132) == ((("0", 132),), ["0"])
     for shared in ([Load("qkv", 1), Load("o", 1, 32)], [Load("qkv", 1, 100), Load("o", 1, 40)], [Load("qkv", 1)]):
-        assert partition_of(shared, 132) == ()
+        assert partition_of(shared, 132)[0] == ()
         measured.time(shared)
     assert cases.streams[2:] == [None] * 5
