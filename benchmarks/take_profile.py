@@ -2,7 +2,7 @@
 
     python benchmarks/take_profile.py --model benchmarks/models/llama-3-8b --workload 512/1024 --profile profile.json
 
-Up to 170 points of about 2 seconds: operations alone over tokens, SMs and clocks, and attention beside all else.
+At most 175 points of about 2 seconds: operations alone over tokens, SMs and clocks, and attention beside all else.
 """
 
 from __future__ import annotations
