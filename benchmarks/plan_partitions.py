@@ -56,6 +56,7 @@ def main() -> None:
             device=measured.profile.header.device,
             device_sms=measured.profile.header.device_sms,
             tensor_parallel=1,
+            dense_batch_tokens=arguments.tokens,
             profile_hash=measured.profile.hash(),
             predicted_us=timing.layer_us,
         )

@@ -45,6 +45,9 @@ def find(
         Phase, typer.Option(help="Stop after this phase. The profile and the timing need the GPU, plans a solver.")
     ] = Phase.TIMING,
     plans: Annotated[int, typer.Option(min=1, help="Plans of each size that are timed.")] = DEFAULT.plans,
+    shared: Annotated[
+        bool, typer.Option(help="Also profile lanes that share SMs, and plan for them.")
+    ] = DEFAULT.shared,
     rounds: Annotated[int, typer.Option(min=2, help="Of timing, A B B A each.")] = DEFAULT.rounds,
     turns: Annotated[int, typer.Option(min=1, help="Of the two programs, for each number of parts.")] = DEFAULT.turns,
     time_limit_s: Annotated[float, typer.Option(min=0.1, help="Of each program.")] = DEFAULT.time_limit_s,
@@ -60,7 +63,7 @@ def find(
         raise typer.BadParameter("expected a value", param_hint=_option(missing))
     from nanoflow_search.command import find_schedules
 
-    effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s)
+    effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
     setting = Setting.of(model, tp, workload)
     find_schedules(setting, dense_batch_tokens or [], effort, device.value, profile, out, until)
 

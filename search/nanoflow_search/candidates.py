@@ -12,12 +12,14 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 from nanoflow_search.case import Case, Form
-from nanoflow_search.layer import schedule_of
+from nanoflow_search.layer import layer_problem, schedule_of
+from nanoflow_search.partitioned import find_partitioned
 from nanoflow_search.planner import Plan, find_plans, one_after_the_other
 from nanoflow_search.problem import Problem
 from nanoflow_search.setting import Effort
+from nanoflow_search.sizes import TILE
 from nanoflow_search.state import SearchError, State
-from nanoflow_search.timeline import draw
+from nanoflow_search.timeline import draw, walked
 
 ALIKE = 1e-4  # relative: plans whose predictions differ by less are, as a rule, one plan turned
 
@@ -45,12 +47,15 @@ def find_candidates(case: Case, effort: Effort, state: State, progress: Callable
     """
     found: dict[bytes, Candidate] = {}
     for workload in case.setting.workloads:
-        for form in case.forms:
 
-            def say(line: str, where: str = f"{case.tokens} tokens, {workload}") -> None:
-                progress(f"{where}: {line}")
+        def say(line: str, where: str = f"{case.tokens} tokens, {workload}") -> None:
+            progress(f"{where}: {line}")
 
-            measured = case.measured(workload)
+        for candidate in _partitioned(case, workload, effort, state, say):
+            found.setdefault(msgspec.json.encode(candidate.schedule), candidate)
+        measured = case.shared(workload)
+        for form in case.forms if measured else ():
+            assert measured
             problem = case.problem(measured, form)
             plans = find_plans(
                 problem,
@@ -83,12 +88,35 @@ def predictions_of(case: Case, candidates: Sequence[Candidate]) -> list[Predicti
     ]
 
 
+def _partitioned(
+    case: Case, workload: str, effort: Effort, state: State, progress: Callable[[str], None]
+) -> list[Candidate]:
+    """With attention on SMs of its own."""
+    graph, layers, sms = case.graph(), case.setting.model.num_layers, case.profile.header.device_sms
+    measured = case.measured(workload)
+    plans = find_partitioned(
+        graph,
+        measured,
+        layers,
+        case.chunk_tokens,
+        keep=effort.plans,
+        turns=effort.turns,
+        time_limit_s=effort.time_limit_s,
+        once=state.within(f"{workload.replace('/', '-')}-partitioned").once,
+        progress=progress,
+    )
+    problem = layer_problem(graph, 1, case.tokens, TILE, measured.times)
+    return [
+        Candidate(schedule, gap, draw(problem, walked(schedule, problem, measured, layers, TILE), sms, TILE))
+        for schedule, _, gap in plans
+    ]
+
+
 def _candidate(case: Case, problem: Problem, plan: Plan, form: Form) -> Candidate:
     graph, chunk, sms = case.graph(form), case.chunk_tokens, case.profile.header.device_sms
     schedule = schedule_of(graph, problem, plan.shares.timeline, chunk, plan.shares.sms, form)
     validate(schedule, graph, case.setting.model.num_layers, sms)
-    gap = max(plan.stage_one_gap, plan.shares.timeline.gap)
-    return Candidate(schedule, gap, draw(problem, plan.shares, sms, chunk))
+    return Candidate(schedule, plan.gap, draw(problem, plan.shares, sms, chunk))
 
 
 def _sequential(case: Case) -> Candidate:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule
@@ -46,6 +48,12 @@ class Case:
 
     def measured(self, workload: str) -> Measured:
         return Measured(self.profile, self.mix(workload))
+
+    def shared(self, workload: str) -> Measured | None:
+        """What was measured of lanes that share SMs; None: nothing was."""
+        pairs = [pair for pair in self.profile.pairs if None in (pair.first_sms, pair.second_sms)]
+        profile = msgspec.structs.replace(self.profile, pairs=pairs)
+        return Measured(profile, self.mix(workload)) if pairs else None
 
     def problem(self, measured: Measured, form: Form = ()) -> Problem:
         return layer_problem(self.graph(form), self.setting.ranks, self.tokens, self.chunk_tokens, measured.times)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from nanoflow_search.devices import DEVICES
-from nanoflow_search.loads import loads_of
+from nanoflow_search.loads import loads_of, partition_loads_of
 from nanoflow_search.profile import Device
 from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.refine import Timer
@@ -80,11 +80,23 @@ def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | No
 
 
 def measure_profile(
-    machine: Machine, setting: Setting, sizes: tuple[int, ...], path: Path, progress: Callable[[str], None]
+    machine: Machine,
+    setting: Setting,
+    sizes: tuple[int, ...],
+    shared: bool,
+    path: Path,
+    progress: Callable[[str], None],
 ) -> None:
-    """What `path` holds of it already is not measured again. Raises: ProfileError, it is of something else."""
+    """For lanes with SMs of their own; with `shared`, or several ranks, for those that share them, too.
+
+    What `path` holds of it already is not measured again. Raises: ProfileError, it is of something else.
+    """
     mix = setting.mix(setting.workloads[0], max(sizes), machine.name)
     device = machine.device(setting, mix)
     graph = setting.model.layer
     header = header_of(device, graph, setting.ranks)
-    take_profile(device, header, *loads_of(graph, device.sms, mix, max(sizes)), path, progress)
+    alone, together = partition_loads_of(graph, device.sms, mix, max(sizes)) if setting.ranks == 1 else ((), ())
+    if shared or setting.ranks > 1:
+        others = loads_of(graph, device.sms, mix, max(sizes))
+        alone, together = (*alone, *others.alone), (*together, *others.together)
+    take_profile(device, header, alone, together, path, progress)

@@ -22,6 +22,7 @@ from nanoflow_search.measured import Measured
 from nanoflow_search.planner import find_plans
 from nanoflow_search.predict import Timing, predict
 from nanoflow_search.profile import Profile
+from nanoflow_search.state import Once, always
 
 PARTS = ((2, 2), (3, 2))  # nano-tasks up to attention and after it
 SHARES = (-0.2, -0.1, 0.0, 0.1, 0.2)  # decodes of the first half beyond its part of the tokens
@@ -30,6 +31,7 @@ SHARES = (-0.2, -0.1, 0.0, 0.1, 0.2)  # decodes of the first half beyond its par
 class Found(NamedTuple):
     schedule: Schedule
     predicted: Timing
+    gap: float  # of the solver; 0 for what it did not find
 
 
 def partitions_of(profile: Profile, graph: Graph) -> list[dict[str, int]]:
@@ -54,19 +56,27 @@ def find_partitioned(
     step: int = 128,
     turns: int = 2,
     time_limit_s: float = 10.0,
+    once: Once = always,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Found]:
     """The best `keep`, best first: one for each size of attention's share and each way to cut attention.
 
-    `graph`: of one rank. `chunk_tokens` is what the programs cut a batch into, `step` what the grid does.
+    `graph`: of one rank. `chunk_tokens` is what the programs cut a batch into, `step` what the grid does. What
+    `once` knows is not searched again.
     """
     found: list[Found] = []
     for partition in partitions_of(measured.profile, graph):
-        plans = list(_grid(graph, measured, partition, step))
-        plans += _solved(graph, measured, partition, chunk_tokens, turns, time_limit_s, progress)
-        found += [Found(plan, predict(plan, measured, num_layers)) for plan in plans]
+        sms = partition["memory"]
+
+        def search(partition: dict[str, int] = partition) -> list[Found]:
+            plans = [(plan, 0.0) for plan in _grid(graph, measured, partition, step)]
+            plans += _solved(graph, measured, partition, chunk_tokens, turns, time_limit_s, progress)
+            return [Found(plan, predict(plan, measured, num_layers), gap) for plan, gap in plans]
+
+        plans = once(f"{sms}-sms.msgpack", list[Found], search)
+        found += plans
         best = min(found, key=_layer_us)
-        progress(f"{partition['memory']} SMs of attention: {len(plans)} plans; {best.predicted.layer_us:.0f} us so far")
+        progress(f"{sms} SMs of attention: {len(plans)} plans; {best.predicted.layer_us:.0f} us so far")
     unlike: dict[object, Found] = {}
     for one in sorted(found, key=_layer_us):
         unlike.setdefault((one.schedule.partition["memory"], *(group.stop for group in one.schedule.groups)), one)
@@ -98,7 +108,7 @@ def _solved(
     turns: int,
     time_limit_s: float,
     progress: Callable[[str], None],
-) -> list[Schedule]:
+) -> list[tuple[Schedule, float]]:
     tokens = round(measured.mix.tokens)
     stops = range(chunk_tokens, tokens + 1, chunk_tokens)
     measured = measured.of_groups(evenly(tokens, stops))
@@ -111,7 +121,10 @@ def _solved(
         problem, measured, chunk_tokens,
         parts=PARTS, turns=turns, partition=partition, time_limit_s=time_limit_s, progress=progress,
     )  # fmt: skip
-    return [_dealt(graph, schedule_of(graph, problem, plan.shares.timeline, chunk_tokens), partition) for plan in plans]
+    return [
+        (_dealt(graph, schedule_of(graph, problem, plan.shares.timeline, chunk_tokens), partition), plan.gap)
+        for plan in plans
+    ]
 
 
 def _dealt(graph: Graph, plan: Schedule, partition: dict[str, int]) -> Schedule:

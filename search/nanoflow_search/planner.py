@@ -35,6 +35,11 @@ class Plan:
         return self.shares.timeline.period_us
 
     @property
+    def gap(self) -> float:
+        """Of the solver, in the worse of the two programs."""
+        return max(self.stage_one_gap, self.shares.timeline.gap)
+
+    @property
     def gain(self) -> float:
         """Predicted, over one operation after the other."""
         return self.sequential_us / self.predicted_us

@@ -41,7 +41,7 @@ def search(
         SearchError: something is to be measured, and here is no machine; or the state is that of another search.
         ProfileError: the profile is of something else.
     """
-    profile = _profile(setting, sizes, machine, profile_path, state, display)
+    profile = _profile(setting, sizes, effort, machine, profile_path, state, display)
     if until is Phase.PROFILE:
         return None
     sizes = sizes or setting.sizes(profile.header.device)
@@ -60,13 +60,19 @@ def search(
 
 
 def _profile(
-    setting: Setting, sizes: tuple[int, ...], machine: Machine | None, path: Path, state: State, display: Display
+    setting: Setting,
+    sizes: tuple[int, ...],
+    effort: Effort,
+    machine: Machine | None,
+    path: Path,
+    state: State,
+    display: Display,
 ) -> Profile:
     """A profile that plans were made from stays as it is."""
     if machine is not None and not state.claimed:
         display.begin("profile", None)
         path.parent.mkdir(parents=True, exist_ok=True)
-        measure_profile(machine, setting, sizes or setting.sizes(machine.name), path, display.say)
+        measure_profile(machine, setting, sizes or setting.sizes(machine.name), effort.shared, path, display.say)
     if not path.exists():
         raise SearchError(f"{path}: there is no profile, and no GPU here: take it where one is (--until profile)")
     return Profile.load(path)

@@ -34,6 +34,7 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     plans: int = 4  # of each size that are timed
     turns: int = 4  # of the two stages, for each number of parts
     time_limit_s: float = 60.0  # of each program
+    shared: bool = False  # lanes that share SMs are profiled too, and planned for
     rounds: int = 5  # of timing: in each, a plan runs twice, and sequential before and after
 
 

@@ -1,10 +1,16 @@
-"""draw: one period of a plan as a picture, like the paper's Fig. 6: lanes, nano-batches in colours, SMs as height."""
+"""draw: one period of a plan as a picture, like the paper's Fig. 6: lanes, nano-batches in colours, SMs as height.
+
+walked: such a period of any schedule, as predicted.
+"""
 
 from __future__ import annotations
 
 from xml.sax.saxutils import escape
 
-from nanoflow_search.problem import Placed, Problem, Timeline
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_search.measured import Measured
+from nanoflow_search.predict import predict, walk_at
+from nanoflow_search.problem import NanoTask, Placed, Problem, Timeline
 from nanoflow_search.stage_two import Shares
 
 WIDTH, LANE, LEFT, TOP, GAP = 1000.0, 70.0, 80.0, 26.0, 14.0
@@ -34,6 +40,32 @@ def draw(problem: Problem, shares: Shares, device_sms: int, chunk_tokens: int) -
                 label = _label(placed, shares, chunk_tokens)
                 lines += [_bar(x, width, floor, height, fill, label) for x, width in _pieces(placed, timeline)]
     return "\n".join([*lines, "</svg>", ""])
+
+
+def walked(schedule: Schedule, problem: Problem, measured: Measured, num_layers: int, chunk_tokens: int) -> Shares:
+    """The period in the middle of a model of 3 layers or more; it may be cut at other places than programs cut at."""
+    clock_mhz = predict(schedule, measured, num_layers).clock_mhz
+    spans_us = walk_at(schedule, measured.at(clock_mhz), num_layers).spans_us
+    span_us = dict(zip(schedule.unroll(num_layers), spans_us, strict=True))
+    launches, middle = list(enumerate(schedule.launches)), num_layers // 2
+    begin, until = (span_us[middle + ahead + schedule.launches[0].layers_ahead, 0][0] for ahead in (0, 1))
+    sms: dict[NanoTask, int | None] = {}
+    placed: list[Placed] = []
+    for task in problem.tasks:
+        for number, launch in launches:
+            if launch.operation != task.operations[0]:
+                continue
+            nano = NanoTask(task.name, launch.start // chunk_tokens, launch.stop // chunk_tokens)
+            layer = middle + launch.layers_ahead
+            ends_us = [
+                span_us[layer, n][1]
+                for n, other in launches
+                if other.operation in task.operations and (other.start, other.stop) == (launch.start, launch.stop)
+            ]
+            start_us = span_us[layer, number][0]
+            sms[nano] = schedule.sms(launch)
+            placed.append(Placed(nano, start_us - begin, max(ends_us) - start_us, launch.layers_ahead))
+    return Shares(Timeline(until - begin, tuple(placed)), sms, 0.0)
 
 
 def _colours(timeline: Timeline) -> dict[int, str]:

@@ -31,6 +31,7 @@ class Walked(NamedTuple):
     total_us: float
     dynamic_j: float
     done: tuple[float, ...]  # by launch: how often its work was done
+    spans_us: tuple[tuple[float, float], ...]  # by step of the unrolled schedule: from when to when it ran
 
 
 def walk(
@@ -54,6 +55,7 @@ def walk(
     for k, (_, n) in reversed(list(enumerate(steps))):
         queues[launches[n].lane].append(k)
     ended = [False] * len(steps)
+    starts_us, ends_us = [0.0] * len(steps), [0.0] * len(steps)
     running: dict[str, tuple[int, int, float]] = {}  # lane -> step, number of its phase, what is left of that alone
     paces: dict[tuple[Phase, ...], Pace] = {}
     now_us = dynamic_j = 0.0
@@ -66,6 +68,7 @@ def walk(
             if lane in running or not queue or not all(ended[k] for k in waits[queue[-1]]):
                 continue
             step = queue.pop()
+            starts_us[step] = ends_us[step] = now_us
             if phases[steps[step][1]]:
                 running[lane] = (step, 0, phases[steps[step][1]][0].alone_us)
             else:
@@ -93,9 +96,9 @@ def walk(
             elif number + 1 < len(phases[launch]):
                 running[lane] = (step, number + 1, phases[launch][number + 1].alone_us)
             else:
-                ended[step] = True
+                ended[step], ends_us[step] = True, now_us
                 del running[lane]
     if not all(ended):
         _, number = steps[ended.index(False)]
         raise ScheduleError(f"{describe(number, launches[number])} waits for what never ends")
-    return Walked(now_us, dynamic_j, tuple(done))
+    return Walked(now_us, dynamic_j, tuple(done), tuple(zip(starts_us, ends_us, strict=True)))

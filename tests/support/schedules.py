@@ -59,8 +59,12 @@ def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
 def save(path: Path, graph: Graph, schedule: Schedule, device: str = "cpu", device_sms: int | None = None) -> str:
     """A schedule file's path, as configurations have it."""
     header = Header(
-        model_fingerprint=fingerprint(graph), device=device, device_sms=device_sms, tensor_parallel=1
-    )  # fmt: skip
+        model_fingerprint=fingerprint(graph),
+        device=device,
+        device_sms=device_sms,
+        tensor_parallel=1,
+        dense_batch_tokens=schedule.tokens,
+    )
     ScheduleFile(header=header, plans=(schedule,)).save(path)
     return str(path)
 
