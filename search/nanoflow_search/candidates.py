@@ -51,24 +51,12 @@ def find_candidates(case: Case, effort: Effort, state: State, progress: Callable
         def say(line: str, where: str = f"{case.tokens} tokens, {workload}") -> None:
             progress(f"{where}: {line}")
 
-        for candidate in _partitioned(case, workload, effort, state, say):
+        where = state.within(workload.replace("/", "-"))
+        for candidate in (
+            *_partitioned(case, workload, effort, where, say),
+            *_shared(case, workload, effort, where, say),
+        ):
             found.setdefault(msgspec.json.encode(candidate.schedule), candidate)
-        measured = case.shared(workload)
-        for form in case.forms if measured else ():
-            assert measured
-            problem = case.problem(measured, form)
-            plans = find_plans(
-                problem,
-                measured,
-                case.chunk_tokens,
-                turns=effort.turns,
-                time_limit_s=effort.time_limit_s,
-                once=state.within(f"{workload.replace('/', '-')}{'-split' if form else ''}").once,
-                progress=say,
-            )
-            for plan in plans:
-                candidate = _candidate(case, problem, plan, form)
-                found.setdefault(msgspec.json.encode(candidate.schedule), candidate)
     if not found:
         raise SearchError(f"{case.tokens} tokens: no plan in {effort.time_limit_s:g} s a program; raise --time-limit-s")
     unlike: dict[int, tuple[float, Candidate]] = {}
@@ -99,10 +87,10 @@ def _partitioned(
         measured,
         layers,
         case.chunk_tokens,
-        keep=effort.plans,
+        keep=2 * effort.plans,  # each has a twin that is the same plan turned
         turns=effort.turns,
         time_limit_s=effort.time_limit_s,
-        once=state.within(f"{workload.replace('/', '-')}-partitioned").once,
+        once=state.within("partitioned").once,
         progress=progress,
     )
     problem = layer_problem(graph, 1, case.tokens, TILE, measured.times)
@@ -110,6 +98,28 @@ def _partitioned(
         Candidate(schedule, gap, draw(problem, walked(schedule, problem, measured, layers, TILE), sms, TILE))
         for schedule, _, gap in plans
     ]
+
+
+def _shared(
+    case: Case, workload: str, effort: Effort, state: State, progress: Callable[[str], None]
+) -> list[Candidate]:
+    """With lanes that share SMs, in every form of collectives; none, if no such lanes were measured."""
+    found: list[Candidate] = []
+    if (measured := case.shared(workload)) is None:
+        return found
+    for form in case.forms:
+        problem = case.problem(measured, form)
+        plans = find_plans(
+            problem,
+            measured,
+            case.chunk_tokens,
+            turns=effort.turns,
+            time_limit_s=effort.time_limit_s,
+            once=state.within("split" if form else "whole").once,
+            progress=progress,
+        )
+        found += [_candidate(case, problem, plan, form) for plan in plans]
+    return found
 
 
 def _candidate(case: Case, problem: Problem, plan: Plan, form: Form) -> Candidate:
