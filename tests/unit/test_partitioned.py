@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from nanoflow_search.dealt import dealt, evenly
 from nanoflow_search.devices import DEVICES
+from nanoflow_search.layer import layer_problem
 from nanoflow_search.loads import partition_loads_of
 from nanoflow_search.measured import TURNS, Measured
 from nanoflow_search.partitioned import find_partitioned, partitions_of
@@ -14,6 +15,7 @@ from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
 from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.timeline import walked
 from nanoflow_search.work import Mix
 
 from nanoflow_backend.config import ModelConfig
@@ -115,3 +117,20 @@ def test_the_best_plans_are_valid_unlike_and_faster_than_sequential(taken: tuple
 def is_small(curve: str) -> bool:
     operation = LAYER[curve.partition("/")[0]]
     return operation.resource is not Resource.COMPUTE and operation.kernel != "attention"
+
+
+def test_a_plan_is_drawn_as_it_is_predicted(taken: tuple[SyntheticDevice, Profile]) -> None:
+    measured = Measured(taken[1], MIX)
+    plan = overlapped(LAYER, 2048, 1024, 0.5, 32, 132)
+    shares = walked(plan, layer_problem(LAYER, 1, 2048, 128, measured.times), measured, 32, 128)
+    placed = shares.timeline.placed
+    # The ramps at the first and the last layer are in the prediction alone.
+    assert shares.timeline.period_us == pytest.approx(predict(plan, measured, 32).layer_us, rel=0.03)
+    assert {(p.nano.start, p.nano.stop) for p in placed} == {(0, 8), (8, 16)}
+    assert {p.nano.task for p in placed if shares.sms[p.nano] == 32} == {"attention"}
+    assert {p.nano.task for p in placed if p.layers_ahead} == {"qkv", "attention"}
+    for attends in (True, False):
+        lane = [p for p in placed if (p.nano.task == "attention") == attends]
+        busy_us = sum(p.duration_us for p in lane)
+        assert busy_us <= shares.timeline.period_us * 1.001
+    assert busy_us == pytest.approx(shares.timeline.period_us, rel=0.1), "the SMs of products hardly ever wait"

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from nanoflow_search import state as state_module
@@ -170,6 +171,16 @@ def test_what_is_done_needs_no_machine(tmp_path: Path) -> None:
     there = run(tmp_path, Biased(0.9))
     assert there is not None
     assert run(tmp_path, None) == there
+
+
+def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
+    def plans(name: str, **options: bool) -> list[Schedule]:
+        run(tmp_path / name, Synthetic(), Phase.PLANS, sizes=(512,), effort=replace(EFFORT, plans=8, **options))
+        path = tmp_path / name / "state" / "512" / "plans.msgpack"
+        return [found.schedule for found in msgspec.msgpack.decode(path.read_bytes(), type=list[Candidate])[1:]]
+
+    assert all(plan.partition for plan in plans("own"))
+    assert {bool(plan.partition) for plan in plans("both", shared=True)} == {True, False}
 
 
 def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
