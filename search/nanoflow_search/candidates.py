@@ -95,7 +95,7 @@ def _partitioned(
     )
     problem = layer_problem(graph, 1, case.tokens, TILE, measured.times)
     return [
-        Candidate(schedule, gap, draw(problem, walked(schedule, problem, measured, layers, TILE), sms, TILE))
+        Candidate(schedule, gap, draw(problem, walked(schedule, problem, measured, TILE), sms, TILE))
         for schedule, _, gap in plans
     ]
 

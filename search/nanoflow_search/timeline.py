@@ -14,6 +14,7 @@ from nanoflow_search.problem import NanoTask, Placed, Problem, Timeline
 from nanoflow_search.stage_two import Shares
 
 WIDTH, LANE, LEFT, TOP, GAP = 1000.0, 70.0, 80.0, 26.0, 14.0
+LAYERS = 8
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 
 
@@ -42,12 +43,12 @@ def draw(problem: Problem, shares: Shares, device_sms: int, chunk_tokens: int) -
     return "\n".join([*lines, "</svg>", ""])
 
 
-def walked(schedule: Schedule, problem: Problem, measured: Measured, num_layers: int, chunk_tokens: int) -> Shares:
-    """The period in the middle of a model of 3 layers or more; it may be cut at other places than programs cut at."""
-    clock_mhz = predict(schedule, measured, num_layers).clock_mhz
-    spans_us = walk_at(schedule, measured.at(clock_mhz), num_layers).spans_us
-    span_us = dict(zip(schedule.unroll(num_layers), spans_us, strict=True))
-    launches, middle = list(enumerate(schedule.launches)), num_layers // 2
+def walked(schedule: Schedule, problem: Problem, measured: Measured, chunk_tokens: int) -> Shares:
+    """The period in the middle of a few layers, where the ramps are over."""
+    clock_mhz = predict(schedule, measured, LAYERS).clock_mhz
+    spans_us = walk_at(schedule, measured.at(clock_mhz), LAYERS).spans_us
+    span_us = dict(zip(schedule.unroll(LAYERS), spans_us, strict=True))
+    launches, middle = list(enumerate(schedule.launches)), LAYERS // 2
     begin, until = (span_us[middle + ahead + schedule.launches[0].layers_ahead, 0][0] for ahead in (0, 1))
     sms: dict[NanoTask, int | None] = {}
     placed: list[Placed] = []

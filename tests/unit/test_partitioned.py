@@ -122,7 +122,7 @@ def is_small(curve: str) -> bool:
 def test_a_plan_is_drawn_as_it_is_predicted(taken: tuple[SyntheticDevice, Profile]) -> None:
     measured = Measured(taken[1], MIX)
     plan = overlapped(LAYER, 2048, 1024, 0.5, 32, 132)
-    shares = walked(plan, layer_problem(LAYER, 1, 2048, 128, measured.times), measured, 32, 128)
+    shares = walked(plan, layer_problem(LAYER, 1, 2048, 128, measured.times), measured, 128)
     placed = shares.timeline.placed
     # The ramps at the first and the last layer are in the prediction alone.
     assert shares.timeline.period_us == pytest.approx(predict(plan, measured, 32).layer_us, rel=0.03)
