@@ -108,7 +108,7 @@ def test_the_best_plans_are_valid_unlike_and_faster_than_sequential(taken: tuple
     assert [f.predicted.layer_us for f in found] == sorted(f.predicted.layer_us for f in found)
     assert len({(f.schedule.partition["memory"], *(g.stop for g in f.schedule.groups)) for f in found}) == 3
     base = device.time_plan(sequential(LAYER, 2048), MIX, 6).layer_us
-    for schedule, predicted in found:
+    for schedule, predicted, _ in found:
         validate(schedule, LAYER, 6, 132)
         assert predicted == predict(schedule, measured, 6)
         assert device.time_plan(schedule, MIX, 6).layer_us < base
