@@ -5,7 +5,9 @@ T tokens of a batch, R rows that are sampled, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,7 +102,7 @@ class CudaProgram:
         self._issue(padded)
         if self._cuda_graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._issue(padded)
             self._graphs[padded] = graph
 
@@ -172,6 +174,18 @@ class CudaProgram:
                 sms = plan.schedule.sms(launch)
                 works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=sms)}
         return works
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: a capture does not survive that the graphs of another program are destroyed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def bucket(tokens: int) -> int:

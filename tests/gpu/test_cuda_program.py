@@ -185,7 +185,7 @@ def test_halves_on_sms_of_their_own_give_the_same_logits_and_pages(case: Case, c
     requests, layer, tokens = Requests(case.config, LENGTHS, 64), case.model.layer, 4 * TOKENS
     results = []
     for schedule in (sequential(layer, tokens), overlapped(layer, tokens, tokens // 2, 0.5, 40, SMS)):
-        made = program(case, schedule, requests, torch.float32, cuda_graphs=cuda_graphs)
+        made = program(case, [schedule], requests, torch.float32, cuda_graphs=cuda_graphs)
         page_table, logits = requests.page_table.cuda(), []
         for batch in BATCHES * 3:
             token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
@@ -221,7 +221,7 @@ def test_sms_that_the_device_does_not_grant_are_refused(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
     uneven = overlapped(case.model.layer, TOKENS, 8, 0.5, 36, SMS)
     with pytest.raises(ScheduleError, match="partition: lane 'memory' has 36 SMs, the device would grant 40"):
-        program(case, uneven, Requests(case.config, LENGTHS, 64), torch.float32)
+        program(case, [uneven], Requests(case.config, LENGTHS, 64), torch.float32)
 
 
 def test_too_much_is_refused(tmp_path: Path) -> None:
