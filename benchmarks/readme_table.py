@@ -51,6 +51,17 @@ def rows() -> Iterator[tuple[str, str, str]]:
         yield f"Offline, {what}: whole run", rates(run), run["gpu"]
         if isinstance(run["steady"], dict) and run["steady"]["wall_s"] >= STEADY_S:
             yield f"The same, {run['steady']['wall_s']:.0f} s of its stationary part", rates(run["steady"]), run["gpu"]
+    for run in load_all("timed"):
+        for plan in run["plans"]:
+            gain, low, high = plan["over_sequential"]
+            yield (
+                f"A steady batch of {run['tokens']:,} tokens at {run['workload']}, {run['model']}: two halves that "
+                "overlap, attention on SMs of its own, against sequential, in turns",
+                f"{gain:.3f}x (95 %: {low:.3f} to {high:.3f}); {plan['measured']['layer_us']:,.0f} against "
+                f"{plan['sequential']['layer_us']:,.0f} us a layer, {plan['measured']['layer_mj']:,.0f} against "
+                f"{plan['sequential']['layer_mj']:,.0f} mJ",
+                run["gpu"],
+            )
     for run in load_all("peer_vllm"):
         yield f"vLLM {run['versions']['vllm']}, {requests(run)}: whole run", rates(run), run["gpu"]
     for run in load_all("served"):
@@ -106,7 +117,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
         yield (
             f"Soak of {soak['minutes']:g} minutes at {soak['overload']:g} times the capacity with cancels, deadlines, "
             f"lost clients, {kills} engine kills and {reloads} reloads: {soak['requests']:,} requests",
-            f"{len(soak['failures'])} failures; refusals p99 {soak['refusal_ms_p99']:g} ms",
+            f"{len(soak['failures'])} failures; refusals p99 {soak['refusal_ms_p99']:g} ms; server 2.51 keeps "
+            f"{soak['growth']['lost_sockets'][1]:g} sockets of {soak['departures']} gRPC clients that left",
             soak["device"],
         )
 
