@@ -5,7 +5,7 @@ What needs arithmetic and what needs bandwidth disturb each other on the same SM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -15,7 +15,8 @@ import torch
 
 from nanoflow_backend.schedule.plan import ScheduleError
 
-Shares = tuple[tuple[str, int], ...]  # (lane, SMs), in the order in which lanes are split off
+Shares = tuple[tuple[str, int], ...]  # (lane, SMs)
+GRAIN = 8  # SMs: a share that is split off is a multiple of it (H200); what is left may be anything
 
 
 @cache  # For good: captured graphs and blocks of torch's allocator refer to streams after their program.
@@ -29,7 +30,7 @@ def lane_streams(shares: Shares) -> dict[str, torch.cuda.Stream]:
     driver = import_module("cuda.bindings.driver")  # it is there where a GPU is
     device = call(driver.cuDeviceGet, torch.cuda.current_device())
     streams: dict[str, torch.cuda.Stream] = {}
-    for (lane, _), resource in zip(shares, split(driver, device, shares), strict=True):
+    for lane, resource in split(driver, device, shares).items():
         description = call(driver.cuDevResourceGenerateDesc, [resource], 1)
         flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
         context = call(driver.cuGreenCtxCreate, description, device, flags)
@@ -38,16 +39,16 @@ def lane_streams(shares: Shares) -> dict[str, torch.cuda.Stream]:
     return streams
 
 
-def split(driver: ModuleType | SimpleNamespace, device: Any, shares: Shares) -> Sequence[Any]:
-    """The SMs of each lane. The device rounds a share up (H200: to multiples of 8); the last one is what is left.
+def split(driver: ModuleType | SimpleNamespace, device: Any, shares: Shares) -> dict[str, Any]:
+    """The SMs of each lane, split off one after the other. The device rounds a share up; the last one is what is left.
 
     Raises:
         ScheduleError: a lane would get another number of SMs than its share; it says how many.
     """
     rest = call(driver.cuDeviceGetDevResource, device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)
-    resources = []
-    for number, (lane, sms) in enumerate(shares, start=1):
-        if number == len(shares):
+    resources: dict[str, Any] = {}
+    for lane, sms in sorted(shares, key=lambda share: share[1] % GRAIN > 0):
+        if len(resources) == len(shares) - 1:
             granted = rest
         else:
             groups, count, rest = call(driver.cuDevSmResourceSplitByCount, 1, rest, 0, sms)
@@ -56,7 +57,7 @@ def split(driver: ModuleType | SimpleNamespace, device: Any, shares: Shares) -> 
             granted = groups[0]
         if granted.sm.smCount != sms:
             raise ScheduleError(f"partition: lane {lane!r} has {sms} SMs, the device would grant {granted.sm.smCount}")
-        resources.append(granted)
+        resources[lane] = granted
     return resources
 
 

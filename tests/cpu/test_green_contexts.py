@@ -33,15 +33,17 @@ def driver(device_sms: int, grain: int = 8) -> SimpleNamespace:
     )
 
 
-def test_lanes_are_split_off_and_the_last_gets_what_is_left() -> None:
-    shares = (("memory", 40), ("network", 8), ("compute", 84))
-    assert [resource.sm.smCount for resource in split(driver(132), 0, shares)] == [40, 8, 84]
+@pytest.mark.parametrize(
+    "shares", [(("memory", 40), ("network", 8), ("compute", 84)), (("memory", 36), ("compute", 96))]
+)
+def test_what_can_be_split_off_is_and_another_lane_gets_what_is_left(shares: tuple[tuple[str, int], ...]) -> None:
+    assert {lane: resource.sm.smCount for lane, resource in split(driver(132), 0, shares).items()} == dict(shares)
 
 
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ((("memory", 36), ("compute", 96)), "lane 'memory' has 36 SMs, the device would grant 40"),
+        ((("memory", 33), ("compute", 99)), "lane 'memory' has 33 SMs, the device would grant 40"),
         ((("memory", 40), ("compute", 88)), "lane 'compute' has 88 SMs, the device would grant 92"),
         ((("a", 80), ("b", 80), ("c", 4)), "lane 'b' cannot have 80 SMs of what the device has left"),
     ],

@@ -48,7 +48,7 @@ def test_what_is_measured_is_what_partitions_run() -> None:
     for first, second in loads.together:
         assert (first.sms or 0) + (second.sms or 0) == 132
         assert second.operation.startswith("attention/")
-    assert {a.load.sms for a in loads.alone if a.load.operation == "down"} == {None, 84, 92, 100, 108}
+    assert {a.load.sms for a in loads.alone if a.load.operation == "down"} == {None, 92, 96, 100, 104}
     decodes_only = partition_loads_of(LAYER, 132, Mix(512, 0, 1024, 0))
     assert not any("prefill" in a.load.operation for a in decodes_only.alone)
     assert not any("prefill" in load.operation for pair in decodes_only.together for load in pair)
@@ -100,9 +100,9 @@ def test_attention_reads_what_its_groups_hold(taken: tuple[SyntheticDevice, Prof
 
 def test_the_best_plans_are_valid_unlike_and_faster_than_sequential(taken: tuple[SyntheticDevice, Profile]) -> None:
     device, profile = taken
-    two_sizes = [p for p in profile.points if p.sms in (24, 32, 100, 108, 132) or is_small(p.operation)]
+    two_sizes = [p for p in profile.points if p.sms in (28, 32, 100, 104, 132) or is_small(p.operation)]
     few = Profile(header=profile.header, points=tuple(two_sizes), pairs=profile.pairs)
-    assert [partition["memory"] for partition in partitions_of(few, LAYER)] == [24, 32]
+    assert [partition["memory"] for partition in partitions_of(few, LAYER)] == [28, 32]
     measured = Measured(few, MIX)
     found = find_partitioned(LAYER, measured, 6, 512, keep=3, step=256, turns=1)
     assert [f.predicted.layer_us for f in found] == sorted(f.predicted.layer_us for f in found)
