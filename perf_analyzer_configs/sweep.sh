@@ -17,7 +17,7 @@ REQUEST_PERIOD=${REQUEST_PERIOD:-16}
 PYTHON=${PYTHON:-.venv/bin/python}
 PERF_ANALYZER=${PERF_ANALYZER:-.venv/bin/perf_analyzer}
 
-[ $# = 3 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# = 3 ] || { sed '1d; /^set /d; /^\[/,$d; s/^# \{0,1\}//' "$0" >&2; exit 2; }
 mode=$1 inputs=$2 results=$3
 case $mode in concurrency | poisson | periodic) ;; *) echo "sweep.sh: unknown mode $mode" >&2; exit 2 ;; esac
 mkdir -p "$(dirname "$results")"

@@ -21,7 +21,7 @@ def serve(model_repository: Path, *, http_port: int, grpc_port: int, metrics_por
         except BaseException:
             server.stop()
             raise
-    console.print(escape(commands_to_try(server)))
+    console.print(escape(commands_to_try(server)), soft_wrap=True)  # a wrapped command cannot be pasted
     with contextlib.suppress(KeyboardInterrupt):
         try:
             server.wait()
@@ -37,17 +37,17 @@ def commands_to_try(server: EmbeddedServer) -> str:
     return f"""\
 Ready: HTTP {server.http_url}, gRPC {server.grpc_url}, metrics {server.metrics_url}/metrics. Ctrl-C stops it. Try:
 
-  curl -s {url}/generate -d {body}
-  curl -sN {url}/generate_stream -d {stream}
+curl -s {url}/generate -d {body}
+curl -sN {url}/generate_stream -d {stream}
 
-  from tritonclient.grpc import InferenceServerClient, InferInput
-  import numpy
-  client = InferenceServerClient("{server.grpc_url}")
-  text = InferInput("text_input", [1], "BYTES")
-  text.set_data_from_numpy(numpy.array([b"Write a string"], dtype=object))
-  stream = InferInput("stream", [1], "BOOL")
-  stream.set_data_from_numpy(numpy.array([True]))
-  client.start_stream(lambda result, error: print(error or result.as_numpy("text_output")[0].decode(), end=""))
-  client.async_stream_infer("nanoflow", [text, stream], parameters={{"max_tokens": 32}})
-  client.stop_stream()  # waits for the end of the stream
+from tritonclient.grpc import InferenceServerClient, InferInput
+import numpy
+client = InferenceServerClient("{server.grpc_url}")
+text = InferInput("text_input", [1], "BYTES")
+text.set_data_from_numpy(numpy.array([b"Write a string"], dtype=object))
+stream = InferInput("stream", [1], "BOOL")
+stream.set_data_from_numpy(numpy.array([True]))
+client.start_stream(lambda result, error: print(error or result.as_numpy("text_output")[0].decode(), end=""))
+client.async_stream_infer("nanoflow", [text, stream], parameters={{"max_tokens": 32}})
+client.stop_stream()  # waits for the end of the stream
 """

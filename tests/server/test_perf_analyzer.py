@@ -78,6 +78,7 @@ def test_a_sweep_says_what_is_wrong(demo, perf_analyzer, inputs, tmp_path):
     usage = sweep(demo, perf_analyzer, "concurrency")
     assert usage.returncode == 2
     assert "perf_analyzer_configs/sweep.sh poisson INPUTS.json RESULTS" in usage.stderr
+    assert usage.stderr.rstrip().endswith("PERF_ANALYZER=${PERF_ANALYZER:-.venv/bin/perf_analyzer}")  # all settings
     assert "unknown mode burst" in sweep(demo, perf_analyzer, "burst", inputs / "short.json", tmp_path / "x").stderr
     (tmp_path / "taken").mkdir()
     assert sweep(demo, perf_analyzer, "periodic", inputs / "short.json", tmp_path / "taken").returncode == 1
