@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from nanoflow_search.cost_model import Workload
@@ -21,7 +19,7 @@ from nanoflow_search.measured import Measured
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import Timing, predict
 from nanoflow_search.profile import Profile
-from nanoflow_search.refine import STUDENT, Timer
+from nanoflow_search.refine import Gain, Round, Timer, mean_timing
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
@@ -51,17 +49,12 @@ def schedules(names: list[str], model: Model, tokens: int) -> dict[str, Schedule
 
 def compared(timer: Timer, base: Schedule, plan: Schedule, rounds: int) -> dict[str, Any]:
     """`over_sequential`: how much faster, the geometric mean over rounds and its 95 % interval."""
-    logs, of_base, of_plan = [], [], []
-    for _ in range(rounds):
-        before, first, second, after = (timer(schedule) for schedule in (base, plan, plan, base))
-        logs.append(math.log((before.layer_us + after.layer_us) / (first.layer_us + second.layer_us)))
-        of_base += [before, after]
-        of_plan += [first, second]
-    margin = STUDENT[rounds - 2] * stdev(logs) / math.sqrt(rounds)
+    runs = [Round(timer(base), timer(plan), timer(plan), timer(base)) for _ in range(rounds)]
+    gain = Gain.of([run.log_gain for run in runs])
     return {
-        "measured": described(Timing(*map(mean, zip(*of_plan, strict=True)))),
-        "sequential": described(Timing(*map(mean, zip(*of_base, strict=True)))),
-        "over_sequential": [round(math.exp(mean(logs) + shift), 4) for shift in (0.0, -margin, margin)],
+        "measured": described(mean_timing([timing for run in runs for timing in (run.first, run.second)])),
+        "sequential": described(mean_timing([timing for run in runs for timing in (run.before, run.after)])),
+        "over_sequential": [round(value, 4) for value in gain],
         "rounds": rounds,
     }
 

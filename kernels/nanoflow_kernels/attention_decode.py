@@ -21,7 +21,7 @@ from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
 from nanoflow_kernels.chain import await_earlier, prefetch, release_next
 
 FEWEST_ROWS = 16  # of the tensor cores' tile
-# With DECODE_KEYS and DECODE_PER_SM: of 24 on H200 the fastest on 32 of its SMs (96 GB/s each), as fast as any on all.
+# With DECODE_KEYS and DECODE_PER_SM: of those tried on H200 the fastest on 32 of its SMs, as fast as any on all.
 # A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
 WARPS, STAGES, TAIL_STAGES = 1, 5, 2
 JOINED = 64  # parts of a query head that are joined at once

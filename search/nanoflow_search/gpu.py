@@ -149,8 +149,8 @@ class GpuDevice:
 def partition_of(loads: Sequence[Load], device_sms: int) -> tuple[Shares, list[str]]:
     """All of the device's SMs in shares that the loads and the rest have, and each load's lane; none if loads share.
 
-    Lanes are numbered from the smallest: the last share alone may be other than what the device grants. So a load
-    that leaves the rest to nobody runs in the partition that it has beside another one.
+    Lanes are numbered from the smallest, so that a load that leaves the rest to nobody runs in the partition that it
+    has beside another one.
     """
     asked = [load.sms for load in loads if load.sms is not None]
     rest = device_sms - sum(asked)

@@ -16,7 +16,7 @@ FEW_WAVES = 4  # of tiles: from there on a last one that is not full makes littl
 CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention is launched on beside products
 PAIR_CAP = 0.25  # that stands for all where a launch is short
 PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
-ATTENTION_SMS = (28, 32, 36, 40)  # that a partition may give to attention; on H200 24 and 48 lost everywhere
+ATTENTION_SMS = (28, 32, 36, 40)  # that a partition may give to attention
 PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: their time goes in steps of tiles
 FEW_PARTITION_TOKENS = (512, 1024, 1536)
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from nanoflow_search.devices import DEVICES
 from nanoflow_search.loads import loads_of, partition_loads_of
-from nanoflow_search.profile import Device
+from nanoflow_search.profile import Device, Profile, ProfileError, held_out
 from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.refine import Timer
 from nanoflow_search.setting import Setting
@@ -99,4 +99,14 @@ def measure_profile(
     if shared or setting.ranks > 1:
         others = loads_of(graph, device.sms, mix, max(sizes))
         alone, together = (*alone, *others.alone), (*together, *others.together)
-    take_profile(device, header, alone, together, path, progress)
+    profile = take_profile(device, header, alone, together, path, progress)
+    progress(f"{len(profile.points)} points, {len(profile.pairs)} pairs; {_doubt(profile)}")
+
+
+def _doubt(profile: Profile) -> str:
+    """How far off it is between its points; a small model at few amounts has none to tell by."""
+    try:
+        errors = held_out(profile)
+    except ProfileError as error:
+        return str(error)
+    return f"errors at points held out: median {errors.median:.1%}, worst {errors.worst:.1%} ({errors.worst_operation})"

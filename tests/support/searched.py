@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from nanoflow_search.layer import layer_problem, schedule_of
 from nanoflow_search.loads import loads_of
 from nanoflow_search.measured import Measured
 from nanoflow_search.planner import find_plans
-from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.work import Mix
+from profiled import profiled
 from schedules import random_schedule
 
 from nanoflow_backend.graph.operation import Model
@@ -34,9 +33,7 @@ def searched(model: Model, tokens: int, parts: int = 4) -> list[Schedule]:
     )  # fmt: skip
     device = SyntheticDevice(model.layer, spec, noise=0.0)
     mix = Mix(tokens // 2, tokens - tokens // 2, 8.0 * tokens, 4.0 * tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        loads, path = loads_of(model.layer, device.sms, mix, 4 * tokens), Path(folder) / "profile.json"
-        profile = take_profile(device, header_of(device, model.layer), *loads, path)
+    profile = profiled(device, model.layer, loads_of(model.layer, device.sms, mix, 4 * tokens))
     measured, chunk = Measured(profile, mix), tokens // parts
     problem = layer_problem(model.layer, 1, tokens, chunk, measured.times)
     plans = find_plans(problem, measured, chunk, turns=3, time_limit_s=10.0)

@@ -1,22 +1,20 @@
 """Plans whose attention has SMs of its own: what is measured for them, how they are predicted, which are found."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from nanoflow_search.dealt import dealt, evenly
-from nanoflow_search.devices import DEVICES
 from nanoflow_search.layer import layer_problem
 from nanoflow_search.loads import partition_loads_of
 from nanoflow_search.measured import TURNS, Measured
 from nanoflow_search.partitioned import find_partitioned, partitions_of
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
-from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.timeline import walked
 from nanoflow_search.work import Mix
+from profiled import capped, profiled
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Resource
@@ -31,14 +29,10 @@ MIX = Mix(704, 1344, 1280, 512)
 
 
 @pytest.fixture(scope="module", params=[560.0, 700.0])
-def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticDevice, Profile]:
+def taken(request: pytest.FixtureRequest) -> tuple[SyntheticDevice, Profile]:
     """A device whose cap binds products alone, and one where it binds them only beside attention."""
-    spec = DEVICES["H200-sustained"]
-    assert spec.power is not None
-    device = SyntheticDevice(LAYER, replace(spec, power=replace(spec.power, cap_w=request.param)))
-    loads = partition_loads_of(LAYER, device.sms, MIX)
-    path = tmp_path_factory.mktemp("taken") / "profile.json"
-    return device, take_profile(device, header_of(device, LAYER), loads.alone, loads.together, path)
+    device = capped(LAYER, request.param)
+    return device, profiled(device, LAYER, partition_loads_of(LAYER, device.sms, MIX))
 
 
 def test_what_is_measured_is_what_partitions_run() -> None:

@@ -4,21 +4,19 @@ neither lost nor done twice."""
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
 from msgspec.structs import replace as change
-from nanoflow_search.devices import DEVICES
 from nanoflow_search.loads import loads_of
 from nanoflow_search.measured import Measured
 from nanoflow_search.predict import predict, walk_at
 from nanoflow_search.profile import Header, Load, Pair, Point, Profile, ProfileError
-from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.walk import Pace, Phase, walk
 from nanoflow_search.work import Mix
+from profiled import capped, profiled
 from schedules import plans, random_schedule
 
 from nanoflow_backend.config import ModelConfig
@@ -198,14 +196,10 @@ def test_pairs_slow_down_and_change_the_energy() -> None:
 
 
 @pytest.fixture(scope="module", params=[480.0, 560.0, 4000.0], ids=lambda w: f"{w:g} W")
-def taken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SyntheticDevice, Profile]:
+def taken(request: pytest.FixtureRequest) -> tuple[SyntheticDevice, Profile]:
     """A device at caps that bind hard, less, and not at all; and its profile, with 0.5 % noise."""
-    spec = DEVICES["H200-sustained"]
-    assert spec.power is not None
-    device = SyntheticDevice(LAYER, replace(spec, power=replace(spec.power, cap_w=request.param)))
-    loads = loads_of(LAYER, device.sms, MIX)
-    path = tmp_path_factory.mktemp("taken") / "profile.json"
-    return device, take_profile(device, header_of(device, LAYER), loads.alone, loads.together, path)
+    device = capped(LAYER, request.param)
+    return device, profiled(device, LAYER, loads_of(LAYER, device.sms, MIX))
 
 
 def engine_like(rng: random.Random, graph: Graph) -> Schedule:
