@@ -8,7 +8,7 @@ from typing import NamedTuple
 from nanoflow_backend.graph.operation import Graph, Operation, Resource
 from nanoflow_search.profile import Load
 from nanoflow_search.profiler import Anchor
-from nanoflow_search.work import Mix
+from nanoflow_search.work import Mix, operation_work
 
 TILE_ROWS, TILE_COLUMNS = 128, 256  # of a dense product, that one SM works on at a time
 STEPS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # tokens
@@ -16,9 +16,10 @@ FEW_WAVES = 4  # of tiles: from there on a last one that is not full makes littl
 CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention is launched on beside products
 PAIR_CAP = 0.25  # that stands for all where a launch is short
 PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
-ATTENTION_SMS = (28, 32, 36, 40)  # that a partition may give to attention
+SHARES = 4  # of the SMs that a partition may give to attention
+SHARE_GRAIN = 4  # SMs: then one side is a multiple of 8, which is what devices split off
+FLOP_PER_BYTE = 75.0  # of an SM: products' operations in the time in which attention reads a byte (H200, 1.7 GHz)
 PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: their time goes in steps of tiles
-FEW_PARTITION_TOKENS = (512, 1024, 1536)
 
 
 class Loads(NamedTuple):
@@ -59,13 +60,13 @@ def loads_of(graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 4096
 
 
 def partition_loads_of(
-    graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 2048, sizes: Sequence[int] = ATTENTION_SMS
+    graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 2048, sizes: Sequence[int] = ()
 ) -> Loads:
     """For plans whose attention has SMs of its own, one of `sizes`, and all else the rest; and for sequential.
 
-    The second and third of the sizes are those that usually win. What has SMs of its own is slowed down by the memory
-    that it shares, which these two show.
+    What has SMs of its own is slowed down by the memory that it shares: the two sizes in the middle show by how much.
     """
+    sizes = sizes or attention_sms(graph, device_sms, mix)
     alone: list[Anchor] = []
     together: list[tuple[Load, Load]] = []
     attention = next(op for op in graph.operations if op.kernel == "attention")
@@ -95,7 +96,7 @@ def partition_loads_of(
             amounts = up_to(256, 512, half, largest_tokens)
             alone += [Anchor(Load(op.name, n), n in (amounts[0], amounts[-1])) for n in amounts]
             for sms in sizes:
-                amounts = up_to(*(PARTITION_TOKENS if sms in likely else FEW_PARTITION_TOKENS))
+                amounts = up_to(*PARTITION_TOKENS)
                 alone += [Anchor(Load(op.name, n, device_sms - sms), n == half and sms in likely) for n in amounts]
             for sms, curve in [*((sms, decode) for sms in likely), (likely[0], prefill)]:
                 if most[curve]:
@@ -110,6 +111,17 @@ def partition_loads_of(
         else:
             alone += [Anchor(Load(op.name, largest_tokens, sms)) for sms in (None, device_sms - max(sizes))]
     return Loads(tuple(alone), tuple(together))
+
+
+def attention_sms(graph: Graph, device_sms: int, mix: Mix) -> tuple[int, ...]:
+    """Sizes of attention's share around that in which its reading lasts as long as the products on the other SMs."""
+    reading = FLOP_PER_BYTE * sum(
+        operation_work(graph, op, mix).memory_bytes for op in graph.operations if op.kernel == "attention"
+    )
+    products = sum(operation_work(graph, op, mix).flop for op in graph.operations if op.resource is Resource.COMPUTE)
+    balanced = device_sms * reading / (reading + products)
+    first = max(1, round(balanced / SHARE_GRAIN - (SHARES - 1) / 2))
+    return tuple(SHARE_GRAIN * share for share in range(first, first + SHARES) if SHARE_GRAIN * share < device_sms)
 
 
 def _cap(device_sms: int, share: float) -> int | None:

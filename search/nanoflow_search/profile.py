@@ -224,8 +224,8 @@ def at_clock(points: Sequence[Point], clock_mhz: float) -> list[Point]:
 class Surface:
     """Time and energy of an operation over amount and SMs, at one clock.
 
-    Linear in the amount between its points, and on from the outermost two; over SMs linear in 1 / SMs, which is what
-    work that divides evenly follows. A share below the least measured is refused: nothing is known there.
+    Linear in the amount between its points, and on from the outermost two, but below the least never less than in
+    proportion: a launch costs something. Over SMs linear in 1 / SMs, which is what work that divides evenly follows. A share below the least measured is refused: nothing is known there.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
@@ -274,7 +274,9 @@ class Surface:
         index = min(max(bisect_left([p.amount for p in curve], amount), 1), len(curve) - 1)
         a, b = curve[index - 1], curve[index]
         first, second = float(getattr(a, quantity)), float(getattr(b, quantity))
-        return first + (second - first) * (amount - a.amount) / (b.amount - a.amount)
+        line = first + (second - first) * (amount - a.amount) / (b.amount - a.amount)
+        # Times go in steps of waves: a step at the least points would make a launch on fewer tokens cost nothing.
+        return max(line, first * amount / a.amount) if amount < a.amount else line
 
 
 class HeldOut(NamedTuple):

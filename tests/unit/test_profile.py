@@ -56,6 +56,13 @@ def test_linear_in_the_amount_and_in_the_inverse_of_sms() -> None:
         surface.duration_us(100, 49)
 
 
+def test_a_step_of_waves_at_the_least_points_makes_no_launch_free() -> None:
+    surface = replace(SQUARE, points=(point(512, 96, 48), point(640, 96, 72))).surface("qkv")
+    assert surface.duration_us(256, 96) == pytest.approx(24)  # the line through both is at 0
+    assert surface.duration_us(500, 96) == pytest.approx(48 * 500 / 512)
+    assert surface.dynamic_j(256, 96) == pytest.approx(0.0024)
+
+
 def test_what_was_not_measured_is_refused() -> None:
     with pytest.raises(ProfileError, match="o was not measured; there are qkv"):
         SQUARE.surface("o")
