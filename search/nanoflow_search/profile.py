@@ -225,7 +225,8 @@ class Surface:
     """Time and energy of an operation over amount and SMs, at one clock.
 
     Linear in the amount between its points, and on from the outermost two, but below the least never less than in
-    proportion: a launch costs something. Over SMs linear in 1 / SMs, which is what work that divides evenly follows. A share below the least measured is refused: nothing is known there.
+    proportion: a launch costs something. Over SMs linear in 1 / SMs, which is what work that divides evenly follows. A
+    share below the least measured is refused: nothing is known there.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:

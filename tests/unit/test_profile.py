@@ -7,7 +7,7 @@ import a100
 import pytest
 from msgspec.structs import replace as change
 from nanoflow_search.devices import DEVICES
-from nanoflow_search.profile import Header, Load, Pair, Point, Profile, ProfileError, held_out
+from nanoflow_search.profile import Header, Load, Pair, Point, Profile, ProfileError, Surface, held_out
 from nanoflow_search.profiler import Anchor, take_profile
 from nanoflow_search.synthetic import LAUNCH_US, SyntheticDevice
 
@@ -57,7 +57,7 @@ def test_linear_in_the_amount_and_in_the_inverse_of_sms() -> None:
 
 
 def test_a_step_of_waves_at_the_least_points_makes_no_launch_free() -> None:
-    surface = replace(SQUARE, points=(point(512, 96, 48), point(640, 96, 72))).surface("qkv")
+    surface = Surface([point(512, 96, 48), point(640, 96, 72)])
     assert surface.duration_us(256, 96) == pytest.approx(24)  # the line through both is at 0
     assert surface.duration_us(500, 96) == pytest.approx(48 * 500 / 512)
     assert surface.dynamic_j(256, 96) == pytest.approx(0.0024)
