@@ -220,7 +220,7 @@ def test_streams_of_lanes_keep_to_sms_of_their_own() -> None:
 def test_sms_that_the_device_does_not_grant_are_refused(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
     uneven = overlapped(case.model.layer, TOKENS, 8, 0.5, 33, SMS)
-    with pytest.raises(ScheduleError, match="partition: lane 'memory' has 33 SMs, the device would grant 40"):
+    with pytest.raises(ScheduleError, match="partition: lane 'compute' has 99 SMs, the device would grant 100"):
         program(case, [uneven], Requests(case.config, LENGTHS, 64), torch.float32)
 
 
