@@ -81,13 +81,23 @@ TIMES = ("time_to_first_token_ms", "time_per_output_token_ms", "request_latency_
 
 
 def read(export: Path) -> list[tuple[dict[str, Any], list[Served]]]:
-    """(its load, its requests) of each experiment in a file of --profile-export-file."""
+    """(its load, its requests) of each experiment in a file of --profile-export-file.
+
+    Raises: ValueError, which names the file, when it is not whole or not of our inputs.
+    """
     experiments = []
-    for experiment in json.loads(export.read_text())["experiments"]:
-        requests = experiment["requests"]
-        origin_ns = min(request["timestamp"] for request in requests)
-        load = {"file": export.name, experiment["experiment"]["mode"]: experiment["experiment"]["value"]}
-        experiments.append((load, [Served.of(request, origin_ns) for request in requests]))
+    try:
+        for experiment in json.loads(export.read_text())["experiments"]:
+            requests = experiment["requests"]
+            origin_ns = min(request["timestamp"] for request in requests)
+            load = {"file": export.name, experiment["experiment"]["mode"]: experiment["experiment"]["value"]}
+            experiments.append((load, [Served.of(request, origin_ns) for request in requests]))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{export}: expected JSON: {error}; perf_analyzer left it unfinished?") from None
+    except KeyError as error:
+        raise ValueError(f"{export}: expected an export of perf_analyzer, found no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{export}: {error}") from None
     return experiments
 
 
@@ -164,5 +174,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"report.py: {error!r}" if isinstance(error, KeyError) else f"report.py: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"report.py: {error}")

@@ -138,6 +138,67 @@ def test_what_cannot_be_reported_is_said(tmp_path, export, slo, message):
     assert not (tmp_path / "report.json").exists()
 
 
+def test_an_export_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "empty.json").touch()
+    (tmp_path / "other.json").write_text("{}")
+    for file, message in (("empty", "expected JSON: Expecting value"), ("other", "found no 'experiments'")):
+        done = run("report.py", tmp_path / f"{file}.json", "--output", tmp_path / "report")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"report.py: {tmp_path / file}.json: expected ")
+        assert message in done.stderr
+
+
+FAULTS = {  # what perf_analyzer leaves when it loses results: (status, export), and what the sweep says
+    "empty": ("exit 0", "", "periodic.json: expected JSON: Expecting value"),
+    "cut off": ("exit 0", '{"experiments":[{"requests":[', "periodic.json: expected JSON: Expecting value"),
+    "short": ("exit 0", json.dumps(exported((0, [(1, 1)]))), "periodic.json: expected 3 requests, found 1"),
+    "crash": ("kill -SEGV $$", "", "ended by signal 11"),
+}
+
+
+def sweep(folder, *attempts, **settings):
+    """A periodic sweep to 3 clients of a perf_analyzer that leaves these (shell command, export), one after another."""
+    for number, (command, export) in enumerate(attempts, start=1):
+        (folder / f"{number}.json").write_text(export)
+        (folder / f"{number}.sh").write_text(f"echo attempt {number}\n{command}\n")
+    perf_analyzer = folder / "perf_analyzer"
+    perf_analyzer.write_text(
+        f"#!/bin/sh\ncd {folder}\necho >>calls\nn=$(wc -l <calls)\n"
+        f"cp $n.json results/exports/periodic.json\n. ./$n.sh\n"
+    )
+    perf_analyzer.chmod(0o755)
+    environment = {"PERF_ANALYZER": str(perf_analyzer), "PYTHON": sys.executable, "RAMP": "1:3:1", **settings}
+    command = [CONFIGS / "sweep.sh", "periodic", "inputs.json", folder / "results"]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+
+
+WHOLE = ("exit 0", json.dumps(exported(*[(0, [(1, 1)])] * 3)))
+
+
+def test_what_perf_analyzer_loses_is_said_and_measured_again(tmp_path):
+    done = sweep(tmp_path, *((command, export) for command, export, _ in FAULTS.values()), WHOLE)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("sweep.sh: ")]
+    assert len(said) == len(FAULTS)
+    for number, (line, (_, _, message)) in enumerate(zip(said, FAULTS.values(), strict=True), start=1):
+        assert f"periodic, attempt {number} of 5: perf_analyzer lost its results" in line
+        assert message in line
+    (row,) = json.loads((tmp_path / "results" / "report.json").read_text())["experiments"]
+    assert row["requests"] == 3
+
+
+def test_a_sweep_whose_results_stay_lost_fails(tmp_path):
+    done = sweep(tmp_path, *[("exit 0", "")] * 2, WHOLE, ATTEMPTS="2")
+    assert done.returncode == 1
+    assert "attempt 2 of 2: perf_analyzer lost its results" in done.stderr
+    assert not (tmp_path / "results" / "report.json").exists()
+
+
+def test_an_error_that_perf_analyzer_reports_ends_the_sweep(tmp_path):
+    done = sweep(tmp_path, ("echo no such model; exit 99", ""), WHOLE)
+    assert (done.returncode, done.stderr) == (1, "attempt 1\nno such model\n")
+
+
 @pytest.mark.parametrize("file", sorted((CONFIGS / "slo").iterdir()), ids=lambda file: file.stem)
 def test_the_slo_files_are_read(tmp_path, file):
     done = report(tmp_path, exported((0, [(1, 1)])), json.loads(file.read_text()))
