@@ -31,6 +31,7 @@ run() {
     shift 2
     for attempt in $(seq "$ATTEMPTS"); do
         echo "$name ..."
+        rm -f "$export" # perf_analyzer refuses one that exists
         status=0
         "$PERF_ANALYZER" -m "$MODEL" -u "$URL" -i grpc --async --streaming --input-data "$inputs" "$@" \
             --profile-export-file "$export" >"$log" 2>&1 || status=$?
