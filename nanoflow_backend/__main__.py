@@ -80,10 +80,14 @@ def batch(
     output: Annotated[Path, typer.Option(help="JSON lines in the order of the input. One that exists is continued.")],
     settings: Settings = None,
 ) -> None:
-    """Complete a file of prompts. A bad line becomes an error line; after a kill, run it again to go on."""
+    """Complete a file of prompts. After a kill, run it again to go on.
+
+    A bad line becomes an error line of the output; with any of these the exit status is 1.
+    """
     from nanoflow_backend.commands.batch import batch
 
-    batch(model, input, output, settings or [])
+    if batch(model, input, output, settings or []):
+        raise typer.Exit(1)
 
 
 @bench.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,17 @@ class Line(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> None:
-    """Raises: ConfigError when a file cannot be read or written, or the output does not continue this input."""
+def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> int:
+    """How many lines of the output are errors, those of runs that this one continues too.
+
+    Raises: ConfigError when a file cannot be read or written, or the output does not continue this input.
+    """
     try:
         lines = [parse_line(text, number) for number, text in enumerate(input.read_bytes().splitlines())]
         output.touch()
         if output.samefile(input):
             raise ConfigError(f"{output}: expected another file than the input")
-        done = resume(output, lines)
+        done, failed = resume(output, lines)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
     engine = make_engine(model, settings)
@@ -43,8 +47,11 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> No
         for result in in_order(engine, lines[done:]):
             file.write(msgspec.json.encode(result) + b"\n")
             file.flush()
+            failed += "error" in result
             progress.advance(task)
     engine.close()
+    print(f"nanoflow: {len(lines) - failed} lines done, {failed} failed", file=sys.stderr)
+    return failed
 
 
 def parse_line(text: bytes, number: int) -> Line:
@@ -74,14 +81,20 @@ def single(params: SamplingParams) -> SamplingParams:
     return params
 
 
-def resume(output: Path, lines: list[Line]) -> int:
-    """How many lines a run before this one has finished; what a kill left of another is cut off."""
+def resume(output: Path, lines: list[Line]) -> tuple[int, int]:
+    """How many lines a run before this one has finished, and how many of these are errors.
+
+    What a kill left of another is cut off.
+    """
     text = output.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     finished = whole.splitlines()
+    failed = 0
     for number, (result, line) in enumerate(zip(finished, lines, strict=False)):
         try:
-            continues = msgspec.json.decode(result, type=dict[str, Any]).get("id") == line.id
+            fields = msgspec.json.decode(result, type=dict[str, Any])
+            continues = fields.get("id") == line.id
+            failed += "error" in fields
         except (msgspec.DecodeError, UnicodeDecodeError):
             continues = False
         if not continues:
@@ -91,7 +104,7 @@ def resume(output: Path, lines: list[Line]) -> int:
     if len(finished) > len(lines):
         raise ConfigError(f"{output}: has {len(finished)} lines, the input only {len(lines)}")
     os.truncate(output, len(whole))  # not rewritten: another kill must not cost what is finished
-    return len(finished)
+    return len(finished), failed
 
 
 def in_order(engine: Engine, lines: list[Line]) -> Iterator[dict[str, Any]]:

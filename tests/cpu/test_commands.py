@@ -66,7 +66,8 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
     ]
     output = tmp_path / "out.jsonl"
     done = run("batch", "--model", model, "--input", write_lines(tmp_path / "in.jsonl", lines), "--output", output)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "nanoflow: 3 lines done, 10 failed"
     results = read_lines(output)
     assert [r["id"] for r in results] == ["long", 1, 2, 3, 4, 5, 6, 7, 8, {"any": "json"}, 10, 11, 12]
     errors = {r["id"]: r["error"] for r in results[2:9]}
@@ -97,6 +98,11 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
     }
     assert (results[1]["num_input_tokens"], results[1]["num_output_tokens"]) == (3, 3)
 
+    again = run("batch", "--model", model, "--input", tmp_path / "in.jsonl", "--output", output)
+    assert again.returncode == 1, "a run that continues counts the errors of the one before it"
+    assert again.stderr.splitlines()[-1] == "nanoflow: 3 lines done, 10 failed"
+    assert read_lines(output) == results
+
 
 def test_a_killed_batch_goes_on_where_it_was(model, tmp_path):
     lines = [{"prompt": f"page {number}", "max_tokens": 40, "temperature": 0} for number in range(120)]
@@ -116,7 +122,8 @@ def test_a_killed_batch_goes_on_where_it_was(model, tmp_path):
     with output.open("ab") as file:
         file.write(b'{"id": 99, "te')  # what a kill in mid-write leaves
     before = output.read_bytes().rsplit(b"\n", 1)[0]
-    assert run(*arguments).returncode == 0
+    done = run(*arguments)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "nanoflow: 120 lines done, 0 failed")
     assert output.read_bytes().startswith(before), "finished lines are kept as they are"
     assert read_lines(output) == read_lines(whole)
 
