@@ -11,13 +11,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
+from waiting import until
 
 import nanoflow_backend
 from nanoflow_backend.serving import libpython
@@ -235,10 +235,7 @@ with EmbeddedServer(Path(sys.argv[1]), exit_timeout_s=5) as server:
         assert "tritonserver" in processes.values()
         parent.send_signal(how)
         parent.wait()
-        deadline_s = time.monotonic() + 30
-        while alive(processes) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        assert not alive(processes)
+        until(lambda: not alive(processes))
         assert not shared_memory(shm_prefix)
     finally:
         os.kill(int(forked), signal.SIGKILL)

@@ -95,17 +95,24 @@ def shown(served):
     return metrics(served.metrics_url, "nanoflow")
 
 
-def change(served, before, *, until_finished):
-    """What the metrics grew by, once so many requests more are counted as finished."""
+INVALID = 'nanoflow_requests_refused_total{reason="invalid"}'
+
+
+def change(served, before, *, until_finished, invalid=0):
+    """What the metrics grew by, once so many requests more are counted as finished, and so many as invalid.
+
+    The page is written series by series, and that of the refusals after all that the engine counts: one that shows
+    the refusal of a request that came last of all is whole, however slowly it was written.
+    """
 
     def finished(values):
         return sum(value for series, value in values.items() if series.startswith("nanoflow_request_success_total"))
 
     until(lambda: finished(shown(served)) == finished(before) + until_finished)
-    now, then = shown(served), None
-    while now != then:  # the page is not written at once
-        time.sleep(0.1)
-        now, then = shown(served), now
+    assert post(served.http_url, "nanoflow", "generate", {"input_ids": PROMPT, "temperature": -1})[0] == 400
+    until(lambda: shown(served)[INVALID] == before[INVALID] + invalid + 1)
+    now = shown(served)
+    now[INVALID] -= 1
     return {series: value - before.get(series, 0) for series, value in now.items()}
 
 
@@ -173,7 +180,7 @@ def test_ends_of_every_kind_are_counted_by_their_kind(served):
         served.http_url, "nanoflow", text_input="the dog", stop=["a", "e", "i", "o", " "], max_tokens=400
     )
     assert stopped
-    grown = change(served, before, until_finished=1)
+    grown = change(served, before, until_finished=1, invalid=1)
     assert grown['nanoflow_request_success_total{finished_reason="stop"}'] == 1, "not cancelled: a stop string"
     refused = {"invalid": 1, "deadline": 1, "queue_full": 1, "unavailable": 0, "engine_failure": 0, "internal": 0}
     for reason, requests in refused.items():
