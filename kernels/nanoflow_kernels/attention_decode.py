@@ -25,6 +25,7 @@ FEWEST_COLUMNS = 8  # of the tensor cores' tile
 # A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
 WARPS, STAGES = 1, 5
 AHEAD = True  # the next pair's first page is called into the L2 cache before this one's result is stored
+LATE = True  # each thread sums its own weights until a pair's end
 JOINED = 64  # parts of a query head that are joined at once
 
 
@@ -41,7 +42,7 @@ def _decode(
     q, pages, slabs, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     release_next(CHAINED)
     program = tl.program_id(0)
@@ -62,7 +63,7 @@ def _decode(
         count = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
         last = tl.minimum(count, first + left)
         peak = tl.full([GP], LOWEST, tl.float32)
-        mass = tl.zeros([GP], tl.float32)
+        mass = tl.zeros([KEYS if LATE else 1, GP], tl.float32)
         acc = tl.zeros([D, GP], tl.float32)
         for tile in tl.range(first, last, num_stages=STAGES):
             # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
@@ -82,8 +83,9 @@ def _decode(
             p = tl.exp2(s * scale - highest[None, :])
             fade = tl.exp2(peak - highest)
             acc = tl.dot(v.T, p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
-            mass = mass * fade + tl.sum(p, 0)
+            mass = mass * fade[None, :] + (p if LATE else tl.sum(p, 0, keep_dims=True))
             peak = highest
+        mass = tl.sum(mass, 0)
 
         # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
         is_whole, part = last - first == count, (2 * program + (first == 0).to(tl.int32)) * G
@@ -183,7 +185,8 @@ def decode(
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, slabs is not None,
-        1 if q.dtype == torch.float32 else STAGES, AHEAD and slabs is not None and has_hopper(q.device), chained,
+        1 if q.dtype == torch.float32 else STAGES, AHEAD and slabs is not None and has_hopper(q.device), LATE,
+        chained,
         num_warps=WARPS, launch_pdl=chained,
     )  # fmt: skip
     _join[(len(work.joins), group)](
