@@ -19,12 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.attention_tile import LOWEST, gathered_tile
 from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
-from nanoflow_kernels.chain import await_earlier, has_hopper, prefetch, release_next
+from nanoflow_kernels.chain import await_earlier, has_hopper, release_next
 
 FEWEST_COLUMNS = 8  # of the tensor cores' tile
 # A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
 WARPS, STAGES = 1, 5
-AHEAD = True  # the next pair's first page is called into the L2 cache before this one's result is stored
+REGISTERS = 255  # of a thread, at most: without it the assembler takes 128, which six programs an SM do not need
+AHEAD = 1  # the next pair's first page is called into the L2 cache before this one's result is stored
 LATE = True  # each thread sums its own weights until a pair's end
 JOINED = 64  # parts of a query head that are joined at once
 
@@ -56,7 +57,8 @@ def _decode(
     within = group[None, :] * D + lane[:, None]
     if left > 0:  # others need not wait: while one of a kernel's programs does, no kernel behind it comes too early
         if CHAINED and BULK:
-            _call(pages, table, first, head, length, K, D, PAGE, KEYS)
+            page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS < length, other=0)
+            _call(pages, page, head, first * KEYS % PAGE, K, D, PAGE, KEYS)
         await_earlier(CHAINED)
     queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
     while left > 0:
@@ -65,7 +67,14 @@ def _decode(
         peak = tl.full([GP], LOWEST, tl.float32)
         mass = tl.zeros([KEYS if LATE else 1, GP], tl.float32)
         acc = tl.zeros([D, GP], tl.float32)
+        if AHEAD > 1:
+            far_page = tl.load(table + (first + AHEAD) * KEYS // PAGE, mask=first + AHEAD < last, other=0)
         for tile in tl.range(first, last, num_stages=STAGES):
+            if AHEAD > 1:
+                far = tile + AHEAD
+                if far < last:
+                    _call(pages, far_page, head, far * KEYS % PAGE, K, D, PAGE, KEYS)
+                far_page = tl.load(table + (far + 1) * KEYS // PAGE, mask=far + 1 < last, other=0)
             # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
             begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
             key = begin + tl.arange(0, KEYS)
@@ -100,9 +109,8 @@ def _decode(
                 row += 1
             length = tl.load(positions + row) + 1
             table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-        if AHEAD:
-            if left > 0:
-                _call(pages, table, 0, head, length, K, D, PAGE, PAGE)
+        if (AHEAD > 0) & (left > 0):
+            _call(pages, tl.load(table, mask=length > 0, other=0), head, 0, K, D, PAGE, PAGE)
         queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
         if is_whole:
             o = acc / tl.maximum(mass, 1e-30)[None, :]
@@ -115,16 +123,18 @@ def _decode(
 
 @triton.jit
 def _call(
-    pages, table, tile, head, length,
+    pages, page, head, offset,
     K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Have the KEYS keys and values of a tile, which lies in a page, come into the L2 cache."""
-    page = tl.load(table + tile * KEYS // PAGE, mask=tile * KEYS < length, other=0).to(tl.int64)
-    place = (page * 2 * K + head) * PAGE + tile * KEYS % PAGE
-    part = tl.arange(0, 32) * (KEYS * D // 32)  # one for each thread of the warp
-    BYTES: tl.constexpr = KEYS * D // 32 * pages.dtype.element_ty.primitive_bitwidth // 8
-    prefetch(pages + place * D + part, BYTES)
-    prefetch(pages + (place + K * PAGE) * D + part, BYTES)
+    """Have KEYS keys and values of a page, from `offset` on, come into the L2 cache."""
+    place = ((page.to(tl.int64) * 2 * K + head) * PAGE + offset) * D
+    size = tl.cast(KEYS * D * pages.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
+    for part in tl.static_range(2):
+        tl.inline_asm_elementwise(
+            "{ .reg .pred one; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 one, thread, 0; "
+            "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [pages + place + part * K * PAGE * D, size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -185,9 +195,9 @@ def decode(
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, slabs is not None,
-        1 if q.dtype == torch.float32 else STAGES, AHEAD and slabs is not None and has_hopper(q.device), LATE,
+        1 if q.dtype == torch.float32 else STAGES, AHEAD if slabs is not None and has_hopper(q.device) else 0, LATE,
         chained,
-        num_warps=WARPS, launch_pdl=chained,
+        num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=chained,
     )  # fmt: skip
     _join[(len(work.joins), group)](
         work.joins, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),
