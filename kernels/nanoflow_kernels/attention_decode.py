@@ -1,5 +1,7 @@
 """Attention of single tokens: keys are the rows of a tensor cores' tile, the query heads of a group its columns.
 
+A tile may have 8 columns, but no less than 16 rows: so a group of few heads leaves less of it empty.
+
 A program is one warp: maxima and sums are found within it, nothing waits for another warp, and six of them an SM, each
 with two tiles of keys on their way, keep the memory busy even where few SMs may be used.
 
@@ -19,14 +21,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.attention_tile import LOWEST, gathered_tile
 from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
-from nanoflow_kernels.chain import await_earlier, has_hopper, release_next
+from nanoflow_kernels.chain import await_earlier, prefetch, release_next
 
 FEWEST_COLUMNS = 8  # of the tensor cores' tile
+# With DECODE_KEYS and DECODE_PER_SM: of those tried on H200 as fast as any, on 32 of its SMs and on all. With tiles
+# called into the L2 cache further ahead, or one loop over all pairs of a share, it was slower.
 # A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
 WARPS, STAGES = 1, 5
-REGISTERS = 255  # of a thread, at most: without it the assembler takes 128, which six programs an SM do not need
-AHEAD = 1  # the next pair's first page is called into the L2 cache before this one's result is stored
-LATE = True  # each thread sums its own weights until a pair's end
+REGISTERS = 255  # of a thread, at most: an SM has them for six programs; unasked, the assembler keeps to 128 and spills
 JOINED = 64  # parts of a query head that are joined at once
 
 
@@ -43,7 +45,7 @@ def _decode(
     q, pages, slabs, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, CHAINED: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     release_next(CHAINED)
     program = tl.program_id(0)
@@ -57,24 +59,19 @@ def _decode(
     within = group[None, :] * D + lane[:, None]
     if left > 0:  # others need not wait: while one of a kernel's programs does, no kernel behind it comes too early
         if CHAINED and BULK:
-            page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS < length, other=0)
-            _call(pages, page, head, first * KEYS % PAGE, K, D, PAGE, KEYS)
+            page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS < length, other=0).to(tl.int64)
+            place = (page * 2 * K + head) * PAGE + first * KEYS % PAGE + tl.arange(0, KEYS)
+            prefetch(pages + place * D, 2 * D)
+            prefetch(pages + (place + K * PAGE) * D, 2 * D)
         await_earlier(CHAINED)
     queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
     while left > 0:
         count = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
         last = tl.minimum(count, first + left)
         peak = tl.full([GP], LOWEST, tl.float32)
-        mass = tl.zeros([KEYS if LATE else 1, GP], tl.float32)
+        mass = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
         acc = tl.zeros([D, GP], tl.float32)
-        if AHEAD > 1:
-            far_page = tl.load(table + (first + AHEAD) * KEYS // PAGE, mask=first + AHEAD < last, other=0)
         for tile in tl.range(first, last, num_stages=STAGES):
-            if AHEAD > 1:
-                far = tile + AHEAD
-                if far < last:
-                    _call(pages, far_page, head, far * KEYS % PAGE, K, D, PAGE, KEYS)
-                far_page = tl.load(table + (far + 1) * KEYS // PAGE, mask=far + 1 < last, other=0)
             # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
             begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
             key = begin + tl.arange(0, KEYS)
@@ -92,7 +89,7 @@ def _decode(
             p = tl.exp2(s * scale - highest[None, :])
             fade = tl.exp2(peak - highest)
             acc = tl.dot(v.T, p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
-            mass = mass * fade[None, :] + (p if LATE else tl.sum(p, 0, keep_dims=True))
+            mass = mass * fade[None, :] + p
             peak = highest
         mass = tl.sum(mass, 0)
 
@@ -109,8 +106,6 @@ def _decode(
                 row += 1
             length = tl.load(positions + row) + 1
             table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-        if (AHEAD > 0) & (left > 0):
-            _call(pages, tl.load(table, mask=length > 0, other=0), head, 0, K, D, PAGE, PAGE)
         queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
         if is_whole:
             o = acc / tl.maximum(mass, 1e-30)[None, :]
@@ -119,22 +114,6 @@ def _decode(
             tl.store(part_peak + part + group, peak, mask=group < G)
             tl.store(part_mass + part + group, mass, mask=group < G)
             tl.store(part_acc + part * D + within, acc, mask=in_group)
-
-
-@triton.jit
-def _call(
-    pages, page, head, offset,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Have KEYS keys and values of a page, from `offset` on, come into the L2 cache."""
-    place = ((page.to(tl.int64) * 2 * K + head) * PAGE + offset) * D
-    size = tl.cast(KEYS * D * pages.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
-    for part in tl.static_range(2):
-        tl.inline_asm_elementwise(
-            "{ .reg .pred one; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 one, thread, 0; "
-            "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r", [pages + place + part * K * PAGE * D, size], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -195,8 +174,7 @@ def decode(
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, slabs is not None,
-        1 if q.dtype == torch.float32 else STAGES, AHEAD if slabs is not None and has_hopper(q.device) else 0, LATE,
-        chained,
+        1 if q.dtype == torch.float32 else STAGES, chained,
         num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=chained,
     )  # fmt: skip
     _join[(len(work.joins), group)](

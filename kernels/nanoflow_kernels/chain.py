@@ -42,9 +42,9 @@ def prefetch(addresses, BYTES: tl.constexpr):
 
 def is_chained(rows: int, device: torch.device) -> bool:
     """Whether a kernel on so many rows is launched this way. It needs Hopper; the interpreter knows nothing of it."""
-    return rows <= ROWS and has_hopper(device)
+    return rows <= ROWS and device.type == "cuda" and _has_hopper(device)
 
 
 @cache
-def has_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _has_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
