@@ -1,6 +1,10 @@
-"""Each kernel alone at the shapes of Llama-3-8B (and of Mixtral-8x7B's experts), back to back for seconds.
+r"""Each kernel alone at the shapes of Llama-3-8B (and of Mixtral-8x7B's experts), back to back for seconds.
 
     python benchmarks/kernels.py --output benchmarks/results/kernels_h200.json
+
+and decode attention alone, also on few SMs of its own, as plans with partitions run it:
+
+    python benchmarks/kernels.py --only 'decodes of \d+ page 64' --seconds 0.8 --output kernels_decode_h200.json
 
 How they are measured: sustained.py.
 """
@@ -8,6 +12,7 @@ How they are measured: sustained.py.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +26,7 @@ from nanoflow_backend.commands import result
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCABULARY = 4096, 32, 8, 128, 14336, 128_256
 TOKENS, DECODES, CONTEXT, CHUNK_START = 2048, 704, 1280, 256
+PARTITIONS = (28, 32, 36, 40)  # SMs that decode attention may have of its own
 DTYPE, BYTES = torch.bfloat16, 2
 
 
@@ -78,19 +84,20 @@ def batch(mix: list[tuple[int, int]], page_tokens: int) -> tuple[Tensor, Tensor,
     return positions.cuda(), slots.cuda(), table.cuda(), sum(used)
 
 
-def attention(name: str, mix: list[tuple[int, int]], page_tokens: int, num_sms: int | None = None) -> Iterator[Case]:
+def attention(name: str, mix: list[tuple[int, int]], page_tokens: int, sms: int | None = None) -> Iterator[Case]:
     positions, slots, table, num_pages = batch(mix, page_tokens)
     kept = max(1, min(SETS, int(60e9 / (num_pages * page_tokens * KV_HEADS * HEAD_DIM * 4))))
     pages = [normal(num_pages, 2, KV_HEADS, page_tokens, HEAD_DIM) for _ in range(kept)]
     q, out = normal(len(positions), HEADS * HEAD_DIM), empty(len(positions), HEADS * HEAD_DIM)
-    work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=num_sms)
+    work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=sms)
     kv = sum(past + new for past, new in mix) * KV_HEADS * HEAD_DIM * 2 * BYTES
     pairs = sum(new * past + new * (new + 1) / 2 for past, new in mix)
     yield Case(
-        f"attention {name} page {page_tokens}" + (f" num_sms {num_sms}" if num_sms else ""),
-        lambda i: kernels.attention(q, pages[i % kept], positions, slots, table, out=out, num_sms=num_sms, work=work),
+        f"attention {name} page {page_tokens}" + (f" on {sms} SMs" if sms else ""),
+        lambda i: kernels.attention(q, pages[i % kept], positions, slots, table, out=out, num_sms=sms, work=work),
         kv + 2 * q.numel() * BYTES,
         4.0 * pairs * HEADS * HEAD_DIM,
+        sms,
     )
     if name == "mixed":
         yield Case(
@@ -107,10 +114,11 @@ def attention(name: str, mix: list[tuple[int, int]], page_tokens: int, num_sms: 
 
 def attentions() -> Iterator[Case]:
     decodes = [(CONTEXT - 1, 1)] * DECODES
-    for page_tokens in (16, 64, 128):
+    for page_tokens in (16, 128):
         yield from attention("704 decodes of 1280", decodes, page_tokens)
-    for num_sms in (32, 64):
-        yield from attention("704 decodes of 1280", decodes, 64, num_sms)
+    for count, context in ((DECODES, CONTEXT), (1500, 300), (64, 8192)):
+        for sms in (None, *PARTITIONS):
+            yield from attention(f"{count} decodes of {context}", [(context - 1, 1)] * count, 64, sms)
     uneven = [(80 + 2400 * i // DECODES, 1) for i in range(DECODES)]
     yield from attention("704 decodes of 80 to 2480", uneven, 64)
     yield from attention("1 decode of 32768", [(32767, 1)], 64)
@@ -172,13 +180,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1.5, help="of back-to-back work that is measured, a case")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases in whose name this expression is found")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results = []
     for group in (row_kernels, products, attentions, experts, samples):
         for case in group():
-            if arguments.only in case.name:
+            if re.search(arguments.only, case.name):
                 results.append(measure(case, arguments.seconds))
                 print(" ".join(f"{key}={value}" for key, value in asdict(results[-1]).items()), flush=True)
     roofs = {"read_bytes_per_s": READ_BYTES_PER_S, "flop_per_s": FLOP_PER_S}

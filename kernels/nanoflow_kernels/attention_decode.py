@@ -1,4 +1,6 @@
-"""Attention of single tokens: the query heads of a group are the rows of a tensor cores' tile, keys its columns.
+"""Attention of single tokens: keys are the rows of a tensor cores' tile, the query heads of a group its columns.
+
+A tile may have 8 columns, but no less than 16 rows: so a group of few heads leaves less of it empty.
 
 A program is one warp: maxima and sums are found within it, nothing waits for another warp, and six of them an SM, each
 with two tiles of keys on their way, keep the memory busy even where few SMs may be used.
@@ -15,24 +17,35 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.attention_tile import LOWEST, attend, bulk_tiles
+from nanoflow_kernels.attention_tile import LOWEST, gathered_tile
 from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
 from nanoflow_kernels.chain import await_earlier, prefetch, release_next
 
-FEWEST_ROWS = 16  # of the tensor cores' tile
-# With DECODE_KEYS and DECODE_PER_SM: of those tried on H200 the fastest on 32 of its SMs, as fast as any on all.
+FEWEST_COLUMNS = 8  # of the tensor cores' tile
+# With DECODE_KEYS and DECODE_PER_SM: of those tried on H200 as fast as any, on 32 of its SMs and on all. With tiles
+# called into the L2 cache further ahead, or one loop over all pairs of a share, it was slower.
 # A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
-WARPS, STAGES, TAIL_STAGES = 1, 5, 2
+WARPS, STAGES = 1, 5
+REGISTERS = 255  # of a thread, at most: an SM has them for six programs; unasked, the assembler keeps to 128 and spills
 JOINED = 64  # parts of a query head that are joined at once
+
+
+def _slabs(pages: Tensor, keys: int) -> TensorDescriptor | None:
+    """What bulk copies read keys from that lie in one page [P, d] of one head; None where pages are not whole tiles."""
+    page_tokens, head_dim = pages.shape[3:]
+    if page_tokens % keys:
+        return None
+    return TensorDescriptor.from_tensor(pages.view(-1, page_tokens, head_dim), [1, keys, head_dim])
 
 
 @triton.jit
 def _decode(
-    q, pages, tiles, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
+    q, pages, slabs, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     release_next(CHAINED)
     program = tl.program_id(0)
@@ -42,7 +55,8 @@ def _decode(
     length = tl.load(positions + row) + 1
     table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
     group, lane = tl.arange(0, GP), tl.arange(0, D)
-    in_group = (group < G)[:, None]
+    in_group = (group < G)[None, :]
+    within = group[None, :] * D + lane[:, None]
     if left > 0:  # others need not wait: while one of a kernel's programs does, no kernel behind it comes too early
         if CHAINED and BULK:
             page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS < length, other=0).to(tl.int64)
@@ -50,38 +64,38 @@ def _decode(
             prefetch(pages + place * D, 2 * D)
             prefetch(pages + (place + K * PAGE) * D, 2 * D)
         await_earlier(CHAINED)
+    queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
     while left > 0:
         count = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
         last = tl.minimum(count, first + left)
-        place = (head * G + group[:, None]) * D + lane[None, :]
-        queries = tl.load(q + row * q_stride + place, mask=in_group, other=0.0)
-        at = tl.full([GP], 0, tl.int32) + length - 1
         peak = tl.full([GP], LOWEST, tl.float32)
-        mass = tl.zeros([GP], tl.float32)
-        acc = tl.zeros([GP, D], tl.float32)
-        whole = first
-        if BULK:
-            whole = tl.minimum(last, length // KEYS)
-            for tile in tl.range(first, whole, num_stages=STAGES):
-                peak, mass, acc = attend(
-                    peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True, False
-                )
-        for tile in tl.range(whole, last, num_stages=TAIL_STAGES if BULK else STAGES):
-            peak, mass, acc = attend(
-                peak, mass, acc, queries, at, tiles if BULK else pages, table, tile, head, length, scale,
-                K, D, PAGE, KEYS, BULK, True,
-            )  # fmt: skip
+        mass = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
+        acc = tl.zeros([D, GP], tl.float32)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
+            begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
+            key = begin + tl.arange(0, KEYS)
+            new = key >= tile * KEYS
+            if BULK:
+                number = tile * KEYS // PAGE
+                slab = tl.load(table + number, mask=tile * KEYS < length, other=0) * 2 * K + head
+                k = tl.reshape(slabs.load([slab, begin - number * PAGE, 0]), (KEYS, D))
+                v = tl.reshape(slabs.load([slab + K, begin - number * PAGE, 0]), (KEYS, D))
+            else:
+                k, v = gathered_tile(pages, table, head, key, new, K, D, PAGE)
+            s = tl.dot(k, queries, input_precision="ieee")
+            s = tl.where(new[:, None], s, -float("inf"))
+            highest = tl.maximum(peak, tl.max(s, 0) * scale)
+            p = tl.exp2(s * scale - highest[None, :])
+            fade = tl.exp2(peak - highest)
+            acc = tl.dot(v.T, p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
+            mass = mass * fade[None, :] + p
+            peak = highest
+        mass = tl.sum(mass, 0)
 
-        if last - first == count:
-            o = acc / tl.maximum(mass, 1e-30)[:, None]
-            tl.store(out + row * out_stride + place, o.to(out.dtype.element_ty), mask=in_group)
-        else:
-            # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
-            part = (2 * program + (first == 0).to(tl.int32)) * G
-            tl.store(part_peak + part + group, peak, mask=group < G)
-            tl.store(part_mass + part + group, mass, mask=group < G)
-            tl.store(part_acc + (part + group[:, None]) * D + lane[None, :], acc, mask=in_group)
-
+        # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
+        is_whole, part = last - first == count, (2 * program + (first == 0).to(tl.int32)) * G
+        to = out + row * out_stride + head * G * D
         left -= last - first
         first = 0
         head += 1
@@ -92,6 +106,14 @@ def _decode(
                 row += 1
             length = tl.load(positions + row) + 1
             table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+        queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
+        if is_whole:
+            o = acc / tl.maximum(mass, 1e-30)[None, :]
+            tl.store(to + within, o.to(out.dtype.element_ty), mask=in_group)
+        else:
+            tl.store(part_peak + part + group, peak, mask=group < G)
+            tl.store(part_mass + part + group, mass, mask=group < G)
+            tl.store(part_acc + part * D + within, acc, mask=in_group)
 
 
 @triton.jit
@@ -140,19 +162,20 @@ def decode(
     out: Tensor,
 ) -> None:
     """The rows of `work` that decode, and zeros where padded. Operands as in `attention`, `chained` as in chain.py."""
-    tiles = bulk_tiles(pages, DECODE_KEYS)
+    slabs = _slabs(pages, DECODE_KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
-    rows = max(FEWEST_ROWS, triton.next_power_of_2(group))
+    columns = max(FEWEST_COLUMNS, triton.next_power_of_2(group))
     shares = len(work.shares)
     part_peak, part_mass = q.new_empty((2, 2 * shares, group), dtype=torch.float32).unbind()
     part_acc = q.new_empty((2 * shares, group, head_dim), dtype=torch.float32)
     _decode[(shares,)](
-        q, pages, tiles, positions, slots, page_table, work.stop_tile, work.shares,
+        q, pages, slabs, positions, slots, page_table, work.stop_tile, work.shares,
         part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, rows, head_dim, page_tokens, DECODE_KEYS, tiles is not None,
-        1 if q.dtype == torch.float32 else STAGES, TAIL_STAGES, chained, num_warps=WARPS, launch_pdl=chained,
+        kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, slabs is not None,
+        1 if q.dtype == torch.float32 else STAGES, chained,
+        num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=chained,
     )  # fmt: skip
     _join[(len(work.joins), group)](
         work.joins, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),

@@ -54,11 +54,11 @@ def _prefill(
             whole = (position + 1) // KEYS
             for tile in tl.range(0, whole, num_stages=STAGES):
                 peak, mass, acc = attend(
-                    peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True, False
+                    peak, mass, acc, queries, at, tiles, table, tile, head, length, scale, K, D, PAGE, KEYS, True
                 )
         for tile in tl.range(whole, tl.cdiv(length, KEYS), num_stages=STAGES):
             peak, mass, acc = attend(
-                peak, mass, acc, queries, at, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False, True
+                peak, mass, acc, queries, at, pages, table, tile, head, length, scale, K, D, PAGE, KEYS, False
             )
         o = acc / mass[:, None]
         tl.store(out + row[:, None] * out_stride + place, o.to(out.dtype.element_ty), mask=real)

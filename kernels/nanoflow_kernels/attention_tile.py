@@ -36,12 +36,10 @@ def bulk_tile(
 
 @triton.jit
 def gathered_tile(
-    pages, table, tile, head, length,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    pages, table, head, key, real,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The same of any keys and pages, zero from `length` on: what lies there may be NaN, and its pages unset."""
-    key = tile * KEYS + tl.arange(0, KEYS)
-    real = key < length
+    """K and V [KEYS, D] of the keys at these positions [KEYS], zero where not `real`: such may be NaN, or nowhere."""
     page = tl.load(table + key // PAGE, mask=real, other=0).to(tl.int64)
     row = (page * 2 * K + head) * PAGE + key % PAGE
     place = row[:, None] * D + tl.arange(0, D)[None, :]
@@ -53,21 +51,19 @@ def gathered_tile(
 def attend(
     peak, mass, acc, queries, at, kv, table, tile, head, length, scale,
     K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
-    LAST: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: peak [M], mass [M], acc [M, D], queries [M, D], whose rows stand at positions `at` [M].
 
-    LAST: the tile may have keys behind a row's own.
+    BULK: all of its keys are before every row; others are gathered.
     """
+    key = tile * KEYS + tl.arange(0, KEYS)
     if BULK:
         k, v = bulk_tile(kv, table, tile, head, length, K, PAGE, KEYS)
-        if LAST:  # what lies behind may be NaN
-            v = tl.where((tile * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
     else:
-        k, v = gathered_tile(kv, table, tile, head, length, K, D, PAGE, KEYS)
+        k, v = gathered_tile(kv, table, head, key, key < length, K, D, PAGE)
     s = tl.dot(queries, k.T, input_precision="ieee")
-    if LAST:
-        s = tl.where((tile * KEYS + tl.arange(0, KEYS))[None, :] <= at[:, None], s, -float("inf"))
+    if not BULK:
+        s = tl.where(key[None, :] <= at[:, None], s, -float("inf"))
     highest = tl.maximum(peak, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - highest[:, None])
     fade = tl.exp2(peak - highest)
