@@ -32,14 +32,16 @@ from nanoflow_backend.schedule.validate import validate
 
 
 def schedules(names: list[str], model: Model, tokens: int) -> dict[str, Schedule]:
-    """Presets, and all plans for `tokens` of schedule files."""
-    found = {}
+    """Presets, and of schedule files all plans for `tokens` but sequential ones."""
+    found, base = {}, sequential(model.layer, tokens)
     for name in names:
         if name.startswith("nano-batched-"):
             found[name] = nano_batched(model.layer, tokens, int(name.removeprefix("nano-batched-")))
             continue
         plans = ScheduleFile.load(Path(name)).plans
-        found |= {f"{Path(name).name}:{i}": plan for i, plan in enumerate(plans) if plan.tokens == tokens}
+        found |= {
+            f"{Path(name).name}:{i}": plan for i, plan in enumerate(plans) if plan.tokens == tokens and plan != base
+        }
         if tokens not in [plan.tokens for plan in plans]:
             raise ValueError(f"{name}: has plans for {[plan.tokens for plan in plans]} tokens, none for {tokens}")
     for schedule in found.values():
