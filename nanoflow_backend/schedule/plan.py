@@ -50,8 +50,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
     Two lanes may run apart from each other as far as waits let them, from one layer into the next.
     What overlap hides is the reading of the KV cache by decodes, so a plan may ask for some: `least_decode_kv_tokens`
-    are the contexts of a batch's decodes together, each with its own token. This is not scaled as boundaries are: with
-    fewer tokens there is less work to hide the same reading behind, but what cutting a batch costs hardly shrinks.
+    are the contexts of a batch's decodes together, each with its own token: attention's time follows them, be it few
+    long contexts or many short ones. It is not scaled as boundaries are: a smaller batch has less work that the same
+    reading would add to, so overlap pays from less on, and what is asked for is on the safe side.
     """
 
     tokens: int
