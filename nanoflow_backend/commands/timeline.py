@@ -26,12 +26,13 @@ class Counts:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     sampled_rows: int = 0
-    kv_tokens_read: int = 0  # by decodes
+    kv_tokens_read: int = 0  # by decodes: the tokens before each and itself
     attended_pairs: int = 0  # (query token, key token), those of prefills too
     page_steps: int = 0  # pages that requests hold, summed over the steps
 
     def add(self, batch: Batch, used_pages: int) -> None:
-        decodes, context = len(batch.decode_slots), batch.decode_kv_tokens
+        decodes = len(batch.decode_slots)
+        context = sum(batch.decode_positions) + decodes
         self.steps += 1
         self.decode_tokens += decodes
         self.sampled_rows += decodes

@@ -108,7 +108,8 @@ class Worker:
         rows = np.concatenate((np.arange(decodes, dtype=np.int32), np.array(ends, np.int32)))
         slot_of, position_of = np.array(slots, np.int32), np.array(positions, np.int32)
         sampled_slots = slot_of[rows]
-        plan = self.program.plan_for(len(slots), batch.decode_kv_tokens)
+        decode_kv_tokens = int(position_of[:decodes].sum()) + decodes  # each reads those before it, and itself
+        plan = self.program.plan_for(len(slots), decode_kv_tokens)
         layout = deal(decodes, len(slots), plan.groups)
         listed, places = (layout.listed, layout.place[rows]) if layout else ((), rows)
         entries = zip(*batch.page_table, strict=True) if batch.page_table else ((), (), ())
