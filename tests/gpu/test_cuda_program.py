@@ -82,10 +82,10 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
         cpu.page_table, cuda.page_table = page_table, page_table.cuda()
         for binding in (cpu, cuda):
             binding.positions[:tokens], binding.slots[:tokens] = positions, slots
-        plans = [binding.plan_for(tokens, decode_kv_tokens=0) for binding in (cpu, cuda)]
+        fitted = [binding.plan_for(tokens, decode_kv_tokens=0) for binding in (cpu, cuda)]
         steps = [
-            *zip(cpu.embed(plans[0], token_ids), cuda.embed(plans[1], token_ids.cuda()), strict=True),
-            *zip(cpu.layers(plans[0]), cuda.layers(plans[1]), strict=True),
+            *zip(cpu.embed(fitted[0], token_ids), cuda.embed(fitted[1], token_ids.cuda()), strict=True),
+            *zip(cpu.layers(fitted[0]), cuda.layers(fitted[1]), strict=True),
         ]
         for ours, theirs in steps:
             if ours:
