@@ -19,6 +19,7 @@ from nanoflow_backend.schedule.presets import overlapped, sequential
 WORKLOAD = "1024/512"
 BOTH = (WORKLOAD, "512/1024")
 SETTING = Setting.of(Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3-8b", 1, BOTH)
+SIZES = (28, 32, 36)  # SMs of attention
 LAYER, LAYERS, TOKENS = SETTING.model.layer, SETTING.model.num_layers, 2048
 
 
@@ -30,7 +31,8 @@ def device() -> SyntheticDevice:
 @pytest.fixture(scope="module")
 def case(device: SyntheticDevice) -> Case:
     mix = SETTING.mix(WORKLOAD, TOKENS, device.name)
-    return Case(SETTING, profiled(device, LAYER, partition_loads_of(LAYER, device.sms, mix)), TOKENS)
+    loads = partition_loads_of(LAYER, device.sms, mix, TOKENS, sizes=SIZES)
+    return Case(SETTING, profiled(device, LAYER, loads), TOKENS)
 
 
 def halves(sms: int) -> Schedule:
@@ -63,7 +65,7 @@ def test_a_ramp_ends_in_the_steady_state(case: Case) -> None:
     assert mixes[STEPS // 2].decode_tokens == case.mix(WORKLOAD).decode_tokens / 2
 
 
-@pytest.mark.parametrize("sms", [28, 36])
+@pytest.mark.parametrize("sms", SIZES)
 @pytest.mark.parametrize("workload", BOTH)
 def test_a_plan_gains_from_its_condition_on_and_hardly_before(
     device: SyntheticDevice, case: Case, sms: int, workload: str
