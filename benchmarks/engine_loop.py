@@ -27,21 +27,23 @@ from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.engine.messages import News
-from nanoflow_backend.schedule.plan import Group
+from nanoflow_backend.runtime.binding import FittedPlan
+from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.scheduler.request import Request
 
 MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
 
 
 class NullProgram:
-    """A Program whose every row has the same logits."""
+    """A Program that chooses plans as `program` does, and whose every row has the same logits."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, program: Program, rows: int) -> None:
+        self._program = program
         columns = 8  # sampling from a vocabulary is the device's work
         self.logits = torch.zeros(rows, columns).index_fill(1, torch.tensor([3]), 1.0)
 
-    def groups(self, tokens: int) -> tuple[Group, ...]:
-        return ()
+    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
+        return self._program.plan_for(tokens, decode_kv_tokens)
 
     def forward(self, *inputs: torch.Tensor) -> None: ...
 
@@ -78,7 +80,7 @@ def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[s
         kv_cache_tokens=running * (prompt_tokens + 2 * steps + 128),  # room for all at their longest
         page_tokens=64,
     )
-    engine.worker.program = NullProgram(running + 24)
+    engine.worker.program = NullProgram(engine.worker.program, running + 24)
     params = SamplingParams(max_tokens=2 * steps, ignore_eos=True, temperature=0.0)
     for number in range(running):
         engine.add(Request(number, [number % 7] * prompt_tokens, params))

@@ -38,7 +38,7 @@ class NullWorker(Worker):
 
     def __init__(self, config: Any, *arguments: Any, step_us: int = 0) -> None:
         super().__init__(config, *arguments)
-        self.program = NullProgram(config.dense_batch_tokens)
+        self.program = NullProgram(self.program, config.dense_batch_tokens)
         self._step_s = step_us / 1e6
         self._idle_from_s = 0.0  # the device, once all that was launched is done
         self._ends_s: list[float] = []  # of the steps in flight

@@ -4,7 +4,8 @@
         --schedule plan.json --schedule nano-batched-2 --profile profile.json --output timed.json
 
 Each round runs sequential, plan, plan, sequential (A B B A). Results are written after every plan, and a plan that is
-in the file is not timed again.
+in the file is not timed again. With --share the batch is that of an engine that fills up, of whose requests only this
+share runs yet: so the `least_decode_kv_tokens` of a plan, from which on it wins, are found by measurement.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nanoflow_search.condition import ramping
 from nanoflow_search.cost_model import Workload
 from nanoflow_search.measured import Measured
 from nanoflow_search.plan_timer import PlanTimer
@@ -32,14 +34,16 @@ from nanoflow_backend.schedule.validate import validate
 
 
 def schedules(names: list[str], model: Model, tokens: int) -> dict[str, Schedule]:
-    """Presets, and all plans for `tokens` of schedule files."""
-    found = {}
+    """Presets, and of schedule files all plans for `tokens` but sequential ones."""
+    found, base = {}, sequential(model.layer, tokens)
     for name in names:
         if name.startswith("nano-batched-"):
             found[name] = nano_batched(model.layer, tokens, int(name.removeprefix("nano-batched-")))
             continue
         plans = ScheduleFile.load(Path(name)).plans
-        found |= {f"{Path(name).name}:{i}": plan for i, plan in enumerate(plans) if plan.tokens == tokens}
+        found |= {
+            f"{Path(name).name}:{i}": plan for i, plan in enumerate(plans) if plan.tokens == tokens and plan != base
+        }
         if tokens not in [plan.tokens for plan in plans]:
             raise ValueError(f"{name}: has plans for {[plan.tokens for plan in plans]} tokens, none for {tokens}")
     for schedule in found.values():
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a folder with a Hugging Face config.json")
     parser.add_argument("--workload", default="512/1024", help="mean tokens of prompts/outputs")
     parser.add_argument("--tokens", type=int, default=2048, help="of the batch")
+    parser.add_argument("--share", type=float, default=1.0, help="of the steady state's requests, from 0 to 1")
     parser.add_argument("--schedule", action="append", default=[], help="a file, or nano-batched-N; repeatable")
     parser.add_argument("--profile", type=Path, help="to predict with")
     parser.add_argument("--layers", type=int, help="default: the model's")
@@ -81,7 +86,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     config = ModelConfig.from_pretrained(arguments.model)
-    model, mix = build(config), Workload.parse(arguments.workload).steady_mix(arguments.tokens)
+    model, workload = build(config), Workload.parse(arguments.workload)
+    mix = ramping(workload, workload.steady_mix(arguments.tokens), arguments.share)
     layers = arguments.layers or model.num_layers
     measured = Measured(Profile.load(arguments.profile), mix) if arguments.profile else None
     plans = schedules(arguments.schedule, model, arguments.tokens)
@@ -109,6 +115,8 @@ def main() -> None:
             "model": arguments.model.name,
             "workload": arguments.workload,
             "tokens": arguments.tokens,
+            "share": arguments.share,
+            "decode_kv_tokens": round(mix.decode_tokens * mix.decode_context),
             "layers": layers,
             "sequential_predicted": described(predictions["sequential"]) if predictions else None,
             "sequential": described(alone),

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoflow_backend.engine.layout import Layout
 from nanoflow_backend.engine.transfer import to_device, to_host
+from nanoflow_backend.schedule.layout import Layout
 from nanoflow_backend.scheduler.batch import Admission, Batch, PromptScores, TokenLogprobs
 
 MOST_ROWS = 256  # of logits at once: 128 MB with 128k tokens

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
 from nanoflow_backend.engine.constraints import Masks
-from nanoflow_backend.engine.layout import Layout, deal
 from nanoflow_backend.engine.memory import GIB, check_room
 from nanoflow_backend.engine.prompt_scorer import PromptScorer, Scored
 from nanoflow_backend.engine.sampling import Drawn, Sampler
@@ -33,6 +32,8 @@ from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import CudaProgram
 from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.runtime.program import Program
+from nanoflow_backend.schedule.layout import Layout, deal
+from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules
 from nanoflow_backend.scheduler.batch import Batch, Sampled
 
@@ -107,7 +108,9 @@ class Worker:
         rows = np.concatenate((np.arange(decodes, dtype=np.int32), np.array(ends, np.int32)))
         slot_of, position_of = np.array(slots, np.int32), np.array(positions, np.int32)
         sampled_slots = slot_of[rows]
-        layout = deal(decodes, len(slots), self.program.groups(len(slots)))
+        decode_kv_tokens = int(position_of[:decodes].sum()) + decodes  # each reads those before it, and itself
+        plan = self.program.plan_for(len(slots), decode_kv_tokens)
+        layout = deal(decodes, len(slots), plan.groups)
         listed, places = (layout.listed, layout.place[rows]) if layout else ((), rows)
         entries = zip(*batch.page_table, strict=True) if batch.page_table else ((), (), ())
         slots_, positions_, prompt_ids_, listed_, rows_, sampled_, *entry = self._send(
@@ -119,7 +122,7 @@ class Worker:
         token_ids = torch.cat((self._last_sampled[slots_[:decodes]], prompt_ids_))
         if layout:
             token_ids, positions_, slots_ = torch.stack((token_ids, positions_, slots_)).index_select(1, listed_)
-        self.program.forward(token_ids, positions_, slots_, self._page_table)
+        self.program.forward(plan, token_ids, positions_, slots_, self._page_table)
         return Launched(batch, layout, rows_, sampled_, sampled_slots, position_of[rows])
 
     def launch_tail(self, launched: Launched, masks: Masks | None = None) -> None:
@@ -167,7 +170,7 @@ def _program(
         log.info("%s", line)
     schedules = find_schedules(config, model, device.name, device.sms)
     if len(schedules) > 1:
-        log.info("schedules for batches of up to %s tokens", ", ".join(str(s.tokens) for s in schedules))
+        log.info("schedules for batches of up to %s", ", ".join(map(_batches, schedules)))
     free_bytes = device.free_bytes() // (tp if device.kind == "cpu" else 1)
     check_room(config, model_config, weights.size_bytes(model, dtype), free_bytes, device.name)
     if config.load_format == "dummy":
@@ -216,6 +219,11 @@ def _program(
                 f"{config.dense_batch_tokens}"
             )
     return program(num_pages), num_pages
+
+
+def _batches(schedule: Schedule) -> str:
+    asked = schedule.least_decode_kv_tokens
+    return f"{schedule.tokens} tokens" + (f" whose decodes read {asked} or more of the KV cache" if asked else "")
 
 
 def _implementations(model: Model, kernels: ModuleType) -> list[str]:

@@ -5,7 +5,6 @@ T tokens of a batch, R rows that are sampled.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
 from nanoflow_backend.runtime.buffers import BufferPlan, Instance, instance_of, plan_buffers, shared
 from nanoflow_backend.runtime.collectives import Collectives
-from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
 
 Kernels = ModuleType | SimpleNamespace
@@ -33,9 +32,9 @@ class Call(NamedTuple):
     rows: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundPlan:
-    """A schedule of a model's layers, and where its values lie."""
+    """A schedule of a model's layers, and where its values lie. Each is equal to itself alone."""
 
     schedule: Schedule
     layer: Graph  # its all-reduces in the schedule's form
@@ -43,10 +42,22 @@ class BoundPlan:
     buffers: BufferPlan
 
 
+class FittedPlan(NamedTuple):
+    """A plan on batches of `tokens`, padding included: what one step runs."""
+
+    bound: BoundPlan
+    tokens: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """How the rows of the batch are to lie. The last ones may hold padding."""
+        return self.bound.schedule.fit_groups(self.tokens)
+
+
 class Binding:
     """Weights, pages, the batch's ints and activation buffers, and which rows of them each launch works on.
 
-    `schedules`: by ascending tokens; a batch runs under the first that holds it.
+    `schedules`: in the order of a schedule file; a batch runs under the first that holds it.
     weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
     page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
     With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
@@ -96,22 +107,23 @@ class Binding:
         """`dtype` as in Value."""
         return torch.empty(shape, dtype=self._dtypes[dtype], device=self.device)
 
-    def plan_for(self, tokens: int) -> BoundPlan:
-        """The plan under which a batch of `tokens` runs."""
-        return self.plans[bisect_left(self.plans, tokens, key=lambda plan: plan.schedule.tokens)]
+    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
+        """The plan under which a batch of `tokens` runs, whose decodes read so many tokens of the KV cache."""
+        plan = next(plan for plan in self.plans if plan.schedule.holds(tokens, decode_kv_tokens))
+        return FittedPlan(plan, tokens)
 
-    def embed(self, token_ids: Tensor) -> list[Call]:
+    def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[Call]:
         """Token ids [T] to the inputs of the first layer."""
-        plan, tokens = self.plan_for(len(token_ids)), len(token_ids)
+        plan, tokens = fitted
         embedded = {
             name: self._rows(plan, Instance(-1, value), 0, tokens)
             for name, value in zip(self.model.embed.outputs, plan.layer.outputs, strict=True)
         }
         return self._all(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
 
-    def layers(self, tokens: int) -> list[Call | None]:
-        """The call of each step on a batch of `tokens`; None where there is nothing to do."""
-        plan = self.plan_for(tokens)
+    def layers(self, fitted: FittedPlan) -> list[Call | None]:
+        """The call of each step; None where there is nothing to do."""
+        plan, tokens = fitted
         ranges = plan.schedule.fit(tokens)
         calls: list[Call | None] = []
         for layer, number in plan.steps:
@@ -127,9 +139,9 @@ class Binding:
             calls.append(self._call(plan.layer, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
-    def results(self, tokens: int) -> tuple[Tensor, ...]:
+    def results(self, fitted: FittedPlan) -> tuple[Tensor, ...]:
         """The last layer's outputs [T, D]."""
-        plan, last = self.plan_for(tokens), self.model.num_layers - 1
+        (plan, tokens), last = fitted, self.model.num_layers - 1
         return tuple(self._rows(plan, Instance(last, value), 0, tokens) for value in plan.layer.outputs)
 
     def head(self, values: dict[str, Tensor]) -> list[Call]:

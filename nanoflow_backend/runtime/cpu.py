@@ -13,10 +13,10 @@ from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.runtime.binding import Binding, Call, Kernels
+from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
-from nanoflow_backend.schedule.plan import Group, Schedule
+from nanoflow_backend.schedule.plan import Schedule
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in a model of 4 layers with 3 nano-batches
 
@@ -47,22 +47,28 @@ class CpuProgram:
             model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, dtype=dtype
         )  # fmt: skip
         self.tags_of = {
-            plan.schedule.tokens: RowTags(plan.layer, plan.schedule, model.num_layers, plan.buffers)
-            for plan in self.binding.plans
+            plan: RowTags(plan.layer, plan.schedule, model.num_layers, plan.buffers) for plan in self.binding.plans
         }
-        self.tags = self.tags_of[schedules[-1].tokens]  # of the last batch's plan
-        self.tokens = 0  # of the last batch
+        self.plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
         for buffer in self.binding.buffers:
             buffer.fill_(_poison(buffer.dtype))
-        # Launches are bound to their tensors once per batch size, so what changes from step to step is copied.
+        # Launches are bound to their tensors once per plan and batch size, so what changes from step to step is copied.
         self._launches = lru_cache(CACHED_BATCH_SIZES)(self._bind)
 
-    def groups(self, tokens: int) -> tuple[Group, ...]:
+    @property
+    def tags(self) -> RowTags:
+        """Of the last batch's plan."""
+        return self.tags_of[self.plan.bound]
+
+    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """See Program."""
-        return self.binding.plan_for(tokens).schedule.fit_groups(tokens)
+        if tokens > self.max_tokens:
+            raise ValueError(f"tokens: expected at most {self.max_tokens}, got {tokens}")
+        return self.binding.plan_for(tokens, decode_kv_tokens)
 
     def forward(
         self,
+        plan: FittedPlan,
         token_ids: Tensor,
         positions: Tensor,
         slots: Tensor,
@@ -72,26 +78,25 @@ class CpuProgram:
         """See Program. `order` is another interleaving of the steps of the batch's schedule than the order of issue.
 
         Raises:
-            ValueError: more than max_tokens tokens.
+            ValueError: other tokens than those of the plan.
             StaleRead: the schedule or the buffer plan is wrong.
         """
         tokens, binding = len(token_ids), self.binding
-        if tokens > self.max_tokens:
-            raise ValueError(f"token_ids: expected at most {self.max_tokens} tokens, got {tokens}")
+        if tokens != plan.tokens:
+            raise ValueError(f"token_ids: expected the plan's {plan.tokens} tokens, got {tokens}")
         if page_table is not binding.page_table:
             self._launches.cache_clear()
             binding.page_table = page_table
         binding.positions[:tokens] = positions
         binding.slots[:tokens] = slots
-        self.tokens = tokens
+        self.plan = plan
         if self.checked:
             for buffer in binding.buffers:
                 buffer.fill_(_poison(buffer.dtype))
-        for call in binding.embed(token_ids):
+        for call in binding.embed(plan, token_ids):
             self._ready(call)()
-        self.tags = self.tags_of[binding.plan_for(tokens).schedule.tokens]
         self.tags.embed()
-        launches = self._launches(tokens)
+        launches = self._launches(plan)
         check = self.tags.launch
         for step in range(len(launches)) if order is None else order:
             check(step)
@@ -104,17 +109,17 @@ class CpuProgram:
             IndexError: a row that the last batch does not have.
             StaleRead: the schedule or the buffer plan is wrong.
         """
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.tokens:
-            raise IndexError(f"rows: expected 0..{self.tokens - 1}, got {rows.tolist()}")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.plan.tokens:
+            raise IndexError(f"rows: expected 0..{self.plan.tokens - 1}, got {rows.tolist()}")
         self.tags.read_results()
-        graph, results = self.binding.model.head, self.binding.results(self.tokens)
+        graph, results = self.binding.model.head, self.binding.results(self.plan)
         values = {name: result[rows] for name, result in zip(graph.inputs, results, strict=True)}
         for call in self.binding.head(values):
             self._ready(call)()
         return values[graph.outputs[0]][:, : self.binding.model.vocab_size]
 
-    def _bind(self, tokens: int) -> list[Callable[[], None]]:
-        return [self._ready(call) if call else _nothing for call in self.binding.layers(tokens)]
+    def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
+        return [self._ready(call) if call else _nothing for call in self.binding.layers(plan)]
 
     def _ready(self, call: Call) -> Callable[[], None]:
         return partial(_checked, call) if self.checked else call.run

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, Kernels
+from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
-from nanoflow_backend.schedule.plan import Group, Schedule
+from nanoflow_backend.schedule.plan import Schedule
 
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
@@ -25,9 +25,9 @@ PAD = -1  # the position of a row that is no token: kernels leave it out, and wr
 class CudaProgram:
     """A Program (see there) whose calls return at once. For schedules, weights and kv see Binding.
 
-    A batch is padded to a bucket (see `bucket`), which runs under the schedule for its size. The first batch of a
-    bucket runs a kernel at a time, which compiles what is not compiled yet, and is captured; later ones replay the
-    capture. With `cuda_graphs` off none is captured.
+    A batch is padded to a bucket (see `bucket`), which runs under one of the schedules for its size. The first batch of
+    a bucket and a schedule runs a kernel at a time, which compiles what is not compiled yet, and is captured; later
+    ones replay the capture. With `cuda_graphs` off none is captured.
     The logits of `head` are valid until its next call, on the same stream.
     """
 
@@ -70,41 +70,43 @@ class CudaProgram:
         }
         self._list_work = kernels.list_work
         shared = [torch.cuda.Stream() for _ in range(max(len(s.lanes) for s in schedules) - 1)]
-        self._lanes = {schedule.tokens: _streams(schedule, shared) for schedule in schedules}
-        self._waits = {schedule.tokens: _waits(schedule, model.num_layers) for schedule in schedules}
+        self._lanes = {plan: _streams(plan.schedule, shared) for plan in self.binding.plans}
+        self._waits = {plan: _waits(plan.schedule, model.num_layers) for plan in self.binding.plans}
         self._cuda_graphs = cuda_graphs
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by bucket
+        self._graphs: dict[FittedPlan, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
-        self._padded = 0  # tokens of the last batch's bucket
+        self._plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
 
-    def groups(self, tokens: int) -> tuple[Group, ...]:
+    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """See Program."""
-        padded = min(bucket(tokens), self.max_tokens)
-        return self.binding.plan_for(padded).schedule.fit_groups(padded)
-
-    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
-        """See Program. Raises: ValueError, more than max_tokens tokens."""
-        tokens, binding = len(token_ids), self.binding
         if tokens > self.max_tokens:
-            raise ValueError(f"token_ids: expected at most {self.max_tokens} tokens, got {tokens}")
+            raise ValueError(f"tokens: expected at most {self.max_tokens}, got {tokens}")
+        return self.binding.plan_for(min(bucket(tokens), self.max_tokens), decode_kv_tokens)
+
+    def forward(
+        self, plan: FittedPlan, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor
+    ) -> None:
+        """See Program. Raises: ValueError, more tokens than those of the plan."""
+        tokens, padded, binding = len(token_ids), plan.tokens, self.binding
+        if tokens > padded:
+            raise ValueError(f"token_ids: expected at most the plan's {padded} tokens, got {tokens}")
         if page_table is not binding.page_table:
             self._graphs.clear()
             binding.page_table = page_table
-        padded = min(bucket(tokens), self.max_tokens)
         self._token_ids[:tokens].copy_(token_ids)
         binding.slots[:tokens].copy_(slots)
         binding.positions[:tokens].copy_(positions)
         binding.positions[tokens:padded].fill_(PAD)
-        self._padded = padded
-        if padded in self._graphs:
-            self._graphs[padded].replay()
+        self._plan = plan
+        if plan in self._graphs:
+            self._graphs[plan].replay()
             return
-        self._issue(padded)
+        self._issue(plan)
         if self._cuda_graphs:
             graph = torch.cuda.CUDAGraph()
             with _uncollected(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._issue(padded)
-            self._graphs[padded] = graph
+                self._issue(plan)
+            self._graphs[plan] = graph
 
     def head(self, rows: Tensor) -> Tensor:
         """See Program. That the batch has these rows is not checked: they are on the device.
@@ -116,35 +118,40 @@ class CudaProgram:
             raise ValueError(f"rows: expected at most {self.max_rows}, got {len(rows)}")
         head = self.binding.model.head
         values = {name: value[: len(rows)] for name, value in self._head_values.items()}
-        for name, result in zip(head.inputs, self.binding.results(self._padded), strict=True):
+        for name, result in zip(head.inputs, self.binding.results(self._plan), strict=True):
             torch.index_select(result, 0, rows, out=values[name])
         for call in self.binding.head(values):
             call.run()
         return values[head.outputs[0]][:, : self.binding.model.vocab_size]
 
     def fill(self, page_table: Tensor) -> None:
-        """Run the largest batch and tail, of padding: this takes all the memory that any batch will need."""
+        """Run the largest batch under each of its plans, and the tail, of padding: this takes all the memory that any
+        batch will need."""
         self._pad(self.max_tokens, page_table)
         self.head(torch.zeros(self.max_rows, dtype=torch.int32, device="cuda"))
 
     def warm_up(self, page_table: Tensor) -> None:
-        """Run every bucket, the largest first, of padding: then nothing is left to be compiled or captured."""
+        """Run every bucket under every plan, the largest first, of padding: then nothing is left to be compiled or
+        captured."""
         self.fill(page_table)
         for tokens in sorted({bucket(tokens) for tokens in range(1, self.max_tokens)}, reverse=True):
             self._pad(min(tokens, self.max_tokens), page_table)
 
     def _pad(self, tokens: int, page_table: Tensor) -> None:
+        """A batch of padding, under each plan that batches of `tokens` may have."""
         ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-        self.forward(ids, torch.full_like(ids, PAD), ids, page_table)
+        asked = [plan.schedule.least_decode_kv_tokens for plan in self.binding.plans]
+        for plan in dict.fromkeys(self.plan_for(tokens, least) for least in asked):
+            self.forward(plan, ids, torch.full_like(ids, PAD), ids, page_table)
 
-    def _issue(self, tokens: int) -> None:
+    def _issue(self, fitted: FittedPlan) -> None:
         """Every launch on the stream of its lane, after the events of those that it waits for."""
-        plan, main = self.binding.plan_for(tokens), torch.cuda.current_stream()
-        streams = {lane: stream or main for lane, stream in self._lanes[plan.schedule.tokens].items()}
-        waits = self._waits[plan.schedule.tokens]
-        for embedding in self.binding.embed(self._token_ids[:tokens]):
+        (plan, tokens), main = fitted, torch.cuda.current_stream()
+        streams = {lane: stream or main for lane, stream in self._lanes[plan].items()}
+        waits = self._waits[plan]
+        for embedding in self.binding.embed(fitted, self._token_ids[:tokens]):
             embedding.run()
-        calls = self.binding.layers(tokens)
+        calls = self.binding.layers(fitted)
         works = self._works(plan, calls)
         start = main.record_event()
         for stream in streams.values():

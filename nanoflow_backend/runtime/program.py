@@ -6,20 +6,26 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nanoflow_backend.schedule.plan import Group
+from nanoflow_backend.runtime.binding import FittedPlan
 
 
 class Program(Protocol):
     """One rank's forward pass. `forward` and `head` may return before the device is done; their order is kept."""
 
-    def groups(self, tokens: int) -> tuple[Group, ...]:
-        """How the rows of a batch of `tokens` are to lie (see Group). The last ones may hold padding of the program."""
+    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
+        """What a batch of `tokens` runs under, whose decodes read so many tokens of the KV cache.
+
+        Raises:
+            ValueError: more tokens than the program is for.
+        """
         ...
 
-    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
-        """Run the batch through every layer; K and V go to the pages.
+    def forward(
+        self, plan: FittedPlan, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor
+    ) -> None:
+        """Run the batch through every layer, as `plan_for` has said; K and V go to the pages.
 
-        token_ids, positions and slots are int32 [T], the rows of one slot ascending, and in each group
+        token_ids, positions and slots are int32 [T], the rows of one slot ascending, and in each of the plan's groups
         consecutive; page_table is int32 [slots, pages], one tensor that is changed in place from step to step.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,9 +50,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Plans for ranges of batch sizes, smallest first: a batch runs under the first that holds it.
+    """Plans by ascending `tokens`, and of the same tokens by descending `least_decode_kv_tokens`: a batch runs under
+    the first that holds it.
 
-    So a plan for small batches is for them alone; there, as a rule, sequential: parts of few tokens only cost.
+    So a plan for small batches is for them alone; there, as a rule, sequential: parts of few tokens only cost. The
+    last plan of each size asks for nothing, so that there is one for every batch.
     """
 
     header: Header
@@ -60,12 +63,11 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     bounds_us: dict[str, float] = {}  # by name, what no plan's layer at B_dense goes below
 
     def __post_init__(self) -> None:
-        sizes = [plan.tokens for plan in self.plans]
-        if not sizes or sizes != sorted(set(sizes)):
-            raise ScheduleError(f"plans: expected at least one, by ascending and different tokens; got {sizes}")
-        if not 1 <= self.header.dense_batch_tokens <= sizes[-1]:
+        _check_order(self.plans)
+        largest = self.plans[-1].tokens
+        if not 1 <= self.header.dense_batch_tokens <= largest:
             raise ScheduleError(
-                f"dense_batch_tokens: expected 1..{sizes[-1]}, which plans reach, got {self.header.dense_batch_tokens}"
+                f"dense_batch_tokens: expected 1..{largest}, which plans reach, got {self.header.dense_batch_tokens}"
             )
 
     @classmethod
@@ -109,7 +111,24 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         """
         if (largest := self.plans[-1].tokens) < tokens:
             raise ScheduleError(f"the largest plan is for {largest} tokens, a batch may have {tokens}")
-        return self.plans[: 1 + sum(plan.tokens < tokens for plan in self.plans)]
+        reached = min(plan.tokens for plan in self.plans if plan.tokens >= tokens)
+        return tuple(plan for plan in self.plans if plan.tokens <= reached)
+
+
+def _check_order(plans: Sequence[Schedule]) -> None:
+    order = [(plan.tokens, -plan.least_decode_kv_tokens) for plan in plans]
+    if not order or order != sorted(set(order)):
+        listed = ", ".join(f"{plan.tokens} ({plan.least_decode_kv_tokens})" for plan in plans)
+        raise ScheduleError(
+            f"plans: expected at least one, by ascending tokens, and those of the same tokens by descending and "
+            f"different least_decode_kv_tokens; got {listed or 'none'}"
+        )
+    for tokens, last in {plan.tokens: plan for plan in plans}.items():
+        if last.least_decode_kv_tokens:
+            raise ScheduleError(
+                f"plans: the last one for {tokens} tokens must be for every batch, with least_decode_kv_tokens 0; "
+                f"it has {last.least_decode_kv_tokens}"
+            )
 
 
 class _Version(msgspec.Struct):

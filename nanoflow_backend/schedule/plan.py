@@ -49,6 +49,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     """The launches of one layer on a batch of `tokens`, repeated for every layer (a cyclic plan, paper section 4.1).
 
     Two lanes may run apart from each other as far as waits let them, from one layer into the next.
+    What overlap hides is the reading of the KV cache by decodes, so a plan may ask for some: `least_decode_kv_tokens`
+    are the contexts of a batch's decodes together, each with its own token: attention's time follows them, be it few
+    long contexts or many short ones. It is not scaled as boundaries are: a smaller batch has less work that the same
+    reading would add to, so overlap pays from less on, and what is asked for is on the safe side.
     """
 
     tokens: int
@@ -57,11 +61,16 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     split_all_reduces: tuple[str, ...] = ()  # run as reduce-scatter and all-gather
     partition: dict[str, int] = {}  # lane -> SMs that are its own; empty: all lanes share the device
     groups: tuple[Group, ...] = ()  # in which order a batch's rows lie; empty: all decodes first
+    least_decode_kv_tokens: int = 0  # a batch whose decodes read fewer runs under a later plan of the same `tokens`
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "granularity"):
-            if getattr(self, name) < 1:
-                raise ScheduleError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        for name, least in (("tokens", 1), ("granularity", 1), ("least_decode_kv_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ScheduleError(f"{name}: expected an integer >= {least}, got {getattr(self, name)}")
+
+    def holds(self, tokens: int, decode_kv_tokens: int) -> bool:
+        """A batch of so many tokens may run under it, whose decodes read so many tokens of the KV cache."""
+        return tokens <= self.tokens and decode_kv_tokens >= self.least_decode_kv_tokens
 
     @property
     def lanes(self) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ def find_schedules(
 ) -> tuple[Schedule, ...]:
     """The plans for batches of up to `config.dense_batch_tokens`, of `model` as `build` makes it, on `device`.
 
-    `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file, which "auto" has become. By
-    ascending tokens: a batch runs under the first that holds it.
+    `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file, which "auto" has become. A
+    batch runs under the first that holds it.
 
     Raises:
         ScheduleError: naming the preset or the file, and what is wrong with it.

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from nanoflow_backend.schedule.file import Header, ScheduleFile, Trial, fingerprint
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_search.candidates import Candidate, Prediction
 from nanoflow_search.case import Case
+from nanoflow_search.condition import least_decode_kv_tokens
 from nanoflow_search.predict import Timing
 from nanoflow_search.refine import Gain, Refined, mean_timing
 from nanoflow_search.sizes import TILE
@@ -40,6 +43,17 @@ class Outcome(NamedTuple):
     @property
     def winner(self) -> Candidate:
         return self.plans[0 if self.refined.chosen is None else self.refined.chosen + 1]
+
+    @property
+    def ordered(self) -> tuple[Schedule, ...]:
+        """The plans for batches of this size: the winner for those whose decodes read enough, sequential for others."""
+        whole, chosen = self.plans[0].schedule, self.refined.chosen
+        if chosen is None:
+            return (whole,)
+        gains = {name: trial.gain.mean for name, trial in self.refined.trials[chosen].by_workload.items()}
+        least = least_decode_kv_tokens(self.case, self.winner.schedule, gains)
+        winner = replace(self.winner.schedule, least_decode_kv_tokens=least)
+        return (winner, whole) if least else (winner,)
 
     def trials(self) -> list[Trial]:
         return [trial for workload in self.case.setting.workloads for trial in self._trials_on(workload)]
@@ -92,10 +106,11 @@ def answer(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Candidate]:
 
 
 def _ranges(outcomes: Sequence[Outcome]) -> tuple[Schedule, ...]:
-    """The winners. Batches far smaller than any that was timed run sequential, and of sequential ones the largest is
+    """Batches far smaller than any that was timed run sequential; of sizes that all run sequential the largest is
     enough."""
     smallest = outcomes[0].case
     small = sequential(smallest.setting.model.layer, int(SMALL * smallest.tokens) // TILE * TILE)
-    found = [(small, False), *((o.winner.schedule, o.winner is not o.plans[0]) for o in outcomes)]
-    larger_is_split = [split for _, split in found[1:]] + [True]
-    return tuple(plan for (plan, split), larger in zip(found, larger_is_split, strict=True) if split or larger)
+    sizes = [(small,), *(outcome.ordered for outcome in outcomes)]
+    cut = [False, *(outcome.refined.chosen is not None for outcome in outcomes), True]
+    kept = (plans for plans, here, larger in zip(sizes, cut, cut[1:], strict=False) if here or larger)
+    return tuple(plan for plans in kept for plan in plans)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nanoflow_backend.engine.layout import deal
+from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Group
 from nanoflow_search.work import Mix
 

@@ -12,11 +12,11 @@ import msgspec
 import torch
 
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.engine.layout import deal
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.predict import Timing
 from nanoflow_search.steady_batch import SteadyBatch, requests_of
@@ -94,10 +94,10 @@ class PlanTimer:
         return Timing(used.call_s[0] * 1e6, used.sm_clock_mhz, used.power_w, used.power_w * used.call_s[0])
 
     def _make_forward(self, schedule: bytes) -> Callable[[], None]:
-        tokens = len(self._inputs[0])
+        tokens, plan = len(self._inputs[0]), msgspec.json.decode(schedule, type=Schedule)
         program = self._make_program(
             self._model,
-            [msgspec.json.decode(schedule, type=Schedule)],
+            [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
             Collectives(),
@@ -107,12 +107,13 @@ class PlanTimer:
         )
 
         *listed, page_table = self._inputs
-        layout = deal(self._decodes, tokens, program.groups(tokens))
+        fitted = program.plan_for(tokens, decode_kv_tokens=0)
+        layout = deal(self._decodes, tokens, fitted.groups)
         rows = torch.from_numpy(layout.listed).to(page_table.device) if layout else slice(None)
         inputs = [ints[rows] for ints in listed]
 
         def forward() -> None:
-            program.forward(*inputs, page_table)
+            program.forward(fitted, *inputs, page_table)
 
         forward()  # compiles, and captures
         return forward

@@ -67,10 +67,12 @@ def _row(trial: Trial) -> tuple[str, ...]:
 
 
 def _ranges(file: ScheduleFile) -> Iterator[str]:
-    above = 0
+    above, which = 0, "Batches"
     for plan in file.plans:
-        yield f"Batches of {above + 1}..{plan.tokens} tokens: {_shape(plan)}."
-        above = plan.tokens
+        least = plan.least_decode_kv_tokens
+        reading = f" whose decodes read {least:,} or more tokens of the KV cache" if least else ""
+        yield f"{which} of {above + 1}..{plan.tokens} tokens{reading}: {_shape(plan)}."
+        above, which = (above, "Others") if least else (plan.tokens, "Batches")
 
 
 def _shape(plan: Schedule) -> str:

@@ -17,7 +17,7 @@ from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cuda import bucket
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import nano_batched
+from nanoflow_backend.schedule.presets import nano_batched, sequential
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,16 @@ def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_
     schedules = [split, *plans(graph, TOKENS).values(), *(random_schedule(graph, TOKENS, rng) for _ in range(12))]
     for schedule in schedules:
         binding = bound(case, schedule)
-        networks = [call is None for call in binding.layers(TOKENS)]
+        networks = [call is None for call in binding.layers(binding.plan_for(TOKENS, 0))]
         steps = binding.plans[0].steps
         assert sum(networks) == sum("reduce" in schedule.launches[n].operation for _, n in steps) > 0
         for order in (range(len(steps)), random_interleaving(PartialOrder(schedule, 3), rng)):
             check(case, binding, order)
 
 
-def bound(case: Case, schedule: Schedule) -> Binding:
-    pages, options = case.requests.empty_pages(), {"max_tokens": TOKENS, "dtype": torch.float32}
-    binding = Binding(case.model, [schedule], case.weights, pages, Collectives(), reference, in_place=True, **options)
+def bound(case: Case, *schedules: Schedule) -> Binding:
+    pages, options = case.requests.empty_pages(), {"max_tokens": schedules[-1].tokens, "dtype": torch.float32}
+    binding = Binding(case.model, schedules, case.weights, pages, Collectives(), reference, in_place=True, **options)
     binding.page_table = case.requests.page_table
     return binding
 
@@ -50,14 +50,15 @@ def check(case: Case, binding: Binding, order) -> None:
     for batch in BATCHES:
         token_ids, positions, slots, _ = case.requests.inputs(batch)
         tokens = len(token_ids)
+        plan = binding.plan_for(tokens, 0)
         for buffer in binding.buffers:
             buffer.fill_(torch.nan)
         binding.positions[:tokens], binding.slots[:tokens] = positions, slots
-        calls = binding.layers(tokens)
-        for call in binding.embed(token_ids) + [calls[step] for step in order]:
+        calls = binding.layers(plan)
+        for call in binding.embed(plan, token_ids) + [calls[step] for step in order]:
             if call:
                 call.run()
-        values = dict(zip(case.model.head.inputs, binding.results(tokens), strict=True))
+        values = dict(zip(case.model.head.inputs, binding.results(plan), strict=True))
         for call in binding.head(values):
             call.run()
         logits = values[case.model.head.outputs[0]]
@@ -81,9 +82,32 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
             limit_sms=limit_sms,
         )
         binding.page_table = case.requests.page_table
-        calls = zip(schedule.launches, binding.layers(TOKENS), strict=True)
+        calls = zip(schedule.launches, binding.layers(binding.plan_for(TOKENS, 0)), strict=True)
         caps = {launch.operation: call.run.keywords.get("num_sms") for launch, call in calls if call}
         assert {name: cap for name, cap in caps.items() if cap} == expected
+
+
+def test_a_batch_runs_under_the_first_plan_that_holds_it(case: Case) -> None:
+    """Random files: of the least size that has room, the plan that asks for most of what the batch's decodes read."""
+    rng, chosen = random.Random(7), set()
+    for _ in range(30):
+        sizes = sorted(rng.sample(range(1, TOKENS + 1), rng.randint(1, 4)))
+        asked = {size: sorted({0, *(rng.randint(1, 60) for _ in range(rng.randint(0, 3)))}) for size in sizes}
+        schedules = [
+            replace(sequential(case.model.layer, size), least_decode_kv_tokens=least)
+            for size in sizes
+            for least in reversed(asked[size])
+        ]
+        binding = bound(case, *schedules)
+        for _ in range(40):
+            tokens, read = rng.randint(1, sizes[-1]), rng.randint(0, 70)
+            size = min(size for size in sizes if size >= tokens)
+            least = max(least for least in asked[size] if least <= read)
+            fitted = binding.plan_for(tokens, read)
+            found = fitted.bound.schedule
+            assert (found.tokens, found.least_decode_kv_tokens, fitted.tokens) == (size, least, tokens)
+            chosen.add(asked[size].index(least))
+    assert chosen == {0, 1, 2, 3}
 
 
 def test_buckets_waste_at_most_an_eighth_and_are_few() -> None:

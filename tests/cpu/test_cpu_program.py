@@ -8,18 +8,21 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from batches import forward
 from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close, relative_rms
+from msgspec.structs import replace
 from nanoflow_kernels import reference
 from schedules import interleavings, plans, random_interleaving, random_schedule
 from torch import Tensor
 
 from nanoflow_backend.kvcache import storage
+from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
-from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 from nanoflow_backend.schedule.validate import validate
 
 
@@ -68,7 +71,7 @@ def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
         for order in interleavings(PartialOrder(schedule, 1)):
             for pages in program.kv:
                 pages.fill_(torch.nan)
-            program.forward(*inputs, order=order)
+            forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(8)), expected)
             ran[-1] += 1
     assert ran == [272, 208]
@@ -82,7 +85,7 @@ def test_bfloat16_follows_float32(case: Case) -> None:
     schedule = nano_batched(case.model.layer, TOKENS, 3)
     options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16, "checked": True}
     program = CpuProgram(case.model, [schedule], weights, pages, Collectives(), **options)
-    program.forward(*case.requests.inputs(BATCHES[0]))
+    forward(program, case.requests.inputs(BATCHES[0]))
     logits = program.head(torch.arange(TOKENS))
     assert logits.dtype == torch.float32
     # The median row: in a router's near tie, rounding may choose other experts.
@@ -99,8 +102,26 @@ def test_each_batch_runs_under_the_plan_for_its_size(case: Case) -> None:
         program = case.program(*schedules)
         for tokens in range(1, TOKENS + 1):
             expected = next(schedule for schedule in schedules if schedule.tokens >= tokens)
-            assert program.binding.plan_for(tokens).schedule is expected
+            assert program.plan_for(tokens, 0).bound.schedule is expected
         case.check(program, batches=BATCHES)
+
+
+def test_plans_of_one_size_change_from_step_to_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random plans for batches whose decodes read much, sequential for the others."""
+    graph, rng, ran = case.model.layer, random.Random(5), []
+    forward = CpuProgram.forward
+
+    def recorded(program: CpuProgram, plan: FittedPlan, *inputs: Tensor, **options: Any) -> None:
+        ran.append(plan.bound.schedule)
+        forward(program, plan, *inputs, **options)
+
+    monkeypatch.setattr(CpuProgram, "forward", recorded)
+    whole, halves = sequential(graph, TOKENS), overlapped(graph, TOKENS, 8, 0.5, 1, 2)
+    for plan in (halves, *(random_schedule(graph, TOKENS, rng) for _ in range(4))):
+        cut = replace(plan, least_decode_kv_tokens=18)
+        case.check(case.program(cut, whole), batches=BATCHES)
+        assert ran == [whole, cut, whole, cut]
+        ran.clear()
 
 
 # the seams of a batch
@@ -115,13 +136,13 @@ def test_another_page_table_is_used_at_once(llama: Case) -> None:
     program = llama.program(sequential(llama.model.layer, TOKENS))
     llama.check(program)
     inputs = llama.requests.inputs(BATCHES[0])
-    program.forward(*inputs[:3], inputs.page_table.flip(0).contiguous())
+    forward(program, (*inputs[:3], inputs.page_table.flip(0).contiguous()))
     assert_close("logits", program.head(torch.arange(16)), llama.requests.rows(llama.logits, BATCHES[0]))
 
 
 def test_head_reads_the_rows_asked_for(llama: Case) -> None:
     program = llama.program(sequential(llama.model.layer, TOKENS))
-    program.forward(*llama.requests.inputs(BATCHES[0]))
+    forward(program, llama.requests.inputs(BATCHES[0]))
     rows = torch.tensor([15, 6])
     assert_close("logits", program.head(rows), llama.requests.rows(llama.logits, BATCHES[0])[rows])
     assert program.head(torch.tensor([], dtype=torch.int64)).shape == (0, 37)
@@ -135,9 +156,11 @@ def test_what_a_batch_does_not_have_is_refused(llama: Case) -> None:
         StaleRead, match=r"the head reads 'mlp_norm\.residual' of layer 0, but its rows 0\.\.32 hold nothing"
     ):
         program.head(torch.tensor([], dtype=torch.int64))
-    with pytest.raises(ValueError, match="token_ids: expected at most 16 tokens, got 17"):
-        program.forward(*llama.requests.inputs([(2, 0, 17)]))
-    program.forward(*llama.requests.inputs([(2, 0, 4)]))
+    with pytest.raises(ValueError, match="tokens: expected at most 16, got 17"):
+        forward(program, llama.requests.inputs([(2, 0, 17)]))
+    with pytest.raises(ValueError, match="token_ids: expected the plan's 5 tokens, got 4"):
+        program.forward(program.plan_for(5, 0), *llama.requests.inputs([(2, 0, 4)]))
+    forward(program, llama.requests.inputs([(2, 0, 4)]))
     with pytest.raises(IndexError, match=r"rows: expected 0\.\.3, got \[0, 4\]"):
         program.head(torch.tensor([0, 4]))
 
@@ -153,7 +176,7 @@ def test_a_kernel_that_reads_the_row_after_its_own_is_caught(llama: Case) -> Non
     schedule = nano_batched(llama.model.layer, TOKENS, 2)
     program = llama.program(schedule, kernels=kernels(linear=linear))
     with pytest.raises(StaleRead, match=r"launch 2 \(qkv 0\.\.8\) in layer 0 leaves poison in its output"):
-        program.forward(*llama.requests.inputs([(2, 0, 15)]), order=first(PartialOrder(schedule, 1), 2))
+        forward(program, llama.requests.inputs([(2, 0, 15)]), order=first(PartialOrder(schedule, 1), 2))
 
 
 def first(order: PartialOrder, step: int) -> list[int]:
@@ -168,7 +191,7 @@ def test_a_kernel_that_leaves_a_row_is_caught(llama: Case) -> None:
 
     program = llama.program(sequential(llama.model.layer, TOKENS), kernels=kernels(linear=linear))
     with pytest.raises(StaleRead, match=r"launch 1 \(qkv 0\.\.16\) in layer 0 leaves poison in its output"):
-        program.forward(*llama.requests.inputs(BATCHES[0]))
+        forward(program, llama.requests.inputs(BATCHES[0]))
 
 
 def test_a_router_that_leaves_a_row_is_caught(tmp_path: Path) -> None:
@@ -180,11 +203,11 @@ def test_a_router_that_leaves_a_row_is_caught(tmp_path: Path) -> None:
     mixtral = Case(tmp_path, "mixtral", LENGTHS, num_hidden_layers=1)
     program = mixtral.program(sequential(mixtral.model.layer, TOKENS), kernels=kernels(route=route))
     with pytest.raises(StaleRead, match=r"launch 8 \(route 0\.\.16\) in layer 0 leaves poison in its output"):
-        program.forward(*mixtral.requests.inputs(BATCHES[0]))
+        forward(program, mixtral.requests.inputs(BATCHES[0]))
 
 
 def test_a_missed_append_is_caught(llama: Case) -> None:
     """A decode whose prompt never came: its pages are NaN."""
     program = llama.program(sequential(llama.model.layer, TOKENS))
     with pytest.raises(StaleRead, match=r"launch 3 \(attention 0\.\.16\) in layer 0 leaves poison in its output"):
-        program.forward(*llama.requests.inputs([(0, 8, 9)]))
+        forward(program, llama.requests.inputs([(0, 8, 9)]))

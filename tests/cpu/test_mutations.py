@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from batches import Requests
+from batches import Requests, forward
 from cases import LENGTHS, TOKENS, Case
 from comparison import assert_close
 from nanoflow_kernels import reference
@@ -50,7 +50,7 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
 def run(program: CpuProgram, order: list[int]) -> None:
     """Through all the tags, those that the head looks at too."""
     ints = torch.zeros(program.max_tokens, dtype=torch.int32)
-    program.forward(ints, ints, ints, ints[:, None], order=order)
+    forward(program, (ints, ints, ints, ints[:, None]), order=order)
     program.tags.read_results()
 
 
@@ -98,7 +98,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
         for number, wait in mutants(schedule):
             mutant = without_wait(schedule, number, wait)
             program = case.program(mutant)
-            program.tags_of[TOKENS] = Untagged()
+            program.tags_of[program.binding.plans[0]] = Untagged()
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
@@ -106,7 +106,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
-                program.forward(*inputs, order=late)
+                forward(program, inputs, order=late)
                 error = (program.head(torch.arange(TOKENS)) - expected).abs().max()
                 wrong |= not error < 1e-3  # NaN is no match either
             assert wrong, (number, wait)
@@ -198,7 +198,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
             program.kv.fill_(torch.nan)
-            program.forward(*inputs, order=order)
+            forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1
     assert ran == [128, 2312, 410]

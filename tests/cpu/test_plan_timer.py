@@ -11,10 +11,10 @@ from nanoflow_search.work import Mix
 from shapes import CONFIGS, config
 from simulated_gpu import IDLE_W, SimulatedBurst, SimulatedGpu, SimulatedWork
 
-from nanoflow_backend.engine.layout import deal
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
@@ -37,9 +37,9 @@ class Programs:
         program = CpuProgram(model, schedules, *arguments, **options)
         plain = program.forward
 
-        def forward(*inputs: torch.Tensor) -> None:
+        def forward(*inputs: Any) -> None:
             self.launches = len(schedules[0].launches)
-            if not program.tokens:
+            if not program.plan.tokens:
                 plain(*inputs)
 
         program.forward = forward  # type: ignore[method-assign]
@@ -75,7 +75,7 @@ def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
     assert [pages.data_ptr() for pages in one.kv] == [pages.data_ptr() for pages in other.kv]
     assert len({pages.data_ptr() for pages in one.kv}) == DISTINCT_LAYERS < LAYERS == len(one.kv)
     assert one.weights["layers.5.o.weight"] is one.weights["layers.1.o.weight"]
-    results = [program.binding.results(24) for program in programs.made]
+    results = [program.binding.results(program.plan) for program in programs.made]
     for a, b in zip(*results, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b)
@@ -89,7 +89,7 @@ def test_rows_lie_in_the_plans_groups() -> None:
         made(schedule)
     layout = deal(10, 24, halves.groups)
     assert layout is not None
-    expected, found = (program.binding.results(24) for program in programs.made)
+    expected, found = (program.binding.results(program.plan) for program in programs.made)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b[layout.place])
 

@@ -1,6 +1,7 @@
 """Greedy tokens do not depend on the schedule: plans that a search finds, random ones, and several in one file."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import checkpoints
@@ -8,32 +9,52 @@ import pytest
 from cases import LENGTHS, TOKENS, Case
 from schedules import random_schedule
 from searched import schedule_file, searched
+from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.device import find_device
+from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.validate import validate
 
 B_DENSE = 32
-GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 @pytest.mark.parametrize("architecture", checkpoints.CONFIGS)
 def test_every_schedule_file_gives_the_tokens_of_sequential(architecture: str, tmp_path: Path) -> None:
-    """Steps of all sizes: prompts fill some, decodes alone are others."""
+    """Steps of all sizes: prompts fill some, decodes alone are others; and those of one size change plans."""
     folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
     model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
-    prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 40))] for _ in range(12)]
-    options = {"page_tokens": 4, "kv_cache_tokens": 2048, "device": "cpu"}
-    expected = Engine.from_pretrained(folder, dense_batch_tokens=B_DENSE, **options).generate(prompts, GREEDY)
+    prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 40))] for _ in range(30)]
+    options = {"page_tokens": 4, "max_running": 10, "kv_cache_tokens": 2048, "device": "cpu"}
+    greedy = [SamplingParams(max_tokens=rng.randint(1, 24), temperature=0.0) for _ in prompts]
+    expected = Engine.from_pretrained(folder, dense_batch_tokens=B_DENSE, **options).generate(prompts, greedy)
     found = searched(model, B_DENSE)
     plans = [found[0], found[-1], *(random_schedule(model.layer, B_DENSE, rng) for _ in range(3))]
     for seed, plan in enumerate(plans):
         path = schedule_file(tmp_path / f"{seed}.json", model, find_device("cpu"), B_DENSE, plan, seed)
         engine = Engine.from_pretrained(folder, schedule=str(path), **options)
+        ran = recorded(engine)
         assert engine.config.dense_batch_tokens == B_DENSE, "the file's"
-        assert [c.token_ids for c in engine.generate(prompts, GREEDY)] == [c.token_ids for c in expected]
+        assert [c.token_ids for c in engine.generate(prompts, greedy)] == [c.token_ids for c in expected]
+        large = [schedule.least_decode_kv_tokens for schedule in ran if schedule.tokens == B_DENSE]
+        assert sum(a != b for a, b in pairwise(large)) >= 3, "back and forth"
+
+
+def recorded(engine: Engine) -> list[Schedule]:
+    """The schedule of each step that the engine will make."""
+    ran: list[Schedule] = []
+    program = engine.worker.program
+    forward = program.forward
+
+    def recording(plan: FittedPlan, *inputs: Tensor) -> None:
+        ran.append(plan.bound.schedule)
+        forward(plan, *inputs)
+
+    program.forward = recording  # type: ignore[method-assign]
+    return ran
 
 
 @pytest.mark.parametrize("architecture", checkpoints.CONFIGS)

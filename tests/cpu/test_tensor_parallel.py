@@ -4,6 +4,7 @@ import pytest
 import tensor_parallel_rank
 import torch
 import torch.multiprocessing
+from batches import forward
 from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close
 from tensor_parallel_rank import Work
@@ -48,8 +49,8 @@ def test_two_ranks_give_the_logits_of_one(
     case, alone = cases[name], []
     program = case.program(sequential(case.model.layer, TOKENS))
     for batch in BATCHES:
-        program.forward(*case.requests.inputs(batch))
-        alone.append(program.head(torch.arange(program.tokens)))
+        forward(program, case.requests.inputs(batch))
+        alone.append(program.head(torch.arange(program.plan.tokens)))
     assert_close("logits of two ranks", results[name, schedule], torch.cat(alone), 1e-5)
     transformers = torch.cat([case.requests.rows(case.logits, batch) for batch in BATCHES])
     assert_close("logits of two ranks", results[name, schedule], transformers, 1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from batches import Requests
+from batches import Requests, decode_kv_tokens, forward
 from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close, relative_rms
 from msgspec.structs import replace
@@ -82,9 +82,10 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
         cpu.page_table, cuda.page_table = page_table, page_table.cuda()
         for binding in (cpu, cuda):
             binding.positions[:tokens], binding.slots[:tokens] = positions, slots
+        fitted = [binding.plan_for(tokens, decode_kv_tokens=0) for binding in (cpu, cuda)]
         steps = [
-            *zip(cpu.embed(token_ids), cuda.embed(token_ids.cuda()), strict=True),
-            *zip(cpu.layers(tokens), cuda.layers(tokens), strict=True),
+            *zip(cpu.embed(fitted[0], token_ids), cuda.embed(fitted[1], token_ids.cuda()), strict=True),
+            *zip(cpu.layers(fitted[0]), cuda.layers(fitted[1]), strict=True),
         ]
         for ours, theirs in steps:
             if ours:
@@ -118,7 +119,7 @@ def test_logits_are_those_of_transformers(case: Case, cuda_graphs: bool, dtype: 
         for _ in range(2):
             for batch in BATCHES:
                 token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
-                made.forward(token_ids, positions, slots, page_table)
+                forward(made, (token_ids, positions, slots, page_table))
                 logits = made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).cpu()
                 expected = requests.rows(case.logits, batch)
                 assert logits.isfinite().all()
@@ -137,7 +138,7 @@ def test_kernels_that_start_early_give_the_same_bits(case: Case, monkeypatch: py
         inputs = [[x.cuda() for x in requests.inputs(batch)[:3]] for batch in BATCHES]
         for _ in range(50):
             for token_ids, positions, slots in inputs:
-                made.forward(token_ids, positions, slots, page_table)
+                forward(made, (token_ids, positions, slots, page_table))
                 logits.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
         results.append((torch.cat(logits), made.binding.kv.nan_to_num()))
     assert torch.equal(results[0][0], results[1][0])
@@ -155,7 +156,7 @@ def test_each_bucket_runs_under_the_plan_for_its_size(case: Case, cuda_graphs: b
         made, found = program(case, schedules, requests, torch.float32, cuda_graphs=cuda_graphs), []
         for batch in batches * 2:  # as it comes, and from the capture
             token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
-            made.forward(token_ids, positions, slots, page_table)
+            forward(made, (token_ids, positions, slots, page_table))
             found.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).cpu())
         return found
 
@@ -166,6 +167,26 @@ def test_each_bucket_runs_under_the_plan_for_its_size(case: Case, cuda_graphs: b
             assert_close(f"logits of {batch}", ours, theirs, 1e-4)
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_plans_of_one_size_change_from_step_to_step(case: Case, cuda_graphs: bool) -> None:
+    """Halves while decodes read much, sequential else: warmed up, so that every batch replays a capture."""
+    requests, layer = Requests(case.config, LENGTHS, 64), case.model.layer
+    halves = replace(overlapped(layer, TOKENS, 8, 0.5, 40, SMS), least_decode_kv_tokens=18)
+    reads = [decode_kv_tokens(batch) for batch in BATCHES]
+    assert [least >= 18 for least in reads] == [False, True, False, True]
+    page_table, logits = requests.page_table.cuda(), []
+    for schedules in ([halves, sequential(layer, TOKENS)], [sequential(layer, TOKENS)]):
+        made = program(case, schedules, requests, torch.float32, cuda_graphs=cuda_graphs)
+        made.warm_up(page_table)
+        found = []
+        for batch, kv_tokens in zip(BATCHES, reads, strict=True):
+            token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
+            forward(made, (token_ids, positions, slots, page_table), kv_tokens)
+            found.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
+        logits.append(torch.cat(found))
+    assert_close("logits", logits[0].cpu(), logits[1].cpu(), 1e-5)
+
+
 def test_capped_launches_give_the_same_logits(case: Case) -> None:
     requests, batch = Requests(case.config, LENGTHS, 64), BATCHES[0]
     schedule = nano_batched(case.model.layer, TOKENS, 3)
@@ -174,7 +195,7 @@ def test_capped_launches_give_the_same_logits(case: Case) -> None:
     rows, logits = torch.arange(len(token_ids), device="cuda"), []
     for plan in (schedule, capped):
         made = program(case, [plan], requests, torch.float32)
-        made.forward(token_ids, positions, slots, page_table)
+        forward(made, (token_ids, positions, slots, page_table))
         logits.append(made.head(rows).clone())
     assert_close("logits under a cap", logits[1].cpu(), logits[0].cpu(), 1e-5)
 
@@ -189,7 +210,7 @@ def test_halves_on_sms_of_their_own_give_the_same_logits_and_pages(case: Case, c
         page_table, logits = requests.page_table.cuda(), []
         for batch in BATCHES * 3:
             token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
-            made.forward(token_ids, positions, slots, page_table)
+            forward(made, (token_ids, positions, slots, page_table))
             logits.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
         results.append((torch.cat(logits), made.binding.kv))
     (logits, pages), (expected, expected_pages) = results
@@ -228,7 +249,7 @@ def test_too_much_is_refused(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama", LENGTHS, num_hidden_layers=1)
     made = program(case, [sequential(case.model.layer, TOKENS)], Requests(case.config, LENGTHS, 64), torch.float32)
     ints = torch.zeros(TOKENS + 1, dtype=torch.int32, device="cuda")
-    with pytest.raises(ValueError, match="token_ids: expected at most 16 tokens, got 17"):
-        made.forward(ints, ints, ints, ints[:, None])
+    with pytest.raises(ValueError, match="tokens: expected at most 16, got 17"):
+        forward(made, (ints, ints, ints, ints[:, None]))
     with pytest.raises(ValueError, match="rows: expected at most 16, got 17"):
         made.head(ints)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.kvcache import storage
+from nanoflow_backend.runtime.program import Program
 
 Chunk = tuple[int, int, int]  # slot, start, stop: consecutive tokens of one request
 
@@ -18,6 +20,17 @@ class Inputs(NamedTuple):
     positions: Tensor
     slots: Tensor
     page_table: Tensor
+
+
+def forward(program: Program, inputs: Sequence[Tensor], decode_kv_tokens: int = 0, **options: Any) -> None:
+    """Run `inputs` under the plan for a batch of so many tokens, whose decodes read so much."""
+    plan = program.plan_for(len(inputs[0]), decode_kv_tokens)
+    program.forward(plan, *inputs, **options)
+
+
+def decode_kv_tokens(batch: list[Chunk]) -> int:
+    """That single tokens behind others read."""
+    return sum(stop for _, start, stop in batch if start == stop - 1 > 0)
 
 
 class Requests:

@@ -8,7 +8,7 @@ from typing import Any
 
 import checkpoints
 import torch
-from batches import Chunk, Requests
+from batches import Chunk, Requests, decode_kv_tokens, forward
 from comparison import assert_close
 
 from nanoflow_backend.config import ModelConfig
@@ -60,6 +60,6 @@ class Case:
     ) -> None:
         """Run the batches one after the other and compare the logits of all their rows."""
         for batch in batches:
-            program.forward(*self.requests.inputs(batch), order=order() if order else None)
+            forward(program, self.requests.inputs(batch), decode_kv_tokens(batch), order=order() if order else None)
             expected = self.requests.rows(self.logits, batch)
             assert_close(f"logits of {batch}", program.head(torch.arange(len(expected))), expected)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from dataclasses import replace
 from pathlib import Path
 
+from msgspec.structs import replace
 from nanoflow_search.devices import DEVICES
 from nanoflow_search.layer import layer_problem, schedule_of
 from nanoflow_search.loads import loads_of
@@ -28,7 +29,7 @@ SLOWER = 1e-5  # than the real one: so that launches take longer than it takes t
 def searched(model: Model, tokens: int, parts: int = 4) -> list[Schedule]:
     """All the plans that are found for batches of `tokens`, cut at multiples of a `parts`-th of them."""
     fast = DEVICES["H200-sustained"]
-    spec = replace(
+    spec = dataclasses.replace(
         fast, flop_per_s=SLOWER * fast.flop_per_s, memory_bytes_per_s=SLOWER * fast.memory_bytes_per_s
     )  # fmt: skip
     device = SyntheticDevice(model.layer, spec, noise=0.0)
@@ -41,7 +42,8 @@ def searched(model: Model, tokens: int, parts: int = 4) -> list[Schedule]:
 
 
 def schedule_file(path: Path, model: Model, device: Device, tokens: int, plan: Schedule, seed: int) -> Path:
-    """Batches of up to a quarter run sequential, those of up to half under a random plan, larger ones under `plan`."""
+    """Batches of up to a quarter run sequential, those of up to half under a random plan; of the larger ones those
+    under `plan` whose decodes read six tokens of the KV cache for each of `tokens`, or more, the others sequential."""
     assert plan.tokens == tokens
     header = Header(
         model_fingerprint=fingerprint(model.layer),
@@ -51,5 +53,8 @@ def schedule_file(path: Path, model: Model, device: Device, tokens: int, plan: S
         dense_batch_tokens=tokens,
     )
     middle = random_schedule(model.layer, tokens // 2, random.Random(seed))
-    ScheduleFile(header=header, plans=(sequential(model.layer, tokens // 4), middle, plan)).save(path)
+    small, large = (sequential(model.layer, size) for size in (tokens // 4, tokens))
+    ScheduleFile(header=header, plans=(small, middle, replace(plan, least_decode_kv_tokens=6 * tokens), large)).save(
+        path
+    )
     return path

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from batches import Chunk, Requests
+from batches import Chunk, Requests, forward
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -60,8 +60,8 @@ def run(rank: int, work: Work) -> None:
             program = CpuProgram(model, [schedule], loaded, pages, collectives, max_tokens=work.tokens, checked=True)
             logits = []
             for batch in work.batches:
-                program.forward(*requests.inputs(batch))
-                logits.append(program.head(torch.arange(program.tokens)))
+                forward(program, requests.inputs(batch))
+                logits.append(program.head(torch.arange(program.plan.tokens)))
             results[folder.name, name] = torch.cat(logits)
     if rank == 0:
         torch.save(results, work.results)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from nanoflow_backend.engine import Engine, SamplingParams, worker
 from nanoflow_backend.engine.sampling import Sampler
+from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.scheduler.batch import Admission
 
@@ -164,13 +165,15 @@ def recorded(outcome: Outcome) -> Iterator[list[dict[int, Tensor]]]:
             return super().sample(logits, slots, positions, masks)
 
     class RecordingProgram(CpuProgram):
-        def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor) -> None:
-            ranges = {r for r in self.binding.plan_for(len(slots)).schedule.fit(len(slots)) if r[0] < r[1]}
+        def forward(
+            self, plan: FittedPlan, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor
+        ) -> None:
+            ranges = {r for r in plan.bound.schedule.fit(plan.tokens) if r[0] < r[1]}
             if len(slots) >= 2:
                 outcome.steps += 1
                 outcome.split_steps += len(ranges) >= 2
             outcome.split_chunks += sum(int(slots[start - 1] == slots[start]) for start, _ in ranges if start)
-            super().forward(token_ids, positions, slots, page_table)
+            super().forward(plan, token_ids, positions, slots, page_table)
 
     worker.Sampler, worker.CpuProgram = RecordingSampler, RecordingProgram
     try:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import config
 
-from nanoflow_backend.engine.layout import deal
 from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Group
 from nanoflow_backend.schedule.presets import overlapped
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def test_plans_reach_as_far_as_batches(tmp_path: Path) -> None:
         find_schedules(configured(path, 129), MODEL)
 
 
+def test_plans_of_one_size_come_by_what_they_ask_for(tmp_path: Path) -> None:
+    sizes = [(32, 7), (32, 0), (64, 90), (64, 8), (64, 0), (128, 0)]
+    plans = tuple(replace(sequential(MODEL.layer, n), least_decode_kv_tokens=least) for n, least in sizes)
+    path = tmp_path / "plans.json"
+    ScheduleFile(header=HEADER, plans=plans).save(path)
+    assert ScheduleFile.load(path).plans == plans
+    for tokens, expected in [(1, 2), (32, 2), (33, 5), (64, 5), (65, 6)]:
+        assert find_schedules(configured(path, tokens), MODEL) == plans[:expected]
+    for a, b in pairwise(range(len(plans))):
+        swapped = [*plans[:a], plans[b], plans[a], *plans[b + 1 :]]
+        with pytest.raises(ScheduleError, match="plans: expected at least one, by ascending tokens, and those of"):
+            ScheduleFile(header=HEADER, plans=tuple(swapped))
+    for absent in (1, 4):
+        rest = plans[:absent] + plans[absent + 1 :]
+        with pytest.raises(ScheduleError, match=f"the last one for {plans[absent].tokens} tokens must be for every"):
+            ScheduleFile(header=HEADER, plans=rest)
+
+
 def test_the_files_step_is_the_engines_where_the_user_names_none(tmp_path: Path) -> None:
     path = saved(tmp_path / "plans.json")
     assert named_dense_batch_tokens(unsettled(path, None)) == 96
@@ -120,8 +139,16 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
         (("header", "tensor_parallel"), 4, "tensor_parallel is 4 in the file and 2 here"),
         (("header", "model_fingerprint"), "0" * 16, "model_fingerprint is '0000000000000000' in the file and"),
         (("header", "dense_batch_tokens"), 129, r"dense_batch_tokens: expected 1\.\.128, which plans reach, got 129"),
-        (("plans",), [], "plans: expected at least one, by ascending and different tokens; got "),
-        (("plans", 0, "tokens"), 128, r"by ascending and different tokens; got \[128, 64, 128\]"),
+        (("plans",), [], "plans: expected at least one, by ascending tokens, and .* least_decode_kv_tokens; got none"),
+        (("plans", 0, "tokens"), 128, r"different least_decode_kv_tokens; got 128 \(0\), 64 \(0\), 128 \(0\)"),
+        (("plans", 0, "tokens"), 64, r"different least_decode_kv_tokens; got 64 \(0\), 64 \(0\), 128 \(0\)"),
+        (
+            ("plans", 1, "least_decode_kv_tokens"),
+            5,
+            "plans: the last one for 64 tokens must be for every batch, with least_decode_kv_tokens 0; it has 5",
+        ),
+        (("plans", 1, "least_decode_kv_tokens"), -1, "least_decode_kv_tokens: expected an integer >= 0, got -1"),
+        (("plans", 1, "least_decode_kv_tokens"), 0.5, r"Expected `int`, got `float` - at `\$\.plans\[1\]\.least_de"),
         (("plans", 1, "launches", 3, "start"), 31, "rope_append: tokens 31..32 are covered twice"),
         (("plans", 1, "launches", 3, "operation"), "x", r"launch 3 \(x 32\.\.64\): the model has no such operation"),
         (("plans", 1, "split_all_reduces"), ["qkv"], "not an all-reduce: qkv"),

@@ -79,15 +79,18 @@ def saved(found: tuple[ScheduleFile, Candidate] | None, path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_the_engine_takes_what_the_search_has_found(tmp_path: Path) -> None:
+def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(tmp_path, Biased(0.9))
     path = tmp_path / "schedule.json"
     saved(found, path)
     file = ScheduleFile.load(path)
     model = setting().model
-    assert [plan.tokens for plan in file.plans] == [128, 256, 384]
+    assert [plan.tokens for plan in file.plans] == [128, 256, 256, 384, 384]
     assert file.plans[0] == sequential(model.layer, 128), "parts of small batches only cost"
-    assert all(len(plan.launches) > len(model.layer.operations) for plan in file.plans[1:])
+    assert file.plans[2::2] == (sequential(model.layer, 256), sequential(model.layer, 384)), "where decodes read little"
+    for plan in file.plans[1::2]:
+        assert len(plan.launches) > len(model.layer.operations)
+        assert 0 < plan.least_decode_kv_tokens < plan.tokens * 1024
     config = EngineConfig(model="m", schedule=str(path))
     assert named_dense_batch_tokens(config) == file.header.dense_batch_tokens == 384
     config = replace(config, dense_batch_tokens=384).settle("cuda")
@@ -103,6 +106,12 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path) -> None:
     assert file.bounds_us["packing"] >= max(file.bounds_us["compute lane"], file.bounds_us["memory lane"])
     predicted = [trial.predicted_us for trial in file.trials if trial.dense_batch_tokens == 384]
     assert min(predicted) > 0.99 * max(file.bounds_us.values())
+    explain(file)
+    told = capsys.readouterr().out
+    for plan, sizes in zip(file.plans[1::2], ("129..256", "257..384"), strict=True):
+        least = f"{plan.least_decode_kv_tokens:,}"
+        assert f"Batches of {sizes} tokens whose decodes read {least} or more tokens of the KV cache: " in told
+        assert f"Others of {sizes} tokens: sequential." in told
 
 
 def test_plans_that_lose_are_rejected(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanoflow_backend.schedule.plan import Group
 
@@ -17,8 +18,8 @@ from nanoflow_backend.schedule.plan import Group
 class Layout:
     """A permutation of the listed rows and its inverse."""
 
-    listed: np.ndarray  # int32 [T]: which listed row lies here
-    place: np.ndarray  # int32 [T]: where a listed row lies
+    listed: NDArray[np.int32]  # int32 [T]: which listed row lies here
+    place: NDArray[np.int32]  # int32 [T]: where a listed row lies
 
 
 def deal(decodes: int, tokens: int, groups: Sequence[Group]) -> Layout | None:
@@ -29,7 +30,7 @@ def deal(decodes: int, tokens: int, groups: Sequence[Group]) -> Layout | None:
     """
     if not groups or decodes in (0, tokens):
         return None
-    runs: list[np.ndarray] = []
+    runs: list[NDArray[np.int64]] = []
     begin, dealt, share = 0, 0, 0.0
     for group in groups:
         stop, share = min(group.stop, tokens), share + group.decodes
