@@ -19,9 +19,9 @@ from nanoflow_search.condition import ramping
 from nanoflow_search.cost_model import Workload
 from nanoflow_search.measured import Measured
 from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import Timing, predict
+from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
-from nanoflow_search.refine import Gain, Round, Timer, mean_timing
+from paired import compared, described
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
@@ -49,27 +49,6 @@ def schedules(names: list[str], model: Model, tokens: int) -> dict[str, Schedule
     for schedule in found.values():
         validate(schedule, model.layer, model.num_layers)
     return found
-
-
-def compared(timer: Timer, base: Schedule, plan: Schedule, rounds: int) -> dict[str, Any]:
-    """`over_sequential`: how much faster, the geometric mean over rounds and its 95 % interval."""
-    runs = [Round(timer(base), timer(plan), timer(plan), timer(base)) for _ in range(rounds)]
-    gain = Gain.of([run.log_gain for run in runs])
-    return {
-        "measured": described(mean_timing([timing for run in runs for timing in (run.first, run.second)])),
-        "sequential": described(mean_timing([timing for run in runs for timing in (run.before, run.after)])),
-        "over_sequential": [round(value, 4) for value in gain],
-        "rounds": rounds,
-    }
-
-
-def described(timing: Timing) -> dict[str, float]:
-    return {
-        "layer_us": round(timing.layer_us, 2),
-        "sm_clock_mhz": round(timing.clock_mhz, 1),
-        "mean_power_w": round(timing.power_w, 1),
-        "layer_mj": round(1e3 * timing.layer_j, 2),
-    }
 
 
 def main() -> None:
@@ -105,7 +84,7 @@ def main() -> None:
     for name, plan in plans.items():
         if name in [entry["schedule"] for entry in timed]:
             continue
-        entry = {"schedule": name, **compared(timer, base, plan, arguments.rounds)}
+        entry = {"schedule": name, **compared(timer, base, {name: plan}, arguments.rounds)[name]}
         if predicted := predictions.get(name):
             error = predicted.layer_us / entry["measured"]["layer_us"] - 1
             entry |= {"predicted": described(predicted), "error": round(error, 4)}

@@ -20,11 +20,11 @@ from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.predict import Timing
 from nanoflow_search.steady_batch import SteadyBatch, requests_of
-from nanoflow_search.sustained import Burst, Meter, sustain
+from nanoflow_search.sustained import WARM_S, Burst, Meter, sustain
 from nanoflow_search.work import Mix
 
 DISTINCT_LAYERS = 4  # their weights and pages are far larger than any cache; further layers are these again
-PROGRAMS = 2  # that are kept: a plan and the one that it is compared with
+PROGRAMS = 4  # that are kept: plans that are timed in turns
 
 
 class PlanTimer:
@@ -44,6 +44,7 @@ class PlanTimer:
         num_layers: int | None = None,
         page_tokens: int = 64,
         seconds: float = 1.0,
+        warm_s: float = WARM_S,
         sleep: Callable[[float], None] = time.sleep,
         device: str = "cuda",
         **options: Any,
@@ -66,13 +67,13 @@ class PlanTimer:
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
-        self._seconds, self._sleep = seconds, sleep
+        self._seconds, self._warm_s, self._sleep = seconds, warm_s, sleep
         self._options = {"dtype": dtype, **options}
         self._forward = lru_cache(PROGRAMS)(self._make_forward)
 
     @classmethod
     def here(cls, config: ModelConfig, mix: Mix, **options: Any) -> PlanTimer:
-        """On the first GPU that is visible. `options`: num_layers, page_tokens, seconds."""
+        """On the first GPU that is visible. `options`: num_layers, page_tokens, seconds, warm_s."""
         from nanoflow_kernels import device as kernels
 
         from nanoflow_backend.runtime.cuda import CudaProgram
@@ -90,7 +91,7 @@ class PlanTimer:
         if schedule.tokens != tokens:
             raise ValueError(f"schedule: expected one for batches of {tokens} tokens, got {schedule.tokens}")
         forwards = _Forwards(self._forward(msgspec.json.encode(schedule)), self._burst, self._model.num_layers)
-        used = sustain([forwards], self._meter, self._seconds, sleep=self._sleep)
+        used = sustain([forwards], self._meter, self._seconds, warm_s=self._warm_s, sleep=self._sleep)
         return Timing(used.call_s[0] * 1e6, used.sm_clock_mhz, used.power_w, used.power_w * used.call_s[0])
 
     def _make_forward(self, schedule: bytes) -> Callable[[], None]:

@@ -46,12 +46,27 @@ class Gain(NamedTuple):
         return cls(*(math.exp(mean(logs) + shift) for shift in (0.0, -margin, margin)))
 
 
+def time_round(timer: Timer, sequential: Schedule, plans: Sequence[Schedule]) -> tuple[Round, ...]:
+    """Of each of `plans`. They share the runs of sequential: A B C C B A."""
+    before, first = timer(sequential), [timer(plan) for plan in plans]
+    second, after = [timer(plan) for plan in reversed(plans)], timer(sequential)
+    return tuple(Round(before, one, other, after) for one, other in zip(first, reversed(second), strict=True))
+
+
 class Trial(NamedTuple):
     """What was measured of a plan on one workload."""
 
     timing: Timing  # mean over its runs
     sequential: Timing  # mean over those beside them
     gain: Gain  # over sequential
+
+    @classmethod
+    def of(cls, rounds: Sequence[Round]) -> Trial:
+        return cls(
+            mean_timing([run for r in rounds for run in (r.first, r.second)]),
+            mean_timing([run for r in rounds for run in (r.before, r.after)]),
+            Gain.of([r.log_gain for r in rounds]),
+        )
 
 
 class Trials(NamedTuple):
@@ -93,13 +108,13 @@ def refine(
         measured: dict[str, list[Round]] = {}
         for workload, timer in timers.items():
 
-            def time_round(timer: Timer = timer, plan: Schedule = plan) -> Round:
-                return Round(timer(sequential), timer(plan), timer(plan), timer(sequential))
+            def time_once(timer: Timer = timer, plan: Schedule = plan) -> Round:
+                return time_round(timer, sequential, [plan])[0]
 
             measured[workload] = []
             for turn in range(rounds):
                 name = f"plan-{number}-{workload.replace('/', '-')}-{turn}.json"
-                measured[workload].append(once(name, Round, time_round))
+                measured[workload].append(once(name, Round, time_once))
                 progress()
         trials.append(_trials(measured))
     winners = [number for number, found in enumerate(trials) if found.wins]
@@ -107,14 +122,7 @@ def refine(
 
 
 def _trials(measured: Mapping[str, Sequence[Round]]) -> Trials:
-    by_workload = {
-        workload: Trial(
-            mean_timing([run for r in rounds for run in (r.first, r.second)]),
-            mean_timing([run for r in rounds for run in (r.before, r.after)]),
-            Gain.of([r.log_gain for r in rounds]),
-        )
-        for workload, rounds in measured.items()
-    }
+    by_workload = {workload: Trial.of(rounds) for workload, rounds in measured.items()}
     turns = zip(*measured.values(), strict=True)
     return Trials(by_workload, Gain.of([mean(r.log_gain for r in turn) for turn in turns]))
 

@@ -1,0 +1,218 @@
+"""Where overlap pays and where not: steady batches against sequential, in turns, on the GPU that is here.
+
+    python benchmarks/overlap.py ablation --model benchmarks/models/llama-3-8b --output ablation.json
+    python benchmarks/overlap.py sensitivity --model benchmarks/models/llama-3-8b --output sensitivity.json
+    python benchmarks/overlap_plot.py ablation.json --output ablation.svg
+
+`ablation` (the paper's Fig. 9): two halves one after the other ("nano-batch only"), attention of one half on SMs of its
+own beside the rest of the other ("overlap memory": halves.py), and the plan of a schedule file ("searched"), on batches
+of four workloads. `sensitivity`: "overlap memory" over the tokens of a batch and the mean context of its decodes, with
+prompts twice as long as outputs. No more tokens decode than the GPU's memory has KV for; the others are of prompts.
+
+All arms run the engine's kernels on the same weights, pages and requests. The file is written after every cell, and
+what is in it is not timed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+
+from cells import Cell, Record, fill
+from halves import nano_batch_only, overlap_memory
+from nanoflow_search.cost_model import ModelSize, Workload
+from nanoflow_search.plan_timer import PlanTimer
+from nanoflow_search.refine import STUDENT, Round, Timer, mean_timing, time_round
+from nanoflow_search.sizes import checked, mix_of, natural_tokens
+from nanoflow_search.work import Mix
+from paired import compared, described
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import Device, find_device
+from nanoflow_backend.schedule.file import ScheduleFile
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import sequential
+from nanoflow_backend.schedule.validate import validate
+
+BATCHES = ("512/2:2048", "512/512:2048", "1024/512:2048", "512/1024:1536")  # sizes whose halves fill waves of tiles
+TOKENS = (512, 1024, 1536, 2048, 3072, 4096)
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+PROMPT_TO_OUTPUT = 2
+WARM_S = 0.35  # before a run is measured: the GPU is hot from the one before, and only its clock must follow
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Batches of a model on a GPU; `timer_of` makes a Timer for those of a mix."""
+
+    config: ModelConfig
+    device: Device
+    layers: int
+    timer_of: Callable[[Mix], Timer]
+
+    @cached_property
+    def model(self) -> Model:
+        return build(self.config)
+
+    def ablate(
+        self, workload: str, tokens: int, files: Mapping[str, ScheduleFile], rounds: int, known: Cell | None
+    ) -> Cell:
+        """What is `known` of the cell, and the arms that it lacks."""
+        mix, facts = self._batch(Workload.parse(workload), tokens)
+        graph, sms = self.model.layer, self.device.sms
+        halves = overlap_memory(graph, mix, sms)
+        plans = {"nano-batch only": nano_batch_only(graph, mix, sms), "overlap memory": halves}
+        details, untimed = {"overlap memory": {"attention_sms": halves.partition["memory"]}}, {}
+        try:
+            name, plans["searched"] = self._searched(workload, tokens, files)
+            details["searched"] = {"schedule": name}
+        except LookupError as reason:
+            untimed["searched"] = str(reason)
+        arms = dict(known["arms"]) if known else {}
+        if missing := {name: plan for name, plan in plans.items() if name not in arms}:
+            found = compared(self._timer(mix, missing), sequential(graph, tokens), missing, rounds)
+            arms |= {name: details.get(name, {}) | entry for name, entry in found.items()}
+        return {**facts, "arms": arms, "untimed": {name: why for name, why in untimed.items() if name not in arms}}
+
+    def overlap(self, context: int, tokens: int) -> Cell:
+        """One round A B B A. `pairs`: the gains of A B and of B A."""
+        output = context / (PROMPT_TO_OUTPUT + 0.5)  # on average a decode has its prompt and half of its output
+        mix, facts = self._batch(Workload(PROMPT_TO_OUTPUT * output, output), tokens)
+        plan = overlap_memory(self.model.layer, mix, self.device.sms)
+        timer = self._timer(mix, {"overlap memory": plan})
+        (turn,) = time_round(timer, sequential(self.model.layer, tokens), [plan])
+        return {
+            **facts,
+            "attention_sms": plan.partition["memory"],
+            "sequential": described(mean_timing([turn.before, turn.after])),
+            "overlapped": described(mean_timing([turn.first, turn.second])),
+            "over_sequential": round(math.exp(turn.log_gain), 4),
+            "pairs": [round(gain, 5) for gain in pairs(turn)],
+        }
+
+    def _batch(self, workload: Workload, tokens: int) -> tuple[Mix, Cell]:
+        natural = natural_tokens(ModelSize.of(self.config), self.device.name, 1, workload)
+        mix = mix_of(workload, tokens, natural)
+        facts = {
+            "decode_tokens": round(mix.decode_tokens),
+            "decode_context": mix.decode_context,
+            "prefill_context": mix.prefill_context,
+            "memory_full": tokens > natural,
+        }
+        return mix, facts
+
+    def _searched(self, workload: str, tokens: int, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
+        """Raises: LookupError, why there is no such plan."""
+        about = {name: file for name, file in files.items() if workload in file.header.workloads}
+        if not about:
+            raise LookupError("no schedule file for this workload")
+        for name, file in about.items():
+            for number, plan in enumerate(file.plans):
+                if plan.tokens != tokens:
+                    continue
+                if plan.launches == sequential(self.model.layer, tokens).launches:
+                    raise LookupError(f"{name}: sequential won")
+                return f"{name}:{number}", plan
+        raise LookupError(f"{', '.join(about)}: no plan for batches of {tokens} tokens")
+
+    def _timer(self, mix: Mix, plans: Mapping[str, Schedule]) -> Timer:
+        for plan in plans.values():
+            validate(plan, self.model.layer, self.layers, self.device.sms)
+        gc.collect()  # the timer before: its weights and pages leave the GPU before the next ones come
+        return self.timer_of(mix)
+
+
+def pairs(turn: Round) -> tuple[float, float]:
+    return turn.before.layer_us / turn.first.layer_us, turn.after.layer_us / turn.second.layer_us
+
+
+def margin(cells: Sequence[Cell]) -> float:
+    """Half of the 95 % interval of one cell's gain, relative: by how the pairs of a cell differ, pooled over all."""
+    variance = mean(math.log(one / other) ** 2 / 2 for one, other in (cell["pairs"] for cell in cells))
+    return STUDENT[min(len(cells), len(STUDENT)) - 1] * math.sqrt(variance / 2)
+
+
+def told(cell: Cell) -> str:
+    gains = [f"{name} {arm['over_sequential'][0]:.3f}x" for name, arm in cell["arms"].items()]
+    return ", ".join(gains + [f"{name}: {why}" for name, why in cell["untimed"].items()])
+
+
+def parse_batch(text: str) -> Cell:
+    """Read "1024/512:2048". Raises: ValueError."""
+    workload, _, tokens = text.partition(":")
+    Workload.parse(workload)
+    if not tokens.isdecimal():
+        raise ValueError(f"batch: expected PROMPT/OUTPUT:TOKENS such as {BATCHES[0]}, got {text!r}")
+    (size,) = checked([int(tokens)])
+    return {"workload": workload, "tokens": size}
+
+
+def load(paths: Sequence[Path], model: Model, device: Device) -> dict[str, ScheduleFile]:
+    """Raises: ScheduleError, a file for another model or device."""
+    files = {path.name: ScheduleFile.load(path) for path in paths}
+    for file in files.values():
+        file.check_header(model.layer, device.name, 1, device.sms)
+    return files
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="benchmark", required=True)
+    ablation = kinds.add_parser("ablation")
+    ablation.add_argument("--batch", action="append", help=f"repeatable; default: {' '.join(BATCHES)}")
+    ablation.add_argument("--schedule", type=Path, action="append", default=[], help="of the search; repeatable")
+    ablation.add_argument("--rounds", type=int, choices=range(2, 22), default=3)
+    sensitivity = kinds.add_parser("sensitivity")
+    sensitivity.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a batch")
+    sensitivity.add_argument("--context", type=int, nargs="+", default=CONTEXTS, help="mean, of what decodes")
+    for kind, seconds in ((ablation, 0.5), (sensitivity, 0.3)):
+        kind.add_argument("--model", type=Path, required=True, help="a folder with a Hugging Face config.json")
+        kind.add_argument("--layers", type=int, help="default: the model's; with fewer, ramps weigh more")
+        kind.add_argument("--seconds", type=float, default=seconds, help="that are measured, a run")
+        kind.add_argument("--output", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = arguments()
+    config, device = ModelConfig.from_pretrained(asked.model), find_device("cuda")
+    layers = asked.layers or config.num_layers
+
+    def timer_of(mix: Mix) -> Timer:
+        return PlanTimer.here(config, mix, num_layers=layers, seconds=asked.seconds, warm_s=WARM_S)
+
+    bench = Bench(config, device, layers, timer_of)
+    facts = {
+        "benchmark": asked.benchmark,
+        "model": asked.model.name,
+        "device": device.name,
+        "layers": layers,
+        "seconds": asked.seconds,
+    }
+    if asked.benchmark == "ablation":
+        files = load(asked.schedule, bench.model, device)
+        fill(
+            Record(asked.output, facts),
+            [parse_batch(text) for text in asked.batch or BATCHES],
+            lambda key, known: bench.ablate(**key, files=files, rounds=asked.rounds, known=known),
+            told,
+        )
+    else:
+        fill(
+            Record(asked.output, facts, lambda cells: {"margin_95": round(margin(cells), 5)}),
+            [{"context": context, "tokens": tokens} for context in asked.context for tokens in checked(asked.tokens)],
+            lambda key, known: known or bench.overlap(**key),
+            lambda cell: f"{cell['over_sequential']:.3f}x",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Pictures of what overlap.py measured: bars as in the paper's Fig. 9, or a map of gains.
+
+python benchmarks/overlap_plot.py ablation.json --output ablation.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+ARMS = {"nano-batch only": "#b0b0b0", "overlap memory": "#2a78d6", "searched": "#6b8f2a"}
+GAINS = LinearSegmentedColormap.from_list("gains", ["#8a8a8a", "#ffffff", "#3f9b4f"])  # grey: it does not pay
+SPAN = 0.02  # of the colours at least, on either side of 1
+
+
+def draw(found: dict[str, Any], output: Path) -> None:
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    if found["benchmark"] == "ablation":
+        speed, energy = figure.subplots(1, 2)
+        bars(speed, found["cells"], "speed", lambda arm: arm["over_sequential"])
+        bars(energy, found["cells"], "energy of a layer", lambda arm: [part(arm, "layer_mj")] * 3)
+        figure.legend(*speed.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
+    else:
+        gains(figure.subplots(), found)
+    figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['gpu']}, against sequential", fontsize=10)
+    figure.savefig(output)
+
+
+def part(arm: dict[str, Any], measured: str) -> float:
+    return float(arm["measured"][measured] / arm["sequential"][measured])
+
+
+def bars(axes: Axes, cells: list[dict[str, Any]], what: str, value: Any) -> None:
+    """`value(arm)`: of sequential's, with its interval."""
+    width = 1 / (len(ARMS) + 1)
+    for place, (name, colour) in enumerate(ARMS.items()):
+        timed = [(x, value(cell["arms"][name])) for x, cell in enumerate(cells) if name in cell["arms"]]
+        if not timed:
+            continue
+        middle = [x + (place - 1) * width for x, _ in timed]
+        heights = [found[0] for _, found in timed]
+        errors = [[found[0] - found[1] for _, found in timed], [found[2] - found[0] for _, found in timed]]
+        drawn = axes.bar(middle, heights, width, yerr=errors, color=colour, label=name, error_kw={"lw": 1})
+        axes.bar_label(drawn, [f"{height:.3f}" for height in heights], fontsize=6, padding=2, rotation=90)
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set(ylabel=f"{what}, of sequential's", ylim=(0, 1.25))
+    axes.set_xticks(range(len(cells)), [f"{cell['workload']}\n{cell['tokens']:,} tokens" for cell in cells], fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def gains(axes: Axes, found: dict[str, Any]) -> None:
+    """In bold what differs from 1 for certain; with a star, batches in which the KV memory bounds the decodes."""
+    cells, margin = found["cells"], found["margin_95"]
+    sizes, contexts = (sorted({cell[name] for cell in cells}) for name in ("tokens", "context"))
+    gain = {(cell["context"], cell["tokens"]): cell["over_sequential"] for cell in cells}
+    grid = [[gain.get((context, tokens), float("nan")) for tokens in sizes] for context in contexts]
+    span = max(SPAN, *(abs(value - 1) for value in gain.values()))
+    axes.imshow(grid, cmap=GAINS, norm=TwoSlopeNorm(1, 1 - span, 1 + span), origin="lower", aspect="auto")
+    for cell in cells:
+        value = cell["over_sequential"]
+        axes.text(
+            sizes.index(cell["tokens"]),
+            contexts.index(cell["context"]),
+            f"{value:.3f}{'*' * cell['memory_full']}\n{cell['attention_sms']} SMs",
+            ha="center",
+            va="center",
+            fontsize=7,
+            fontweight="bold" if abs(value - 1) > margin else "normal",
+        )
+    axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    axes.set_yticks(range(len(contexts)), [f"{context:,}" for context in contexts])
+    axes.set(
+        xlabel=f"tokens of a batch (bold: beyond ±{margin:.1%}; *: KV memory is full; SMs: of attention)",
+        ylabel="mean context of decodes",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="of overlap.py")
+    parser.add_argument("--output", type=Path, required=True, help=".svg, .png or another format of matplotlib")
+    asked = parser.parse_args()
+    draw(json.loads(asked.result.read_text()), asked.output)
+
+
+if __name__ == "__main__":
+    main()
