@@ -28,7 +28,7 @@ def draw(found: dict[str, Any], output: Path) -> None:
         figure.legend(*speed.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
     else:
         gains(figure.subplots(), found)
-    figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['gpu']}, against sequential", fontsize=10)
+    figure.suptitle(f"{found['model']}, {found['layers']} layers, {found['device']}, against sequential", fontsize=10)
     figure.savefig(output)
 
 

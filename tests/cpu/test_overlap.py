@@ -1,0 +1,284 @@
+"""benchmarks/overlap.py: its arms, its rules by brute force, and runs that are cut, on a device that is made up."""
+
+import json
+import math
+import random
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import checkpoints
+import pytest
+from nanoflow_search.devices import DEVICES
+from nanoflow_search.plan_timer import PlanTimer
+from nanoflow_search.predict import Timing
+from nanoflow_search.refine import STUDENT, Round
+from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.work import Mix
+from schedules import save
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import sequential
+from nanoflow_backend.schedule.validate import validate
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "benchmarks" / "models" / "llama-3-8b"
+H200 = Device("cuda", "NVIDIA H200", 132)
+HIDDEN, INNER, QKV, KV = 4096, 14336, 6144, 2048  # widths of the model
+KV_BYTES = 32 * KV * 2  # of a token
+sys.path.append(str(ROOT / "benchmarks"))
+
+import halves  # noqa: E402
+import overlap  # noqa: E402
+import overlap_plot  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return build(ModelConfig.from_pretrained(MODEL)).layer
+
+
+class Machine:
+    """Times plans by the synthetic law, a little slower each time; says what it has timed."""
+
+    def __init__(self, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = SyntheticDevice(build(config).layer, DEVICES["H200-sustained"], noise=0.0)
+        self.mixes: list[Mix] = []
+        self.timed: list[Schedule] = []
+        monkeypatch.setattr(overlap, "find_device", lambda wanted: H200)
+        monkeypatch.setattr(PlanTimer, "here", self.here)
+
+    def here(self, config: ModelConfig, mix: Mix, *, num_layers: int, **options: Any) -> Callable[[Schedule], Timing]:
+        self.mixes.append(mix)
+
+        def timer(plan: Schedule) -> Timing:
+            self.timed.append(plan)
+            found = self.device.time_plan(plan, mix, num_layers)
+            slower = 1 + 1e-4 * len(self.timed)
+            return found._replace(layer_us=found.layer_us * slower, layer_j=found.layer_j * slower)
+
+        return timer
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(ModelConfig.from_pretrained(MODEL), monkeypatch)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    def run(benchmark: str, output: Path, *words: str) -> dict[str, Any]:
+        options = ("--model", MODEL, "--layers", "3", "--output", output, *words)
+        monkeypatch.setattr(sys, "argv", ["overlap.py", benchmark, *map(str, options)])
+        overlap.main()
+        found: dict[str, Any] = json.loads(output.read_text())
+        return found
+
+    return run
+
+
+def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph) -> None:
+    mix = Mix(680, 1368, 1280, 512)
+    both, alone = (make(graph, mix, 132) for make in (halves.overlap_memory, halves.nano_batch_only))
+    for plan in (both, alone):
+        validate(plan, graph, 32, 132)
+    assert both.lanes == ("compute", "memory")
+    assert alone.lanes == ("compute",)
+    assert not alone.partition
+    assert [(x.nano, x.layers_ahead) for x in alone.launches] == [(x.nano, x.layers_ahead) for x in both.launches]
+    assert {x.waits for x in alone.launches} == {()}
+    assert alone.groups == both.groups
+    assert [(group.stop, group.decodes) for group in both.groups] == [(1024, 0.5), (2048, 0.5)]
+
+
+@pytest.mark.parametrize("arm", [halves.overlap_memory, halves.nano_batch_only])
+def test_arms_change_no_token(arm: Callable[[Graph, Mix, int], Schedule], tmp_path: Path) -> None:
+    checkpoints.save(checkpoints.make("llama"), tmp_path)
+    config = ModelConfig.from_pretrained(tmp_path)
+    layer, rng = build(config).layer, random.Random(5)
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
+    greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    plan = save(tmp_path / "plan.json", layer, arm(layer, Mix(40, 88, 40, 30), 132))
+    expected, found = (
+        [
+            completion.token_ids
+            for completion in Engine.from_pretrained(
+                tmp_path, dense_batch_tokens=128, page_tokens=4, **options
+            ).generate(prompts, greedy)
+        ]
+        for options in ({}, {"schedule": plan})
+    )
+    assert found == expected
+
+
+def test_attention_gets_the_share_with_which_both_sides_are_done_soonest(graph: Graph) -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        decodes, prompts = rng.randint(0, 1400), rng.randint(100, 3000)
+        mix = Mix(decodes, prompts, rng.uniform(100, 9000), rng.uniform(50, 4000))
+        read = 2 * decodes * (KV * mix.decode_context + 2 * HIDDEN + KV)
+        seen = 4 * HIDDEN * prompts * mix.prefill_context
+        product = 2 * (decodes + prompts) * HIDDEN * (QKV + HIDDEN + 3 * INNER)
+
+        def longer(sms: int, read: float = read, seen: float = seen, product: float = product) -> float:
+            reading = max(read / 4490e9, read / (sms * halves.READ_BYTES_PER_S))
+            return max(reading + seen / (sms * 357e12 / 132), product / ((132 - sms) * 667e12 / 132))
+
+        found = halves.attention_sms(graph, mix, 132)
+        granted = [*range(8, 125, 8), *range(12, 125, 8)]  # either side a multiple of eight
+        assert found in granted
+        assert longer(found) == pytest.approx(min(map(longer, granted)))
+
+
+@pytest.mark.parametrize(("workload", "tokens", "sms"), [("1024/512", 2048, 32), ("512/1024", 1536, 36)])
+def test_the_shares_that_won_by_hand(graph: Graph, machine: Machine, workload: str, tokens: int, sms: int) -> None:
+    bench = overlap.Bench(
+        ModelConfig.from_pretrained(MODEL), H200, 3, lambda mix: machine.here(None, mix, num_layers=3)
+    )
+    cell = bench.ablate(workload, tokens, {}, 2, None)
+    assert cell["arms"]["overlap memory"]["attention_sms"] == sms
+
+
+def test_no_more_tokens_decode_than_memory_holds(
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = run("sensitivity", tmp_path / "map.json", "--tokens", "512", "4096", "--context", "512", "8192")
+    assert [(cell["context"], cell["tokens"]) for cell in found["cells"]] == [
+        (512, 512), (512, 4096), (8192, 512), (8192, 4096)
+    ]  # fmt: skip
+    free = 141e9 - 2 * 8.03e9
+    for cell, mix in zip(found["cells"], machine.mixes, strict=True):
+        assert round(mix.tokens) == cell["tokens"]
+        assert mix.decode_context == pytest.approx(cell["context"])
+        third = cell["tokens"] / 3
+        room = free / KV_BYTES / cell["context"]
+        assert cell["decode_tokens"] == pytest.approx(min(third, room), abs=1)
+        assert cell["memory_full"] == (third > room)
+    assert [cell["memory_full"] for cell in found["cells"]] == [False, False, True, True]
+
+
+def test_a_cell_is_one_round_and_its_margin_is_pooled(
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = run("sensitivity", tmp_path / "map.json", "--tokens", "512", "1024", "--context", "1024")
+    one, other = machine.timed[:4], machine.timed[4:]
+    for a, b, c, d in (one, other):
+        assert a == d == sequential(build(ModelConfig.from_pretrained(MODEL)).layer, a.tokens)
+        assert b == c != a
+    logs = [[math.log(gain) for gain in cell["pairs"]] for cell in found["cells"]]
+    for cell, both in zip(found["cells"], logs, strict=True):
+        assert cell["over_sequential"] == pytest.approx(math.exp(mean(both)), rel=1e-3)
+        assert cell["over_sequential"] == pytest.approx(
+            cell["sequential"]["layer_us"] / cell["overlapped"]["layer_us"], rel=1e-3
+        )
+        assert len(set(both)) == 2
+    # The mean of two has half of the variance of one; each cell has one degree of freedom.
+    variance = mean((a - b) ** 2 / 2 for a, b in logs)
+    assert found["margin_95"] == pytest.approx(4.3027 * math.sqrt(variance / 2), rel=0.05)
+
+
+def test_the_margin_holds_19_times_of_20() -> None:
+    rng, inside = random.Random(2), 0
+    for _ in range(400):
+        noisy = [
+            {"pairs": overlap.pairs(Round(*(Timing(100 * rng.lognormvariate(0, 0.01), 1, 1, 1) for _ in range(4))))}
+            for _ in range(6)
+        ]
+        gain = math.sqrt(math.prod(noisy[0]["pairs"]))  # of plans that are alike
+        inside += abs(math.log(gain)) <= overlap.margin(noisy)
+    assert 0.92 < inside / 400 < 0.98
+    assert STUDENT[5] == pytest.approx(2.4469)
+
+
+def test_a_run_that_was_cut_goes_on(
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "ablation.json"
+    first = run("ablation", output, "--batch", "512/2:1024")
+    assert len(machine.timed) == 3 * 6, "rounds of A B C C B A"
+    both = run("ablation", output, "--batch", "512/2:1024", "--batch", "1024/512:2048")
+    assert both["cells"][0] == first["cells"][0]
+    assert [(cell["workload"], cell["tokens"]) for cell in both["cells"]] == [("512/2", 1024), ("1024/512", 2048)]
+    assert len(machine.timed) == 6 * 6
+    assert "[1/2] workload 512/2, tokens 1024: known" in capsys.readouterr().out
+    for cell in both["cells"]:
+        assert list(cell["arms"]) == ["nano-batch only", "overlap memory"]
+        assert cell["untimed"] == {"searched": "no schedule file for this workload"}
+        for arm in cell["arms"].values():
+            gain, low, high = arm["over_sequential"]
+            assert low <= gain <= high
+            assert gain == pytest.approx(arm["sequential"]["layer_us"] / arm["measured"]["layer_us"], rel=1e-3)
+
+    plan = ROOT / "benchmarks" / "schedules" / "llama3_8b_h200_1024_512.json"
+    searched = run("ablation", output, "--batch", "512/2:1024", "--batch", "1024/512:2048", "--schedule", str(plan))
+    assert len(machine.timed) == 6 * 6 + 3 * 4, "the one arm that was missing"
+    assert searched["cells"][0] == first["cells"][0]
+    last = searched["cells"][1]
+    assert last["arms"].pop("searched")["schedule"] == f"{plan.name}:1"
+    assert last["arms"] == both["cells"][1]["arms"]
+    assert last["untimed"] == {}
+
+
+def test_why_nothing_searched_is_timed(machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    plan = ROOT / "benchmarks" / "schedules" / "llama3_8b_h200_1024_512.json"
+    batches = ("--batch", "1024/512:1024", "--batch", "1024/512:1536", "--batch", "512/512:1536")
+    found = run("ablation", tmp_path / "ablation.json", *batches, "--schedule", str(plan), "--rounds", "2")
+    assert [cell["untimed"]["searched"] for cell in found["cells"]] == [
+        f"{plan.name}: sequential won",
+        f"{plan.name}: no plan for batches of 1536 tokens",
+        "no schedule file for this workload",
+    ]
+
+
+def test_the_file_of_another_run_is_left_alone(
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    output = tmp_path / "ablation.json"
+    run("ablation", output, "--batch", "512/2:512")
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=r"another run: benchmark is 'ablation' there and 'sensitivity' here; seconds"):
+        run("sensitivity", output)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1024/512", "batch: expected PROMPT/OUTPUT:TOKENS such as 512/2:2048, got '1024/512'"),
+        ("1024:2048", "workload: expected PROMPT/OUTPUT"),
+        ("512/2:1000", "expected a multiple of 128 from 256 on, got 1000"),
+    ],
+)
+def test_bad_batches_are_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        overlap.parse_batch(text)
+
+
+def test_pictures_name_what_they_show(
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {
+        "ablation": ("--batch", "512/2:512", "--batch", "512/512:512"),
+        "sensitivity": ("--tokens", "512", "1024", "--context", "512", "8192"),
+    }
+    for benchmark, words in small.items():
+        output = tmp_path / f"{benchmark}.json"
+        found, picture = run(benchmark, output, *words), output.with_suffix(".svg")
+        monkeypatch.setattr(sys, "argv", ["overlap_plot.py", str(output), "--output", str(picture)])
+        overlap_plot.main()
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        if benchmark == "ablation":
+            gains = [arm["over_sequential"][0] for cell in found["cells"] for arm in cell["arms"].values()]
+            shown = ["512/512", "nano-batch only", "overlap memory", *(f"{gain:.3f}" for gain in gains)]
+        else:
+            shown = [f"{cell['over_sequential']:.3f}{'*' * cell['memory_full']}" for cell in found["cells"]]
+        for text in shown:
+            assert f"<!-- {text} -->" in picture.read_text().replace("\n", " "), text
