@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-ARMS = {"nano-batch only": "#b0b0b0", "overlap memory": "#2a78d6", "searched": "#6b8f2a"}
+ARMS = {"nano-batch only": "#8a8a8a", "overlap memory": "#2a78d6", "searched": "#6b8f2a"}
 GAINS = LinearSegmentedColormap.from_list("gains", ["#8a8a8a", "#ffffff", "#3f9b4f"])  # grey: it does not pay
 SPAN = 0.02  # of the colours at least, on either side of 1
 
@@ -36,7 +37,9 @@ def part(arm: dict[str, Any], measured: str) -> float:
     return float(arm["measured"][measured] / arm["sequential"][measured])
 
 
-def bars(axes: Axes, cells: list[dict[str, Any]], what: str, value: Any) -> None:
+def bars(
+    axes: Axes, cells: list[dict[str, Any]], what: str, value: Callable[[dict[str, Any]], list[float]]
+) -> None:
     """`value(arm)`: of sequential's, with its interval."""
     width = 1 / (len(ARMS) + 1)
     for place, (name, colour) in enumerate(ARMS.items()):
@@ -47,9 +50,10 @@ def bars(axes: Axes, cells: list[dict[str, Any]], what: str, value: Any) -> None
         heights = [found[0] for _, found in timed]
         errors = [[found[0] - found[1] for _, found in timed], [found[2] - found[0] for _, found in timed]]
         drawn = axes.bar(middle, heights, width, yerr=errors, color=colour, label=name, error_kw={"lw": 1})
-        axes.bar_label(drawn, [f"{height:.3f}" for height in heights], fontsize=6, padding=2, rotation=90)
+        labels = [f"{height:.3f}" for height in heights]
+        axes.bar_label(drawn, labels, label_type="center", color="white", fontsize=7, rotation=90)
     axes.axhline(1, color="black", lw=0.8)
-    axes.set(ylabel=f"{what}, of sequential's", ylim=(0, 1.25))
+    axes.set(ylabel=f"{what}, of sequential's")
     axes.set_xticks(range(len(cells)), [f"{cell['workload']}\n{cell['tokens']:,} tokens" for cell in cells], fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -62,6 +62,24 @@ def rows() -> Iterator[tuple[str, str, str]]:
                 f"{plan['sequential']['layer_mj']:,.0f} mJ",
                 run["gpu"],
             )
+    for run in load_all("overlap_ablation"):
+        for cell in run["cells"]:
+            arms = {name: arm["over_sequential"] for name, arm in cell["arms"].items()}
+            yield (
+                f"The same at {cell['workload']}, {cell['tokens']:,} tokens: {' / '.join(arms)}",
+                " / ".join(f"{gain:.3f}x ({low:.3f} to {high:.3f})" for gain, low, high in arms.values()),
+                run["device"],
+            )
+    for run in load_all("overlap_sensitivity"):
+        cells, margin = run["cells"], run["margin_95"]
+        (worst, *_, best) = sorted(cells, key=lambda cell: cell["over_sequential"])
+        pays = sum(cell["over_sequential"] > 1 + margin for cell in cells)
+        yield (
+            f"Where overlap pays, {run['model']}: {len(cells)} steady batches of {span(cells, 'tokens')} tokens, mean "
+            f"contexts of {span(cells, 'context')}",
+            f"faster in {pays}; {told(worst)} to {told(best)}, each within {margin:.1%} (95 %)",
+            run["device"],
+        )
     for run in load_all("peer_vllm"):
         yield f"vLLM {run['versions']['vllm']}, {requests(run)}: whole run", rates(run), run["gpu"]
     for run in load_all("served"):
@@ -121,6 +139,15 @@ def rows() -> Iterator[tuple[str, str, str]]:
             f"{soak['growth']['lost_sockets'][1]:g} sockets of {soak['departures']} gRPC clients that left",
             soak["device"],
         )
+
+
+def span(cells: list[dict[str, Any]], name: str) -> str:
+    values = [cell[name] for cell in cells]
+    return f"{min(values):,} to {max(values):,}"
+
+
+def told(cell: dict[str, Any]) -> str:
+    return f"{cell['over_sequential']:.3f}x ({cell['tokens']:,} tokens, context {cell['context']:,})"
 
 
 def requests(run: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+import weakref
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import torch
 from nanoflow_search.devices import DEVICES
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import Timing
@@ -19,13 +21,16 @@ from nanoflow_search.refine import STUDENT, Round
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.work import Mix
 from schedules import save
+from shapes import config
+from simulated_programs import Programs
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
-from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.layout import deal
+from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 
@@ -39,6 +44,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import halves  # noqa: E402
 import overlap  # noqa: E402
 import overlap_plot  # noqa: E402
+import readme_table  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +108,9 @@ def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph) -> None:
 @pytest.mark.parametrize("arm", [halves.overlap_memory, halves.nano_batch_only])
 def test_arms_change_no_token(arm: Callable[[Graph, Mix, int], Schedule], tmp_path: Path) -> None:
     checkpoints.save(checkpoints.make("llama"), tmp_path)
-    config = ModelConfig.from_pretrained(tmp_path)
-    layer, rng = build(config).layer, random.Random(5)
-    prompts = [[rng.randrange(config.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
+    model = ModelConfig.from_pretrained(tmp_path)
+    layer, rng = build(model).layer, random.Random(5)
+    prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     plan = save(tmp_path / "plan.json", layer, arm(layer, Mix(40, 88, 40, 30), 132))
     expected, found = (
@@ -198,12 +204,46 @@ def test_the_margin_holds_19_times_of_20() -> None:
     assert STUDENT[5] == pytest.approx(2.4469)
 
 
+def test_arms_on_programs_that_compute() -> None:
+    made: list[Programs] = []
+    timers: list[weakref.ref[PlanTimer]] = []
+    shape = config("llama", num_layers=2, dtype="float32")
+
+    def timer_of(mix: Mix) -> PlanTimer:
+        assert [timer() for timer in timers] == [None] * len(timers), "what was timed before has left the memory"
+        programs = Programs(layers=2)
+        timer = PlanTimer(
+            shape, mix, programs.gpu, programs, programs.burst, page_tokens=16, seconds=0.1, warm_s=0.05,
+            num_layers=2, device="cpu", sleep=programs.gpu.sleep,
+        )  # fmt: skip
+        timers.append(weakref.ref(timer))
+        made.append(programs)
+        return timer
+
+    bench = overlap.Bench(shape, H200, 2, timer_of)
+    for workload, tokens in (("60/20", 256), ("30/2", 384)):
+        cell = bench.ablate(workload, tokens, {}, 2, None)
+        programs = made[-1].made
+        assert len(programs) == 3, "each plan is built once"
+        for arm in cell["arms"].values():
+            assert arm["over_sequential"][0] == pytest.approx(0.5, rel=0.02), "twice as many launches"
+        layout = deal(cell["decode_tokens"], tokens, (Group(tokens // 2, 0.5), Group(tokens, 0.5)))
+        assert layout is not None
+        expected, *others = (program.binding.results(program.plan) for program in programs)
+        for found in others:
+            for a, b in zip(expected, found, strict=True):
+                torch.testing.assert_close(a, b[layout.place])
+        del programs, expected, others, found, a, b
+
+
 def test_a_run_that_was_cut_goes_on(
     machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "ablation.json"
     first = run("ablation", output, "--batch", "512/2:1024")
-    assert len(machine.timed) == 3 * 6, "rounds of A B C C B A"
+    assert len(machine.timed) == 3 * 6
+    a, b, c = machine.timed[:3]
+    assert machine.timed == 3 * [a, b, c, c, b, a]
     both = run("ablation", output, "--batch", "512/2:1024", "--batch", "1024/512:2048")
     assert both["cells"][0] == first["cells"][0]
     assert [(cell["workload"], cell["tokens"]) for cell in both["cells"]] == [("512/2", 1024), ("1024/512", 2048)]
@@ -282,3 +322,20 @@ def test_pictures_name_what_they_show(
             shown = [f"{cell['over_sequential']:.3f}{'*' * cell['memory_full']}" for cell in found["cells"]]
         for text in shown:
             assert f"<!-- {text} -->" in picture.read_text().replace("\n", " "), text
+
+
+def test_the_table_of_the_readme_tells_of_both(
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("ablation", tmp_path / "overlap_ablation_m.json", "--batch", "512/2:512", "--batch", "512/512:512")
+    words = ("--tokens", "512", "1024", "--context", "512", "8192")
+    cells = run("sensitivity", tmp_path / "overlap_sensitivity_m.json", *words)["cells"]
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    one, other, where = readme_table.rows()
+    assert one[0].endswith("512/2, 512 tokens: nano-batch only / overlap memory")
+    assert other[0].endswith("512/512, 512 tokens: nano-batch only / overlap memory")
+    assert "4 steady batches of 512 to 1,024 tokens, mean contexts of 512 to 8,192" in where[0]
+    gains = sorted(cell["over_sequential"] for cell in cells)
+    assert f"faster in {sum(gain > 1 for gain in gains)}; {gains[0]:.3f}x" in where[1]
+    assert f" to {gains[-1]:.3f}x" in where[1]
+    assert {row[2] for row in (one, other, where)} == {"NVIDIA H200"}

@@ -1,6 +1,5 @@
 """The timer of plans, with the CPU's program in place of the GPU's and a GPU in simulated time."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,50 +8,19 @@ from nanoflow_search.plan_timer import DISTINCT_LAYERS, PlanTimer
 from nanoflow_search.refine import refine
 from nanoflow_search.work import Mix
 from shapes import CONFIGS, config
-from simulated_gpu import IDLE_W, SimulatedBurst, SimulatedGpu, SimulatedWork
+from simulated_gpu import IDLE_W
+from simulated_programs import LAUNCH_S, Programs
 
-from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.layout import deal
-from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
 MIX = Mix(10.0, 14.0, 9.0, 4.0)
 LAYERS = 6
-LAUNCH_S = 1e-4
-
-
-class Programs:
-    """Makes CPU programs whose forward takes time on a simulated GPU: so much a launch."""
-
-    def __init__(self) -> None:
-        self.gpu = SimulatedGpu()
-        self.made: list[CpuProgram] = []
-        self.launches = 0
-
-    def __call__(
-        self, model: Model, schedules: list[Schedule], *arguments: Any, max_rows: int, **options: Any
-    ) -> CpuProgram:
-        program = CpuProgram(model, schedules, *arguments, **options)
-        plain = program.forward
-
-        def forward(*inputs: Any) -> None:
-            self.launches = len(schedules[0].launches)
-            if not program.plan.tokens:
-                plain(*inputs)
-
-        program.forward = forward  # type: ignore[method-assign]
-        self.made.append(program)
-        return program
-
-    def burst(self, launches: Callable[[], None]) -> SimulatedBurst:
-        launches()
-        return SimulatedWork(self.gpu, LAYERS * self.launches * LAUNCH_S, 300.0, calls=1).launch()
 
 
 def timer(name: str, **options: Any) -> tuple[PlanTimer, Programs]:
-    programs = Programs()
+    programs = Programs(LAYERS)
     shape = config(name, num_layers=LAYERS, dtype="float32")
     made = PlanTimer(
         shape, MIX, programs.gpu, programs, programs.burst, page_tokens=4, seconds=0.2, device="cpu",
