@@ -37,9 +37,7 @@ def part(arm: dict[str, Any], measured: str) -> float:
     return float(arm["measured"][measured] / arm["sequential"][measured])
 
 
-def bars(
-    axes: Axes, cells: list[dict[str, Any]], what: str, value: Callable[[dict[str, Any]], list[float]]
-) -> None:
+def bars(axes: Axes, cells: list[dict[str, Any]], what: str, value: Callable[[dict[str, Any]], list[float]]) -> None:
     """`value(arm)`: of sequential's, with its interval."""
     width = 1 / (len(ARMS) + 1)
     for place, (name, colour) in enumerate(ARMS.items()):

@@ -66,7 +66,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
         for cell in run["cells"]:
             arms = {name: arm["over_sequential"] for name, arm in cell["arms"].items()}
             yield (
-                f"The same at {cell['workload']}, {cell['tokens']:,} tokens: {' / '.join(arms)}",
+                f"A steady batch of {cell['tokens']:,} tokens at {cell['workload']}, {run['model']}: "
+                f"{' / '.join(arms)}, against sequential",
                 " / ".join(f"{gain:.3f}x ({low:.3f} to {high:.3f})" for gain, low, high in arms.values()),
                 run["device"],
             )

@@ -332,8 +332,9 @@ def test_the_table_of_the_readme_tells_of_both(
     cells = run("sensitivity", tmp_path / "overlap_sensitivity_m.json", *words)["cells"]
     monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     one, other, where = readme_table.rows()
-    assert one[0].endswith("512/2, 512 tokens: nano-batch only / overlap memory")
-    assert other[0].endswith("512/512, 512 tokens: nano-batch only / overlap memory")
+    arms = "llama-3-8b: nano-batch only / overlap memory, against sequential"
+    assert one[0] == f"A steady batch of 512 tokens at 512/2, {arms}"
+    assert other[0] == f"A steady batch of 512 tokens at 512/512, {arms}"
     assert "4 steady batches of 512 to 1,024 tokens, mean contexts of 512 to 8,192" in where[0]
     gains = sorted(cell["over_sequential"] for cell in cells)
     assert f"faster in {sum(gain > 1 for gain in gains)}; {gains[0]:.3f}x" in where[1]
