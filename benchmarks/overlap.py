@@ -72,7 +72,7 @@ class Bench:
         plans = {"nano-batch only": nano_batch_only(graph, mix, sms), "overlap memory": halves}
         details, untimed = {"overlap memory": {"attention_sms": halves.partition["memory"]}}, {}
         try:
-            name, plans["searched"] = self._searched(workload, tokens, files)
+            name, plans["searched"] = self._searched(workload, mix, files)
             details["searched"] = {"schedule": name}
         except LookupError as reason:
             untimed["searched"] = str(reason)
@@ -109,17 +109,18 @@ class Bench:
         }
         return mix, facts
 
-    def _searched(self, workload: str, tokens: int, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
-        """Raises: LookupError, why there is no such plan."""
+    def _searched(self, workload: str, mix: Mix, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
+        """The plan that such batches run under. Raises: LookupError, why there is none to time."""
+        tokens, read = round(mix.tokens), round(mix.decode_tokens * mix.decode_context)
         about = {name: file for name, file in files.items() if workload in file.header.workloads}
         if not about:
             raise LookupError("no schedule file for this workload")
         for name, file in about.items():
             for number, plan in enumerate(file.plans):
-                if plan.tokens != tokens:
+                if plan.tokens != tokens or not plan.holds(tokens, read):
                     continue
                 if plan.launches == sequential(self.model.layer, tokens).launches:
-                    raise LookupError(f"{name}: sequential won")
+                    raise LookupError(f"{name}: sequential is its plan")
                 return f"{name}:{number}", plan
         raise LookupError(f"{', '.join(about)}: no plan for batches of {tokens} tokens")
 

@@ -14,6 +14,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from msgspec.structs import replace
 from nanoflow_search.devices import DEVICES
 from nanoflow_search.loads import FLOP_PER_BYTE
 from nanoflow_search.plan_timer import PlanTimer
@@ -30,6 +31,7 @@ from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.presets import sequential
@@ -267,13 +269,16 @@ def test_a_run_that_was_cut_goes_on(
 
 
 def test_why_nothing_searched_is_timed(machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    plan = ROOT / "benchmarks" / "schedules" / "llama3_8b_h200_1024_512.json"
-    batches = ("--batch", "1024/512:1024", "--batch", "1024/512:1536", "--batch", "512/512:1536")
+    by_hand = ScheduleFile.load(ROOT / "benchmarks" / "schedules" / "llama3_8b_h200_1024_512.json")
+    asks = replace(by_hand.plans[1], least_decode_kv_tokens=683 * 1280 + 1)  # one more than the batch reads
+    plan = tmp_path / "plan.json"
+    replace(by_hand, plans=(by_hand.plans[0], asks, by_hand.plans[2])).save(plan)
+    batches = ("--batch", "1024/512:1024", "--batch", "1024/512:1536", "--batch", "1024/512:2048")
     found = run("ablation", tmp_path / "ablation.json", *batches, "--schedule", str(plan), "--rounds", "2")
     assert [cell["untimed"]["searched"] for cell in found["cells"]] == [
-        f"{plan.name}: sequential won",
-        f"{plan.name}: no plan for batches of 1536 tokens",
-        "no schedule file for this workload",
+        "plan.json: sequential is its plan",
+        "plan.json: no plan for batches of 1536 tokens",
+        "plan.json: sequential is its plan",
     ]
 
 
