@@ -22,6 +22,7 @@ from nanoflow_search.work import Mix
 HEAT_TOKENS = 2048.0  # of the product that heats
 SPIN_ROUNDS = 20_000  # tens of microseconds
 HALF = 0.5
+SECONDS = 0.6  # that are measured of each point
 
 
 class PowerMeter(Protocol):
@@ -60,7 +61,7 @@ class GpuDevice:
         split: Callable[[Shares], Mapping[str, Any]],
         nothing: Calls,
         *,
-        seconds: float = 1.0,
+        seconds: float = SECONDS,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.name, self.sms, self.seconds = name, sms, seconds
@@ -69,7 +70,7 @@ class GpuDevice:
         self._split, self._sleep = split, sleep
 
     @classmethod
-    def here(cls, config: ModelConfig, mix: Mix, page_tokens: int = 64, seconds: float = 1.0) -> GpuDevice:
+    def here(cls, config: ModelConfig, mix: Mix, page_tokens: int = 64, seconds: float = SECONDS) -> GpuDevice:
         """The first GPU that is visible, for a model's operations in batches of `mix`'s contexts."""
         from nanoflow_kernels import device as kernels
 

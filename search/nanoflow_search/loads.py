@@ -18,7 +18,9 @@ PAIR_CAP = 0.25  # that stands for all where a launch is short
 PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
 SHARES = 4  # of the SMs that a partition may give to attention
 SHARE_GRAIN = 4  # SMs by which the shares that are tried differ
-FLOP_PER_BYTE = 56.0  # of an SM, while attention reads a byte on another (partition_placement_h200.json, 32 of 132)
+# Of an SM, while attention reads a byte on another: 56 side by side (partition_placement_h200.json, 32 of 132 SMs), and
+# a quarter more, since attention's lane waits for products in every layer.
+FLOP_PER_BYTE = 70.0
 PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: their time goes in steps of tiles
 
 

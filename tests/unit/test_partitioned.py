@@ -42,15 +42,15 @@ def test_what_is_measured_is_what_partitions_run() -> None:
     for first, second in loads.together:
         assert (first.sms or 0) + (second.sms or 0) == 132
         assert second.operation.startswith("attention/")
-    assert {a.load.sms for a in loads.alone if a.load.operation == "down"} == {None, 100, 104, 108, 112}
+    assert {a.load.sms for a in loads.alone if a.load.operation == "down"} == {None, 96, 100, 104, 108}
     decodes_only = partition_loads_of(LAYER, 132, Mix(512, 0, 1024, 0))
     assert not any("prefill" in a.load.operation for a in decodes_only.alone)
     assert not any("prefill" in load.operation for pair in decodes_only.together for load in pair)
 
 
 def test_attentions_share_follows_what_it_reads_beside_what_products_compute() -> None:
-    """By hand: 704 x 1280 tokens of 4 KiB, 56 operations a byte, beside 2048 x 436 MFLOP of products: 25 of 132 SMs."""
-    assert attention_sms(LAYER, 132, MIX) == (20, 24, 28, 32)
+    """By hand: 704 x 1280 tokens of 4 KiB, 70 operations a byte, beside 2048 x 436 MFLOP of products: 30 of 132 SMs."""
+    assert attention_sms(LAYER, 132, MIX) == (24, 28, 32, 36)
     assert attention_sms(LAYER, 132, Mix(325, 1723, 1268, 580)) == (8, 12, 16, 20)
     assert attention_sms(LAYER, 132, Mix(1, 2047, 16, 512))[0] == 4
     assert attention_sms(LAYER, 16, Mix(704, 1344, 100_000, 512)) == (8, 12)
