@@ -99,6 +99,13 @@ class Measured:
         found = self._nearest(one, other)
         return found.slowdown if found else TURNS
 
+    def slowdowns(self, running: Sequence[tuple[str, int | None]]) -> tuple[float, ...]:
+        """Of each of some (curve, SMs) that run side by side: what it loses to the others adds up."""
+        return tuple(
+            1 + sum(self.slowdown(one, other) - 1 for m, other in enumerate(running) if m != n)
+            for n, one in enumerate(running)
+        )
+
     def energy_ratio(self, running: Sequence[tuple[str, int | None]]) -> float:
         """Of the dynamic energy of what runs side by side to that of each alone."""
         found = [self._nearest(one, other) for one, other in combinations(running, 2)]

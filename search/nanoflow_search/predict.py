@@ -74,14 +74,12 @@ def walk_at(schedule: Schedule, measured: Measured, num_layers: int) -> Walked:
     ]
 
     def pace(running: tuple[Phase, ...]) -> Pace:
-        slowdowns = tuple(
-            1 + sum(measured.slowdown((p.curve, p.sms), (q.curve, q.sms)) - 1 for q in running if q is not p)
-            for p in running
-        )
+        sides = [(p.curve, p.sms) for p in running]
+        slowdowns = measured.slowdowns(sides)
         dynamic_w = sum(
             1e6 * measured.dynamic_j(p.curve, p.amount, p.sms) / (p.alone_us * slow)
             for p, slow in zip(running, slowdowns, strict=True)
         )
-        return Pace(slowdowns, dynamic_w * measured.energy_ratio([(p.curve, p.sms) for p in running]))
+        return Pace(slowdowns, dynamic_w * measured.energy_ratio(sides))
 
     return walk(schedule, num_layers, phases, pace)

@@ -3,9 +3,11 @@ notebooks, and two tables of R -> P (what share of the SMs leaves of an operatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from nanoflow_search.measured import Measured
 from nanoflow_search.profile import Header, Pair, Point, Profile
 
 from nanoflow_backend.graph.operation import Graph
@@ -33,6 +35,7 @@ LLAMA_3_8B = {
     "gate_up": {384: 356.0, 640: 555.0},
     "down": {384: 177.0, 640: 270.0},
 }
+GEMMS = ("qkv", "o", "gate_up", "down")
 NETWORK = ("attention_reduce", "mlp_reduce")
 
 # R -> P at tenths of the SMs.
@@ -57,9 +60,7 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
     """
     points: list[Point] = []
     for name, measured in times_us.items():
-        table = (
-            GEMM if name in ("qkv", "o", "gate_up", "down") else tables["network" if name in NETWORK else "attention"]
-        )
+        table = GEMM if name in GEMMS else tables["network" if name in NETWORK else "attention"]
         per_token = CONTEXT if "/" in name else 1.0
         for tokens in (128.0, 2048.0):
             for share, performance in table.items():
@@ -89,6 +90,18 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
         power_cap_w=1e9,
     )
     return Profile(header=header, points=tuple(points), pairs=tuple(pairs))
+
+
+class Published(Measured):
+    """What runs side by side shares the device as the paper defines R: a GEMM that has no cap keeps what the others do
+    not take, as long as they run; they, and what has a cap, are as fast as P says. The Rs that are asked for beyond 1
+    are had in turns."""
+
+    def slowdowns(self, running: Sequence[tuple[str, int | None]]) -> tuple[float, ...]:
+        taken = [0.0 if sms is None and curve in GEMMS else round((sms or SMS) / SMS, 1) for curve, sms in running]
+        left = round(1 - sum(taken), 1)
+        rest = 1 / left if left > 0 else math.inf
+        return tuple(max(1.0, 1 - left) if share else rest for share in taken)
 
 
 def line(measured: Mapping[int, float], tokens: float) -> float:
