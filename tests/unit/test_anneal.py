@@ -155,8 +155,8 @@ def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
     assert shortest_us < 0.9 * fluid.period_us(start)
 
 
-def test_a_plan_of_the_programs_is_no_longer_in_the_simulation() -> None:
-    """There each task has one share all the time, and GEMMs leave SMs idle that the others do not take."""
+def test_gemms_without_a_cap_shorten_a_plan_of_the_programs() -> None:
+    """As the benchmark search_a100 starts: they use SMs that nobody else takes for part of their time."""
     plan = find_plans(PROBLEM, MEASURED, CHUNK, time_limit_s=20, parts=((2, 2),), turns=2)[0]
     released = tuple(
         p._replace(sms=None if PROBLEM[p.nano.task].lane == "compute" else p.sms or a100.SMS)
