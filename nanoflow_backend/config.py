@@ -153,6 +153,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
+    prompt_tokens: int | None = None  # most of all prompts in one step; None: by schedule file, or dense_batch_tokens
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
     queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
@@ -180,8 +181,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.max_engine_restarts < 0:
             raise ConfigError(f"max_engine_restarts: expected an integer >= 0, got {self.max_engine_restarts}")
         for field in (
-            "dense_batch_tokens", "chunk_tokens", "max_running", "max_model_tokens", "page_tokens", "kv_cache_tokens",
-            "queue_timeout_us",
+            "dense_batch_tokens", "chunk_tokens", "prompt_tokens", "max_running", "max_model_tokens", "page_tokens",
+            "kv_cache_tokens", "queue_timeout_us",
         ):  # fmt: skip
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
@@ -214,7 +215,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
         fields |= {"device": device, "dtype": None if self.dtype == "auto" else self.dtype}
         defaults = DEFAULTS[device]._asdict()
-        defaults["chunk_tokens"] = defaults["max_running"] = self.dense_batch_tokens or defaults["dense_batch_tokens"]
+        dense_batch_tokens = self.dense_batch_tokens or defaults["dense_batch_tokens"]
+        defaults |= dict.fromkeys(("chunk_tokens", "prompt_tokens", "max_running"), dense_batch_tokens)
         unset = {name: value for name, value in defaults.items() if fields[name] is None}
         return SettledConfig(**fields | unset)
 
@@ -251,6 +253,7 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: Dtype
     dense_batch_tokens: int
     chunk_tokens: int
+    prompt_tokens: int
     max_running: int
     page_tokens: int
 

@@ -10,8 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
@@ -22,7 +20,7 @@ from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, show_only
-from nanoflow_backend.schedule.source import named_dense_batch_tokens
+from nanoflow_backend.schedule.source import with_sizes_of_schedule
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
@@ -45,8 +43,7 @@ class Engine:
             show_only(config.gpus)
         device = find_device(config.device)
         config = find_auto_schedule(config, device)
-        config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
-        self.config = config = config.settle(device.kind)
+        self.config = config = with_sizes_of_schedule(config).settle(device.kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
         build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts
@@ -61,6 +58,7 @@ class Engine:
         self.scheduler = Scheduler(
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens,
+            prompt_tokens=config.prompt_tokens,
             max_running=config.max_running,
             max_queue_size=config.max_queue_size,
             num_pages=self.worker.num_pages,
@@ -96,10 +94,11 @@ class Engine:
     def description(self) -> str:
         """One line for people: what runs here, and how."""
         shape, config = self.model_config, self.config
+        paced = f", {config.prompt_tokens} of prompts" if config.prompt_tokens < config.dense_batch_tokens else ""
         return (
             f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.dtype}, "
             f"TP {config.tensor_parallel} on {self.worker.device.name}; schedule {config.schedule}, "
-            f"B_dense {config.dense_batch_tokens}; {self.worker.num_pages} pages of {config.page_tokens} tokens"
+            f"B_dense {config.dense_batch_tokens}{paced}; {self.worker.num_pages} pages of {config.page_tokens} tokens"
         )
 
     def has_room(self, sequences: int = 1) -> bool:

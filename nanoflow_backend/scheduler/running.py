@@ -34,6 +34,7 @@ class Running:
         *,
         dense_batch_tokens: int,
         chunk_tokens: int,
+        prompt_tokens: int,
     ) -> None:
         self._waiting = waiting
         self._slots = slots
@@ -44,6 +45,7 @@ class Running:
         self._forecast = forecast
         self._dense_batch_tokens = dense_batch_tokens
         self._chunk_tokens = chunk_tokens
+        self._prompt_tokens = prompt_tokens
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self.backlog = False
         self.preemptions = 0
@@ -66,18 +68,18 @@ class Running:
 
         prefills: list[Prefill] = []
         admitted: list[Admission] = []
-        budget = self._dense_batch_tokens - len(sampled)
+        left = budget = min(self._dense_batch_tokens - len(sampled), self._prompt_tokens)
         prompts = chain(list(self._slots.prefilling.values()), self._admit(page_table, admitted))
-        while budget > 0 and (sequence := next(prompts, None)) is not None:
-            prefill = self._prefill(sequence, step, budget)
+        while left > 0 and (sequence := next(prompts, None)) is not None:
+            prefill = self._prefill(sequence, step, left)
             prefills.append(prefill)
-            budget -= len(prefill.token_ids)
+            left -= len(prefill.token_ids)
             if prefill.sample:
                 sampled.append(sequence)
         self.backlog = self._waiting.head is not None
         if not slots and not prefills:
             return None
-        self._observer.formed(self._dense_batch_tokens - budget, sampled, len(slots))
+        self._observer.formed(len(slots) + budget - left, sampled, len(slots))
         self._flight.take_off(sampled)
         return Batch(step, slots, positions, prefills, page_table, admitted)
 

@@ -22,7 +22,7 @@ from nanoflow_search.work import Mix
 HEAT_TOKENS = 2048.0  # of the product that heats
 SPIN_ROUNDS = 20_000  # tens of microseconds
 HALF = 0.5
-SECONDS = 0.6  # that are measured of each point
+SECONDS = 0.6  # that a load works while it is measured
 
 
 class PowerMeter(Protocol):
@@ -119,7 +119,8 @@ class GpuDevice:
         return any(op.name == name and op.resource is Resource.NETWORK for op in self._operands.graph.operations)
 
     def _sustained(self, works: Sequence[Repeated], busy: float = 1.0, rest: Repeated | None = None) -> Used:
-        return sustain(works, self._meter, self.seconds, busy=busy, rest=rest, sleep=self._sleep)
+        # Longer where it takes turns: by a burst more or less in the window its share is told wrong.
+        return sustain(works, self._meter, self.seconds / busy**2, busy=busy, rest=rest, sleep=self._sleep)
 
     @cached_property
     def _idle_w(self) -> float:

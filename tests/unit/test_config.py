@@ -278,6 +278,7 @@ def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
         ({"page_tokens": "many"}, ["page_tokens", "Expected `int | null`"]),
         ({"page_tokens": 1.5}, ["page_tokens", "Expected `int | null`"]),
         ({"chunk_tokens": 0}, ["chunk_tokens", ">= 1 or null"]),
+        ({"prompt_tokens": 0}, ["prompt_tokens", ">= 1 or null"]),
         ({"tensor_parallel": 3}, ["tensor_parallel", "1, 2, 4 or 8", "3"]),
         ({"dense_batch_tokens": 8, "max_running": 9}, ["max_running", "dense_batch_tokens (8)", "9"]),
         ({"max_queue_size": 0}, ["max_queue_size", ">= 1", "0"]),
@@ -306,6 +307,7 @@ def test_what_is_left_open_is_settled_by_the_device() -> None:
     assert (cpu.dense_batch_tokens, cpu.chunk_tokens, cpu.max_running) == (512, 512, 512)
     assert (cuda.device, cuda.dtype, cuda.page_tokens, cuda.kv_cache_tokens) == ("cuda", "bfloat16", 64, None)
     assert (cuda.dense_batch_tokens, cuda.chunk_tokens, cuda.max_running) == (2048, 2048, 2048)
+    assert (cpu.prompt_tokens, cuda.prompt_tokens) == (512, 2048)
 
 
 def test_what_is_said_stays_said_on_every_device() -> None:

@@ -95,6 +95,21 @@ def test_decodes_come_first_and_prefill_fills_the_rest_exactly() -> None:
     assert batch.sampled_slots == [0, 1, 2]
 
 
+def test_a_step_takes_so_much_of_prompts_however_many_wait() -> None:
+    s = make(prompt_tokens=6)
+    for id in range(3):
+        s.add(request(id, 5))
+    batch = formed(s)
+    assert [(p.slot, p.start, len(p.token_ids), p.sample) for p in batch.prefills] == [
+        (0, 0, 5, True),
+        (1, 0, 1, False),
+    ]
+    returned(s, batch)
+    batch = formed(s)
+    assert (batch.decode_slots, batch.tokens) == ([0], 7)
+    assert [(p.slot, p.start, len(p.token_ids)) for p in batch.prefills] == [(1, 1, 4), (2, 0, 2)]
+
+
 def test_a_chunk_is_the_most_of_one_request_in_one_step() -> None:
     s = make(chunk_tokens=5)
     for id in range(4):
@@ -543,6 +558,7 @@ def test_free_slots_are_room_too_unless_there_are_no_pages() -> None:
     ("changes", "message"),
     [
         ({"chunk_tokens": 0}, "chunk_tokens: expected at least 1, got 0"),
+        ({"prompt_tokens": 0}, "prompt_tokens: expected at least 1, got 0"),
         ({"num_pages": 0}, "num_pages"),
         ({"max_model_tokens": 1}, "max_model_tokens"),
         ({"dense_batch_tokens": 3}, r"dense_batch_tokens: expected at least max_running \(4\), got 3"),
