@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
@@ -20,7 +22,7 @@ from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, show_only
-from nanoflow_backend.schedule.source import with_sizes_of_schedule
+from nanoflow_backend.schedule.source import named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
@@ -43,7 +45,8 @@ class Engine:
             show_only(config.gpus)
         device = find_device(config.device)
         config = find_auto_schedule(config, device)
-        self.config = config = with_sizes_of_schedule(config).settle(device.kind)
+        config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
+        self.config = config = config.settle(device.kind)
         self.model_config = ModelConfig.from_pretrained(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
         build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts

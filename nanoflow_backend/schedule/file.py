@@ -24,7 +24,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     device_sms: int | None = None
     tensor_parallel: int
     dense_batch_tokens: int  # B_dense: the size of a step that was found best
-    prompt_tokens: int | None = None  # of a step, at most: so that decodes and prompts meet in every batch
     workloads: tuple[str, ...] = ()  # "1024/512"
     profile_hash: str | None = None
     solver: str | None = None
@@ -70,8 +69,6 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             raise ScheduleError(
                 f"dense_batch_tokens: expected 1..{largest}, which plans reach, got {self.header.dense_batch_tokens}"
             )
-        if self.header.prompt_tokens is not None and self.header.prompt_tokens < 1:
-            raise ScheduleError(f"prompt_tokens: expected an integer >= 1 or null, got {self.header.prompt_tokens}")
 
     @classmethod
     def load(cls, path: Path) -> ScheduleFile:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from nanoflow_backend.config import EngineConfig, SettledConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Model
@@ -46,18 +44,11 @@ def find_schedules(
     return plans
 
 
-def with_sizes_of_schedule(config: EngineConfig) -> EngineConfig:
-    """The sizes of a step that the configuration leaves open, as its schedule file has them.
-
-    Raises:
-        ScheduleError: the file cannot be read.
-    """
-    sizes = ("dense_batch_tokens", "prompt_tokens")
-    unset = [name for name in sizes if getattr(config, name) is None]
-    if not unset or not is_file(config.schedule):
-        return config
-    header = ScheduleFile.load(Path(config.schedule)).header
-    return replace(config, **{name: getattr(header, name) for name in unset})
+def named_dense_batch_tokens(config: EngineConfig) -> int | None:
+    """What the configuration says, or else its schedule file. Raises: ScheduleError, the file cannot be read."""
+    if config.dense_batch_tokens is not None or not is_file(config.schedule):
+        return config.dense_batch_tokens
+    return ScheduleFile.load(Path(config.schedule)).header.dense_batch_tokens
 
 
 def is_file(schedule: str) -> bool:

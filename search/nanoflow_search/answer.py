@@ -94,7 +94,6 @@ def answer(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Candidate]:
         device_sms=profile.header.device_sms,
         tensor_parallel=setting.ranks,
         dense_batch_tokens=tokens,
-        prompt_tokens=None if best.winner is best.plans[0] else setting.prompt_tokens(profile.header.device),
         workloads=setting.workloads,
         profile_hash=profile.hash(),
         solver=SOLVER,

@@ -16,10 +16,13 @@ from nanoflow_search.stage_two import Choice, Contention, Side
 def bounds_us(problem_at: Callable[[Measured], Problem], measured: Measured, chunk_tokens: int) -> dict[str, float]:
     """By name, each what no plan goes below: a lane's work uncut, the packing, and power.
 
-    At one clock, the highest at which the cap lets through the energy of all tasks in the time of the packing: a
-    higher one takes longer for the energy, a lower one for the work. `problem_at`: of times at a clock.
+    At one clock, the highest at which the cap lets through the energy of all tasks, as little as any pair was seen to
+    take, in the time of the packing: a higher one takes longer for the energy, a lower one for the work. `problem_at`:
+    of times at a clock.
     """
     header = measured.profile.header
+    # Side by side the same work was seen to take less than each alone at that clock: any plan might have it so.
+    least_energy = min([1.0, *(pair.energy_ratio for pair in measured.profile.pairs)])
 
     def packed(clock_mhz: float) -> tuple[Problem, float, float]:
         """With the time of the packing, and the tasks' dynamic energy."""
@@ -28,7 +31,7 @@ def bounds_us(problem_at: Callable[[Measured], Problem], measured: Measured, chu
         contention = there.contention(problem, one_after_the_other(problem).timeline, chunk_tokens)
         whole = (0, problem.chunks * chunk_tokens, None)
         dynamic_j = sum(there.choice(task.operations, *whole).dynamic_j for task in problem.tasks)
-        return problem, packing_bound_us(problem, contention), dynamic_j
+        return problem, packing_bound_us(problem, contention), least_energy * dynamic_j
 
     def timed(clock_mhz: float) -> Timing:
         _, layer_us, dynamic_j = packed(clock_mhz)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,14 +86,6 @@ class Setting:
     def mix(self, workload: str, tokens: int, device: str) -> Mix:
         parsed = Workload.parse(workload)
         return mix_of(parsed, tokens, natural_tokens(self.size, device, self.ranks, parsed))
-
-    def prompt_tokens(self, device: str) -> int | None:
-        """How many tokens of prompts a full KV cache takes a step, as requests end; None: its size is not known."""
-        naturals = [natural_tokens(self.size, device, self.ranks, workload) for workload in self.parsed]
-        if math.inf in naturals:
-            return None
-        mixes = [workload.steady_mix(natural) for workload, natural in zip(self.parsed, naturals, strict=True)]
-        return max(math.ceil(mix.prefill_tokens) for mix in mixes)
 
     def request(self, profile: Profile, sizes: Sequence[int], effort: Effort) -> Request:
         return Request(

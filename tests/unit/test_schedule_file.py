@@ -18,7 +18,7 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
-from nanoflow_backend.schedule.source import find_schedules, with_sizes_of_schedule
+from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 MODEL = build(config("llama"), 2)
 HEADER = Header(model_fingerprint=fingerprint(MODEL.layer), device="cpu", tensor_parallel=2, dense_batch_tokens=32)
@@ -86,24 +86,13 @@ def test_plans_of_one_size_come_by_what_they_ask_for(tmp_path: Path) -> None:
 
 
 def test_the_files_step_is_the_engines_where_the_user_names_none(tmp_path: Path) -> None:
-    def sizes(config: EngineConfig) -> tuple[int | None, int | None]:
-        found = with_sizes_of_schedule(config)
-        return found.dense_batch_tokens, found.prompt_tokens
-
     path = saved(tmp_path / "plans.json")
-    assert sizes(unsettled(path, None)) == (96, None)
-    assert sizes(unsettled(path, 48)) == (48, None)
-    assert sizes(unsettled("sequential", None)) == (None, None)
+    assert named_dense_batch_tokens(unsettled(path, None)) == 96
+    assert named_dense_batch_tokens(unsettled(path, 48)) == 48
+    assert named_dense_batch_tokens(unsettled("sequential", None)) is None
+    assert named_dense_batch_tokens(unsettled(tmp_path / "absent.json", 48)) == 48
     with pytest.raises(ScheduleError, match=r"absent\.json: No such file or directory"):
-        with_sizes_of_schedule(unsettled(tmp_path / "absent.json", None))
-    file = ScheduleFile.load(path)
-    replace(file, header=replace(file.header, prompt_tokens=20)).save(path)
-    assert sizes(unsettled(path, None)) == (96, 20)
-    assert sizes(replace(unsettled(path, None), prompt_tokens=30)) == (96, 30)
-    assert with_sizes_of_schedule(unsettled(path, None)).settle("cpu").prompt_tokens == 20
-    assert unsettled("sequential", 48).settle("cpu").prompt_tokens == 48
-    with pytest.raises(ScheduleError, match="prompt_tokens: expected an integer >= 1 or null, got 0"):
-        replace(file, header=replace(file.header, prompt_tokens=0))
+        named_dense_batch_tokens(unsettled(tmp_path / "absent.json", None))
 
 
 def test_presets_are_found_by_name() -> None:

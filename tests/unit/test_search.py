@@ -29,7 +29,7 @@ from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.schedule.file import Header, ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
-from nanoflow_backend.schedule.source import find_schedules, with_sizes_of_schedule
+from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 EFFORT = Effort(plans=2, turns=1, time_limit_s=20.0, rounds=2)
 SIZES = (256, 384)
@@ -92,8 +92,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pyte
         assert len(plan.launches) > len(model.layer.operations)
         assert 0 < plan.least_decode_kv_tokens < plan.tokens * 1024
     config = EngineConfig(model="m", schedule=str(path))
-    assert with_sizes_of_schedule(config).dense_batch_tokens == file.header.dense_batch_tokens == 384
-    assert with_sizes_of_schedule(config).prompt_tokens == file.header.prompt_tokens
+    assert named_dense_batch_tokens(config) == file.header.dense_batch_tokens == 384
     config = replace(config, dense_batch_tokens=384).settle("cuda")
     assert find_schedules(config, model, "synthetic H200-sustained", 132) == file.plans
     profile = Profile.load(tmp_path / "profile.json")
