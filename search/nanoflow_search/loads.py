@@ -21,6 +21,7 @@ SHARE_GRAIN = 4  # SMs by which the shares that are tried differ
 # Of an SM, while attention reads a byte on another: 56 side by side (partition_placement_h200.json, 32 of 132 SMs), and
 # a quarter more, since attention's lane waits for products in every layer.
 FLOP_PER_BYTE = 70.0
+ENOUGH = 1 / 3  # of the SMs: beyond, memory is what attention waits for (kernels_decode_partition_h200.json)
 PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: their time goes in steps of tiles
 
 
@@ -116,14 +117,16 @@ def partition_loads_of(
 
 
 def attention_sms(graph: Graph, device_sms: int, mix: Mix) -> tuple[int, ...]:
-    """Sizes of attention's share around that in which its reading lasts as long as the products on the other SMs."""
+    """Sizes of attention's share around that in which its reading lasts as long as the products on the other SMs, up to
+    what fills the memory's bandwidth."""
     reading = FLOP_PER_BYTE * sum(
         operation_work(graph, op, mix).memory_bytes for op in graph.operations if op.kernel == "attention"
     )
     products = sum(operation_work(graph, op, mix).flop for op in graph.operations if op.resource is Resource.COMPUTE)
     balanced = device_sms * reading / (reading + products)
-    first = max(1, round(balanced / SHARE_GRAIN - (SHARES - 1) / 2))
-    return tuple(SHARE_GRAIN * share for share in range(first, first + SHARES) if SHARE_GRAIN * share < device_sms)
+    first = min(round(balanced / SHARE_GRAIN - (SHARES - 1) / 2), int(ENOUGH * device_sms / SHARE_GRAIN) - SHARES + 1)
+    shares = range(max(first, 1), max(first, 1) + SHARES)
+    return tuple(SHARE_GRAIN * share for share in shares if SHARE_GRAIN * share < device_sms)
 
 
 def _cap(device_sms: int, share: float) -> int | None:

@@ -53,7 +53,8 @@ def test_attentions_share_follows_what_it_reads_beside_what_products_compute() -
     assert attention_sms(LAYER, 132, MIX) == (24, 28, 32, 36)
     assert attention_sms(LAYER, 132, Mix(325, 1723, 1268, 580)) == (8, 12, 16, 20)
     assert attention_sms(LAYER, 132, Mix(1, 2047, 16, 512))[0] == 4
-    assert attention_sms(LAYER, 16, Mix(704, 1344, 100_000, 512)) == (8, 12)
+    assert attention_sms(LAYER, 132, Mix(1000, 280, 8000, 512)) == (32, 36, 40, 44)
+    assert attention_sms(LAYER, 16, Mix(704, 1344, 100_000, 512)) == (4, 8, 12)
 
 
 def test_decodes_are_counted_as_the_engine_deals_them() -> None:
