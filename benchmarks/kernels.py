@@ -4,7 +4,7 @@ r"""Each kernel alone at the shapes of Llama-3-8B (and of Mixtral-8x7B's experts
 
 and decode attention alone, also on few SMs of its own, as plans with partitions run it:
 
-    python benchmarks/kernels.py --only 'decodes of \d+ page 64' --seconds 0.8 --output kernels_decode_h200.json
+    python benchmarks/kernels.py --only 'decodes of \d+ page 64' --seconds 0.6 --output decode.json
 
 How they are measured: sustained.py.
 """

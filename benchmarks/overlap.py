@@ -77,6 +77,8 @@ class Bench:
         except LookupError as reason:
             untimed["searched"] = str(reason)
         arms = dict(known["arms"]) if known else {}
+        if "searched" in plans and arms.get("searched", {}).get("schedule") != name:
+            arms.pop("searched", None)
         if missing := {name: plan for name, plan in plans.items() if name not in arms}:
             found = compared(self._timer(mix, missing), sequential(graph, tokens), missing, rounds)
             arms |= {name: details.get(name, {}) | entry for name, entry in found.items()}

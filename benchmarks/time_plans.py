@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_search.condition import ramping
-from nanoflow_search.cost_model import Workload
+from nanoflow_search.cost_model import ModelSize, Workload
 from nanoflow_search.measured import Measured
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
+from nanoflow_search.sizes import mix_of, natural_tokens
 from paired import compared, described
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
@@ -66,7 +68,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = ModelConfig.from_pretrained(arguments.model)
     model, workload = build(config), Workload.parse(arguments.workload)
-    mix = ramping(workload, workload.steady_mix(arguments.tokens), arguments.share)
+    natural = natural_tokens(ModelSize.of(config), find_device("cuda").name, 1, workload)
+    mix = ramping(workload, mix_of(workload, arguments.tokens, natural), arguments.share)
     layers = arguments.layers or model.num_layers
     measured = Measured(Profile.load(arguments.profile), mix) if arguments.profile else None
     plans = schedules(arguments.schedule, model, arguments.tokens)
@@ -77,7 +80,18 @@ def main() -> None:
     for name, timing in predictions.items():
         print(f"predicted {name}: {described(timing)}", flush=True)
 
-    timed: list[dict[str, Any]] = json.loads(arguments.output.read_text())["plans"] if arguments.output.exists() else []
+    facts = {
+        "model": arguments.model.name,
+        "workload": arguments.workload,
+        "tokens": arguments.tokens,
+        "share": arguments.share,
+        "decode_kv_tokens": round(mix.decode_tokens * mix.decode_context),
+        "layers": layers,
+    }
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {**facts, "plans": []}
+    if different := [name for name, fact in facts.items() if known.get(name) != fact]:
+        raise ValueError(f"{arguments.output}: the result of another run: {', '.join(different)}")
+    timed: list[dict[str, Any]] = known["plans"]
     timer = PlanTimer.here(config, mix, num_layers=layers, seconds=arguments.seconds)
     alone = timer(base)
     print(f"measured sequential: {described(alone)}", flush=True)
@@ -91,12 +105,7 @@ def main() -> None:
         print(json.dumps(entry), flush=True)
         timed.append(entry)
         content = {
-            "model": arguments.model.name,
-            "workload": arguments.workload,
-            "tokens": arguments.tokens,
-            "share": arguments.share,
-            "decode_kv_tokens": round(mix.decode_tokens * mix.decode_context),
-            "layers": layers,
+            **facts,
             "sequential_predicted": described(predictions["sequential"]) if predictions else None,
             "sequential": described(alone),
             "plans": timed,

@@ -14,10 +14,11 @@ from pathlib import Path
 def check(export: Path, requests: int) -> None:
     """Raises: ValueError when the export is cut off, or short of requests."""
     try:
-        experiments = json.loads(export.read_text())["experiments"]
+        found = sum(len(experiment["requests"]) for experiment in json.loads(export.read_text())["experiments"])
     except ValueError as error:
         raise ValueError(f"{export}: expected JSON: {error}") from None
-    found = sum(len(experiment["requests"]) for experiment in experiments)
+    except (KeyError, TypeError):
+        raise ValueError(f"{export}: expected experiments, each with its requests") from None
     if found < requests:
         raise ValueError(f"{export}: expected {requests} requests, found {found}")
 

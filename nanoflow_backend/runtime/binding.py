@@ -108,9 +108,14 @@ class Binding:
         return torch.empty(shape, dtype=self._dtypes[dtype], device=self.device)
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
-        """The plan under which a batch of `tokens` runs, whose decodes read so many tokens of the KV cache."""
-        plan = next(plan for plan in self.plans if plan.schedule.holds(tokens, decode_kv_tokens))
-        return FittedPlan(plan, tokens)
+        """The plan under which a batch of `tokens` runs, whose decodes read so many tokens of the KV cache.
+
+        Raises: ValueError, none holds it.
+        """
+        for plan in self.plans:
+            if plan.schedule.holds(tokens, decode_kv_tokens):
+                return FittedPlan(plan, tokens)
+        raise ValueError(f"no plan for {tokens} tokens whose decodes read {decode_kv_tokens} tokens of the KV cache")
 
     def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[Call]:
         """Token ids [T] to the inputs of the first layer."""

@@ -52,7 +52,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     What overlap hides is the reading of the KV cache by decodes, so a plan may ask for some: `least_decode_kv_tokens`
     are the contexts of a batch's decodes together, each with its own token: attention's time follows them, be it few
     long contexts or many short ones. It is not scaled as boundaries are: a smaller batch has less work that the same
-    reading would add to, so overlap pays from less on, and what is asked for is on the safe side.
+    reading would add to.
     """
 
     tokens: int

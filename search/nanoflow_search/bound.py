@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations, product
+from math import comb
 
 from nanoflow_search.measured import Measured
 from nanoflow_search.planner import one_after_the_other
@@ -22,7 +23,7 @@ def bounds_us(problem_at: Callable[[Measured], Problem], measured: Measured, chu
     """
     header = measured.profile.header
     # Side by side the same work was seen to take less than each alone at that clock: any plan might have it so.
-    least_energy = min([1.0, *(pair.energy_ratio for pair in measured.profile.pairs)])
+    least_of_two = min([1.0, *(pair.energy_ratio for pair in measured.profile.pairs)])
 
     def packed(clock_mhz: float) -> tuple[Problem, float, float]:
         """With the time of the packing, and the tasks' dynamic energy."""
@@ -31,7 +32,8 @@ def bounds_us(problem_at: Callable[[Measured], Problem], measured: Measured, chu
         contention = there.contention(problem, one_after_the_other(problem).timeline, chunk_tokens)
         whole = (0, problem.chunks * chunk_tokens, None)
         dynamic_j = sum(there.choice(task.operations, *whole).dynamic_j for task in problem.tasks)
-        return problem, packing_bound_us(problem, contention), least_energy * dynamic_j
+        least = least_of_two ** comb(len(problem.lanes), 2)
+        return problem, packing_bound_us(problem, contention), least * dynamic_j
 
     def timed(clock_mhz: float) -> Timing:
         _, layer_us, dynamic_j = packed(clock_mhz)
