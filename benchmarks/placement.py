@@ -17,13 +17,13 @@ from nanoflow_kernels import device as kernels
 from nanoflow_search.captured import Captured
 from nanoflow_search.sustained import sustain
 
-from kernels import HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, batch, empty, normal
+from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, SETS, TOKENS, batch, empty, normal
 from nanoflow_backend.commands import result
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import Shares, call, split, streams_of
 
-DECODES, CONTEXT, PAGE_TOKENS, HEAD_DIM, SETS = 704, 1280, 64, 128, 4
+PAGE_TOKENS = 64
 
 
 def whole_gpcs(driver: Any, device: Any, shares: Shares) -> dict[str, list[Any]]:

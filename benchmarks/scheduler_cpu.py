@@ -31,6 +31,7 @@ def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[s
     scheduler = Scheduler(
         dense_batch_tokens=2048,
         chunk_tokens=2048,
+        prompt_tokens=2048,
         max_running=RUNNING,
         max_queue_size=RUNNING + waiting,
         num_pages=num_pages,

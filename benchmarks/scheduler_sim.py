@@ -47,6 +47,7 @@ def main() -> None:
         scheduler = Scheduler(
             dense_batch_tokens=options.dense_batch_tokens,
             chunk_tokens=options.dense_batch_tokens,
+            prompt_tokens=options.dense_batch_tokens,
             max_running=options.max_running,
             max_queue_size=len(trace.lengths),
             num_pages=options.cache_tokens // options.page_tokens,

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+from cells import Cell, Record, fill
 from nanoflow_search.condition import ramping
 from nanoflow_search.cost_model import ModelSize, Workload
 from nanoflow_search.measured import Measured
@@ -24,7 +24,6 @@ from nanoflow_search.profile import Profile
 from nanoflow_search.sizes import mix_of, natural_tokens
 from paired import compared, described
 
-from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
@@ -88,29 +87,26 @@ def main() -> None:
         "decode_kv_tokens": round(mix.decode_tokens * mix.decode_context),
         "layers": layers,
     }
-    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {**facts, "plans": []}
-    if different := [name for name, fact in facts.items() if known.get(name) != fact]:
-        raise ValueError(f"{arguments.output}: the result of another run: {', '.join(different)}")
-    timed: list[dict[str, Any]] = known["plans"]
+    record = Record(arguments.output, facts, lambda _: beside)
     timer = PlanTimer.here(config, mix, num_layers=layers, seconds=arguments.seconds)
     alone = timer(base)
     print(f"measured sequential: {described(alone)}", flush=True)
-    for name, plan in plans.items():
-        if name in [entry["schedule"] for entry in timed]:
-            continue
-        entry = {"schedule": name, **compared(timer, base, {name: plan}, arguments.rounds)[name]}
+    beside = {
+        "sequential_predicted": described(predictions["sequential"]) if predictions else None,
+        "sequential": described(alone),
+    }
+
+    def measure(key: Cell, known: Cell | None) -> Cell:
+        if known:
+            return known
+        name = key["schedule"]
+        entry = compared(timer, base, {name: plans[name]}, arguments.rounds)[name]
         if predicted := predictions.get(name):
             error = predicted.layer_us / entry["measured"]["layer_us"] - 1
             entry |= {"predicted": described(predicted), "error": round(error, 4)}
-        print(json.dumps(entry), flush=True)
-        timed.append(entry)
-        content = {
-            **facts,
-            "sequential_predicted": described(predictions["sequential"]) if predictions else None,
-            "sequential": described(alone),
-            "plans": timed,
-        }
-        result.write(content, arguments.output)
+        return entry
+
+    fill(record, [{"schedule": name} for name in plans], measure, json.dumps)
 
 
 if __name__ == "__main__":

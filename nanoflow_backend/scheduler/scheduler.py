@@ -31,7 +31,7 @@ class Scheduler:
     of the same one: then nothing is in flight while a batch is formed. Every batch must come back, in order.
 
     A step takes one token of every decoding request, then prefill chunks, at most `chunk_tokens` of one request and
-    `prompt_tokens` of all (None: no limit), until it has `dense_batch_tokens`. A request takes the pages of its whole
+    `prompt_tokens` of all, until it has `dense_batch_tokens`. A request takes the pages of its whole
     prompt when it is admitted, so only decodes ever wait for a page. When they do, the request of the highest rank (see
     Intake) is preempted: it gives its pages back and computes later again what it knows. The lowest rank is never
     stopped, so all end.
@@ -42,7 +42,7 @@ class Scheduler:
         *,
         dense_batch_tokens: int,
         chunk_tokens: int,
-        prompt_tokens: int | None = None,
+        prompt_tokens: int,
         max_running: int,
         max_queue_size: int,
         num_pages: int,
@@ -55,7 +55,6 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
     ) -> None:
-        prompt_tokens = dense_batch_tokens if prompt_tokens is None else prompt_tokens
         for name, value in (
             ("chunk_tokens", chunk_tokens),
             ("prompt_tokens", prompt_tokens),

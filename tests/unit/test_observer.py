@@ -44,7 +44,8 @@ def make(clock: Clock, **changes: Any) -> Scheduler:
         "clock": clock,
         "forecast": ReserveNothing(),
     }
-    return Scheduler(**settings | changes)
+    settings |= changes
+    return Scheduler(**{"prompt_tokens": settings["dense_batch_tokens"]} | settings)
 
 
 class Diary:

@@ -29,7 +29,8 @@ def make(**changes: Any) -> Scheduler:
         "eos_token_ids": [EOS],
         "clock": lambda: 0.0,
     }
-    return Scheduler(**settings | changes)
+    settings |= changes
+    return Scheduler(**{"prompt_tokens": settings["dense_batch_tokens"]} | settings)
 
 
 def request(

@@ -53,7 +53,7 @@ class History:
         self.max_queue_size = rng.randint(1, 8)
         self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
         self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
-        self.prompt_tokens = rng.choice((None, rng.randint(1, self.dense_batch_tokens)))
+        self.prompt_tokens = rng.choice((self.dense_batch_tokens, rng.randint(1, self.dense_batch_tokens)))
         self.scheduler = Scheduler(
             dense_batch_tokens=self.dense_batch_tokens,
             chunk_tokens=self.chunk_tokens,
@@ -161,7 +161,7 @@ class History:
         assert len(set(slots)) == len(slots), "a slot is in a batch twice"
         assert 0 < batch.tokens <= self.dense_batch_tokens
         assert all(0 < len(p.token_ids) <= self.chunk_tokens for p in batch.prefills)
-        assert sum(len(p.token_ids) for p in batch.prefills) <= (self.prompt_tokens or self.dense_batch_tokens)
+        assert sum(len(p.token_ids) for p in batch.prefills) <= self.prompt_tokens
         self.seen["decodes and prefills together"] += bool(batch.decode_slots and batch.prefills)
 
     def take(self, delta: Delta) -> None:

@@ -35,6 +35,7 @@ def simulated(
     scheduler = Scheduler(
         dense_batch_tokens=64,
         chunk_tokens=64,
+        prompt_tokens=64,
         max_running=32,
         max_queue_size=len(trace.lengths),
         num_pages=num_pages,
