@@ -78,7 +78,8 @@ def partition_loads_of(
         decode: mix.decode_tokens * mix.decode_context,
         prefill: mix.prefill_tokens * mix.prefill_context,
     }
-    likely = sorted(sizes)[1:3] or list(sizes)
+    middle = (len(sizes) - 1) // 2
+    likely = sorted(sizes)[middle : middle + 2]
     half = min(PAIR_TOKENS, largest_tokens)
 
     def up_to(*tokens: int) -> list[int]:
