@@ -63,7 +63,7 @@ def main() -> None:
             dense_batch_tokens=options.dense_batch_tokens,
             max_running=options.max_running,
             max_tokens=options.max_tokens,
-            step_s=options.step_s,
+            step_s=(lambda _: options.step_s) if options.step_s else None,
         )
         arms[type(forecast).__name__] = asdict(outcome)
         print(type(forecast).__name__, outcome, flush=True)

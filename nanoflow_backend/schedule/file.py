@@ -104,14 +104,8 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             raise ScheduleError("the schedule was made for something else: " + "; ".join(differences))
 
     def plans_up_to(self, tokens: int) -> tuple[Schedule, ...]:
-        """Those that batches of up to `tokens` need.
-
-        Raises:
-            ScheduleError: no plan holds so many.
-        """
-        if (largest := self.plans[-1].tokens) < tokens:
-            raise ScheduleError(f"the largest plan is for {largest} tokens, a batch may have {tokens}")
-        reached = min(plan.tokens for plan in self.plans if plan.tokens >= tokens)
+        """Those that batches of up to `tokens` need, or all where none reaches so far."""
+        reached = min((plan.tokens for plan in self.plans if plan.tokens >= tokens), default=tokens)
         return tuple(plan for plan in self.plans if plan.tokens <= reached)
 
 

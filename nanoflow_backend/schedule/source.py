@@ -20,7 +20,7 @@ def find_schedules(
     """The plans for batches of up to `config.dense_batch_tokens`, of `model` as `build` makes it, on `device`.
 
     `config.schedule` is "sequential", "nano-batched-N" or the path of a schedule file, which "auto" has become. A
-    batch runs under the first that holds it.
+    batch runs under the first that holds it; one that is larger than any plan of the file, sequential.
 
     Raises:
         ScheduleError: naming the preset or the file, and what is wrong with it.
@@ -31,6 +31,8 @@ def find_schedules(
         if file is not None:
             file.check_header(model.layer, device, tp, device_sms)
             plans = file.plans_up_to(tokens)
+            if plans[-1].tokens < tokens:
+                plans = (*plans, sequential(model.layer, tokens))
         elif name == "sequential":
             plans = (sequential(model.layer, tokens),)
         elif preset := re.fullmatch(r"nano-batched-(\d+)", name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,13 +62,14 @@ def simulate(
     *,
     dense_batch_tokens: int,
     max_running: int,
-    max_tokens: int,
-    step_s: float = 0.0,
+    max_tokens: int | None,
+    step_s: Callable[[Batch], float] | None = None,
 ) -> SimulationResult:
-    """Run all requests to their end. Every one asks for `max_tokens` and ends, unknown to the scheduler, by EOS.
+    """Run all requests to their end. Every one asks for `max_tokens` and ends, unknown to the scheduler, by EOS; with
+    None each asks for the tokens that it gets.
 
-    `scheduler` is fresh, with EOS 0 and room for all in its queue. `step_s` is the time that every step takes;
-    0 lets all requests arrive at once. Results come back one step late, as in the engine.
+    `scheduler` is fresh, with EOS 0 and room for all in its queue. `step_s` is the time that a step takes; without it
+    no time passes, and all requests arrive at once. Results come back one step late, as in the engine.
 
     Raises:
         RuntimeError: a request did not end by its EOS, or the scheduler has work and runs nothing.
@@ -82,10 +84,11 @@ def simulate(
     now_s, ended = 0.0, 0
     start_s = time.perf_counter()
     while arrivals or scheduler.has_work:
-        while arrivals and (step_s == 0 or trace.arrivals_s[arrivals[0]] <= now_s):
+        while arrivals and (step_s is None or trace.arrivals_s[arrivals[0]] <= now_s):
             index = arrivals.popleft()
-            prompt = [WORD] * trace.lengths[index][0]
-            scheduler.add(Request(index, prompt, SamplingParams(max_tokens=max_tokens, seed=index)))
+            input_tokens, output_tokens = trace.lengths[index]
+            params = SamplingParams(max_tokens=max_tokens or output_tokens, seed=index)
+            scheduler.add(Request(index, [WORD] * input_tokens, params))
         batch = scheduler.schedule()
         if batch is not None:
             in_flight.append(program.run(batch))
@@ -94,7 +97,7 @@ def simulate(
             left_waiting.append(stats.waiting_requests > 0)
             running.append(stats.running_requests)
             used_pages.append(stats.used_pages)
-            now_s += step_s
+            now_s += step_s(batch) if step_s else 0.0
         elif not in_flight:
             if scheduler.has_work or not arrivals:
                 raise RuntimeError(f"{scheduler.stats}: there is work, and nothing runs")

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from nanoflow_backend.commands import result
 from nanoflow_search.display import Display
 from nanoflow_search.machine import find_machine
-from nanoflow_search.report import show
+from nanoflow_search.profile import Profile
+from nanoflow_search.report import account, show
 from nanoflow_search.search import search
 from nanoflow_search.setting import Effort, Phase, Setting
 from nanoflow_search.sizes import checked
@@ -24,7 +26,7 @@ def find_schedules(
     out: Path,
     until: Phase,
 ) -> None:
-    """Write `out` and, beside it, a picture of the plan at B_dense; print the table.
+    """Write `out` and, beside it, a picture of the plan at B_dense and the account of the search; print the table.
 
     Raises:
         ValueError: something is wrong with what was asked for, or cannot be done here; it is named.
@@ -40,5 +42,7 @@ def find_schedules(
     file, plan = found
     file.save(out)
     out.with_suffix(".svg").write_text(plan.picture)
+    told = account(file, Profile.load(path), display.phases_s)
+    result.write({"model": setting.name, "schedule": out.name, **told}, out.with_suffix(".result.json"))
     show(file)
     print(f"{out}: B_dense {file.header.dense_batch_tokens}; nanoflow-search explain {out} says why")

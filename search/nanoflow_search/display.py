@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -22,6 +23,7 @@ class Display:
             transient=True,
         )
         self._phase: TaskID | None = None
+        self._begun: list[tuple[str, float]] = []
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -37,7 +39,14 @@ class Display:
         if self._phase is not None:
             self._progress.remove_task(self._phase)
         self._phase = self._progress.add_task(phase, total=total)
+        self._begun.append((phase, time.monotonic()))
         self.say(phase)
+
+    @property
+    def phases_s(self) -> dict[str, float]:
+        """How long each phase took, the last one until now: in this run alone, if the search was cut before."""
+        ends_s = [*(begun_s for _, begun_s in self._begun[1:]), time.monotonic()]
+        return {phase: end_s - begun_s for (phase, begun_s), end_s in zip(self._begun, ends_s, strict=True)}
 
     def advance(self) -> None:
         assert self._phase is not None

@@ -68,6 +68,8 @@ class Measured:
         Raises:
             ProfileError: an operation that was not measured.
         """
+        if start == stop:
+            return []
         decodes = self._decodes(start, stop)
         phases = {
             "decode": decodes * self.mix.decode_context,

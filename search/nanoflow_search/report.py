@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from nanoflow_backend.schedule.file import ScheduleFile, Trial
 from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_search.profile import Profile, ProfileError, held_out
 
 ALIKE = 0.99  # of the least time: what is as near to it is why it is not less
 COLUMNS = ("B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %", "W", "MHz", "mJ/token", "")
@@ -27,6 +30,23 @@ def show(file: ScheduleFile) -> None:
         table.add_row(*_row(trial), style="bold" if trial.chosen else None)
     console = Console(width=max(Console().width, 130))  # a pipe has no width of its own
     console.print(table)
+
+
+def account(file: ScheduleFile, profile: Profile, phases_s: Mapping[str, float]) -> dict[str, Any]:
+    """What a search found and what it took, as results are kept. `phases_s`: of the command's last run."""
+    facts: dict[str, Any] = {"hash": profile.hash(), "points": len(profile.points), "pairs": len(profile.pairs)}
+    try:
+        errors = held_out(profile)
+        facts |= {"held_out_error_median": round(errors.median, 4), "held_out_error_worst": round(errors.worst, 4)}
+    except ProfileError:  # a small model at few amounts has none to tell by
+        pass
+    return {
+        "device": profile.header.device,
+        "profile": facts,
+        "phases_s": {phase: round(seconds, 1) for phase, seconds in phases_s.items()},
+        "trials": msgspec.to_builtins(file.trials),
+        "bounds_us": file.bounds_us,
+    }
 
 
 def explain(file: ScheduleFile) -> None:

@@ -56,6 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class Setting:
     """`workloads` as in "1024/512"."""
 
+    name: str  # of the model's folder
     config: ModelConfig
     ranks: int
     workloads: tuple[str, ...]
@@ -65,7 +66,7 @@ class Setting:
         """Raises: ConfigError; ValueError, a workload that cannot be read."""
         for workload in workloads:
             Workload.parse(workload)
-        return cls(ModelConfig.from_pretrained(folder), ranks, tuple(dict.fromkeys(workloads)))
+        return cls(folder.resolve().name, ModelConfig.from_pretrained(folder), ranks, tuple(dict.fromkeys(workloads)))
 
     @cached_property
     def model(self) -> Model:

@@ -200,7 +200,7 @@ def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
         run(tmp_path, Synthetic(), setting=setting("1/1"), sizes=(256,))
     with pytest.raises(SearchError, match=r"dense_batch_tokens is \(256,\) there and \(256, 384\) here"):
         run(tmp_path, Synthetic())
-    other = Setting(config("llama"), 1, ("512/1024",))
+    other = Setting("tiny", config("llama"), 1, ("512/1024",))
     (tmp_path / "state" / "request.json").unlink()
     with pytest.raises(ProfileError, match=r"profile\.json: was taken of"):
         run(tmp_path, Synthetic(), setting=other)
@@ -226,7 +226,7 @@ def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.Capt
     assert "profile done" in capsys.readouterr().out
     search_command(*arguments, Phase.TIMING)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "plan.json", "plan.profile.json", "plan.search", "plan.svg",
+        "plan.json", "plan.profile.json", "plan.result.json", "plan.search", "plan.svg",
     ]  # fmt: skip
     assert "B_dense 256" in capsys.readouterr().out
 

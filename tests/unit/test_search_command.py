@@ -1,5 +1,6 @@
 """nanoflow-search, the command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
     columns = [cell.strip() for cell in header.strip("┃").split("┃")]
     assert columns[:8] == ["B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %"]
     assert [row.split("│")[3].strip() for row in rows] == ["sequential", "plan 1", "plan 2"]
+    kept = json.loads(out.with_suffix(".result.json").read_text())
+    assert [trial["plan"] for trial in kept["trials"]] == ["sequential", "plan 1", "plan 2"]
+    assert kept["model"] == "llama-3-8b"
+    assert kept["profile"]["hash"] == json.loads(out.read_text())["header"]["profile_hash"]
+    assert list(kept["phases_s"]) == ["profile", "plans", "timing"]
+    assert all(seconds >= 0 for seconds in kept["phases_s"].values())
     written = out.read_bytes()
     again = run(*search, *effort)
     assert again.returncode == 0, again.stderr

@@ -45,7 +45,8 @@ def simulated(
         prefix_caching=False,
         forecast=forecast,
     )
-    return simulate(trace, scheduler, dense_batch_tokens=64, max_running=32, max_tokens=200, step_s=step_s)
+    takes = (lambda batch: step_s) if step_s else None
+    return simulate(trace, scheduler, dense_batch_tokens=64, max_running=32, max_tokens=200, step_s=takes)
 
 
 def test_a_simulation_accounts_for_every_token() -> None:
