@@ -38,8 +38,9 @@ class Record:
         return next((cell for cell in self.cells if key.items() <= cell.items()), None)
 
     def put(self, key: Cell, cell: Cell) -> None:
-        known = self.find(key)
-        self.cells = [*(c for c in self.cells if c is not known), {**key, **cell}]
+        """In the place of what is known of it, or after the others."""
+        known, put = self.find(key), {**key, **cell}
+        self.cells = [put if c is known else c for c in self.cells] if known else [*self.cells, put]
         result.write({**self._facts, **self._summary(self.cells), "cells": self.cells}, self._output)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what overlap.py measured: bars as in the paper's Fig. 9, or a map of gains.
+"""Pictures of what overlap.py found: bars as in the paper's Fig. 9, or a map of gains.
 
 python benchmarks/overlap_plot.py ablation.json --output ablation.svg
 """
@@ -57,30 +57,38 @@ def bars(axes: Axes, cells: list[dict[str, Any]], what: str, value: Callable[[di
 
 
 def gains(axes: Axes, found: dict[str, Any]) -> None:
-    """In bold what differs from 1 for certain; with a star, batches in which the KV memory bounds the decodes."""
-    cells, margin = found["cells"], found["margin_95"]
+    """In bold what differs from 1 for certain, in italics and parentheses what was predicted and not timed; with a
+    star, batches in which the KV memory bounds the decodes."""
+    cells, margin = found["cells"], found.get("margin_95")
     sizes, contexts = (sorted({cell[name] for cell in cells}) for name in ("tokens", "context"))
-    gain = {(cell["context"], cell["tokens"]): cell["over_sequential"] for cell in cells}
+    gain = {(cell["context"], cell["tokens"]): shown(cell) for cell in cells}
     grid = [[gain.get((context, tokens), float("nan")) for tokens in sizes] for context in contexts]
     span = max(SPAN, *(abs(value - 1) for value in gain.values()))
     axes.imshow(grid, cmap=GAINS, norm=TwoSlopeNorm(1, 1 - span, 1 + span), origin="lower", aspect="auto")
     for cell in cells:
-        value = cell["over_sequential"]
+        value, timed = shown(cell), "over_sequential" in cell
+        text = f"{value:.3f}" if timed else f"({value:.3f})"
         axes.text(
             sizes.index(cell["tokens"]),
             contexts.index(cell["context"]),
-            f"{value:.3f}{'*' * cell['memory_full']}\n{cell['attention_sms']} SMs",
+            f"{text}{'*' * cell['memory_full']}\n{cell['attention_sms']} SMs",
             ha="center",
             va="center",
             fontsize=7,
-            fontweight="bold" if abs(value - 1) > margin else "normal",
+            fontweight="bold" if timed and abs(value - 1) > margin else "normal",
+            fontstyle="normal" if timed else "italic",
         )
     axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
     axes.set_yticks(range(len(contexts)), [f"{context:,}" for context in contexts])
-    axes.set(
-        xlabel=f"tokens of a batch (bold: beyond ±{margin:.1%}; *: KV memory is full; SMs: of attention)",
-        ylabel="mean context of decodes",
-    )
+    legend = [f"bold: beyond ±{margin:.1%}"] if margin is not None else []
+    legend += ["(italics): predicted, not timed"] if any("over_sequential" not in cell for cell in cells) else []
+    legend += ["*: KV memory is full", "SMs: of attention"]
+    axes.set(xlabel=f"tokens of a batch\n{'; '.join(legend)}", ylabel="mean context of decodes")
+
+
+def shown(cell: dict[str, Any]) -> float:
+    """The gain that was measured, or the one that was predicted."""
+    return float(cell.get("over_sequential", cell["predicted"]["gain"]))
 
 
 def main() -> None:

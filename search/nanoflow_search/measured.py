@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from math import prod
@@ -34,6 +34,8 @@ class Measured:
     mix: Mix
     clock_mhz: float | None = None  # None: the highest
     groups: tuple[Group, ...] = ()
+    # By clock, for all that `at` and `of_groups` make: predictions of plans try the same clocks again and again.
+    _surfaces_at: dict[float | None, dict[str, Surface]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def _decodes(self) -> Decodes:
@@ -41,7 +43,11 @@ class Measured:
 
     @cached_property
     def _surfaces(self) -> dict[str, Surface]:
-        return {name: self.profile.surface(name, self.clock_mhz) for name in self.profile.operations}
+        if self.clock_mhz not in self._surfaces_at:
+            self._surfaces_at[self.clock_mhz] = {
+                name: self.profile.surface(name, self.clock_mhz) for name in self.profile.operations
+            }
+        return self._surfaces_at[self.clock_mhz]
 
     @cached_property
     def _beside(self) -> dict[tuple[str, str], dict[tuple[int | None, int | None], Beside]]:

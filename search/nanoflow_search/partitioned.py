@@ -61,8 +61,8 @@ def find_partitioned(
 ) -> list[Found]:
     """The best `keep`, best first: one for each size of attention's share and each way to cut attention.
 
-    `graph`: of one rank. `chunk_tokens` is what the programs cut a batch into, `step` what the grid does. What
-    `once` knows is not searched again.
+    `graph`: of one rank. `chunk_tokens` is what the programs cut a batch into, `step` what the grid does. `turns` = 0
+    leaves the programs out: the grid needs no solver. What `once` knows is not searched again.
     """
     found: list[Found] = []
     for partition in partitions_of(measured.profile, graph):
@@ -70,7 +70,8 @@ def find_partitioned(
 
         def search(partition: dict[str, int] = partition) -> list[Found]:
             plans = [(plan, 0.0) for plan in _grid(graph, measured, partition, step)]
-            plans += _solved(graph, measured, partition, chunk_tokens, turns, time_limit_s, progress)
+            if turns:
+                plans += _solved(graph, measured, partition, chunk_tokens, turns, time_limit_s, progress)
             return [Found(plan, predict(plan, measured, num_layers), gap) for plan, gap in plans]
 
         plans = once(f"{sms}-sms.msgpack", list[Found], search)

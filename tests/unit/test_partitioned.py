@@ -1,6 +1,7 @@
 """Plans whose attention has SMs of its own: what is measured for them, how they are predicted, which are found."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,22 @@ def test_the_best_plans_are_valid_unlike_and_faster_than_sequential(taken: tuple
         validate(schedule, LAYER, 6, 132)
         assert predicted == predict(schedule, measured, 6)
         assert device.time_plan(schedule, MIX, 6).layer_us < base
+
+
+def test_without_turns_it_is_the_grid_alone(
+    taken: tuple[SyntheticDevice, Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And there need be no solver."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    measured = Measured(taken[1], MIX)
+    (best, *_) = find_partitioned(LAYER, measured, 3, 512, step=512, turns=0)
+    brute = [
+        predict(overlapped(LAYER, 2048, stop, share, partition["memory"], 132, 512), measured, 3)
+        for partition in partitions_of(taken[1], LAYER)
+        for stop in (512, 1024, 1536)
+        for share in [round(stop / 2048 + more, 2) for more in (-0.2, -0.1, 0.0, 0.1, 0.2)]
+    ]
+    assert best.predicted == min(brute, key=lambda timing: timing.layer_us)
 
 
 def is_small(curve: str) -> bool:
