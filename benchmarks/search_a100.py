@@ -1,6 +1,7 @@
 """Search on A100-like tables: does the paper's pipeline come out? Writes results/search_a100_NAME.json and .svg.
 
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
+    PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b --tables release --goals paper --spare qkv
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 8b       # Llama-3-8B on one, 1,024 tokens
 
 The two programs for some numbers of parts, each task with one share for all of its time; then the best of their plans,
@@ -54,6 +55,7 @@ FEW, SOME = Parts(1, 3), Parts(1, 5)
 ANY = {"qkv": FEW, "attention": SOME, "o": FEW, "attention_reduce": FEW, "gate_up": FEW, "mlp_reduce": FEW}
 # KQV and the attention of decodes finer than O, UG and D.
 PAPER = ANY | {"qkv": Parts(3, 4), "attention": Parts(3, 6), "o": Parts(1, 2), "gate_up": Parts(1, 2)}
+GOALS = {"any": ANY, "paper": PAPER, "kqv": PAPER | {"attention": Parts(2, 6)}}  # the last: KQV alone finer
 # The pipeline that the paper's authors found for 2,048 tokens: where each task is cut, in tokens.
 PIPELINE = {
     "qkv": (256, 640, 1280),
@@ -72,17 +74,34 @@ class Setting(NamedTuple):
     chunk_tokens: int
     coarse: Problem  # what the programs solve
     fine: Problem
+    sequential_us: float  # by the published times, whatever is spared
+
+
+class Case(NamedTuple):
+    name: str
+    tables: str
+    workload: str
+    spare: str | None
 
 
 @cache
-def setting(name: str, tables: str, workload: str) -> Setting:
-    folder, ranks, times_us, tokens, chunk_tokens = CASES[name]
+def setting(case: Case) -> Setting:
+    folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
     model = build(ModelConfig.from_pretrained(HERE / "models" / folder), ranks)
-    performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[tables]
-    profile = a100.profile(model.layer, ranks, times_us, performance)
-    measured = a100.Published(profile, Workload.parse(workload).mix(tokens))
+    performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
+    mix = Workload.parse(case.workload).mix(tokens)
+    published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)
+    spared = spared_us(times_us, case.spare) if case.spare else times_us
+    measured = a100.Published(a100.profile(model.layer, ranks, spared, performance), mix)
     coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.times) for t in (chunk_tokens, TILE))
-    return Setting(model, measured, tokens, chunk_tokens, coarse, fine)
+    sequential_us = predict(sequential(model.layer, tokens), published, model.num_layers).layer_us
+    return Setting(model, measured, tokens, chunk_tokens, coarse, fine, sequential_us)
+
+
+def spared_us(times_us: dict[str, dict[int, float]], name: str) -> dict[str, dict[int, float]]:
+    """Three launches of it cost as much as two do."""
+    third_us = a100.line(times_us[name], 0) / 3
+    return times_us | {name: {tokens: us - third_us for tokens, us in times_us[name].items()}}
 
 
 def main() -> None:
@@ -94,21 +113,22 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="of the two stages, for each number of parts")
     parser.add_argument("--steps", type=int, default=200_000, help="of annealing, each time")
     parser.add_argument("--runs", type=int, default=12, help="of annealing, from one start after the other")
+    parser.add_argument(
+        "--goals", nargs="+", choices=GOALS, help="which parts to ask for; by default any, and the paper's"
+    )
+    parser.add_argument("--spare", help="an operation of which three launches are to cost as much as two: what if?")
     options = parser.parse_args()
-    case = (options.name, options.tables, options.workload)
-    at = setting(*case)
+    case = Case(options.name, options.tables, options.workload, options.spare)
+    at = setting(case)
 
     begun = time.monotonic()
     with ProcessPoolExecutor(PROCESSES) as pool:
         programs = list(pool.map(partial(planned, case, options.turns, options.time_limit_s), CUTS))
         starts = [released(at.fine, fluid_of(at).pieces(p.shares, at.chunk_tokens // TILE)) for p in programs]
-        goals = {"any": (ANY, starts)}
-        if options.name == "70b":
-            goals["paper"] = (PAPER, [pipeline(at), *starts[:2]])
-        found = {
-            goal: annealed(pool, case, parts, begin, options.runs, options.steps)
-            for goal, (parts, begin) in goals.items()
-        }
+        found = {}
+        for goal in options.goals or (("any", "paper") if options.name == "70b" else ("any",)):
+            some = starts if goal == "any" else [pipeline(at), *starts[:2]]  # of two parts after attention
+            found[goal] = annealed(pool, case, GOALS[goal], some, options.runs, options.steps)
     wall_s = time.monotonic() - begun
 
     described = {
@@ -120,7 +140,8 @@ def main() -> None:
         "kind": "prediction from published times of an A100, nothing measured",
         "search_wall_s": round(wall_s, 1),
         "processes": PROCESSES,
-        "sequential_us": round(at.fine.sequential_us(), 1),
+        **({"spared": options.spare} if options.spare else {}),
+        "sequential_us": round(at.sequential_us, 1),
         "compute_lane_us": round(at.fine.lane_us("compute"), 1),
         "packing_bound_us": round(cut_bound_us(at, {}), 1),
         "gain_bounds": gain_bounds(at),
@@ -131,7 +152,7 @@ def main() -> None:
         "pipeline_gain": gain(at, fluid_of(at).period_us(pipeline(at))) if options.name == "70b" else None,
         "found": {
             goal: {
-                "asked": {task: parts._asdict() for task, parts in goals[goal][0].items() if task in parts_of(at, [])},
+                "asked": {task: parts._asdict() for task, parts in asked(at, GOALS[goal]).items()},
                 "annealed": [
                     {"gain": gain(at, shares.timeline.period_us), "parts": parts_of(at, nanos_of(shares))}
                     for shares in plans
@@ -141,23 +162,22 @@ def main() -> None:
             for goal, plans in found.items()
         },
     }
-    suffix = "" if options.tables == "published" else f"_{options.tables}"
-    output = HERE / "results" / f"search_a100_{options.name}{suffix}.json"
+    named = [options.name, *([] if options.tables == "published" else [options.tables]), *(options.goals or [])]
+    named += ["spare", options.spare.replace("/", "_")] if options.spare else []
+    output = HERE / "results" / f"search_a100_{'_'.join(named)}.json"
     result.write(described, output)
     for goal, plans in found.items():
-        picture = output.with_name(f"{output.stem}{'' if goal == [*goals][-1] else '_' + goal}.svg")
-        picture.write_text(draw(at.fine, best_of(plans), a100.SMS, TILE))
-    for goal, plans in found.items():
-        print(
-            goal, gain(at, best_of(plans).timeline.period_us), parts_of(at, nanos_of(best_of(plans))), f"{wall_s:.0f} s"
-        )
+        picture = output.with_name(f"{output.stem}{'' if goal == [*found][-1] else '_' + goal}.svg")
+        best = best_of(plans)
+        picture.write_text(draw(at.fine, best, a100.SMS, TILE))
+        print(f"{goal}: {gain(at, period_us(best))}x, {parts_of(at, nanos_of(best))}, {wall_s:.0f} s")
 
 
 # the search
 
 
-def planned(case: tuple[str, str, str], turns: int, time_limit_s: float, cuts: tuple[int, int]) -> Plan:
-    at = setting(*case)
+def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> Plan:
+    at = setting(case)
     return find_plans(
         at.coarse, at.measured, at.chunk_tokens, parts=(cuts,), turns=turns, time_limit_s=time_limit_s, progress=print
     )[0]
@@ -165,14 +185,14 @@ def planned(case: tuple[str, str, str], turns: int, time_limit_s: float, cuts: t
 
 def annealed(
     pool: ProcessPoolExecutor,
-    case: tuple[str, str, str],
+    case: Case,
     parts: dict[str, Parts],
     starts: list[Pieces],
     runs: int,
     steps: int,
 ) -> list[Shares]:
     """Some runs from each start in turn; then the best once more, from less heat."""
-    at = setting(*case)
+    at = setting(case)
     first = [pool.submit(one, case, parts, starts[run % len(starts)], steps, run, HOT) for run in range(runs)]
     found = sorted((job.result() for job in first), key=period_us)
     warm = [fluid_of(at).pieces(shares) for shares in found[:PROCESSES]]
@@ -180,15 +200,18 @@ def annealed(
     return [*found, *(job.result() for job in again)]
 
 
-def one(
-    case: tuple[str, str, str], parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float
-) -> Shares:
-    at = setting(*case)
+def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float) -> Shares:
+    at = setting(case)
     sms = {task.name: (None,) if task.lane == "compute" else TENTHS for task in at.fine.tasks}
-    known = {task.name: parts[task.name] for task in at.fine.tasks}
+    known = asked(at, parts)
     found = anneal(at.fine, at.measured, pieces, sms, TILE, steps=steps, seed=seed, parts=known, heat=(hot, COLD))
     print(f"{gain(at, period_us(found)):.4f}x: {parts_of(at, nanos_of(found))}", flush=True)
     return found
+
+
+def asked(at: Setting, parts: dict[str, Parts]) -> dict[str, Parts]:
+    """Of the tasks that there are."""
+    return {task.name: parts[task.name] for task in at.fine.tasks}
 
 
 def period_us(shares: Shares) -> float:
@@ -271,7 +294,7 @@ def launch_us(at: Setting, operations: tuple[str, ...]) -> float:
 
 
 def gain(at: Setting, us: float) -> float:
-    return round(at.fine.sequential_us() / us, 4)
+    return round(at.sequential_us / us, 4)
 
 
 def nanos_of(shares: Shares) -> list[NanoTask]:
@@ -297,14 +320,12 @@ def describe(at: Setting, shares: Shares) -> dict[str, Any]:
     layer, placed = at.model.layer, shares.timeline.placed
     schedule = schedule_of(layer, at.fine, shares.timeline, TILE, shares.sms, groups=shares.groups)
     validate(schedule, layer, at.model.num_layers, a100.SMS)
-    one, whole = (
-        predict(s, at.measured, at.model.num_layers).layer_us for s in (sequential(layer, at.tokens), schedule)
-    )
+    whole_us = predict(schedule, at.measured, at.model.num_layers).layer_us
     decodes = {p.nano: p.decodes for p in fluid_of(at).pieces(shares)}
     gemms_us = sum(p.duration_us for p in placed if at.fine[p.nano.task].lane == "compute")
     return {
         "gain": gain(at, period_us(shares)),
-        "gain_all_layers": round(one / whole, 4),
+        "gain_all_layers": gain(at, whole_us),
         "predicted_us": round(period_us(shares), 1),
         "without_gemm_us": round(period_us(shares) - gemms_us, 1),
         "parts": parts_of(at, nanos_of(shares)),
