@@ -1,10 +1,12 @@
 """Search on A100-like tables: does the paper's pipeline come out? Writes results/search_a100_NAME.json and .svg.
 
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
+    PYTHONPATH=tests/support python benchmarks/search_a100.py --name 70b --tables release --goals paper --spare qkv
     PYTHONPATH=tests/support python benchmarks/search_a100.py --name 8b       # Llama-3-8B on one, 1,024 tokens
 
 The two programs for some numbers of parts, each task with one share for all of its time; then the best of their plans,
-annealed with GEMMs that keep what the others leave (`a100.Published`).
+annealed with GEMMs that keep what the others leave (`a100.Published`): once with any parts, and once with those of the
+paper's pipeline (`PAPER`), from that pipeline too. Two processes.
 Predictions from published times and tables, not measurements.
 """
 
@@ -12,17 +14,21 @@ from __future__ import annotations
 
 import argparse
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import a100
 import msgspec
-from nanoflow_search.anneal import Fluid, Pieces, anneal, pieces_of
+from nanoflow_search.anneal import COLD, HOT, anneal
 from nanoflow_search.bound import packing_bound_us
 from nanoflow_search.cost_model import Workload
+from nanoflow_search.fluid import Fluid
 from nanoflow_search.layer import layer_problem, schedule_of
 from nanoflow_search.measured import Measured
+from nanoflow_search.piece import Parts, Piece, Pieces, attention_of
 from nanoflow_search.planner import Plan, find_plans, one_after_the_other
 from nanoflow_search.predict import predict
 from nanoflow_search.problem import NanoTask, Problem
@@ -31,7 +37,7 @@ from nanoflow_search.timeline import draw
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.models.model import build
+from nanoflow_backend.models.model import Model, build
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 
@@ -41,9 +47,61 @@ CASES = {  # model, ranks, times, tokens, tokens of a chunk
     "8b": ("llama-3-8b", 1, a100.LLAMA_3_8B, 1024, 128),
 }
 TILE = 128  # tokens: what annealing cuts at multiples of
-PARTS = ((2, 2), (3, 2), (2, 3), (3, 3))  # up to attention, and after it
-SEEDS = 6  # how often the best plan of each of them is annealed
+CUTS = ((2, 2), (3, 2), (2, 3), (3, 3))  # parts up to attention, and after it
+PROCESSES = 2
 TENTHS = tuple(round(tenth * a100.SMS / 10) for tenth in range(1, 11))
+
+FEW, SOME = Parts(1, 3), Parts(1, 5)
+ANY = {"qkv": FEW, "attention": SOME, "o": FEW, "attention_reduce": FEW, "gate_up": FEW, "mlp_reduce": FEW}
+# KQV and the attention of decodes finer than O, UG and D.
+PAPER = ANY | {"qkv": Parts(3, 4), "attention": Parts(3, 6), "o": Parts(1, 2), "gate_up": Parts(1, 2)}
+GOALS = {"any": ANY, "paper": PAPER, "kqv": PAPER | {"attention": Parts(2, 6)}}  # the last: KQV alone finer
+# The pipeline that the paper's authors found for 2,048 tokens: where each task is cut, in tokens.
+PIPELINE = {
+    "qkv": (256, 640, 1280),
+    "attention": (256, 512, 1024),
+    "o": (640,),
+    "attention_reduce": (640,),
+    "gate_up": (640,),
+    "mlp_reduce": (640, 1280),
+}
+
+
+class Setting(NamedTuple):
+    model: Model
+    measured: Measured
+    tokens: int
+    chunk_tokens: int
+    coarse: Problem  # what the programs solve
+    fine: Problem
+    sequential_us: float  # by the published times, whatever is spared
+
+
+class Case(NamedTuple):
+    name: str
+    tables: str
+    workload: str
+    spare: str | None
+
+
+@cache
+def setting(case: Case) -> Setting:
+    folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
+    model = build(ModelConfig.from_pretrained(HERE / "models" / folder), ranks)
+    performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
+    mix = Workload.parse(case.workload).mix(tokens)
+    published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)
+    spared = spared_us(times_us, case.spare) if case.spare else times_us
+    measured = a100.Published(a100.profile(model.layer, ranks, spared, performance), mix)
+    coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.times) for t in (chunk_tokens, TILE))
+    sequential_us = predict(sequential(model.layer, tokens), published, model.num_layers).layer_us
+    return Setting(model, measured, tokens, chunk_tokens, coarse, fine, sequential_us)
+
+
+def spared_us(times_us: dict[str, dict[int, float]], name: str) -> dict[str, dict[int, float]]:
+    """Three launches of it cost as much as two do."""
+    third_us = a100.line(times_us[name], 0) / 3
+    return times_us | {name: {tokens: us - third_us for tokens, us in times_us[name].items()}}
 
 
 def main() -> None:
@@ -52,66 +110,123 @@ def main() -> None:
     parser.add_argument("--tables", choices=("published", "release"), default="published")
     parser.add_argument("--workload", default="512/512")
     parser.add_argument("--time-limit-s", type=float, default=10.0, help="of each program")
-    parser.add_argument("--turns", type=int, default=4, help="of the two stages, for each number of parts")
-    parser.add_argument("--steps", type=int, default=50_000, help="of annealing, each time")
-    options = parser.parse_args()
-    folder, ranks, times_us, tokens, chunk_tokens = CASES[options.name]
-    model = build(ModelConfig.from_pretrained(HERE / "models" / folder), ranks)
-    tables = {"published": a100.PUBLISHED, "release": a100.RELEASE}[options.tables]
-    measured = a100.Published(
-        a100.profile(model.layer, ranks, times_us, tables), Workload.parse(options.workload).mix(tokens)
+    parser.add_argument("--turns", type=int, default=2, help="of the two stages, for each number of parts")
+    parser.add_argument("--steps", type=int, default=200_000, help="of annealing, each time")
+    parser.add_argument("--runs", type=int, default=12, help="of annealing, from one start after the other")
+    parser.add_argument(
+        "--goals", nargs="+", choices=GOALS, help="which parts to ask for; by default any, and the paper's"
     )
+    parser.add_argument("--spare", help="an operation of which three launches are to cost as much as two: what if?")
+    options = parser.parse_args()
+    case = Case(options.name, options.tables, options.workload, options.spare)
+    at = setting(case)
 
     begun = time.monotonic()
-    problem = layer_problem(model.layer, ranks, tokens, chunk_tokens, measured.times)
-    fine = layer_problem(model.layer, ranks, tokens, TILE, measured.times)
-    fluid = Fluid(fine, measured, TILE)
-    sms = {task.name: (None,) if task.lane == "compute" else TENTHS for task in fine.tasks}
-    searched: list[dict[str, Any]] = []
-    annealed: list[Shares] = []
-    for parts in PARTS:
-        plans = find_plans(
-            problem,
-            measured,
-            chunk_tokens,
-            parts=(parts,),
-            turns=options.turns,
-            time_limit_s=options.time_limit_s,
-            progress=print,
-        )
-        for plan in plans[:1]:
-            pieces = released(fine, pieces_of(plan.shares, chunk_tokens // TILE))
-            found = [anneal(fine, measured, pieces, sms, TILE, steps=options.steps, seed=seed) for seed in range(SEEDS)]
-            searched.append(summary(fine, plan, fluid.period_us(pieces), found))
-            print(searched[-1])
-            annealed += found
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        programs = list(pool.map(partial(planned, case, options.turns, options.time_limit_s), CUTS))
+        starts = [released(at.fine, fluid_of(at).pieces(p.shares, at.chunk_tokens // TILE)) for p in programs]
+        found = {}
+        for goal in options.goals or (("any", "paper") if options.name == "70b" else ("any",)):
+            some = starts if goal == "any" else [pipeline(at), *starts[:2]]  # of two parts after attention
+            found[goal] = annealed(pool, case, GOALS[goal], some, options.runs, options.steps)
     wall_s = time.monotonic() - begun
-    best = min(annealed, key=lambda shares: shares.timeline.period_us)
-    schedule = schedule_of(model.layer, fine, best.timeline, TILE, best.sms)
-    validate(schedule, model.layer, model.num_layers, a100.SMS)
-    one, whole = (predict(s, measured, model.num_layers).layer_us for s in (sequential(model.layer, tokens), schedule))
+
     described = {
-        "model": folder,
-        "tensor_parallel": ranks,
-        "dense_batch_tokens": tokens,
+        "model": CASES[options.name][0],
+        "tensor_parallel": CASES[options.name][1],
+        "dense_batch_tokens": at.tokens,
         "workload": options.workload,
         "tables": options.tables,
         "kind": "prediction from published times of an A100, nothing measured",
         "search_wall_s": round(wall_s, 1),
-        "sequential_us": round(problem.sequential_us(), 1),
-        "compute_lane_us": round(problem.lane_us("compute"), 1),
-        "packing_bound_us": round(cut_bound_us(fine, measured, {}), 1),
-        "gain_bounds": gain_bounds(fine, measured),
-        "gain": round(fine.sequential_us() / best.timeline.period_us, 4),
-        "gain_all_layers": round(one / whole, 4),
-        "searched": searched,
-        "best": describe(fine, best),
-        "schedule": msgspec.to_builtins(schedule),
+        "processes": PROCESSES,
+        **({"spared": options.spare} if options.spare else {}),
+        "sequential_us": round(at.sequential_us, 1),
+        "compute_lane_us": round(at.fine.lane_us("compute"), 1),
+        "packing_bound_us": round(cut_bound_us(at, {}), 1),
+        "gain_bounds": gain_bounds(at),
+        "programs": [
+            {**summary(at, plan), "fluid_gain": gain(at, fluid_of(at).period_us(start))}
+            for plan, start in zip(programs, starts, strict=True)
+        ],
+        "pipeline_gain": gain(at, fluid_of(at).period_us(pipeline(at))) if options.name == "70b" else None,
+        "found": {
+            goal: {
+                "asked": {task: parts._asdict() for task, parts in asked(at, GOALS[goal]).items()},
+                "annealed": [
+                    {"gain": gain(at, shares.timeline.period_us), "parts": parts_of(at, nanos_of(shares))}
+                    for shares in plans
+                ],
+                **describe(at, best_of(plans)),
+            }
+            for goal, plans in found.items()
+        },
     }
-    suffix = "" if options.tables == "published" else f"_{options.tables}"
-    output = HERE / "results" / f"search_a100_{options.name}{suffix}.json"
+    named = [options.name, *([] if options.tables == "published" else [options.tables]), *(options.goals or [])]
+    named += ["spare", options.spare.replace("/", "_")] if options.spare else []
+    output = HERE / "results" / f"search_a100_{'_'.join(named)}.json"
     result.write(described, output)
-    output.with_suffix(".svg").write_text(draw(fine, best, a100.SMS, TILE))
+    for goal, plans in found.items():
+        picture = output.with_name(f"{output.stem}{'' if goal == [*found][-1] else '_' + goal}.svg")
+        best = best_of(plans)
+        picture.write_text(draw(at.fine, best, a100.SMS, TILE))
+        print(f"{goal}: {gain(at, period_us(best))}x, {parts_of(at, nanos_of(best))}, {wall_s:.0f} s")
+
+
+# the search
+
+
+def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> Plan:
+    at = setting(case)
+    return find_plans(
+        at.coarse, at.measured, at.chunk_tokens, parts=(cuts,), turns=turns, time_limit_s=time_limit_s, progress=print
+    )[0]
+
+
+def annealed(
+    pool: ProcessPoolExecutor,
+    case: Case,
+    parts: dict[str, Parts],
+    starts: list[Pieces],
+    runs: int,
+    steps: int,
+) -> list[Shares]:
+    """Some runs from each start in turn; then the best once more, from less heat."""
+    at = setting(case)
+    first = [pool.submit(one, case, parts, starts[run % len(starts)], steps, run, HOT) for run in range(runs)]
+    found = sorted((job.result() for job in first), key=period_us)
+    warm = [fluid_of(at).pieces(shares) for shares in found[:PROCESSES]]
+    again = [pool.submit(one, case, parts, pieces, steps, run, HOT / 4) for run, pieces in enumerate(warm)]
+    return [*found, *(job.result() for job in again)]
+
+
+def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float) -> Shares:
+    at = setting(case)
+    sms = {task.name: (None,) if task.lane == "compute" else TENTHS for task in at.fine.tasks}
+    known = asked(at, parts)
+    found = anneal(at.fine, at.measured, pieces, sms, TILE, steps=steps, seed=seed, parts=known, heat=(hot, COLD))
+    print(f"{gain(at, period_us(found)):.4f}x: {parts_of(at, nanos_of(found))}", flush=True)
+    return found
+
+
+def asked(at: Setting, parts: dict[str, Parts]) -> dict[str, Parts]:
+    """Of the tasks that there are."""
+    return {task.name: parts[task.name] for task in at.fine.tasks}
+
+
+def period_us(shares: Shares) -> float:
+    return shares.timeline.period_us
+
+
+def best_of(plans: list[Shares]) -> Shares:
+    return min(plans, key=period_us)
+
+
+# where it starts
+
+
+def fluid_of(at: Setting) -> Fluid:
+    return Fluid(at.fine, at.measured, TILE)
 
 
 def released(problem: Problem, pieces: Pieces) -> Pieces:
@@ -119,64 +234,108 @@ def released(problem: Problem, pieces: Pieces) -> Pieces:
     return tuple(p._replace(sms=None if problem[p.nano.task].lane == "compute" else p.sms or a100.SMS) for p in pieces)
 
 
-def gain_bounds(problem: Problem, measured: Measured) -> dict[str, float]:
+def pipeline(at: Setting) -> Pieces:
+    """The authors' own, task after task: attention with R = 0.4, collectives with 0.2. Decodes come first."""
+    found = []
+    for task in at.fine.tasks:
+        sms = {"compute": None, "memory": TENTHS[3], "network": TENTHS[1]}[task.lane]
+        for start, stop in pairwise((0, *PIPELINE[task.name], at.tokens)):
+            decodes = round(at.measured.decodes(start, stop)) if task.lane == "memory" else 0
+            found.append(Piece(NanoTask(task.name, start // TILE, stop // TILE), 0, sms, decodes))
+    return tuple(found)
+
+
+# what nothing exceeds
+
+
+def gain_bounds(at: Setting) -> dict[str, float]:
     """What no plan exceeds: by how many parts there are of tasks up to attention, and of those after it."""
-    before = {name for d in problem.dependencies if d.pages for name in (d.writer, d.reader)}
-    return {
-        f"{front} and {back} parts": round(
-            problem.sequential_us()
-            / cut_bound_us(problem, measured, {t.name: front if t.name in before else back for t in problem.tasks}),
-            4,
-        )
-        for front, back in PARTS
+    attention = attention_of(at.fine)
+    before = {name for d in at.fine.dependencies if d.pages for name in (d.writer, d.reader)}
+    bounds = {
+        f"{front} and {back} parts": {t.name: front if t.name in before else back for t in at.fine.tasks}
+        for front, back in CUTS
     }
+    found = {name: gain(at, cut_bound_us(at, parts)) for name, parts in bounds.items()}
+    of_paper = bounds["3 and 2 parts"]
+    return found | {f"3 and 2 parts, {attention} with decodes in each": gain(at, cut_bound_us(at, of_paper, True))}
 
 
-def cut_bound_us(problem: Problem, measured: Measured, parts: dict[str, int]) -> float:
-    """The packing bound, with each task as long as its parts are together, where it is cut cheapest."""
+def cut_bound_us(at: Setting, parts: dict[str, int], all_decode: bool = False) -> float:
+    """The packing bound, with each task as long as its parts are together, where it is cut cheapest.
+
+    `all_decode`: each part of attention has a decode at least, and its cost of a launch.
+    """
+    problem, measured = at.fine, at.measured
     contention = measured.contention(problem, one_after_the_other(problem).timeline, TILE)
     choices = {}
     for nano, alone in contention.choices.items():
-        us = problem[nano.task].duration_us
+        task = problem[nano.task]
+        us = task.duration_us
         cuts = combinations(range(1, problem.chunks), parts.get(nano.task, 1) - 1)
         cheapest_us = min(sum(us[r] for r in pairwise((0, *cut, problem.chunks))) for cut in cuts)
+        if all_decode and nano.task == attention_of(problem):
+            cheapest_us = us[0, problem.chunks] + (parts[nano.task] - 1) * launch_us(at, task.operations)
         longer = cheapest_us / us[0, problem.chunks]
         choices[nano] = tuple(choice._replace(duration_us=longer * choice.duration_us) for choice in alone)
     return packing_bound_us(problem, Contention(contention.device_sms, choices, contention.slowdown))
 
 
-def parts_of(problem: Problem, nanos: list[NanoTask]) -> dict[str, int]:
-    return {task.name: sum(nano.task == task.name for nano in nanos) for task in problem.tasks}
+def launch_us(at: Setting, operations: tuple[str, ...]) -> float:
+    """What decodes take more in two launches than in one: lines are straight, so wherever they are cut."""
+    whole, half = (
+        sum(at.measured.duration_us(*load, None) for load in at.measured.loads(operations, 0, rows, rows))
+        for rows in (2 * TILE, TILE)
+    )
+    return 2 * half - whole
 
 
-def summary(problem: Problem, plan: Plan, fluid_us: float, found: list[Shares]) -> dict[str, Any]:
-    """A plan of the two programs, the same in the fluid simulation, and what came of it."""
+# what is told of it
+
+
+def gain(at: Setting, us: float) -> float:
+    return round(at.sequential_us / us, 4)
+
+
+def nanos_of(shares: Shares) -> list[NanoTask]:
+    return [p.nano for p in shares.timeline.placed]
+
+
+def parts_of(at: Setting, nanos: list[NanoTask]) -> dict[str, int]:
+    return {task.name: sum(nano.task == task.name for nano in nanos) for task in at.fine.tasks}
+
+
+def summary(at: Setting, plan: Plan) -> dict[str, Any]:
+    """A plan of the two programs."""
     return {
-        "parts": parts_of(problem, [p.nano for p in plan.shares.timeline.placed]),
+        "parts": parts_of(at, nanos_of(plan.shares)),
         "stage_one_gap": round(plan.stage_one_gap, 4),
         "stage_two_gap": round(plan.shares.timeline.gap, 4),
         "gain": round(plan.gain, 4),
-        "fluid_gain": round(plan.sequential_us / fluid_us, 4),
-        "annealed": [
-            {
-                "gain": round(plan.sequential_us / shares.timeline.period_us, 4),
-                "parts": parts_of(problem, [p.nano for p in shares.timeline.placed]),
-            }
-            for shares in found
-        ],
     }
 
 
-def describe(problem: Problem, shares: Shares) -> dict[str, Any]:
-    placed = shares.timeline.placed
+def describe(at: Setting, shares: Shares) -> dict[str, Any]:
+    """The plan as a schedule of the engine, and how long that takes with all layers and ramps."""
+    layer, placed = at.model.layer, shares.timeline.placed
+    schedule = schedule_of(layer, at.fine, shares.timeline, TILE, shares.sms, groups=shares.groups)
+    validate(schedule, layer, at.model.num_layers, a100.SMS)
+    whole_us = predict(schedule, at.measured, at.model.num_layers).layer_us
+    decodes = {p.nano: p.decodes for p in fluid_of(at).pieces(shares)}
+    gemms_us = sum(p.duration_us for p in placed if at.fine[p.nano.task].lane == "compute")
     return {
-        "predicted_us": round(shares.timeline.period_us, 1),
-        "parts": parts_of(problem, [p.nano for p in placed]),
+        "gain": gain(at, period_us(shares)),
+        "gain_all_layers": gain(at, whole_us),
+        "predicted_us": round(period_us(shares), 1),
+        "without_gemm_us": round(period_us(shares) - gemms_us, 1),
+        "parts": parts_of(at, nanos_of(shares)),
+        "attention_parts_with_decodes": sum(some > 0 for some in decodes.values()),
         "nano_operations": [
             {
                 "task": p.nano.task,
-                "lane": problem[p.nano.task].lane,
+                "lane": at.fine[p.nano.task].lane,
                 "tokens": [p.nano.start * TILE, p.nano.stop * TILE],
+                **({"decodes": decodes[p.nano]} if p.nano.task == attention_of(at.fine) else {}),
                 "start_us": round(p.start_us, 1),
                 "duration_us": round(p.duration_us, 1),
                 "layers_ahead": p.layers_ahead,
@@ -184,6 +343,7 @@ def describe(problem: Problem, shares: Shares) -> dict[str, Any]:
             }
             for p in placed
         ],
+        "schedule": msgspec.to_builtins(schedule),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
-from nanoflow_backend.schedule.plan import Launch, Schedule
+from nanoflow_backend.schedule.plan import Group, Launch, Schedule
 from nanoflow_backend.schedule.presets import synchronise
 from nanoflow_search.problem import Dependency, NanoTask, Problem, Task, Timeline
 
@@ -103,6 +103,7 @@ def schedule_of(
     chunk_tokens: int,
     sms: Mapping[NanoTask, int | None] | None = None,
     split_all_reduces: tuple[str, ...] = (),
+    groups: tuple[Group, ...] = (),
 ) -> Schedule:
     """The launches of a plan of `graph` (its all-reduces already in the plan's form), and the waits they need."""
     first = {task.name: index for index, task in enumerate(problem.tasks)}
@@ -121,6 +122,10 @@ def schedule_of(
     )
     tokens = problem.chunks * chunk_tokens
     plan = Schedule(
-        tokens=tokens, launches=launches, granularity=chunk_tokens, split_all_reduces=tuple(split_all_reduces)
+        tokens=tokens,
+        launches=launches,
+        granularity=chunk_tokens,
+        split_all_reduces=tuple(split_all_reduces),
+        groups=groups,
     )
     return synchronise(plan, graph)

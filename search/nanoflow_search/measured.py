@@ -68,15 +68,23 @@ class Measured:
 
     # operations
 
-    def loads(self, run: tuple[str, ...], start: int, stop: int) -> list[tuple[str, float]]:
+    def decodes(self, start: int, stop: int) -> float:
+        """How many of these rows decode."""
+        return self._decodes(start, stop)
+
+    def loads(
+        self, run: tuple[str, ...], start: int, stop: int, decodes: float | None = None
+    ) -> list[tuple[str, float]]:
         """(curve, amount) of each operation; attention has one for the tokens that decode, one for those of prompts.
+
+        `decodes`: how many decode, if not those of this batch.
 
         Raises:
             ProfileError: an operation that was not measured.
         """
         if start == stop:
             return []
-        decodes = self._decodes(start, stop)
+        decodes = self.decodes(start, stop) if decodes is None else decodes
         phases = {
             "decode": decodes * self.mix.decode_context,
             "prefill": (stop - start - decodes) * self.mix.prefill_context,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
+from nanoflow_backend.schedule.plan import Group
 from nanoflow_search.problem import NanoTask, Placed, Problem, Timeline
 from nanoflow_search.program import Program, total
 
@@ -51,6 +52,7 @@ class Shares:
     timeline: Timeline
     sms: Mapping[NanoTask, int | None]
     dynamic_j: float
+    groups: tuple[Group, ...] = ()  # of tokens; how decodes are dealt out, if not all come first
 
 
 def stage_two(
@@ -77,11 +79,11 @@ def stage_two(
     S = {i: contention.choices[i] for i in N}
     lane = {i: problem[i.task].lane for i in N}
     order = {name: [i for i in N if lane[i] == name] for name in problem.lanes}
-    E = needs(problem, ordered)
+    h = {p.nano: p.layers_ahead for p in ordered.placed}
+    E = needs(problem, h)
     free = _unrelated([(i, j) for i, j in combinations(N, 2) if lane[i] != lane[j]], E, order.values())
 
     # Parameters
-    h = {p.nano: p.layers_ahead for p in ordered.placed}
     sigma = contention.slowdown
     spare_w = contention.power_cap_w - contention.static_w
     alone = [min(S[i], key=lambda choice: choice.duration_us) for i in N]
@@ -165,15 +167,17 @@ def stage_two(
     return Shares(timeline, sms, found(dynamic_j))
 
 
-def needs(problem: Problem, ordered: Timeline) -> list[tuple[NanoTask, NanoTask, int]]:
-    """(writer, reader, periods from the writer's to the reader's) of a timeline."""
-    ahead = {p.nano: p.layers_ahead for p in ordered.placed}
+def needs(problem: Problem, ahead: Mapping[NanoTask, int]) -> list[tuple[NanoTask, NanoTask, int]]:
+    """(writer, reader, periods from the writer's to the reader's) of nano-tasks so many layers ahead."""
+    members: dict[str, list[NanoTask]] = {}
+    for nano in ahead:
+        members.setdefault(nano.task, []).append(nano)
     return [
         (i, j, e.layers_back + ahead[i] - ahead[j])
         for e in problem.dependencies
-        for i in ahead
-        for j in ahead
-        if (i.task, j.task) == (e.writer, e.reader) and i.start < j.stop and (e.pages or j.start < i.stop)
+        for i in members.get(e.writer, ())
+        for j in members.get(e.reader, ())
+        if i.start < j.stop and (e.pages or j.start < i.stop)
     ]
 
 

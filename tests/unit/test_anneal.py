@@ -7,9 +7,13 @@ from pathlib import Path
 
 import a100
 import pytest
-from nanoflow_search.anneal import Fluid, Piece, Pieces, anneal, pieces_of
+from nanoflow_search.anneal import anneal
+from nanoflow_search.change import AHEAD, Changes
 from nanoflow_search.cost_model import Workload
+from nanoflow_search.cycle import Side, Stint, settled
+from nanoflow_search.fluid import Fluid
 from nanoflow_search.layer import layer_problem, schedule_of
+from nanoflow_search.piece import Parts, Piece, Pieces, count, divided
 from nanoflow_search.planner import find_plans, one_after_the_other
 from nanoflow_search.predict import predict
 from nanoflow_search.problem import Dependency, NanoTask, Problem, Task
@@ -27,17 +31,35 @@ MEASURED = a100.Published(
 PROBLEM = layer_problem(LLAMA_70B.layer, 8, TOKENS, CHUNK, MEASURED.times)
 TENTHS = {share: round(share * a100.SMS) for share in a100.GEMM}
 SMS = {task.name: (None,) if task.lane == "compute" else tuple(TENTHS.values()) for task in PROBLEM.tasks}
+DECODES = 1024
+FINER = {"qkv": Parts(3, 4), "attention": Parts(3, 5), "o": Parts(1, 2), "gate_up": Parts(1, 2)}
 
 
 def random_pieces(rng: random.Random, problem: Problem = PROBLEM) -> Pieces:
     """Task after task, each cut at random; the last launches of a period are of a layer ahead."""
     found = []
+    decoding = set(rng.sample(range(TOKENS), DECODES))
     for task in problem.tasks:
         cuts = sorted(rng.sample(range(1, problem.chunks), rng.randint(1, 2)))
         for start, stop in pairwise((0, *cuts, problem.chunks)):
-            found.append(Piece(NanoTask(task.name, start, stop), 0, rng.choice(SMS[task.name])))
+            rows = range(start * CHUNK, stop * CHUNK) if task.name == "attention" else range(0)
+            some = sum(row in decoding for row in rows)
+            found.append(Piece(NanoTask(task.name, start, stop), 0, rng.choice(SMS[task.name]), some))
     turned = rng.randrange(len(found))
     return (*found[turned:], *(piece._replace(layers_ahead=1) for piece in found[:turned]))
+
+
+def alone_us(piece: Piece) -> float:
+    """With all of the device; attention's by the published times of its two kinds of rows."""
+    task, start, stop = piece.nano
+    if task != "attention":
+        return PROBLEM[task].duration_us[start, stop]
+    prompts = (stop - start) * CHUNK - piece.decodes
+    rows = {"decode": (piece.decodes, MEASURED.mix.decode_context), "prefill": (prompts, MEASURED.mix.prefill_context)}
+    times = a100.LLAMA_2_70B_TP8
+    return sum(
+        a100.line(times[f"attention/{kind}"], n * context / a100.CONTEXT) for kind, (n, context) in rows.items() if n
+    )
 
 
 def period_in_steps_us(pieces: Pieces, layers: int = 6, step_us: float = 0.25) -> float:
@@ -50,7 +72,7 @@ def period_in_steps_us(pieces: Pieces, layers: int = 6, step_us: float = 0.25) -
         for p in pieces
         if 0 <= period + p.layers_ahead < layers
     ]
-    left = {(layer, p.nano): PROBLEM[p.nano.task].duration_us[p.nano.start, p.nano.stop] for layer, p in launches}
+    left = {(layer, p.nano): alone_us(p) for layer, p in launches}
     queues = {lane: [x for x in launches if PROBLEM[x[1].nano.task].lane == lane] for lane in PROBLEM.lanes}
 
     def may_start(layer: int, nano: NanoTask) -> bool:
@@ -80,6 +102,18 @@ def period_in_steps_us(pieces: Pieces, layers: int = 6, step_us: float = 0.25) -
     return (ended_us[layers - 2] - ended_us[2]) / (layers - 4)
 
 
+def halves() -> Pieces:
+    """Two halves of each task, one after the other, with all decodes in the first."""
+    middle = PROBLEM.chunks // 2
+    return tuple(
+        Piece(
+            NanoTask(task.name, *half), 0, SMS[task.name][0], DECODES if task.name == "attention" and not half[0] else 0
+        )
+        for task in PROBLEM.tasks
+        for half in ((0, middle), (middle, PROBLEM.chunks))
+    )
+
+
 def test_a_gemm_keeps_what_the_others_leave() -> None:
     def slowdowns(*running: tuple[str, int | None]) -> tuple[float, ...]:
         return MEASURED.slowdowns(running)
@@ -97,16 +131,83 @@ def test_periods_are_those_of_small_steps_of_time(seed: int) -> None:
     assert found_us == pytest.approx(period_in_steps_us(pieces), rel=0.004)
 
 
-def test_a_period_is_that_of_the_whole_model_but_for_its_ends() -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_a_period_is_that_of_the_whole_model_but_for_its_ends(seed: int) -> None:
+    """By `walk`, of the schedule that the engine would run: what twenty layers more take, and all thousand of them."""
+    shares = Fluid(PROBLEM, MEASURED, CHUNK).shares(random_pieces(random.Random(seed)))
+    schedule = schedule_of(LLAMA_70B.layer, PROBLEM, shares.timeline, CHUNK, shares.sms, groups=shares.groups)
+    validate(schedule, LLAMA_70B.layer, LLAMA_70B.num_layers, a100.SMS)
+    period_us = shares.timeline.period_us
+    more_us = 60 * predict(schedule, MEASURED, 60).layer_us - 40 * predict(schedule, MEASURED, 40).layer_us
+    assert more_us == pytest.approx(20 * period_us, rel=1e-6)
+    assert predict(schedule, MEASURED, 1000).layer_us == pytest.approx(period_us, rel=0.003)
+
+
+def test_two_lanes_that_slow_each_other_down() -> None:
+    """A GEMM of 10 us, beside what another lane does on its result for 4 us and then, in another way, for 2 us."""
+    gemm, first, second = ("gemm", None), ("attention", 40), ("attention", 20)
+    paces: dict[tuple[Side | None, ...], tuple[float, ...]] = {
+        (None, None): (1, 1),
+        (gemm, None): (1, 1),
+        (None, first): (1, 1),
+        (None, second): (1, 1),
+        (gemm, first): (2, 1.5),
+        (gemm, second): (1.25, 1),
+    }
+
+    def stints(gemm_waits: int) -> list[Stint]:
+        """So many periods for what the other lane does; which waits for the GEMM of its own period."""
+        return [Stint(0, ((gemm, 10.0),), ((1, gemm_waits),)), Stint(1, ((first, 4.0), (second, 2.0)), ((0, 0),))]
+
+    turns, beside = settled(stints(1), paces), settled(stints(2), paces)
+    assert turns is not None
+    assert beside is not None
+    assert turns.period_us == pytest.approx(16)
+    assert turns.spans_us[1][0] == pytest.approx(turns.spans_us[0][1])
+    # 6 us at half of its speed, 2 us at four fifths, the rest alone
+    assert beside.period_us == pytest.approx(6 + 2 + (10 - 3 - 1.6))
+    assert settled(stints(0), paces) is None
+
+
+def test_a_plan_comes_back_from_its_shares() -> None:
     fluid = Fluid(PROBLEM, MEASURED, CHUNK)
-    shares = fluid.shares(random_pieces(random.Random(1)))
-    schedule = schedule_of(LLAMA_70B.layer, PROBLEM, shares.timeline, CHUNK, shares.sms)
-    assert predict(schedule, MEASURED, 1000).layer_us == pytest.approx(shares.timeline.period_us, rel=0.003)
+    for seed in range(20):
+        pieces = random_pieces(random.Random(seed))
+        again = fluid.pieces(fluid.shares(pieces))
+        assert set(again) == set(pieces)
+        assert fluid.period_us(again) == pytest.approx(fluid.period_us(pieces))
+
+
+def test_changes_leave_a_plan_whole() -> None:
+    """Every task on every chunk once, every decode on a row of its own, and as many parts as are asked for."""
+    rng = random.Random(5)
+    pieces = divided(halves(), FINER, "attention")
+    changes = Changes(PROBLEM, SMS, FINER, CHUNK, rng)
+    seen = 0
+    for _ in range(4000):
+        changed = changes.any(pieces)
+        if changed is None:
+            continue
+        seen += changed != pieces
+        pieces = changed
+        for task in PROBLEM.tasks:
+            edges = sorted(p.nano[1:] for p in pieces if p.nano.task == task.name)
+            assert [edge for one in edges for edge in one] == sorted([0, *[e for _, e in edges for e in (e, e)]][:-1])
+            parts = FINER.get(task.name, Parts())
+            assert parts.least <= count(pieces, task.name, "attention")
+            assert len(edges) <= parts.most
+        assert sum(p.decodes for p in pieces) == DECODES
+        for p in pieces:
+            assert 0 <= p.decodes <= (p.nano.stop - p.nano.start) * CHUNK
+            assert p.decodes == 0 or p.nano.task == "attention"
+            assert 0 <= p.layers_ahead <= AHEAD
+            assert p.sms in SMS[p.nano.task]
+    assert seen > 2000
 
 
 def test_what_waits_for_itself_is_no_plan() -> None:
-    whole = pieces_of(one_after_the_other(PROBLEM))
     fluid = Fluid(PROBLEM, MEASURED, CHUNK)
+    whole = fluid.pieces(one_after_the_other(PROBLEM))
     assert fluid.period_us(whole) == pytest.approx(PROBLEM.sequential_us())
     assert fluid.period_us(whole[::-1]) == math.inf
     with pytest.raises(ValueError, match="follow what they read"):
@@ -119,9 +220,25 @@ def test_annealed_plans_are_whole_and_no_longer() -> None:
     found = anneal(PROBLEM, MEASURED, pieces, SMS, CHUNK, steps=1500, seed=3)
     assert found == anneal(PROBLEM, MEASURED, pieces, SMS, CHUNK, steps=1500, seed=3)
     assert found.timeline.period_us < 0.97 * before_us
-    schedule = schedule_of(LLAMA_70B.layer, PROBLEM, found.timeline, CHUNK, found.sms)
+    schedule = schedule_of(LLAMA_70B.layer, PROBLEM, found.timeline, CHUNK, found.sms, groups=found.groups)
     validate(schedule, LLAMA_70B.layer, LLAMA_70B.num_layers, a100.SMS)
     assert all(sms in SMS[nano.task] for nano, sms in found.sms.items())
+
+
+def test_annealed_plans_have_the_parts_that_are_asked_for() -> None:
+    """KQV and the attention of decodes finer than O and the FFN; and what cannot have them is refused."""
+    start = halves()
+    found = anneal(PROBLEM, MEASURED, start, SMS, CHUNK, steps=1500, seed=1, parts=FINER)
+    pieces = Fluid(PROBLEM, MEASURED, CHUNK).pieces(found)
+    for task, parts in FINER.items():
+        assert parts.least <= count(pieces, task, "attention") <= parts.most
+    assert found.timeline.period_us < 0.97 * Fluid(PROBLEM, MEASURED, CHUNK).period_us(
+        divided(start, FINER, "attention")
+    )
+    with pytest.raises(ValueError, match="at most 1 of o"):
+        divided(start, {"o": Parts(1, 1)}, "attention")
+    with pytest.raises(ValueError, match="qkv to be cut in 9 parts"):
+        divided(start, {"qkv": Parts(9, 9)}, "attention")
 
 
 def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
@@ -158,8 +275,9 @@ def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
 def test_gemms_without_a_cap_shorten_a_plan_of_the_programs() -> None:
     """As the benchmark search_a100 starts: they use SMs that nobody else takes for part of their time."""
     plan = find_plans(PROBLEM, MEASURED, CHUNK, time_limit_s=20, parts=((2, 2),), turns=2)[0]
+    fluid = Fluid(PROBLEM, MEASURED, CHUNK)
     released = tuple(
         p._replace(sms=None if PROBLEM[p.nano.task].lane == "compute" else p.sms or a100.SMS)
-        for p in pieces_of(plan.shares)
+        for p in fluid.pieces(plan.shares)
     )
-    assert Fluid(PROBLEM, MEASURED, CHUNK).period_us(released) < 0.99 * plan.predicted_us
+    assert fluid.period_us(released) < 0.99 * plan.predicted_us
