@@ -20,6 +20,7 @@ from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
 from nanoflow_search.work import Mix
 
+from nanoflow_backend.commands import workload
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model, Resource
 from nanoflow_backend.models.model import build
@@ -32,8 +33,8 @@ from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.simulator import EOS, simulate
 from nanoflow_backend.scheduler.trace import Trace
 
-LAYERS = 4  # that are simulated: ramps weigh more in them than in a model's
 PAGE_TOKENS = 64
+MAX_MODEL_TOKENS = 8192
 GRAIN = 32  # tokens: steps whose decodes, prompts and mean contexts differ by less take as long
 
 
@@ -62,7 +63,7 @@ class StepTimes:
         return self._known[key]
 
     def _predicted_s(self, plan: Schedule, mix: Mix, rows: int) -> float:
-        timing = predict(fitted(plan, round(mix.tokens)), Measured(self._profile, mix), LAYERS)
+        timing = predict(fitted(plan, round(mix.tokens)), Measured(self._profile, mix), self._model.num_layers)
         vocabulary = next(p.shape[0] for p in self._model.head.parameters if len(p.shape) == 2)
         widest = self._profile.surface(self._widest, timing.clock_mhz)
         head_us = widest.duration_us(rows, None) * vocabulary / self._columns(self._widest) if rows else 0.0
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a folder with a Hugging Face config.json")
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--workload", default="512/1024", help="tokens of each prompt/output")
+    parser.add_argument("--trace", type=Path, help="a CSV file of lengths, drawn as `nanoflow bench offline` does")
     parser.add_argument("--requests", type=int, default=1200)
     parser.add_argument("--schedule", default="sequential", help="or a schedule file")
     parser.add_argument("--dense-batch-tokens", type=int, default=2048)
@@ -101,7 +103,10 @@ def main() -> None:
         plans = [plan for plan in ScheduleFile.load(Path(options.schedule)).plans if plan.tokens <= most]
         plans += [whole] * (plans[-1].tokens < most)
     times = StepTimes(model, Profile.load(options.profile), plans, most)
-    prompt, output = map(int, options.workload.split("/"))
+    if options.trace:
+        work = workload.of_trace(options.trace, options.requests, MAX_MODEL_TOKENS)
+    else:
+        work = workload.constant(*map(int, options.workload.split("/")), options.requests)
     scheduler = Scheduler(
         dense_batch_tokens=most,
         chunk_tokens=most,
@@ -110,11 +115,11 @@ def main() -> None:
         max_queue_size=options.requests,
         num_pages=options.kv_cache_tokens // PAGE_TOKENS,
         page_tokens=PAGE_TOKENS,
-        max_model_tokens=8192,
+        max_model_tokens=MAX_MODEL_TOKENS,
         eos_token_ids=[EOS],
         prefix_caching=False,
     )
-    trace = Trace(((prompt, output),) * options.requests, (0.0,) * options.requests)
+    trace = Trace(work.lengths, (0.0,) * options.requests)
     found = simulate(trace, scheduler, dense_batch_tokens=most, max_running=most, max_tokens=None, step_s=times)
     total = found.input_tokens + found.output_tokens
     print(f"{total / found.simulated_s:,.0f} tokens/s; {found.simulated_s:.1f} s, {found.steps:,} steps; of these")

@@ -272,11 +272,12 @@ class Surface:
         curve = self._curves[sms]
         if len(curve) == 1:
             return float(getattr(curve[0], quantity)) * amount / curve[0].amount
-        index = min(max(bisect_left([p.amount for p in curve], amount), 1), len(curve) - 1)
-        a, b = curve[index - 1], curve[index]
+        index = max(bisect_left([p.amount for p in curve], amount), 1)
+        # Times go in steps of waves: beyond the last point the last step, or what lies between two, says little.
+        a, b = (curve[index - 1], curve[index]) if index < len(curve) else (curve[0], curve[-1])
         first, second = float(getattr(a, quantity)), float(getattr(b, quantity))
         line = first + (second - first) * (amount - a.amount) / (b.amount - a.amount)
-        # Times go in steps of waves: a step at the least points would make a launch on fewer tokens cost nothing.
+        # A step at the least points would make a launch on fewer tokens cost nothing.
         return max(line, first * amount / a.amount) if amount < a.amount else line
 
 

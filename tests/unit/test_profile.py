@@ -63,6 +63,14 @@ def test_a_step_of_waves_at_the_least_points_makes_no_launch_free() -> None:
     assert surface.dynamic_j(256, 96) == pytest.approx(0.0024)
 
 
+def test_beyond_the_points_all_waves_count_and_not_the_last_step() -> None:
+    """Two waves fill 1,536 tokens as they do 1,280: the last two points alone would have it that more cost nothing."""
+    surface = Surface([point(512, 104, 100), point(1280, 104, 200), point(1536, 104, 200)])
+    assert surface.duration_us(1400, 104) == pytest.approx(200)
+    assert surface.duration_us(3072, 104) == pytest.approx(200 + 100 / 1024 * 1536)
+    assert surface.dynamic_j(3072, 104) == pytest.approx(1e-4 * surface.duration_us(3072, 104))
+
+
 def test_what_was_not_measured_is_refused() -> None:
     with pytest.raises(ProfileError, match="o was not measured; there are qkv"):
         SQUARE.surface("o")
