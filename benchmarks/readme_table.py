@@ -52,6 +52,14 @@ def rows() -> Iterator[tuple[str, str, str]]:
         yield f"Offline, {what}: whole run", rates(run), run["gpu"]
         if isinstance(run["steady"], dict) and run["steady"]["wall_s"] >= STEADY_S:
             yield f"The same, {run['steady']['wall_s']:.0f} s of its stationary part", rates(run["steady"]), run["gpu"]
+    for run in load_all("ablation"):
+        if (beside := load(f"ablation_{run['name'].removesuffix('_searched')}_beside_searched")) is None:
+            continue
+        yield (
+            f"The search's plans, {requests(run)}: whole run, against sequential on the same card",
+            f"{rates(run)}; sequential {rates(beside)}",
+            run["gpu"],
+        )
     for run in load_all("search_llama3"):
         for tokens in dict.fromkeys(trial["dense_batch_tokens"] for trial in run["trials"]):
             plain, *plans = [trial for trial in run["trials"] if trial["dense_batch_tokens"] == tokens]

@@ -19,6 +19,7 @@ from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 if TYPE_CHECKING:
     from nanoflow_backend.engine import Engine
 
+PROGRAMS = {"nanoflow_backend": "nanoflow", "nanoflow_search": "nanoflow-search"}  # their packages, run with -m
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-pytriton", "vllm")
 
 
@@ -56,8 +57,8 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
 
 
 def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "nanoflow" if name == "__main__.py" else name
+    path = Path(sys.argv[0])
+    return PROGRAMS.get(path.parent.name, path.name) if path.name == "__main__.py" else path.name
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
