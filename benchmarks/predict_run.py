@@ -1,7 +1,7 @@
 """What a whole run takes, by a profile: all requests at once through the engine's scheduler, each step as predicted.
 
     python benchmarks/predict_run.py --model benchmarks/models/llama-3-8b --profile profile.json --workload 512/1024 \\
-        --requests 1200 --schedule plan.json --dense-batch-tokens 1536 --prompt-tokens 448
+        --requests 1200 --set schedule=plan.json --set prompt_tokens=448 --output predicted.json
 
 No GPU is needed: settings that lose here need no time on one. The LM head counts as a product as fast as the widest
 one of a layer; sampling, and whatever a step takes beside, are not counted.
@@ -10,7 +10,6 @@ one of a layer; sampling, and whatever a step takes beside, are not counted.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,33 +19,31 @@ from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
 from nanoflow_search.work import Mix
 
-from nanoflow_backend.commands import workload
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.commands import result, settings, workload
+from nanoflow_backend.config import EngineConfig, ModelConfig
 from nanoflow_backend.graph.operation import Model, Resource
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cuda import bucket
-from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import sequential
+from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.simulator import EOS, simulate
 from nanoflow_backend.scheduler.trace import Trace
 
-PAGE_TOKENS = 64
-MAX_MODEL_TOKENS = 8192
-GRAIN = 32  # tokens: steps whose decodes, prompts and mean contexts differ by less take as long
+KV_CACHE_TOKENS = 929_000  # of Llama-3-8B on an H200
+GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
 
 
 class StepTimes:
-    """How long steps take, each under the first of `plans` that holds it; `under_s`: how long all under each plan."""
+    """How long steps take, each under the first of `plans` that holds it; `under_s`: all under each plan."""
 
     def __init__(self, model: Model, profile: Profile, plans: Sequence[Schedule], dense_batch_tokens: int) -> None:
         self._model, self._profile, self._plans, self._most = model, profile, plans, dense_batch_tokens
         products = [op.name for op in model.layer.operations if op.resource is Resource.COMPUTE]
         self._widest = max(products, key=self._columns)
         self._known: dict[tuple[int, ...], float] = {}
-        self.under_s: Counter[int] = Counter()
+        self.under_s = [0.0] * len(plans)
 
     def __call__(self, batch: Batch) -> float:
         decodes, rows = len(batch.decode_positions), len(batch.sampled_slots)
@@ -90,44 +87,60 @@ def main() -> None:
     parser.add_argument("--workload", default="512/1024", help="tokens of each prompt/output")
     parser.add_argument("--trace", type=Path, help="a CSV file of lengths, drawn as `nanoflow bench offline` does")
     parser.add_argument("--requests", type=int, default=1200)
-    parser.add_argument("--schedule", default="sequential", help="or a schedule file")
-    parser.add_argument("--dense-batch-tokens", type=int, default=2048)
-    parser.add_argument("--prompt-tokens", type=int, help="default: as B_dense")
-    parser.add_argument("--kv-cache-tokens", type=int, default=950_000)
-    options = parser.parse_args()
-    model = build(ModelConfig.from_pretrained(options.model))
-    most = options.dense_batch_tokens
-    whole = sequential(model.layer, most)
-    plans = [whole]
-    if options.schedule != "sequential":
-        plans = [plan for plan in ScheduleFile.load(Path(options.schedule)).plans if plan.tokens <= most]
-        plans += [whole] * (plans[-1].tokens < most)
-    times = StepTimes(model, Profile.load(options.profile), plans, most)
-    if options.trace:
-        work = workload.of_trace(options.trace, options.requests, MAX_MODEL_TOKENS)
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of EngineConfig; repeatable")
+    parser.add_argument("--output", type=Path, help="default: standard output")
+    asked = parser.parse_args()
+    fields = {"model": str(asked.model), "kv_cache_tokens": KV_CACHE_TOKENS, **settings.parse(asked.set)}
+    named = EngineConfig.resolve(fields, relative_to=Path.cwd())
+    config = replace(named, dense_batch_tokens=named_dense_batch_tokens(named)).settle("cuda")
+    shape, profile = ModelConfig.from_pretrained(asked.model), Profile.load(asked.profile)
+    model, of = build(shape), profile.header
+    plans = find_schedules(config, model, of.device, of.device_sms)
+    most_tokens = config.max_model_tokens or shape.max_model_tokens
+    if asked.trace:
+        work = workload.of_trace(asked.trace, asked.requests, most_tokens)
     else:
-        work = workload.constant(*map(int, options.workload.split("/")), options.requests)
+        work = workload.constant(*map(int, asked.workload.split("/")), asked.requests)
     scheduler = Scheduler(
-        dense_batch_tokens=most,
-        chunk_tokens=most,
-        prompt_tokens=options.prompt_tokens or most,
-        max_running=most,
-        max_queue_size=options.requests,
-        num_pages=options.kv_cache_tokens // PAGE_TOKENS,
-        page_tokens=PAGE_TOKENS,
-        max_model_tokens=MAX_MODEL_TOKENS,
+        dense_batch_tokens=config.dense_batch_tokens,
+        chunk_tokens=config.chunk_tokens,
+        prompt_tokens=config.prompt_tokens,
+        max_running=config.max_running,
+        max_queue_size=asked.requests,
+        num_pages=(config.kv_cache_tokens or KV_CACHE_TOKENS) // config.page_tokens,
+        page_tokens=config.page_tokens,
+        max_model_tokens=most_tokens,
         eos_token_ids=[EOS],
         prefix_caching=False,
     )
-    trace = Trace(work.lengths, (0.0,) * options.requests)
-    found = simulate(trace, scheduler, dense_batch_tokens=most, max_running=most, max_tokens=None, step_s=times)
-    total = found.input_tokens + found.output_tokens
-    print(f"{total / found.simulated_s:,.0f} tokens/s; {found.simulated_s:.1f} s, {found.steps:,} steps; of these")
-    for number, plan in enumerate(plans):
-        kind = "sequential" if len(plan.lanes) == 1 else "overlapped"
-        print(
-            f"  {times.under_s[number]:5.1f} s {kind} for {plan.tokens:,} tokens, {plan.least_decode_kv_tokens:,} read"
-        )
+    times = StepTimes(model, profile, plans, config.dense_batch_tokens)
+    found = simulate(
+        Trace(work.lengths, (0.0,) * len(work.lengths)),
+        scheduler,
+        dense_batch_tokens=config.dense_batch_tokens,
+        max_running=config.max_running,
+        max_tokens=None,
+        step_s=times,
+    )
+    under = [
+        {"tokens": p.tokens, "least_decode_kv_tokens": p.least_decode_kv_tokens, "lanes": p.lanes, "seconds": s}
+        for p, s in zip(plans, times.under_s, strict=True)
+    ]
+    predicted = {
+        "kind": "prediction from a profile, nothing measured",
+        "device": of.device,
+        "profile": profile.hash(),
+        "model": asked.model.name,
+        "settings": result.without_folders(settings.parse(asked.set)),
+        "workload": work.name,
+        "requests": found.requests,
+        "total_tokens_per_s": round((found.input_tokens + found.output_tokens) / found.simulated_s, 1),
+        "wall_s": round(found.simulated_s, 3),
+        "steps": found.steps,
+        "preemptions": found.preemptions,
+        "under": under,
+    }
+    result.write(predicted, asked.output)
 
 
 if __name__ == "__main__":

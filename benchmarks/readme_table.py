@@ -52,14 +52,17 @@ def rows() -> Iterator[tuple[str, str, str]]:
         yield f"Offline, {what}: whole run", rates(run), run["gpu"]
         if isinstance(run["steady"], dict) and run["steady"]["wall_s"] >= STEADY_S:
             yield f"The same, {run['steady']['wall_s']:.0f} s of its stationary part", rates(run["steady"]), run["gpu"]
-    for run in load_all("ablation"):
-        if (beside := load(f"ablation_{run['name'].removesuffix('_searched')}_beside_searched")) is None:
-            continue
-        yield (
-            f"The search's plans, {requests(run)}: whole run, against sequential on the same card",
-            f"{rates(run)}; sequential {rates(beside)}",
-            run["gpu"],
-        )
+    for beside in load_all("ablation", "*_beside_searched"):
+        for run in load_all("ablation", "*[0-9]_searched*"):
+            if run["workload"] != beside["workload"]:
+                continue
+            paced = f", prompts paced to {run['settings']['prompt_tokens']} tokens a step"
+            yield (
+                f"The search's plans, {requests(run)}: whole run"
+                f"{paced if run['settings']['prompt_tokens'] < run['settings']['dense_batch_tokens'] else ''}",
+                f"{rates(run)}; sequential, on the same card: {rates(beside)}",
+                run["gpu"],
+            )
     for run in load_all("search_llama3"):
         for tokens in dict.fromkeys(trial["dense_batch_tokens"] for trial in run["trials"]):
             plain, *plans = [trial for trial in run["trials"] if trial["dense_batch_tokens"] == tokens]
@@ -91,10 +94,9 @@ def rows() -> Iterator[tuple[str, str, str]]:
         pays = sum(cell["over_sequential"] > 1 + margin for cell in timed)
         errors = [abs(cell["error"]) for cell in timed]
         yield (
-            f"Where overlap pays, by the plans that a profile foretells to be best, {run['model']}: {len(cells)} "
-            f"predicted and {len(timed)} timed steady batches of {span(cells, 'tokens')} tokens, mean contexts of "
-            f"{span(cells, 'context')}",
-            f"faster in {pays} of {len(timed)} beyond {margin:.1%} (95 %); {told(gains[0])} to {told(gains[-1])}; "
+            f"Where overlap pays, by the plans that a profile foretells to be best, {run['model']}: {len(timed)} of "
+            f"{len(cells)} steady batches of {span(cells, 'tokens')} tokens, mean contexts of {span(cells, 'context')}",
+            f"faster in {pays} beyond {margin:.1%} (95 %); {told(gains[0])} to {told(gains[-1])}; "
             f"predicted times off by {median(errors):.1%} (median), at most {max(errors):.1%}",
             run["device"],
         )
@@ -183,8 +185,8 @@ def medians(levels: list[dict[str, Any]], times: str) -> str:
     return " / ".join(f"{level[times]['p50']:,.1f}" for level in levels)
 
 
-def load_all(kind: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
+def load_all(kind: str, which: str = "*") -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}_{which}.json"))]
 
 
 def load(name: str) -> dict[str, Any] | None:
