@@ -3,8 +3,9 @@
     python benchmarks/predict_run.py --model benchmarks/models/llama-3-8b --profile profile.json --workload 512/1024 \\
         --requests 1200 --set schedule=plan.json --set prompt_tokens=448 --output predicted.json
 
-No GPU is needed: settings that lose here need no time on one. The LM head counts as a product as fast as the widest
-one of a layer; sampling, and whatever a step takes beside, are not counted.
+No GPU is needed: settings that lose here need no time on one. With --best each step runs under the best plan of two
+nano-batches for its own batch, if that is faster: no file of such plans does better. The LM head counts as a product
+as fast as the widest one of a layer; sampling, and whatever a step takes beside, are not counted.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 from nanoflow_search.measured import Measured
+from nanoflow_search.partitioned import find_partitioned
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
+from nanoflow_search.sizes import TILE
 from nanoflow_search.work import Mix
 
 from nanoflow_backend.commands import result, settings, workload
@@ -33,13 +36,26 @@ from nanoflow_backend.scheduler.trace import Trace
 
 KV_CACHE_TOKENS = 929_000  # of Llama-3-8B on an H200
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
+COARSE = 128  # the same with --best, where each kind of step is planned for
+LAYERS = 8  # that find its plan
 
 
 class StepTimes:
-    """How long steps take, each under the first of `plans` that holds it; `under_s`: all under each plan."""
+    """How long steps take, each under the first of `plans` that holds it; `under_s`: all under each plan.
 
-    def __init__(self, model: Model, profile: Profile, plans: Sequence[Schedule], dense_batch_tokens: int) -> None:
+    With `best`, under the best plan for its own batch, if that is shorter.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        profile: Profile,
+        plans: Sequence[Schedule],
+        dense_batch_tokens: int,
+        best: bool = False,
+    ) -> None:
         self._model, self._profile, self._plans, self._most = model, profile, plans, dense_batch_tokens
+        self._best, self._grain = best, COARSE if best else GRAIN
         products = [op.name for op in model.layer.operations if op.resource is Resource.COMPUTE]
         self._widest = max(products, key=self._columns)
         self._known: dict[tuple[int, ...], float] = {}
@@ -53,14 +69,18 @@ class StepTimes:
         tokens = min(bucket(batch.tokens), self._most)
         number = next(n for n, plan in enumerate(self._plans) if plan.holds(tokens, read))
         mix = Mix(decodes, tokens - decodes, read / max(decodes, 1), seen)
-        key = (number, tokens, *(round(x / GRAIN) for x in (decodes, mix.decode_context, seen, rows)))
+        key = (number, tokens, *(round(x / self._grain) for x in (decodes, mix.decode_context, seen, rows)))
         if key not in self._known:
             self._known[key] = self._predicted_s(self._plans[number], mix, rows)
         self.under_s[number] += self._known[key]
         return self._known[key]
 
     def _predicted_s(self, plan: Schedule, mix: Mix, rows: int) -> float:
-        timing = predict(fitted(plan, round(mix.tokens)), Measured(self._profile, mix), self._model.num_layers)
+        measured, layers, graph = Measured(self._profile, mix), self._model.num_layers, self._model.layer
+        tried = [fitted(plan, round(mix.tokens))]
+        if self._best and mix.decode_tokens and mix.tokens >= 2 * TILE:
+            tried += [found.schedule for found in find_partitioned(graph, measured, LAYERS, TILE, keep=1, turns=0)]
+        timing = min((predict(schedule, measured, layers) for schedule in tried), key=lambda timing: timing.layer_us)
         vocabulary = next(p.shape[0] for p in self._model.head.parameters if len(p.shape) == 2)
         widest = self._profile.surface(self._widest, timing.clock_mhz)
         head_us = widest.duration_us(rows, None) * vocabulary / self._columns(self._widest) if rows else 0.0
@@ -88,6 +108,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="a CSV file of lengths, drawn as `nanoflow bench offline` does")
     parser.add_argument("--requests", type=int, default=1200)
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of EngineConfig; repeatable")
+    parser.add_argument("--best", action="store_true", help="each step under a plan of its own")
     parser.add_argument("--output", type=Path, help="default: standard output")
     asked = parser.parse_args()
     fields = {"model": str(asked.model), "kv_cache_tokens": KV_CACHE_TOKENS, **settings.parse(asked.set)}
@@ -113,7 +134,7 @@ def main() -> None:
         eos_token_ids=[EOS],
         prefix_caching=False,
     )
-    times = StepTimes(model, profile, plans, config.dense_batch_tokens)
+    times = StepTimes(model, profile, plans, config.dense_batch_tokens, asked.best)
     found = simulate(
         Trace(work.lengths, (0.0,) * len(work.lengths)),
         scheduler,
@@ -131,6 +152,7 @@ def main() -> None:
         "device": of.device,
         "profile": profile.hash(),
         "model": asked.model.name,
+        "best": asked.best,
         "settings": result.without_folders(settings.parse(asked.set)),
         "workload": work.name,
         "requests": found.requests,

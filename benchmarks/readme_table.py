@@ -47,6 +47,12 @@ def rows() -> Iterator[tuple[str, str, str]]:
             " / ".join(f"{arm['steps']:,} and {arm['preemptions']}" for arm in (forecast, naive, reserve)),
             "simulated, no device",
         )
+    if tests := load("gpu_tests_h200"):
+        yield (
+            "Tests that need a GPU: kernels, programs, engine and search against their references",
+            f"{tests['passed']} of {tests['passed'] + tests['failed']} pass, in {tests['seconds']} s on 16 cores",
+            tests["gpu"],
+        )
     for run in load_all("offline"):
         what = f"{requests(run)}, schedule {run['schedule']}"
         yield f"Offline, {what}: whole run", rates(run), run["gpu"]
