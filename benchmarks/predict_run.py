@@ -1,11 +1,11 @@
 """What a whole run takes, by a profile: all requests at once through the engine's scheduler, each step as predicted.
 
     python benchmarks/predict_run.py --model benchmarks/models/llama-3-8b --profile profile.json --workload 512/1024 \\
-        --requests 1200 --set schedule=plan.json --set prompt_tokens=448 --output predicted.json
+        --set kv_cache_tokens=929000 --set schedule=plan.json --set prompt_tokens=448 --output predicted.json
 
-No GPU is needed: settings that lose here need no time on one. With --best each step runs under the best plan of two
-nano-batches for its own batch, if that is faster: no file of such plans does better. The LM head counts as a product
-as fast as the widest one of a layer; sampling, and whatever a step takes beside, are not counted.
+No GPU is needed: settings that lose here need no time on one. With --best each step, by kinds of COARSE tokens,
+runs under the grid's best plan of two nano-batches for it, if that is faster: about what the best file could do. The LM
+head counts as a product as fast as the widest one of a layer; sampling, and what a step takes beside, are not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.simulator import EOS, simulate
 from nanoflow_backend.scheduler.trace import Trace
 
-KV_CACHE_TOKENS = 929_000  # of Llama-3-8B on an H200
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
 COARSE = 128  # the same with --best, where each kind of step is planned for
 LAYERS = 8  # that find its plan
@@ -111,8 +110,10 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="each step under a plan of its own")
     parser.add_argument("--output", type=Path, help="default: standard output")
     asked = parser.parse_args()
-    fields = {"model": str(asked.model), "kv_cache_tokens": KV_CACHE_TOKENS, **settings.parse(asked.set)}
+    fields = {"model": str(asked.model), **settings.parse(asked.set)}
     named = EngineConfig.resolve(fields, relative_to=Path.cwd())
+    if named.kv_cache_tokens is None:
+        parser.error("--set kv_cache_tokens=N: expected how many tokens the KV cache holds, since no GPU says so")
     config = replace(named, dense_batch_tokens=named_dense_batch_tokens(named)).settle("cuda")
     shape, profile = ModelConfig.from_pretrained(asked.model), Profile.load(asked.profile)
     model, of = build(shape), profile.header
@@ -128,7 +129,7 @@ def main() -> None:
         prompt_tokens=config.prompt_tokens,
         max_running=config.max_running,
         max_queue_size=asked.requests,
-        num_pages=(config.kv_cache_tokens or KV_CACHE_TOKENS) // config.page_tokens,
+        num_pages=named.kv_cache_tokens // config.page_tokens,
         page_tokens=config.page_tokens,
         max_model_tokens=most_tokens,
         eos_token_ids=[EOS],
@@ -160,7 +161,7 @@ def main() -> None:
         "wall_s": round(found.simulated_s, 3),
         "steps": found.steps,
         "preemptions": found.preemptions,
-        "under": under,
+        **({} if asked.best else {"under": under}),
     }
     result.write(predicted, asked.output)
 

@@ -50,7 +50,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         **({"device": engine.worker.device.name} if config.device == "cuda" else {}),
         "model": Path(config.model).name,
         "engine": "nanoflow",
-        "engine_is": engine.description,
+        "engine_is": engine.description.replace(config.schedule, _without_folder(config.schedule)),
         "schedule": _without_folder(config.schedule),
         "settings": without_folders(settings),
     }

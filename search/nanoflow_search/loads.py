@@ -16,7 +16,8 @@ FEW_WAVES = 4  # of tiles: from there on a last one that is not full makes littl
 CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention is launched on beside products
 PAIR_CAP = 0.25  # that stands for all where a launch is short
 PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
-SHARES = 4  # of the SMs that a partition may give to attention
+SHARES = 4  # of the SMs that a partition may give to attention, for one mix
+MOST_SHARES = 5  # for all that a profile is taken for: each is some 35 points
 SHARE_GRAIN = 4  # SMs by which the shares that are tried differ
 # Of an SM, while attention reads a byte on another: 56 side by side (partition_placement_h200.json, 32 of 132 SMs), and
 # a quarter more, since attention's lane waits for products in every layer.
@@ -128,6 +129,13 @@ def attention_sms(graph: Graph, device_sms: int, mix: Mix) -> tuple[int, ...]:
     first = min(round(balanced / SHARE_GRAIN - (SHARES - 1) / 2), int(ENOUGH * device_sms / SHARE_GRAIN) - SHARES + 1)
     shares = range(max(first, 1), max(first, 1) + SHARES)
     return tuple(SHARE_GRAIN * share for share in shares if SHARE_GRAIN * share < device_sms)
+
+
+def shares_for(graph: Graph, device_sms: int, mixes: Sequence[Mix]) -> tuple[int, ...]:
+    """`attention_sms` of all `mixes`; of too many, those in the middle."""
+    found = sorted({sms for mix in mixes for sms in attention_sms(graph, device_sms, mix)})
+    spare = max(len(found) - MOST_SHARES, 0)
+    return tuple(found[(spare + 1) // 2 : len(found) - spare // 2])
 
 
 def _cap(device_sms: int, share: float) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from nanoflow_search.devices import DEVICES
-from nanoflow_search.loads import attention_sms, loads_of, partition_loads_of
+from nanoflow_search.loads import loads_of, partition_loads_of, shares_for
 from nanoflow_search.profile import Device, Profile, ProfileError, held_out
 from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.refine import Timer
@@ -96,7 +96,7 @@ def measure_profile(
     graph = setting.model.layer
     header = header_of(device, graph, setting.ranks)
     mixes = [setting.mix(workload, tokens, machine.name) for workload in setting.workloads for tokens in sizes]
-    shares = sorted({sms for each in mixes for sms in attention_sms(graph, device.sms, each)})
+    shares = shares_for(graph, device.sms, mixes)
     alone, together = partition_loads_of(graph, device.sms, mix, max(sizes), shares) if setting.ranks == 1 else ((), ())
     if shared or setting.ranks > 1:
         others = loads_of(graph, device.sms, mix, max(sizes))

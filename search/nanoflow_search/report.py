@@ -14,6 +14,7 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.profile import Profile, ProfileError, held_out
 
 ALIKE = 0.99  # of the least time: what is as near to it is why it is not less
+KNOWN_S = 0.1  # a phase that takes less only read what was on file
 COLUMNS = ("B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %", "W", "MHz", "mJ/token", "")
 
 
@@ -33,7 +34,9 @@ def show(file: ScheduleFile) -> None:
 
 
 def account(file: ScheduleFile, profile: Profile, phases_s: Mapping[str, float]) -> dict[str, Any]:
-    """What a search found and what it took, as results are kept. `phases_s`: of the command's last run."""
+    """What a search found and what it took, as results are kept. `phases_s`: of the command's last run; what was done
+    before has no entry.
+    """
     facts: dict[str, Any] = {"hash": profile.hash(), "points": len(profile.points), "pairs": len(profile.pairs)}
     try:
         errors = held_out(profile)
@@ -43,7 +46,7 @@ def account(file: ScheduleFile, profile: Profile, phases_s: Mapping[str, float])
     return {
         "device": profile.header.device,
         "profile": facts,
-        "phases_s": {phase: round(seconds, 1) for phase, seconds in phases_s.items()},
+        "phases_s": {phase: round(seconds, 1) for phase, seconds in phases_s.items() if seconds >= KNOWN_S},
         "trials": msgspec.to_builtins(file.trials),
         "bounds_us": file.bounds_us,
     }

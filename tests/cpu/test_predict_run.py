@@ -70,8 +70,9 @@ def test_a_batch_runs_under_the_first_plan_that_holds_it(profile: Profile) -> No
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, profile: Path, *words: str) -> dict[str, Any]:
-    command = ["predict_run.py", "--model", str(MODEL), "--profile", str(profile), "--output", str(output), *words]
-    monkeypatch.setattr(sys, "argv", command)
+    settings = ["--set", "kv_cache_tokens=100000"]
+    command = ["predict_run.py", "--model", str(MODEL), "--profile", str(profile), "--output", str(output), *settings]
+    monkeypatch.setattr(sys, "argv", [*command, *words])
     predict_run.main()
     found: dict[str, Any] = json.loads(output.read_text())
     return found
@@ -103,4 +104,26 @@ def test_a_run_is_its_steps(profile: Profile, tmp_path: Path, monkeypatch: pytes
     of_file = run(monkeypatch, tmp_path / "file.json", path, *words[:4], "--set", f"schedule={file}")
     assert [plan["tokens"] for plan in of_file["under"]] == [128, 256]
     assert round(sum(plan["seconds"] for plan in of_file["under"]), 3) == of_file["wall_s"]
-    assert of_file["settings"] == {"schedule": "plan.json"}
+    assert of_file["settings"] == {"kv_cache_tokens": "100000", "schedule": "plan.json"}
+
+
+def test_steps_under_plans_of_their_own_are_at_most_as_long(profile: Profile) -> None:
+    plans = [sequential(LLAMA.layer, 1024)]
+    alone, best = (predict_run.StepTimes(LLAMA, profile, plans, 1024, best) for best in (False, True))
+    few, read = batch([200] * 100, []), batch([1800] * 512, [(0, 512)])  # the second has much to hide
+    assert best(few) == alone(few), "too small to be cut"
+    mix = Mix(512, 512, 1801, 256.5)
+    halves = overlapped(LLAMA.layer, 1024, 512, 0.5, 36, 132)
+    shorter_us = predict(halves, Measured(profile, mix), 32).layer_us
+    assert shorter_us < predict(plans[0], Measured(profile, mix), 32).layer_us
+    assert best(read) <= alone(read) - 31e-6 * (predict(plans[0], Measured(profile, mix), 32).layer_us - shorter_us)
+
+
+def test_the_size_of_the_kv_cache_is_asked_for(
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile.save(tmp_path / "profile.json")
+    monkeypatch.setattr(sys, "argv", ["p", "--model", str(MODEL), "--profile", str(tmp_path / "profile.json")])
+    with pytest.raises(SystemExit):
+        predict_run.main()
+    assert "--set kv_cache_tokens=N: expected how many tokens the KV cache holds" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from nanoflow_search.dealt import dealt, evenly
 from nanoflow_search.layer import layer_problem
-from nanoflow_search.loads import attention_sms, partition_loads_of
+from nanoflow_search.loads import attention_sms, partition_loads_of, shares_for
 from nanoflow_search.measured import TURNS, Measured
 from nanoflow_search.partitioned import find_partitioned, partitions_of
 from nanoflow_search.predict import predict
@@ -47,6 +47,16 @@ def test_what_is_measured_is_what_partitions_run() -> None:
     decodes_only = partition_loads_of(LAYER, 132, Mix(512, 0, 1024, 0))
     assert not any("prefill" in a.load.operation for a in decodes_only.alone)
     assert not any("prefill" in load.operation for pair in decodes_only.together for load in pair)
+
+
+def test_all_that_is_planned_for_has_its_shares_but_a_profile_stays_within_250_measurements() -> None:
+    more, less = Mix(1000, 280, 8000, 512), Mix(325, 1723, 1268, 580)  # (32, 36, 40, 44) and (8, 12, 16, 20)
+    assert shares_for(LAYER, 132, [MIX, MIX]) == (24, 28, 32, 36)
+    shares = shares_for(LAYER, 132, [MIX, more])
+    assert shares == (28, 32, 36, 40, 44)  # of 24 to 44
+    loads = partition_loads_of(LAYER, 132, MIX, 2048, shares)
+    assert len(loads.alone) + sum(anchor.two_clocks for anchor in loads.alone) + len(loads.together) <= 250
+    assert shares_for(LAYER, 132, [less, MIX, more]) == (20, 24, 28, 32, 36)
 
 
 def test_attentions_share_follows_what_it_reads_beside_what_products_compute() -> None:

@@ -48,14 +48,17 @@ def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
     assert [trial["plan"] for trial in kept["trials"]] == ["sequential", "plan 1", "plan 2"]
     assert kept["model"] == "llama-3-8b"
     assert kept["profile"]["hash"] == json.loads(out.read_text())["header"]["profile_hash"]
-    assert list(kept["phases_s"]) == ["profile", "plans", "timing"]
-    assert all(seconds >= 0 for seconds in kept["phases_s"].values())
+    assert "plans" in kept["phases_s"], "programs were solved"
+    assert all(seconds > 0 for seconds in kept["phases_s"].values())
     written = out.read_bytes()
     again = run(*search, *effort)
     assert again.returncode == 0, again.stderr
     assert "SMs" not in again.stderr
     assert done.stdout == again.stdout, "the solver has nothing to say"
     assert out.read_bytes() == written
+    known = json.loads(out.with_suffix(".result.json").read_text())
+    assert "plans" not in known["phases_s"]
+    assert known["trials"] == kept["trials"]
 
     told = run("explain", str(out))
     assert told.returncode == 0, told.stderr
