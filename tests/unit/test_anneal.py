@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from itertools import combinations, pairwise, permutations, product
 from pathlib import Path
 
@@ -22,7 +23,12 @@ from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from a100_case import released  # noqa: E402
+
+MODELS = BENCHMARKS / "models"
 LLAMA_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
 TOKENS, CHUNK = 2048, 256
 MEASURED = a100.Published(
@@ -276,8 +282,4 @@ def test_gemms_without_a_cap_shorten_a_plan_of_the_programs() -> None:
     """As the benchmark search_a100 starts: they use SMs that nobody else takes for part of their time."""
     plan = find_plans(PROBLEM, MEASURED, CHUNK, time_limit_s=20, parts=((2, 2),), turns=2)[0]
     fluid = Fluid(PROBLEM, MEASURED, CHUNK)
-    released = tuple(
-        p._replace(sms=None if PROBLEM[p.nano.task].lane == "compute" else p.sms or a100.SMS)
-        for p in fluid.pieces(plan.shares)
-    )
-    assert fluid.period_us(released) < 0.99 * plan.predicted_us
+    assert fluid.period_us(released(PROBLEM, fluid.pieces(plan.shares))) < 0.99 * plan.predicted_us
