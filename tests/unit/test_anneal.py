@@ -247,6 +247,20 @@ def test_annealed_plans_have_the_parts_that_are_asked_for() -> None:
         divided(start, {"qkv": Parts(9, 9)}, "attention")
 
 
+def test_parts_that_are_cut_for_the_least_are_not_more_than_the_most() -> None:
+    """Attention in five pieces of which one has all decodes: only cuts of that one count towards the least."""
+    edges = (0, PROBLEM.chunks - 4, *range(PROBLEM.chunks - 3, PROBLEM.chunks + 1))
+    five = tuple(
+        Piece(NanoTask("attention", start, stop), 0, TENTHS[0.4], 0 if start else DECODES)
+        for start, stop in pairwise(edges)
+    )
+    assert divided(five, {"attention": Parts(1, 5)}, "attention") == five
+    seven = divided(five, {"attention": Parts(3, 7)}, "attention")
+    assert (len(seven), count(seven, "attention", "attention")) == (7, 3)
+    with pytest.raises(ValueError, match="at most 5 of attention"):
+        divided(five, {"attention": Parts(3, 5)}, "attention")
+
+
 def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
     """All cuts, orders, layers and shares of two tasks that feed each other, on two chunks."""
     times = {name: PROBLEM[name] for name in ("o", "attention_reduce")}
