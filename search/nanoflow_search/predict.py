@@ -93,12 +93,12 @@ def walk_at(schedule: Schedule, measured: Measured, num_layers: int) -> Walked:
     ]
 
     def pace(running: tuple[Phase, ...]) -> Pace:
-        sides = [(p.curve, p.sms) for p in running]
-        slowdowns = measured.slowdowns(sides)
+        together = [(p.curve, p.sms) for p in running]
+        slowdowns = measured.slowdowns(together)
         dynamic_w = sum(
             1e6 * measured.dynamic_j(p.curve, p.amount, p.sms) / (p.alone_us * slow)
             for p, slow in zip(running, slowdowns, strict=True)
         )
-        return Pace(slowdowns, dynamic_w * measured.energy_ratio(sides))
+        return Pace(slowdowns, dynamic_w * measured.energy_ratio(together))
 
     return walk(schedule, num_layers, phases, pace)

@@ -11,9 +11,10 @@ import pytest
 from nanoflow_search.anneal import anneal
 from nanoflow_search.change import AHEAD, Changes
 from nanoflow_search.cost_model import Workload
-from nanoflow_search.cycle import Side, Stint, settled
+from nanoflow_search.cycle import Stint, settled
 from nanoflow_search.fluid import Fluid
 from nanoflow_search.layer import layer_problem, schedule_of
+from nanoflow_search.measured import Running
 from nanoflow_search.piece import Parts, Piece, Pieces, count, divided
 from nanoflow_search.planner import find_plans, one_after_the_other
 from nanoflow_search.predict import predict
@@ -121,7 +122,7 @@ def halves() -> Pieces:
 
 
 def test_a_gemm_keeps_what_the_others_leave() -> None:
-    def slowdowns(*running: tuple[str, int | None]) -> tuple[float, ...]:
+    def slowdowns(*running: Running) -> tuple[float, ...]:
         return MEASURED.slowdowns(running)
 
     assert slowdowns(("down", None), ("mlp_reduce", 11)) == pytest.approx((1 / 0.9, 1))
@@ -152,7 +153,7 @@ def test_a_period_is_that_of_the_whole_model_but_for_its_ends(seed: int) -> None
 def test_two_lanes_that_slow_each_other_down() -> None:
     """A GEMM of 10 us, beside what another lane does on its result for 4 us and then, in another way, for 2 us."""
     gemm, first, second = ("gemm", None), ("attention", 40), ("attention", 20)
-    paces: dict[tuple[Side | None, ...], tuple[float, ...]] = {
+    paces: dict[tuple[Running | None, ...], tuple[float, ...]] = {
         (None, None): (1, 1),
         (gemm, None): (1, 1),
         (None, first): (1, 1),
