@@ -11,7 +11,7 @@ from nanoflow_search.measured import Measured
 from nanoflow_search.walk import Pace, Phase, Walked, walk
 
 CLOCK_MHZ = 2.0  # a settled clock is found to so much
-STRAIGHT = 5  # tries for which power is taken for a straight line of the clock
+STRAIGHT = 5  # tries along straight lines; then halves, since lines creep up on the cap where power bends much
 LOWEST = 0.25  # of the highest clock: no cap that lets work be done at all pushes it lower
 
 
