@@ -192,7 +192,7 @@ def test_changes_leave_a_plan_whole() -> None:
     changes = Changes(PROBLEM, SMS, FINER, CHUNK, rng)
     seen = 0
     for _ in range(4000):
-        changed = changes.any(pieces)
+        changed = changes.one(pieces)
         if changed is None:
             continue
         seen += changed != pieces
