@@ -171,7 +171,7 @@ def test_all_is_predicted_before_anything_is_timed_and_a_part_may_be(
 
     machine.here_is = H200
     with monkeypatch.context() as patched:
-        patched.setattr(overlap, "find_partitioned", nothing)
+        patched.setattr(overlap, "best_by_grid", nothing)
         part = run("sensitivity", output, "--tokens", "768", "--context", "512")
         plan = msgspec.convert(part["cells"][1]["plan"], Schedule)
         assert [cell["tokens"] for cell in part["cells"]] == [512, 768, 512, 768]
