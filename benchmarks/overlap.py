@@ -34,12 +34,12 @@ from cells import Cell, Record, fill
 from halves import nano_batch_only, overlap_memory
 from nanoflow_search.cost_model import ModelSize, Workload
 from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import find_partitioned, partitions_of
+from nanoflow_search.partitioned import best_by_grid, partitions_of
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile, ProfileError
 from nanoflow_search.refine import STUDENT, Round, Timer, mean_timing, time_round
-from nanoflow_search.sizes import TILE, checked, mix_of, natural_tokens
+from nanoflow_search.sizes import checked, mix_of, natural_tokens
 from nanoflow_search.work import Mix
 from paired import compared, described
 
@@ -56,7 +56,6 @@ BATCHES = ("512/2:2048", "512/512:2048", "1024/512:2048", "512/1024:1536")  # si
 TOKENS = (512, 1024, 1536, 2048, 3072, 4096)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 PROMPT_TO_OUTPUT = 2
-FEW_LAYERS, KEPT = 8, 12  # all plans of a cell are predicted on so few layers, and so many of the best on the model's
 WARM_S = 0.35  # before a run is measured: the GPU is hot from the one before, and only its clock must follow
 
 
@@ -98,11 +97,8 @@ class Bench:
         """The plan that is predicted to take least, be it less than sequential or more; nothing is timed."""
         mix, facts = self._batch(_around(context), tokens)
         graph, measured = self.model.layer, Measured(self.profile, mix)
-        few = min(self.layers, FEW_LAYERS)
-        found = find_partitioned(graph, measured, few, TILE, keep=KEPT, step=TILE, turns=0)
-        predicted = [(predict(plan.schedule, measured, self.layers).layer_us, plan.schedule) for plan in found]
-        plan_us, plan = min(predicted, key=lambda entry: entry[0])
-        sequential_us = predict(sequential(graph, tokens), measured, self.layers).layer_us
+        plan = best_by_grid(graph, measured, self.layers)
+        plan_us, sequential_us = (predict(p, measured, self.layers).layer_us for p in (plan, sequential(graph, tokens)))
         return {
             **facts,
             "attention_sms": plan.partition["memory"],

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import find_partitioned
+from nanoflow_search.partitioned import best_by_grid
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile
 from nanoflow_search.sizes import TILE
@@ -36,7 +36,6 @@ from nanoflow_backend.scheduler.trace import Trace
 
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
 COARSE = 128  # the same with --best, where each kind of step is planned for
-LAYERS = 8  # that find its plan
 
 
 class StepTimes:
@@ -78,7 +77,7 @@ class StepTimes:
         measured, layers, graph = Measured(self._profile, mix), self._model.num_layers, self._model.layer
         tried = [fitted(plan, round(mix.tokens))]
         if self._best and mix.decode_tokens and mix.tokens >= 2 * TILE:
-            tried += [found.schedule for found in find_partitioned(graph, measured, LAYERS, TILE, keep=1, turns=0)]
+            tried.append(best_by_grid(graph, measured, layers))
         timing = min((predict(schedule, measured, layers) for schedule in tried), key=lambda timing: timing.layer_us)
         vocabulary = next(p.shape[0] for p in self._model.head.parameters if len(p.shape) == 2)
         widest = self._profile.surface(self._widest, timing.clock_mhz)

@@ -15,93 +15,33 @@ from __future__ import annotations
 import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from itertools import combinations, pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import a100
 import msgspec
+from a100_bounds import CUTS, cut_bound_us, gain_bounds
+from a100_case import CASES, TENTHS, TILE, Case, Setting, fluid_of, gain, pipeline, released, setting
 from nanoflow_search.anneal import COLD, HOT, anneal
-from nanoflow_search.bound import packing_bound_us
-from nanoflow_search.cost_model import Workload
-from nanoflow_search.fluid import Fluid
-from nanoflow_search.layer import layer_problem, schedule_of
-from nanoflow_search.measured import Measured
-from nanoflow_search.piece import Parts, Piece, Pieces, attention_of
-from nanoflow_search.planner import Plan, find_plans, one_after_the_other
+from nanoflow_search.layer import schedule_of
+from nanoflow_search.piece import Parts, Pieces, attention_of
+from nanoflow_search.planner import Plan, find_plans
 from nanoflow_search.predict import predict
-from nanoflow_search.problem import NanoTask, Problem
-from nanoflow_search.stage_two import Contention, Shares
+from nanoflow_search.stage_two import Shares
 from nanoflow_search.timeline import draw
 
 from nanoflow_backend.commands import result
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.models.model import Model, build
-from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 
 HERE = Path(__file__).parent
-CASES = {  # model, ranks, times, tokens, tokens of a chunk
-    "70b": ("llama-2-70b", 8, a100.LLAMA_2_70B_TP8, 2048, 256),
-    "8b": ("llama-3-8b", 1, a100.LLAMA_3_8B, 1024, 128),
-}
-TILE = 128  # tokens: what annealing cuts at multiples of
-CUTS = ((2, 2), (3, 2), (2, 3), (3, 3))  # parts up to attention, and after it
 PROCESSES = 2
-TENTHS = tuple(round(tenth * a100.SMS / 10) for tenth in range(1, 11))
 
 FEW, SOME = Parts(1, 3), Parts(1, 5)
 ANY = {"qkv": FEW, "attention": SOME, "o": FEW, "attention_reduce": FEW, "gate_up": FEW, "mlp_reduce": FEW}
 # KQV and the attention of decodes finer than O, UG and D.
 PAPER = ANY | {"qkv": Parts(3, 4), "attention": Parts(3, 6), "o": Parts(1, 2), "gate_up": Parts(1, 2)}
 GOALS = {"any": ANY, "paper": PAPER, "kqv": PAPER | {"attention": Parts(2, 6)}}  # the last: KQV alone finer
-# The pipeline that the paper's authors found for 2,048 tokens: where each task is cut, in tokens.
-PIPELINE = {
-    "qkv": (256, 640, 1280),
-    "attention": (256, 512, 1024),
-    "o": (640,),
-    "attention_reduce": (640,),
-    "gate_up": (640,),
-    "mlp_reduce": (640, 1280),
-}
-
-
-class Setting(NamedTuple):
-    model: Model
-    measured: Measured
-    tokens: int
-    chunk_tokens: int
-    coarse: Problem  # what the programs solve
-    fine: Problem
-    sequential_us: float  # by the published times, whatever is spared
-
-
-class Case(NamedTuple):
-    name: str
-    tables: str
-    workload: str
-    spare: str | None
-
-
-@cache
-def setting(case: Case) -> Setting:
-    folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
-    model = build(ModelConfig.from_pretrained(HERE / "models" / folder), ranks)
-    performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
-    mix = Workload.parse(case.workload).mix(tokens)
-    published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)
-    spared = spared_us(times_us, case.spare) if case.spare else times_us
-    measured = a100.Published(a100.profile(model.layer, ranks, spared, performance), mix)
-    coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.times) for t in (chunk_tokens, TILE))
-    sequential_us = predict(sequential(model.layer, tokens), published, model.num_layers).layer_us
-    return Setting(model, measured, tokens, chunk_tokens, coarse, fine, sequential_us)
-
-
-def spared_us(times_us: dict[str, dict[int, float]], name: str) -> dict[str, dict[int, float]]:
-    """Three launches of it cost as much as two do."""
-    third_us = a100.line(times_us[name], 0) / 3
-    return times_us | {name: {tokens: us - third_us for tokens, us in times_us[name].items()}}
 
 
 def main() -> None:
@@ -154,8 +94,7 @@ def main() -> None:
             goal: {
                 "asked": {task: parts._asdict() for task, parts in asked(at, GOALS[goal]).items()},
                 "annealed": [
-                    {"gain": gain(at, shares.timeline.period_us), "parts": parts_of(at, nanos_of(shares))}
-                    for shares in plans
+                    {"gain": gain(at, shares.timeline.period_us), "parts": parts_of(at, shares)} for shares in plans
                 ],
                 **describe(at, best_of(plans)),
             }
@@ -170,7 +109,7 @@ def main() -> None:
         picture = output.with_name(f"{output.stem}{'' if goal == [*found][-1] else '_' + goal}.svg")
         best = best_of(plans)
         picture.write_text(draw(at.fine, best, a100.SMS, TILE))
-        print(f"{goal}: {gain(at, period_us(best))}x, {parts_of(at, nanos_of(best))}, {wall_s:.0f} s")
+        print(f"{goal}: {gain(at, period_us(best))}x, {parts_of(at, best)}, {wall_s:.0f} s")
 
 
 # the search
@@ -205,7 +144,7 @@ def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: i
     sms = {task.name: (None,) if task.lane == "compute" else TENTHS for task in at.fine.tasks}
     known = asked(at, parts)
     found = anneal(at.fine, at.measured, pieces, sms, TILE, steps=steps, seed=seed, parts=known, heat=(hot, COLD))
-    print(f"{gain(at, period_us(found)):.4f}x: {parts_of(at, nanos_of(found))}", flush=True)
+    print(f"{gain(at, period_us(found)):.4f}x: {parts_of(at, found)}", flush=True)
     return found
 
 
@@ -222,93 +161,17 @@ def best_of(plans: list[Shares]) -> Shares:
     return min(plans, key=period_us)
 
 
-# where it starts
-
-
-def fluid_of(at: Setting) -> Fluid:
-    return Fluid(at.fine, at.measured, TILE)
-
-
-def released(problem: Problem, pieces: Pieces) -> Pieces:
-    """GEMMs without a cap: they keep what the others leave. The others have one, if it is all of the device."""
-    return tuple(p._replace(sms=None if problem[p.nano.task].lane == "compute" else p.sms or a100.SMS) for p in pieces)
-
-
-def pipeline(at: Setting) -> Pieces:
-    """The authors' own, task after task: attention with R = 0.4, collectives with 0.2. Decodes come first."""
-    found = []
-    for task in at.fine.tasks:
-        sms = {"compute": None, "memory": TENTHS[3], "network": TENTHS[1]}[task.lane]
-        for start, stop in pairwise((0, *PIPELINE[task.name], at.tokens)):
-            decodes = round(at.measured.decodes(start, stop)) if task.lane == "memory" else 0
-            found.append(Piece(NanoTask(task.name, start // TILE, stop // TILE), 0, sms, decodes))
-    return tuple(found)
-
-
-# what nothing exceeds
-
-
-def gain_bounds(at: Setting) -> dict[str, float]:
-    """What no plan exceeds: by how many parts there are of tasks up to attention, and of those after it."""
-    attention = attention_of(at.fine)
-    before = {name for d in at.fine.dependencies if d.pages for name in (d.writer, d.reader)}
-    bounds = {
-        f"{front} and {back} parts": {t.name: front if t.name in before else back for t in at.fine.tasks}
-        for front, back in CUTS
-    }
-    found = {name: gain(at, cut_bound_us(at, parts)) for name, parts in bounds.items()}
-    of_paper = bounds["3 and 2 parts"]
-    return found | {f"3 and 2 parts, {attention} with decodes in each": gain(at, cut_bound_us(at, of_paper, True))}
-
-
-def cut_bound_us(at: Setting, parts: dict[str, int], all_decode: bool = False) -> float:
-    """The packing bound, with each task as long as its parts are together, where it is cut cheapest.
-
-    `all_decode`: each part of attention has a decode at least, and its cost of a launch.
-    """
-    problem, measured = at.fine, at.measured
-    contention = measured.contention(problem, one_after_the_other(problem).timeline, TILE)
-    choices = {}
-    for nano, alone in contention.choices.items():
-        task = problem[nano.task]
-        us = task.duration_us
-        cuts = combinations(range(1, problem.chunks), parts.get(nano.task, 1) - 1)
-        cheapest_us = min(sum(us[r] for r in pairwise((0, *cut, problem.chunks))) for cut in cuts)
-        if all_decode and nano.task == attention_of(problem):
-            cheapest_us = us[0, problem.chunks] + (parts[nano.task] - 1) * launch_us(at, task.operations)
-        longer = cheapest_us / us[0, problem.chunks]
-        choices[nano] = tuple(choice._replace(duration_us=longer * choice.duration_us) for choice in alone)
-    return packing_bound_us(problem, Contention(contention.device_sms, choices, contention.slowdown))
-
-
-def launch_us(at: Setting, operations: tuple[str, ...]) -> float:
-    """What decodes take more in two launches than in one: lines are straight, so wherever they are cut."""
-    whole, half = (
-        sum(at.measured.duration_us(*load, None) for load in at.measured.loads(operations, 0, rows, rows))
-        for rows in (2 * TILE, TILE)
-    )
-    return 2 * half - whole
-
-
 # what is told of it
 
 
-def gain(at: Setting, us: float) -> float:
-    return round(at.sequential_us / us, 4)
-
-
-def nanos_of(shares: Shares) -> list[NanoTask]:
-    return [p.nano for p in shares.timeline.placed]
-
-
-def parts_of(at: Setting, nanos: list[NanoTask]) -> dict[str, int]:
-    return {task.name: sum(nano.task == task.name for nano in nanos) for task in at.fine.tasks}
+def parts_of(at: Setting, shares: Shares) -> dict[str, int]:
+    return {task.name: sum(p.nano.task == task.name for p in shares.timeline.placed) for task in at.fine.tasks}
 
 
 def summary(at: Setting, plan: Plan) -> dict[str, Any]:
     """A plan of the two programs."""
     return {
-        "parts": parts_of(at, nanos_of(plan.shares)),
+        "parts": parts_of(at, plan.shares),
         "stage_one_gap": round(plan.stage_one_gap, 4),
         "stage_two_gap": round(plan.shares.timeline.gap, 4),
         "gain": round(plan.gain, 4),
@@ -328,7 +191,7 @@ def describe(at: Setting, shares: Shares) -> dict[str, Any]:
         "gain_all_layers": gain(at, whole_us),
         "predicted_us": round(period_us(shares), 1),
         "without_gemm_us": round(period_us(shares) - gemms_us, 1),
-        "parts": parts_of(at, nanos_of(shares)),
+        "parts": parts_of(at, shares),
         "attention_parts_with_decodes": sum(some > 0 for some in decodes.values()),
         "nano_operations": [
             {

@@ -49,7 +49,7 @@ def anneal(
         raise ValueError("pieces: expected a plan whose nano-tasks follow what they read")
     for step in range(steps):
         heat_us = best_us * hot * (cold / hot) ** (step / steps)
-        changed = changes.any(here)
+        changed = changes.one(here)
         if changed is None or changed == here:
             continue
         changed_us = fluid.period_us(changed)

@@ -34,7 +34,7 @@ class Changes:
         self._rng = rng
         self._kinds = [kind for kind, often in OFTEN.items() for _ in range(often)]
 
-    def any(self, pieces: Pieces) -> Pieces | None:
+    def one(self, pieces: Pieces) -> Pieces | None:
         """One change; None, if this plan has no such change."""
         n = self._rng.randrange(len(pieces))
         match self._rng.choice(self._kinds):
@@ -111,13 +111,14 @@ class Changes:
 
     def _seated(self, pieces: list[Piece]) -> Pieces:
         """Decodes that find no row in their piece move to the first ones of attention that have some."""
+        members = [m for m, p in enumerate(pieces) if p.nano.task == self._attention]
         left = 0
-        for sign in (-1, 1):  # out, then in
-            for m, p in enumerate(pieces):
-                free = self._free(p) if p.nano.task == self._attention else 0
-                moved = min(sign * free, left) if sign > 0 else min(free, 0)
-                if moved:
-                    pieces[m], left = p._replace(decodes=p.decodes + moved), left - moved
+        for m in members:
+            if (over := -self._free(pieces[m])) > 0:
+                pieces[m], left = pieces[m]._replace(decodes=pieces[m].decodes - over), left + over
+        for m in members:
+            taken = min(self._free(pieces[m]), left)
+            pieces[m], left = pieces[m]._replace(decodes=pieces[m].decodes + taken), left - taken
         return tuple(pieces)
 
     def _free(self, piece: Piece) -> int:

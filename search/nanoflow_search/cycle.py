@@ -10,20 +10,18 @@ from collections.abc import Mapping, Sequence
 from operator import mul
 from typing import NamedTuple
 
+from nanoflow_search.measured import Running
 from nanoflow_search.walk import NOTHING_US
 
 PERIODS = 12  # what has not settled by then is no plan; most have after three or four
 ALIKE_US = 1e-6  # to which two periods must agree
-
-Side = tuple[str, int | None]  # an operation's curve and its SMs
-Paces = Mapping[tuple[Side | None, ...], Sequence[float]]  # what runs in each lane -> how much longer it takes
 
 
 class Stint(NamedTuple):
     """What a lane does once in each period."""
 
     lane: int
-    phases: tuple[tuple[Side, float], ...]  # one or more, with the time alone
+    phases: tuple[tuple[Running, float], ...]  # one or more, with the time alone
     needs: Sequence[tuple[int, int]]  # (number of a stint, periods back) that must have ended
 
 
@@ -32,10 +30,11 @@ class Cycle(NamedTuple):
     spans_us: tuple[tuple[float, float], ...]  # of each stint, in the same period of all
 
 
-def settled(stints: Sequence[Stint], paces: Paces) -> Cycle | None:
+def settled(stints: Sequence[Stint], paces: Mapping[tuple[Running | None, ...], Sequence[float]]) -> Cycle | None:
     """What comes back period after period; None, if nothing does, or if stints wait for each other.
 
     Lanes are numbered from 0; their stints are in their order. Those of all periods before the first have ended.
+    `paces`: what runs in each lane -> how much longer it takes.
     """
     orders: list[list[int]] = [[] for _ in range(1 + max(stint.lane for stint in stints))]
     for number, stint in enumerate(stints):
@@ -43,7 +42,7 @@ def settled(stints: Sequence[Stint], paces: Paces) -> Cycle | None:
     phases, needs = [stint.phases for stint in stints], [stint.needs for stint in stints]
     lanes = range(len(orders))
     at, period = [0] * len(orders), [0] * len(orders)  # what is next, or runs
-    running: list[Side | None] = [None] * len(orders)
+    running: list[Running | None] = [None] * len(orders)
     phase, left_us = [0] * len(orders), [math.inf] * len(orders)  # its number, and what is left of it alone
     ended = [-1] * len(stints)  # in which period last
     begins_us, ends_us = [0.0] * len(stints), [0.0] * len(stints)

@@ -6,23 +6,23 @@ import math
 from collections.abc import Sequence
 
 from nanoflow_backend.schedule.plan import Group
-from nanoflow_search.cycle import Cycle, Side, Stint, settled
-from nanoflow_search.measured import Measured
+from nanoflow_search.cycle import Cycle, Stint, settled
+from nanoflow_search.measured import Measured, Running
 from nanoflow_search.piece import Piece, Pieces, attention_of
 from nanoflow_search.problem import NanoTask, Placed, Problem, Timeline
 from nanoflow_search.stage_two import Shares, needs
 from nanoflow_search.walk import NOTHING_US
 
 
-class Paces(dict[tuple[Side | None, ...], Sequence[float]]):
+class Paces(dict[tuple[Running | None, ...], Sequence[float]]):
     """What runs in each lane -> how much longer each takes; looked up in a profile once."""
 
     def __init__(self, measured: Measured) -> None:
         self._measured = measured
 
-    def __missing__(self, running: tuple[Side | None, ...]) -> Sequence[float]:
-        slower = iter(self._measured.slowdowns([side for side in running if side]))
-        self[running] = [next(slower) if side else 1.0 for side in running]
+    def __missing__(self, running: tuple[Running | None, ...]) -> Sequence[float]:
+        slower = iter(self._measured.slowdowns([one for one in running if one]))
+        self[running] = [next(slower) if one else 1.0 for one in running]
         return self[running]
 
 
@@ -33,7 +33,7 @@ class Fluid:
         self._problem, self._measured, self._chunk_tokens = problem, measured, chunk_tokens
         self._attention = attention_of(problem)
         self._lane = {task.name: problem.lanes.index(task.lane) for task in problem.tasks}
-        self._phases: dict[tuple[NanoTask, int | None, int], tuple[tuple[Side, float], ...]] = {}
+        self._phases: dict[tuple[NanoTask, int | None, int], tuple[tuple[Running, float], ...]] = {}
         self._paces = Paces(measured)
 
     def pieces(self, shares: Shares, finer: int = 1) -> Pieces:
@@ -78,13 +78,13 @@ class Fluid:
         ]
         return settled(stints, self._paces)
 
-    def _phases_of(self, piece: Piece) -> tuple[tuple[Side, float], ...]:
+    def _phases_of(self, piece: Piece) -> tuple[tuple[Running, float], ...]:
         nano, sms, decodes = piece.nano, piece.sms, piece.decodes
         if (nano, sms, decodes) not in self._phases:
             rows = (nano.start * self._chunk_tokens, nano.stop * self._chunk_tokens)
             loads = self._measured.loads(self._problem[nano.task].operations, *rows, decodes)
             timed = [((curve, sms), self._measured.duration_us(curve, amount, sms)) for curve, amount in loads]
-            some = tuple((side, alone_us) for side, alone_us in timed if alone_us > 0)
+            some = tuple((one, alone_us) for one, alone_us in timed if alone_us > 0)
             self._phases[nano, sms, decodes] = some or ((timed[0][0], NOTHING_US),)
         return self._phases[nano, sms, decodes]
 

@@ -16,6 +16,7 @@ from nanoflow_search.profile import Profile, Surface
 from nanoflow_search.stage_two import Choice, Contention, Side
 from nanoflow_search.work import Mix
 
+Running = tuple[str, int | None]  # a curve, and the SMs that it runs on; None: all, shared
 TURNS = 2.0  # what was never measured side by side is taken to run in turns
 
 
@@ -107,7 +108,7 @@ class Measured:
     def dynamic_j(self, curve: str, amount: float, sms: int | None) -> float:
         return self._surfaces[curve].dynamic_j(amount, sms)
 
-    def slowdown(self, one: tuple[str, int | None], other: tuple[str, int | None]) -> float:
+    def slowdown(self, one: Running, other: Running) -> float:
         """Of a (curve, SMs) beside another: as measured, or with the nearest SMs that were.
 
         SMs of their own say nothing about those that are shared, nor the other way round.
@@ -115,19 +116,19 @@ class Measured:
         found = self._nearest(one, other)
         return found.slowdown if found else TURNS
 
-    def slowdowns(self, running: Sequence[tuple[str, int | None]]) -> tuple[float, ...]:
+    def slowdowns(self, running: Sequence[Running]) -> tuple[float, ...]:
         """Of each of some (curve, SMs) that run side by side: what it loses to the others adds up."""
         return tuple(
             1 + sum(self.slowdown(one, other) - 1 for m, other in enumerate(running) if m != n)
             for n, one in enumerate(running)
         )
 
-    def energy_ratio(self, running: Sequence[tuple[str, int | None]]) -> float:
+    def energy_ratio(self, running: Sequence[Running]) -> float:
         """Of the dynamic energy of what runs side by side to that of each alone."""
         found = [self._nearest(one, other) for one, other in combinations(running, 2)]
         return prod(beside.energy_ratio for beside in found if beside)
 
-    def _nearest(self, one: tuple[str, int | None], other: tuple[str, int | None]) -> Beside | None:
+    def _nearest(self, one: Running, other: Running) -> Beside | None:
         shared = None in (one[1], other[1])
         measured = self._beside.get((one[0], other[0]), {})
         near = {sms: beside for sms, beside in measured.items() if (None in sms) == shared}

@@ -21,11 +21,13 @@ from nanoflow_search.layer import lane, layer_problem, schedule_of
 from nanoflow_search.measured import Measured
 from nanoflow_search.planner import find_plans
 from nanoflow_search.predict import Timing, predict
-from nanoflow_search.profile import Profile
+from nanoflow_search.profile import Profile, ProfileError
+from nanoflow_search.sizes import TILE
 from nanoflow_search.state import Once, always
 
 PARTS = ((2, 2), (3, 2))  # nano-tasks up to attention and after it
 SHARES = (-0.2, -0.1, 0.0, 0.1, 0.2)  # decodes of the first half beyond its part of the tokens
+FEW_LAYERS, KEPT = 8, 12  # all plans of the grid are predicted on so few layers, and so many of the best on the model's
 
 
 class Found(NamedTuple):
@@ -85,6 +87,19 @@ def find_partitioned(
     for plan in best_plans:
         validate(plan.schedule, graph, num_layers, measured.profile.header.device_sms)
     return best_plans
+
+
+def best_by_grid(graph: Graph, measured: Measured, num_layers: int) -> Schedule:
+    """The plan of two nano-batches that is predicted to take least: on all layers, of the grid's best on a few.
+
+    Raises:
+        ProfileError: attention and products were not measured on SMs of their own.
+    """
+    few = min(num_layers, FEW_LAYERS)
+    found = find_partitioned(graph, measured, few, TILE, keep=KEPT, step=TILE, turns=0)
+    if not found:
+        raise ProfileError("attention and products were not measured on SMs of their own")
+    return min((plan.schedule for plan in found), key=lambda plan: predict(plan, measured, num_layers).layer_us)
 
 
 def _layer_us(found: Found) -> float:

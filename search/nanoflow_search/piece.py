@@ -19,7 +19,7 @@ Pieces = tuple[Piece, ...]  # each lane's in its order
 
 
 class Parts(NamedTuple):
-    """How many pieces a task must and may have. Of attention only those with decodes are counted as parts."""
+    """How many pieces a task must and may have. Towards attention's `least` only those with decodes count."""
 
     least: int = 1
     most: int = 8
@@ -31,6 +31,7 @@ def attention_of(problem: Problem) -> str | None:
 
 
 def count(pieces: Pieces, task: str, attention: str | None) -> int:
+    """Those that count towards the least."""
     return sum(p.nano.task == task and (task != attention or p.decodes > 0) for p in pieces)
 
 
@@ -38,11 +39,9 @@ def divided(pieces: Pieces, parts: Mapping[str, Parts], attention: str | None) -
     """With the largest of a task's pieces cut in halves until there are as many as it must have.
 
     Raises:
-        ValueError: a task that has too many, or cannot be cut so often.
+        ValueError: a task that cannot be cut so often, or has too many pieces then.
     """
     for task, (least, most) in parts.items():
-        if sum(p.nano.task == task for p in pieces) > most:
-            raise ValueError(f"pieces: expected at most {most} of {task}")
         while count(pieces, task, attention) < least:
             n = max(
                 (n for n, p in enumerate(pieces) if p.nano.task == task),
@@ -53,6 +52,8 @@ def divided(pieces: Pieces, parts: Mapping[str, Parts], attention: str | None) -
                 raise ValueError(f"pieces: expected {task} to be cut in {least} parts")
             decodes = pieces[n].decodes * ((stop - start) // 2) // (stop - start)
             pieces = (*pieces[:n], *cut(pieces[n], (start + stop) // 2, decodes), *pieces[n + 1 :])
+        if sum(p.nano.task == task for p in pieces) > most:
+            raise ValueError(f"pieces: expected at most {most} of {task}")
     return pieces
 
 

@@ -11,7 +11,7 @@ from nanoflow_search.measured import Measured
 from nanoflow_search.walk import Pace, Phase, Walked, walk
 
 CLOCK_MHZ = 2.0  # a settled clock is found to so much
-STRAIGHT = 5  # tries for which power is taken for a straight line of the clock
+STRAIGHT = 5  # tries along straight lines; then halves, since lines creep up on the cap where power bends much
 LOWEST = 0.25  # of the highest clock: no cap that lets work be done at all pushes it lower
 
 
@@ -93,12 +93,12 @@ def walk_at(schedule: Schedule, measured: Measured, num_layers: int) -> Walked:
     ]
 
     def pace(running: tuple[Phase, ...]) -> Pace:
-        sides = [(p.curve, p.sms) for p in running]
-        slowdowns = measured.slowdowns(sides)
+        together = [(p.curve, p.sms) for p in running]
+        slowdowns = measured.slowdowns(together)
         dynamic_w = sum(
             1e6 * measured.dynamic_j(p.curve, p.amount, p.sms) / (p.alone_us * slow)
             for p, slow in zip(running, slowdowns, strict=True)
         )
-        return Pace(slowdowns, dynamic_w * measured.energy_ratio(sides))
+        return Pace(slowdowns, dynamic_w * measured.energy_ratio(together))
 
     return walk(schedule, num_layers, phases, pace)

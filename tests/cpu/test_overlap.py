@@ -5,8 +5,7 @@ import math
 import random
 import sys
 import weakref
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 import torch
 from msgspec.structs import replace
 from nanoflow_search.devices import DEVICES
-from nanoflow_search.loads import partition_loads_of
 from nanoflow_search.measured import Measured
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import Timing, predict
@@ -25,7 +23,7 @@ from nanoflow_search.profile import Profile, ProfileError
 from nanoflow_search.refine import STUDENT, Round
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.work import Mix
-from profiled import profiled
+from overlap_machine import CPU, H200, LAYER, MIX, MODEL, SHARES, Machine, command, profile_of
 from schedules import save
 from shapes import config
 from simulated_programs import Programs
@@ -42,76 +40,31 @@ from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.schedule.validate import validate
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "benchmarks" / "models" / "llama-3-8b"
-H200, CPU = Device("cuda", "NVIDIA H200", 132), Device("cpu", "cpu", None)
 KV_BYTES = 32 * 2048 * 2  # of a token
-SHARES = (12, 28, 36)  # SMs that attention has in the profile
 sys.path.append(str(ROOT / "benchmarks"))
 
 import halves  # noqa: E402
 import overlap  # noqa: E402
-import overlap_plot  # noqa: E402
-import readme_table  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def graph() -> Graph:
-    return build(ModelConfig.from_pretrained(MODEL)).layer
-
-
-def profile_of(graph: Graph, mix: Mix, shares: Sequence[int] = SHARES) -> Profile:
-    """As if it were of an H200."""
-    loads = partition_loads_of(graph, 132, mix, round(mix.tokens), shares)
-    taken = profiled(SyntheticDevice(graph, DEVICES["H200-sustained"], noise=0.0), graph, loads)
-    return replace(taken, header=replace(taken.header, device=H200.name))
+    return LAYER
 
 
 @pytest.fixture(scope="module")
 def profile(graph: Graph) -> Profile:
-    return profile_of(graph, Mix(683, 1365, 1280, 512))
-
-
-class Machine:
-    """Times plans by the synthetic law, a little slower each time; says what it has timed."""
-
-    def __init__(self, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.device = SyntheticDevice(build(config).layer, DEVICES["H200-sustained"], noise=0.0)
-        self.mixes: list[Mix] = []
-        self.timed: list[Schedule] = []
-        self.here_is = H200
-        monkeypatch.setattr(overlap, "find_device", lambda wanted: self.here_is)
-        monkeypatch.setattr(PlanTimer, "here", self.here)
-
-    def here(self, config: ModelConfig, mix: Mix, *, num_layers: int, **options: Any) -> Callable[[Schedule], Timing]:
-        self.mixes.append(mix)
-
-        def timer(plan: Schedule) -> Timing:
-            self.timed.append(plan)
-            found = self.device.time_plan(plan, mix, num_layers)
-            slower = 1 + 1e-4 * len(self.timed)
-            return found._replace(layer_us=found.layer_us * slower, layer_j=found.layer_j * slower)
-
-        return timer
+    return profile_of(graph, MIX)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(ModelConfig.from_pretrained(MODEL), monkeypatch)
+    return Machine(monkeypatch)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile) -> Callable[..., dict[str, Any]]:
-    taken = tmp_path / "profile.json"
-    profile.save(taken)
-
-    def run(benchmark: str, output: Path, *words: str) -> dict[str, Any]:
-        options = ("--model", MODEL, "--profile", taken, "--layers", "3", "--output", output, *words)
-        monkeypatch.setattr(sys, "argv", ["overlap.py", benchmark, *map(str, options)])
-        overlap.main()
-        found: dict[str, Any] = json.loads(output.read_text())
-        return found
-
-    return run
+    return command(monkeypatch, tmp_path, profile)
 
 
 def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph, profile: Profile) -> None:
@@ -218,7 +171,7 @@ def test_all_is_predicted_before_anything_is_timed_and_a_part_may_be(
 
     machine.here_is = H200
     with monkeypatch.context() as patched:
-        patched.setattr(overlap, "find_partitioned", nothing)
+        patched.setattr(overlap, "best_by_grid", nothing)
         part = run("sensitivity", output, "--tokens", "768", "--context", "512")
         plan = msgspec.convert(part["cells"][1]["plan"], Schedule)
         assert [cell["tokens"] for cell in part["cells"]] == [512, 768, 512, 768]
@@ -437,73 +390,3 @@ def test_the_file_of_another_run_is_left_alone(
 def test_bad_batches_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         overlap.parse_batch(text)
-
-
-def test_pictures_name_what_they_show(
-    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = {
-        "ablation": ("--batch", "512/2:512", "--batch", "512/512:512"),
-        "sensitivity": ("--tokens", "512", "768", "--context", "512", "8192"),
-    }
-    for benchmark, words in small.items():
-        output = tmp_path / f"{benchmark}.json"
-        found = run(benchmark, output, *words)
-        drawn = picture(output, monkeypatch)
-        if benchmark == "ablation":
-            gains = [arm["over_sequential"][0] for cell in found["cells"] for arm in cell["arms"].values()]
-            shown = ["512/512", "nano-batch only", "overlap memory", *(f"{gain:.3f}" for gain in gains)]
-        else:
-            shown = [f"{cell['over_sequential']:.3f}{'*' * cell['memory_full']}" for cell in found["cells"]]
-            shown += [f"{cell['attention_sms']} SMs" for cell in found["cells"]]
-            assert "predicted" not in drawn
-        for text in shown:
-            assert f"<!-- {text} -->" in drawn, text
-
-    output = tmp_path / "mixed.json"
-    machine.here_is = CPU
-    predicted = run("sensitivity", output, *words)["cells"]
-    assert "bold" not in picture(output, monkeypatch)
-    machine.here_is = H200
-    cells = run("sensitivity", output, "--tokens", "512", "--context", "512")["cells"]
-    drawn = picture(output, monkeypatch)
-    assert f"<!-- {cells[0]['over_sequential']:.3f} -->" in drawn
-    for cell in predicted[1:]:
-        assert f"<!-- ({cell['predicted']['gain']:.3f}){'*' * cell['memory_full']} -->" in drawn
-    assert "(italics): predicted, not timed; *: KV memory is full; SMs: of attention" in drawn
-    assert "bold: beyond" in drawn
-
-
-def picture(result: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    output = result.with_suffix(".svg")
-    monkeypatch.setattr(sys, "argv", ["overlap_plot.py", str(result), "--output", str(output)])
-    overlap_plot.main()
-    assert ElementTree.parse(output).getroot().tag.endswith("svg")
-    return output.read_text().replace("\n", " ")
-
-
-def test_the_table_of_the_readme_tells_of_both(
-    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
-    run("ablation", tmp_path / "overlap_ablation_m.json", "--batch", "512/2:512", "--batch", "512/512:512")
-    output, words = tmp_path / "overlap_sensitivity_m.json", ("--tokens", "512", "768", "--context", "512", "8192")
-    machine.here_is = CPU
-    run("sensitivity", output, *words)
-    assert len(list(readme_table.rows())) == 2, "what is predicted is not measured"
-    machine.here_is = H200
-    found = run("sensitivity", output, "--tokens", "512", "768", "--context", "8192")
-    timed = [cell for cell in found["cells"] if cell["context"] == 8192]
-    one, other, where = readme_table.rows()
-    arms = "llama-3-8b: nano-batch only / overlap memory, against sequential"
-    assert one[0] == f"A steady batch of 512 tokens at 512/2, {arms}"
-    assert other[0] == f"A steady batch of 512 tokens at 512/512, {arms}"
-    counted = "4 predicted and 2 timed steady batches of 512 to 768 tokens, mean contexts of 512 to 8,192"
-    assert counted in where[0]
-    gains = sorted(cell["over_sequential"] for cell in timed)
-    pays = sum(gain > 1 + found["margin_95"] for gain in gains)
-    assert where[1].startswith(f"faster in {pays} of 2 beyond {found['margin_95']:.1%} (95 %); {gains[0]:.3f}x")
-    assert f" to {gains[-1]:.3f}x" in where[1]
-    errors = [abs(cell["error"]) for cell in timed]
-    assert where[1].endswith(f"off by {mean(errors):.1%} (median), at most {max(errors):.1%}")
-    assert {row[2] for row in (one, other, where)} == {"NVIDIA H200"}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from nanoflow_search.measured import Measured
+from nanoflow_search.measured import Measured, Running
 from nanoflow_search.profile import Header, Pair, Point, Profile
 
 from nanoflow_backend.graph.operation import Graph
@@ -97,7 +97,7 @@ class Published(Measured):
     not take, as long as they run; they, and what has a cap, are as fast as P says. The Rs that are asked for beyond 1
     are had in turns."""
 
-    def slowdowns(self, running: Sequence[tuple[str, int | None]]) -> tuple[float, ...]:
+    def slowdowns(self, running: Sequence[Running]) -> tuple[float, ...]:
         taken = [0.0 if sms is None and curve in GEMMS else round((sms or SMS) / SMS, 1) for curve, sms in running]
         left = round(1 - sum(taken), 1)
         rest = 1 / left if left > 0 else math.inf

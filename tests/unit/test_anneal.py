@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from itertools import combinations, pairwise, permutations, product
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from nanoflow_search.anneal import anneal
 from nanoflow_search.change import AHEAD, Changes
 from nanoflow_search.cost_model import Workload
-from nanoflow_search.cycle import Side, Stint, settled
+from nanoflow_search.cycle import Stint, settled
 from nanoflow_search.fluid import Fluid
 from nanoflow_search.layer import layer_problem, schedule_of
+from nanoflow_search.measured import Running
 from nanoflow_search.piece import Parts, Piece, Pieces, count, divided
 from nanoflow_search.planner import find_plans, one_after_the_other
 from nanoflow_search.predict import predict
@@ -22,7 +24,12 @@ from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from a100_case import released  # noqa: E402
+
+MODELS = BENCHMARKS / "models"
 LLAMA_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
 TOKENS, CHUNK = 2048, 256
 MEASURED = a100.Published(
@@ -115,7 +122,7 @@ def halves() -> Pieces:
 
 
 def test_a_gemm_keeps_what_the_others_leave() -> None:
-    def slowdowns(*running: tuple[str, int | None]) -> tuple[float, ...]:
+    def slowdowns(*running: Running) -> tuple[float, ...]:
         return MEASURED.slowdowns(running)
 
     assert slowdowns(("down", None), ("mlp_reduce", 11)) == pytest.approx((1 / 0.9, 1))
@@ -146,7 +153,7 @@ def test_a_period_is_that_of_the_whole_model_but_for_its_ends(seed: int) -> None
 def test_two_lanes_that_slow_each_other_down() -> None:
     """A GEMM of 10 us, beside what another lane does on its result for 4 us and then, in another way, for 2 us."""
     gemm, first, second = ("gemm", None), ("attention", 40), ("attention", 20)
-    paces: dict[tuple[Side | None, ...], tuple[float, ...]] = {
+    paces: dict[tuple[Running | None, ...], tuple[float, ...]] = {
         (None, None): (1, 1),
         (gemm, None): (1, 1),
         (None, first): (1, 1),
@@ -185,7 +192,7 @@ def test_changes_leave_a_plan_whole() -> None:
     changes = Changes(PROBLEM, SMS, FINER, CHUNK, rng)
     seen = 0
     for _ in range(4000):
-        changed = changes.any(pieces)
+        changed = changes.one(pieces)
         if changed is None:
             continue
         seen += changed != pieces
@@ -241,6 +248,20 @@ def test_annealed_plans_have_the_parts_that_are_asked_for() -> None:
         divided(start, {"qkv": Parts(9, 9)}, "attention")
 
 
+def test_parts_that_are_cut_for_the_least_are_not_more_than_the_most() -> None:
+    """Attention in five pieces of which one has all decodes: only cuts of that one count towards the least."""
+    edges = (0, PROBLEM.chunks - 4, *range(PROBLEM.chunks - 3, PROBLEM.chunks + 1))
+    five = tuple(
+        Piece(NanoTask("attention", start, stop), 0, TENTHS[0.4], 0 if start else DECODES)
+        for start, stop in pairwise(edges)
+    )
+    assert divided(five, {"attention": Parts(1, 5)}, "attention") == five
+    seven = divided(five, {"attention": Parts(3, 7)}, "attention")
+    assert (len(seven), count(seven, "attention", "attention")) == (7, 3)
+    with pytest.raises(ValueError, match="at most 5 of attention"):
+        divided(five, {"attention": Parts(3, 5)}, "attention")
+
+
 def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
     """All cuts, orders, layers and shares of two tasks that feed each other, on two chunks."""
     times = {name: PROBLEM[name] for name in ("o", "attention_reduce")}
@@ -276,8 +297,4 @@ def test_gemms_without_a_cap_shorten_a_plan_of_the_programs() -> None:
     """As the benchmark search_a100 starts: they use SMs that nobody else takes for part of their time."""
     plan = find_plans(PROBLEM, MEASURED, CHUNK, time_limit_s=20, parts=((2, 2),), turns=2)[0]
     fluid = Fluid(PROBLEM, MEASURED, CHUNK)
-    released = tuple(
-        p._replace(sms=None if PROBLEM[p.nano.task].lane == "compute" else p.sms or a100.SMS)
-        for p in fluid.pieces(plan.shares)
-    )
-    assert fluid.period_us(released) < 0.99 * plan.predicted_us
+    assert fluid.period_us(released(PROBLEM, fluid.pieces(plan.shares))) < 0.99 * plan.predicted_us

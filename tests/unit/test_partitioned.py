@@ -9,9 +9,9 @@ from nanoflow_search.dealt import dealt, evenly
 from nanoflow_search.layer import layer_problem
 from nanoflow_search.loads import attention_sms, partition_loads_of, shares_for
 from nanoflow_search.measured import TURNS, Measured
-from nanoflow_search.partitioned import find_partitioned, partitions_of
+from nanoflow_search.partitioned import FEW_LAYERS, KEPT, best_by_grid, find_partitioned, partitions_of
 from nanoflow_search.predict import predict
-from nanoflow_search.profile import Profile
+from nanoflow_search.profile import Profile, ProfileError
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.timeline import walked
 from nanoflow_search.work import Mix
@@ -142,6 +142,29 @@ def test_without_turns_it_is_the_grid_alone(
         for share in [round(stop / 2048 + more, 2) for more in (-0.2, -0.1, 0.0, 0.1, 0.2)]
     ]
     assert best.predicted == min(brute, key=lambda timing: timing.layer_us)
+
+
+def test_the_best_of_the_grid_is_nearly_that_of_all_plans_on_all_layers(
+    taken: tuple[SyntheticDevice, Profile],
+) -> None:
+    """On few layers the ramps weigh more, and only the best of each cut there is looked at again."""
+    _, profile = taken
+    layers, mix = 3 * FEW_LAYERS, Mix(300, 468, 1280, 512)
+    measured = Measured(profile, mix)
+    brute_us = [
+        predict(overlapped(LAYER, 768, stop, share, partition["memory"], 132, 128), measured, layers).layer_us
+        for partition in partitions_of(profile, LAYER)
+        for stop in (256, 384, 512)
+        for share in [round(stop / 768 + more, 2) for more in (-0.2, -0.1, 0.0, 0.1, 0.2)]
+    ]
+    best_us = predict(best_by_grid(LAYER, measured, layers), measured, layers).layer_us
+    of_few = find_partitioned(LAYER, measured, FEW_LAYERS, 128, keep=99, turns=0)
+    assert len(of_few) == KEPT
+    assert best_us == min(predict(found.schedule, measured, layers).layer_us for found in of_few)
+    assert min(brute_us) <= best_us < 1.005 * min(brute_us)
+    shared = Profile(header=profile.header, points=tuple(p for p in profile.points if p.sms == 132))
+    with pytest.raises(ProfileError, match="were not measured on SMs of their own"):
+        best_by_grid(LAYER, Measured(shared, mix), layers)
 
 
 def is_small(curve: str) -> bool:

@@ -1,0 +1,80 @@
+"""Machine: a GPU that is made up, for benchmarks/overlap.py; its profile, and the command that runs there."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from nanoflow_search.devices import DEVICES
+from nanoflow_search.loads import partition_loads_of
+from nanoflow_search.plan_timer import PlanTimer
+from nanoflow_search.predict import Timing
+from nanoflow_search.profile import Profile
+from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.work import Mix
+from profiled import profiled
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.schedule.plan import Schedule
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import overlap  # noqa: E402
+
+MODEL = BENCHMARKS / "models" / "llama-3-8b"
+LAYER = build(ModelConfig.from_pretrained(MODEL)).layer
+MIX = Mix(683, 1365, 1280, 512)  # of the profile
+H200, CPU = Device("cuda", "NVIDIA H200", 132), Device("cpu", "cpu", None)
+SHARES = (12, 28, 36)  # SMs that attention has in the profile
+
+
+class Machine:
+    """Times plans by the synthetic law, a little slower each time; says what it has timed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = SyntheticDevice(LAYER, DEVICES["H200-sustained"], noise=0.0)
+        self.mixes: list[Mix] = []
+        self.timed: list[Schedule] = []
+        self.here_is = H200
+        monkeypatch.setattr(overlap, "find_device", lambda wanted: self.here_is)
+        monkeypatch.setattr(PlanTimer, "here", self.here)
+
+    def here(self, config: ModelConfig, mix: Mix, *, num_layers: int, **options: Any) -> Callable[[Schedule], Timing]:
+        self.mixes.append(mix)
+
+        def timer(plan: Schedule) -> Timing:
+            self.timed.append(plan)
+            found = self.device.time_plan(plan, mix, num_layers)
+            slower = 1 + 1e-4 * len(self.timed)
+            return found._replace(layer_us=found.layer_us * slower, layer_j=found.layer_j * slower)
+
+        return timer
+
+
+def profile_of(graph: Graph, mix: Mix, shares: Sequence[int] = SHARES) -> Profile:
+    """A profile as if it were of an H200."""
+    loads = partition_loads_of(graph, 132, mix, round(mix.tokens), shares)
+    taken = profiled(SyntheticDevice(graph, DEVICES["H200-sustained"], noise=0.0), graph, loads)
+    return replace(taken, header=replace(taken.header, device=H200.name))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile) -> Callable[..., dict[str, Any]]:
+    """overlap.py with this profile, saved in tmp_path: called with a benchmark, its output and more words."""
+    taken = tmp_path / "profile.json"
+    profile.save(taken)
+
+    def run(benchmark: str, output: Path, *words: str) -> dict[str, Any]:
+        options = ("--model", MODEL, "--profile", taken, "--layers", "3", "--output", output, *words)
+        monkeypatch.setattr(sys, "argv", ["overlap.py", benchmark, *map(str, options)])
+        overlap.main()
+        found: dict[str, Any] = json.loads(output.read_text())
+        return found
+
+    return run
