@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ from nanoflow_search.measured import Measured
 from nanoflow_search.walk import Pace, Phase, Walked, walk
 
 CLOCK_MHZ = 2.0  # a settled clock is found to so much
-STRAIGHT = 5  # tries along straight lines; then halves, since lines creep up on the cap where power bends much
 LOWEST = 0.25  # of the highest clock: no cap that lets work be done at all pushes it lower
 
 
@@ -52,31 +50,14 @@ def predict(schedule: Schedule, measured: Measured, num_layers: int) -> Timing:
 
 
 def settled(timed: Callable[[float], Timing], low_mhz: float, high_mhz: float, power_cap_w: float) -> Timing:
-    """The Timing at the highest clock within the cap, or at the lowest: a lower clock draws less power.
-
-    Clocks are tried in steps of at most CLOCK_MHZ. Each try is a simulation, and power is nearly a straight line of the
-    clock: so the first ones are where the line through what is known meets the cap, and only then in the middle.
-    """
+    """The Timing at the highest clock within the cap, or at the lowest: a lower clock draws less power."""
     highest = timed(high_mhz)
     if highest.power_w <= power_cap_w:
         return highest
-    steps = 2 ** max(math.ceil(math.log2((high_mhz - low_mhz) / CLOCK_MHZ)), 0)
-    step_mhz = (high_mhz - low_mhz) / steps
-    within, beyond = 0, steps
-    found, known, over = None, (0.0, 0.0), highest
-    tries = 0
-    while beyond - within > 1:
-        slope = (over.power_w - known[1]) / (over.clock_mhz - known[0])
-        guess_mhz = known[0] + (power_cap_w - known[1]) / slope
-        guess = int((guess_mhz - low_mhz) / step_mhz) if tries < STRAIGHT else (within + beyond) // 2
-        number = min(max(guess, within + 1), beyond - 1)
-        tries += 1
-        tried = timed(low_mhz + number * step_mhz)
-        if tried.power_w > power_cap_w:
-            beyond, over = number, tried
-        else:
-            within, found, known = number, tried, (tried.clock_mhz, tried.power_w)
-    return found or timed(low_mhz)
+    while high_mhz - low_mhz > CLOCK_MHZ:
+        middle = (low_mhz + high_mhz) / 2
+        low_mhz, high_mhz = (low_mhz, middle) if timed(middle).power_w > power_cap_w else (middle, high_mhz)
+    return timed(low_mhz)
 
 
 def walk_at(schedule: Schedule, measured: Measured, num_layers: int) -> Walked:

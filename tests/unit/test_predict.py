@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace as change
 from nanoflow_search.loads import loads_of
 from nanoflow_search.measured import Measured
-from nanoflow_search.predict import CLOCK_MHZ, LOWEST, Timing, predict, settled, walk_at
+from nanoflow_search.predict import predict, walk_at
 from nanoflow_search.profile import Header, Load, Pair, Point, Profile, ProfileError
 from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.walk import Pace, Phase, walk
@@ -251,35 +251,6 @@ def test_a_lower_cap_is_never_faster(taken: tuple[SyntheticDevice, Profile]) -> 
     ]
     assert times_us == sorted(times_us, reverse=True)
     assert times_us[0] > 1.05 * times_us[-1]
-
-
-def test_a_clock_settles_where_halving_would_and_in_few_tries() -> None:
-    """Against halving the interval; power rises with the clock, or hardly."""
-    rng = random.Random(4)
-    tries = of_halving = 0
-    for _ in range(2000):
-        static_w, line, square = rng.uniform(20, 400), rng.uniform(0, 0.5), rng.choice((0.0, rng.uniform(0, 3e-4)))
-        high, cap = rng.uniform(1200, 2000), rng.uniform(100, 1000)
-        low = LOWEST * high
-        tried: list[float] = []
-
-        def timed(mhz: float, law: tuple[float, ...] = (static_w, line, square), tried: list[float] = tried) -> Timing:
-            tried.append(mhz)
-            return Timing(1e6 / mhz, mhz, sum(factor * mhz**n for n, factor in enumerate(law)), 1.0)
-
-        found = settled(timed, low, high, cap)
-        assert len(tried) <= 16
-        tries, of_halving = tries + len(tried), of_halving + 1
-        if timed(high).power_w > cap:
-            while high - low > CLOCK_MHZ:
-                of_halving += 1
-                middle = (low + high) / 2
-                low, high = (low, middle) if timed(middle).power_w > cap else (middle, high)
-            assert found == timed(found.clock_mhz)
-            assert found.clock_mhz == pytest.approx(low, abs=1e-6)
-        else:
-            assert found == timed(high)
-    assert tries < 0.75 * of_halving
 
 
 # what to measure
