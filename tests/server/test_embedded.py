@@ -213,9 +213,10 @@ def test_a_killed_server_is_noticed(server, process_tree, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_ends_with_its_parent(how, process_tree, tmp_path):
     parent_code = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from nanoflow_backend.serving.embedded import EmbeddedServer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
 with EmbeddedServer(Path(sys.argv[1]), exit_timeout_s=5) as server:
     child = os.fork()  # holds a copy of every pipe of the parent
     if child:

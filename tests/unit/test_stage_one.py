@@ -30,8 +30,9 @@ LAYER = Problem(
 TWO = {"qkv": 2, "attention": 2, "mlp": 2}
 
 
-# The benchmark search_optimality does this for 240; these take exhaustion a second or less.
-@pytest.mark.parametrize("seed", [1, 2, 4, 6, 7, 8, 9, 10, 12, 13, 15, 16, 18, 19, 22])
+# The benchmark search_optimality does this for 240; these take exhaustion a second or less, but 25, which HiGHS gets
+# wrong when it presolves.
+@pytest.mark.parametrize("seed", [1, 2, 4, 6, 7, 8, 9, 10, 12, 13, 15, 16, 18, 19, 22, 25])
 def test_the_optimum_is_that_of_exhaustion(seed: int) -> None:
     problem, parts = random_problem(seed)
     assert stage_one(problem, parts).period_us == pytest.approx(shortest_period_us(problem, parts), rel=1e-5)
