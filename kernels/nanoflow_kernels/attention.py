@@ -1,7 +1,6 @@
-"""Paged causal attention, softmax(q k^T / sqrt(d)) v: decodes and chunks of prompts in one batch, on grids of one size.
+"""Paged causal attention: decodes and chunks of prompts in one batch, on grids of one size.
 
-Shape legend: T tokens, H query heads, K kv heads, G = H / K query heads of a group, d head_dim, S slots, N pages of a
-slot, P tokens a page.
+Shape legend: T tokens, H query heads, K kv heads, d head_dim, S slots, N pages of a slot, P tokens a page.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nanoflow_kernels.attention_decode import decode
+from nanoflow_kernels.attention_plan import AttentionPlan, plan_attention
 from nanoflow_kernels.attention_prefill import prefill
-from nanoflow_kernels.attention_work import AttentionWork, list_work
-from nanoflow_kernels.chain import is_chained
-from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
+from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
+from nanoflow_kernels.pdl import uses_pdl
 
 
 def attention(
@@ -25,16 +24,19 @@ def attention(
     *,
     out: Tensor,
     num_sms: int | None = None,
-    work: AttentionWork | None = None,
+    plan: AttentionPlan | None = None,
 ) -> None:
-    """softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
+    """Compute softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
 
     Rows of one slot are consecutive and ascending. Nothing beyond a request's last row enters the result: it may be
-    NaN. A row at position -1 is padding and gets zeros. `work` is what list_work says of these positions and slots
-    (with the same num_sms), for callers that have several layers; None: it is listed here.
+    NaN. A row at position -1 is padding and gets zeros. `plan` is what plan_attention returns for these positions and
+    slots (and the same num_sms), for callers that have several layers; None: it is made here.
 
-    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> [T, H d]; int32, and
-    one floating dtype.
+    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; ints are int32,
+    the others of one floating dtype.
+
+    Raises:
+        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
     """
     kv_heads, _, head_dim = pages.shape[2:]
     check_rows("attention", q=q, out=out, page_table=page_table)
@@ -53,10 +55,10 @@ def attention(
         )
     if len(q) == 0:
         return
-    # Work listed here has just been launched: a kernel of the chain may read what is older.
-    chained = work is not None and is_chained(len(q), q.device)
-    if work is None:
-        work = list_work(positions, slots, pages, heads, num_sms=num_sms)
-    decode(q, pages, positions, slots, page_table, work, chained=chained, out=out)
-    if work.prefill_programs:
-        prefill(q, pages, positions, slots, page_table, work, out=out)
+    # A plan made here has just been launched, but with PDL a kernel reads its plan before it waits.
+    pdl = plan is not None and uses_pdl(len(q), q.device)
+    if plan is None:
+        plan = plan_attention(positions, slots, pages, heads, num_sms=num_sms)
+    decode(q, pages, positions, slots, page_table, plan.decode, pdl=pdl, out=out)
+    if plan.prefill:
+        prefill(q, pages, positions, slots, page_table, plan.prefill, out=out)

@@ -1,153 +1,187 @@
-"""Attention of single tokens: keys are the rows of a tensor cores' tile, the query heads of a group its columns.
+"""Attention of single tokens (decodes), with the keys of a request split over programs (split-KV).
 
-A tile may have 8 columns, but no less than 16 rows: so a group of few heads leaves less of it empty.
+The tiles of keys of all (row, kv head) pairs, one pair after the other, are dealt out to the programs in equal work
+items. A pair that a work item cuts leaves partial results (m, l and acc) in a workspace, and a second kernel merges
+them. Both kernels are launched with PDL (pdl.py) where the batch is small.
 
-A program is one warp: maxima and sums are found within it, nothing waits for another warp, and six of them an SM, each
-with two tiles of keys on their way, keep the memory busy even where few SMs may be used.
+In the tensor cores' tile the keys are rows and the query heads of a group are columns: a tile may have 8 columns, but
+no fewer than 16 rows, so a group of few heads leaves less of it empty. A program is one warp: maxima and sums are found
+within it and nothing waits for another warp. Six programs an SM, each with two tiles of keys on their way, keep the
+memory busy even where few SMs may be used.
 
-Each program takes an equal share of the tiles of all (row, kv head) pairs; a pair cut by a share's end leaves its parts
-(peak, mass and weighted sum of values) in a workspace, and a second kernel joins them.
+Shape legend: T tokens, H query heads, K kv heads, G = H / K query heads of a group (GP: padded to the tile's columns),
+d (D) head_dim, P (PAGE) tokens a page, W work items.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.attention_tile import LOWEST, gathered_tile
-from nanoflow_kernels.attention_work import DECODE_KEYS, AttentionWork
-from nanoflow_kernels.chain import await_earlier, prefetch, release_next
+from nanoflow_kernels.attention_tile import LOWEST, gathered_tile, kv_pages_descriptor
+from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, wait_for_earlier
 
 FEWEST_COLUMNS = 8  # of the tensor cores' tile
-# With DECODE_KEYS and DECODE_PER_SM: of those tried on H200 as fast as any, on 32 of its SMs and on all. With tiles
-# called into the L2 cache further ahead, or one loop over all pairs of a share, it was slower.
-# A tile's page is looked up two turns before its copy is waited for, and that is begun two before it is used.
-WARPS, STAGES = 1, 5
-REGISTERS = 255  # of a thread, at most: an SM has them for six programs; unasked, the assembler keeps to 128 and spills
-JOINED = 64  # parts of a query head that are joined at once
+# Of those tried on H200 these were as fast as any, on 32 of its SMs and on all. Prefetching tiles into the L2 cache
+# further ahead, or one loop over all pairs of a work item, was slower.
+# A tile's page is looked up two iterations before its copy is waited for, and the copy begins two before its use.
+DECODE_KEYS = 32  # of a tile
+DECODE_PER_SM = 6  # programs
+DECODE_WARPS, DECODE_STAGES = 1, 5
+DECODE_REGISTERS = 255  # of a thread, at most: an SM has them for six programs; the assembler's default of 128 spills
+MERGED_AT_ONCE = 64  # partial results of a query head
 
 
-def _slabs(pages: Tensor, keys: int) -> TensorDescriptor | None:
-    """What bulk copies read keys from that lie in one page [P, d] of one head; None where pages are not whole tiles."""
-    page_tokens, head_dim = pages.shape[3:]
-    if page_tokens % keys:
-        return None
-    return TensorDescriptor.from_tensor(pages.view(-1, page_tokens, head_dim), [1, keys, head_dim])
+@dataclass(frozen=True)
+class DecodeWork:
+    """How the keys that the decode rows of a batch read are dealt out. Tensors are int32, on the device.
+
+    tile_prefix_sum [T]: the inclusive prefix sum of the rows' key tiles (0 tiles in rows of prompt chunks).
+    work_items [W, 4]: the row, kv head and tile at which a work item begins, and how many tiles it has.
+    merges [.., 4]: the row and kv head of each pair that is cut, the work item in which it begins, and in how many it
+    lies; only the first counts[2] are set.
+    counts [3]: key tiles, query tiles, merges.
+    """
+
+    tile_prefix_sum: Tensor
+    work_items: Tensor
+    merges: Tensor
+    counts: Tensor
 
 
 @triton.jit
 def _decode(
-    q, pages, slabs, positions, slots, page_table, stop_tile, shares, part_peak, part_mass, part_acc, out,
-    q_stride, out_stride, table_stride, scale,
+    q_ptr, pages_ptr, kv_desc, positions_ptr, slots_ptr, page_table_ptr, tile_prefix_sum_ptr, work_items_ptr,
+    partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
+    q_stride, out_stride, page_table_stride, scale_log2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    release_next(CHAINED)
+    """o = softmax(q k^T / sqrt(d)) v over a work item's tiles of keys, by the recurrences of the online softmax:
+
+        m' = max(m, max_j s_j),  alpha = 2^(m - m'),  p_j = 2^(s_j - m')
+        l' = alpha l + sum_j p_j,  acc' = alpha acc + sum_j p_j v_j,  o = acc / l
+
+    where s = k q^T log2(e) / sqrt(d) is transposed: keys are rows, query heads are columns.
+
+    References: Dao et al., "FlashAttention", NeurIPS 2022 (m, l, acc); Dao et al., "Flash-Decoding", 2023 (split KV);
+    Osama et al., "Stream-K", PPoPP 2023 (equal work items, wherever their ends fall).
+    """
+    launch_dependents(PDL)
     program = tl.program_id(0)
-    share = shares + 4 * program
-    row, head, first = tl.load(share).to(tl.int64), tl.load(share + 1), tl.load(share + 2)
-    left = tl.load(share + 3)  # tiles of the share
-    length = tl.load(positions + row) + 1
-    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-    group, lane = tl.arange(0, GP), tl.arange(0, D)
+    item_ptr = work_items_ptr + 4 * program
+    row, head, first_tile = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    tiles_left = tl.load(item_ptr + 3)
+    length = tl.load(positions_ptr + row) + 1
+    table_ptr = page_table_ptr + tl.load(slots_ptr + row).to(tl.int64) * page_table_stride
+    group, dim = tl.arange(0, GP), tl.arange(0, D)
     in_group = (group < G)[None, :]
-    within = group[None, :] * D + lane[:, None]
-    if left > 0:  # others need not wait: while one of a kernel's programs does, no kernel behind it comes too early
-        if CHAINED and BULK:
-            page = tl.load(table + first * KEYS // PAGE, mask=first * KEYS < length, other=0).to(tl.int64)
-            place = (page * 2 * K + head) * PAGE + first * KEYS % PAGE + tl.arange(0, KEYS)
-            prefetch(pages + place * D, 2 * D)
-            prefetch(pages + (place + K * PAGE) * D, 2 * D)
-        await_earlier(CHAINED)
-    queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
-    while left > 0:
-        count = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
-        last = tl.minimum(count, first + left)
-        peak = tl.full([GP], LOWEST, tl.float32)
-        mass = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
+    offset = group[None, :] * D + dim[:, None]
+    # Only programs with work wait: as long as one of them waits, the kernel has not ended, so the dependent kernel's
+    # own wait holds it back as well.
+    if tiles_left > 0:
+        if PDL and BULK:
+            page = tl.load(table_ptr + first_tile * KEYS // PAGE, mask=first_tile * KEYS < length, other=0).to(tl.int64)
+            kv_row = (page * 2 * K + head) * PAGE + first_tile * KEYS % PAGE + tl.arange(0, KEYS)
+            prefetch_l2(pages_ptr + kv_row * D, 2 * D)
+            prefetch_l2(pages_ptr + (kv_row + K * PAGE) * D, 2 * D)
+        wait_for_earlier(PDL)
+    queries = tl.load(q_ptr + row * q_stride + head * G * D + offset, mask=in_group & (tiles_left > 0), other=0.0)
+    while tiles_left > 0:
+        num_tiles = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
+        stop_tile = tl.minimum(num_tiles, first_tile + tiles_left)
+        m_i = tl.full([GP], LOWEST, tl.float32)
+        l_i = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
         acc = tl.zeros([D, GP], tl.float32)
-        for tile in tl.range(first, last, num_stages=STAGES):
+        for tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
             # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
             begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
             key = begin + tl.arange(0, KEYS)
-            new = key >= tile * KEYS
+            is_new = key >= tile * KEYS
             if BULK:
-                number = tile * KEYS // PAGE
-                slab = tl.load(table + number, mask=tile * KEYS < length, other=0) * 2 * K + head
-                k = tl.reshape(slabs.load([slab, begin - number * PAGE, 0]), (KEYS, D))
-                v = tl.reshape(slabs.load([slab + K, begin - number * PAGE, 0]), (KEYS, D))
+                page_number = tile * KEYS // PAGE
+                kv_page = tl.load(table_ptr + page_number, mask=tile * KEYS < length, other=0) * 2 * K + head
+                k = tl.reshape(kv_desc.load([kv_page, begin - page_number * PAGE, 0]), (KEYS, D))
+                v = tl.reshape(kv_desc.load([kv_page + K, begin - page_number * PAGE, 0]), (KEYS, D))
             else:
-                k, v = gathered_tile(pages, table, head, key, new, K, D, PAGE)
+                k, v = gathered_tile(pages_ptr, table_ptr, head, key, is_new, K, D, PAGE)
             s = tl.dot(k, queries, input_precision="ieee")
-            s = tl.where(new[:, None], s, -float("inf"))
-            highest = tl.maximum(peak, tl.max(s, 0) * scale)
-            p = tl.exp2(s * scale - highest[None, :])
-            fade = tl.exp2(peak - highest)
-            acc = tl.dot(v.T, p.to(v.dtype), acc * fade[None, :], input_precision="ieee")
-            mass = mass * fade[None, :] + p
-            peak = highest
-        mass = tl.sum(mass, 0)
+            s = tl.where(is_new[:, None], s, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 0) * scale_log2)
+            p = tl.exp2(s * scale_log2 - m_new[None, :])
+            alpha = tl.exp2(m_i - m_new)
+            acc = tl.dot(v.T, p.to(v.dtype), acc * alpha[None, :], input_precision="ieee")
+            l_i = l_i * alpha[None, :] + p
+            m_i = m_new
+        l_i = tl.sum(l_i, 0)
 
-        # A share has at most one pair that began before it, and one that begins in it and goes on behind it.
-        is_whole, part = last - first == count, (2 * program + (first == 0).to(tl.int32)) * G
-        to = out + row * out_stride + head * G * D
-        left -= last - first
-        first = 0
+        # A work item has at most one pair that began before it, and one that begins in it and goes on behind it.
+        is_whole, partial = stop_tile - first_tile == num_tiles, (2 * program + (first_tile == 0).to(tl.int32)) * G
+        out_row_ptr = out_ptr + row * out_stride + head * G * D
+        tiles_left -= stop_tile - first_tile
+        first_tile = 0
         head += 1
-        if (head == K) & (left > 0):
+        if (head == K) & (tiles_left > 0):
             head = 0
             row += 1
-            while tl.load(stop_tile + row) == tl.load(stop_tile + row - 1):  # a row of a chunk
+            while tl.load(tile_prefix_sum_ptr + row) == tl.load(tile_prefix_sum_ptr + row - 1):  # a row of a chunk
                 row += 1
-            length = tl.load(positions + row) + 1
-            table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-        queries = tl.load(q + row * q_stride + head * G * D + within, mask=in_group & (left > 0), other=0.0)
+            length = tl.load(positions_ptr + row) + 1
+            table_ptr = page_table_ptr + tl.load(slots_ptr + row).to(tl.int64) * page_table_stride
+        queries = tl.load(q_ptr + row * q_stride + head * G * D + offset, mask=in_group & (tiles_left > 0), other=0.0)
         if is_whole:
-            o = acc / tl.maximum(mass, 1e-30)[None, :]
-            tl.store(to + within, o.to(out.dtype.element_ty), mask=in_group)
+            o = acc / tl.maximum(l_i, 1e-30)[None, :]
+            tl.store(out_row_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=in_group)
         else:
-            tl.store(part_peak + part + group, peak, mask=group < G)
-            tl.store(part_mass + part + group, mass, mask=group < G)
-            tl.store(part_acc + part * D + within, acc, mask=in_group)
+            tl.store(partial_m_ptr + partial + group, m_i, mask=group < G)
+            tl.store(partial_l_ptr + partial + group, l_i, mask=group < G)
+            tl.store(partial_acc_ptr + partial * D + offset, acc, mask=in_group)
 
 
 @triton.jit
-def _join(
-    joins, counts, part_peak, part_mass, part_acc, out, out_stride,
-    G: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr,
+def _merge(
+    merges_ptr, counts_ptr, partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr, out_stride,
+    G: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, g) joins query head g of pair i of those that are cut, if there are so many."""
-    release_next(CHAINED)
-    join = joins + 4 * tl.program_id(0)
-    real = tl.program_id(0) < tl.load(counts + 2)
-    row, head = tl.load(join, mask=real, other=0).to(tl.int64), tl.load(join + 1, mask=real, other=0)
-    share, parts = tl.load(join + 2, mask=real, other=0), tl.load(join + 3, mask=real, other=0)
-    await_earlier(CHAINED)
-    if real:
-        group, lane = tl.program_id(1), tl.arange(0, D)
-        peak = tl.cast(LOWEST, tl.float32)
-        mass = tl.cast(0, tl.float32)
+    """o = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i over the partial results i of a pair, with m = max_i m_i.
+
+    Program (n, g) merges query head g of pair n of those that are cut, if there are so many.
+    Reference: Dao et al., "Flash-Decoding", 2023.
+    """
+    launch_dependents(PDL)
+    merge_ptr = merges_ptr + 4 * tl.program_id(0)
+    exists = tl.program_id(0) < tl.load(counts_ptr + 2)
+    row, head = tl.load(merge_ptr, mask=exists, other=0).to(tl.int64), tl.load(merge_ptr + 1, mask=exists, other=0)
+    first_item, num_parts = tl.load(merge_ptr + 2, mask=exists, other=0), tl.load(merge_ptr + 3, mask=exists, other=0)
+    wait_for_earlier(PDL)
+    if exists:
+        group, dim = tl.program_id(1), tl.arange(0, D)
+        m_i = tl.cast(LOWEST, tl.float32)
+        l_i = tl.cast(0, tl.float32)
         acc = tl.zeros([D], tl.float32)
-        for begin in range(0, parts, PARTS):
-            number = begin + tl.arange(0, PARTS)
-            inside = number < parts
-            part = 2 * (share + number) + (number == 0).to(tl.int32)  # only the first share's is the later of its two
-            place = part * G + group
-            peaks = tl.load(part_peak + place, mask=inside, other=LOWEST)
-            masses = tl.load(part_mass + place, mask=inside, other=0.0)
-            accs = tl.load(part_acc + place[:, None] * D + lane[None, :], mask=inside[:, None], other=0.0)
-            highest = tl.maximum(peak, tl.max(peaks, 0))
-            fade, fades = tl.exp2(peak - highest), tl.exp2(peaks - highest)
-            mass = mass * fade + tl.sum(masses * fades, 0)
-            acc = acc * fade + tl.sum(accs * fades[:, None], 0)
-            peak = highest
-        o = acc / tl.maximum(mass, 1e-30)
-        tl.store(out + row * out_stride + (head * G + group) * D + lane, o.to(out.dtype.element_ty))
+        for begin in range(0, num_parts, PARTS):
+            part = begin + tl.arange(0, PARTS)
+            is_part = part < num_parts
+            # A work item has two places: 0 for a pair that began before it, 1 for one that begins in it and goes on.
+            partial = 2 * (first_item + part) + (part == 0).to(tl.int32)
+            offset = partial * G + group
+            part_m = tl.load(partial_m_ptr + offset, mask=is_part, other=LOWEST)
+            part_l = tl.load(partial_l_ptr + offset, mask=is_part, other=0.0)
+            part_acc = tl.load(
+                partial_acc_ptr + offset[:, None] * D + dim[None, :], mask=is_part[:, None], other=0.0
+            )
+            m_new = tl.maximum(m_i, tl.max(part_m, 0))
+            alpha, part_alpha = tl.exp2(m_i - m_new), tl.exp2(part_m - m_new)
+            l_i = l_i * alpha + tl.sum(part_l * part_alpha, 0)
+            acc = acc * alpha + tl.sum(part_acc * part_alpha[:, None], 0)
+            m_i = m_new
+        o = acc / tl.maximum(l_i, 1e-30)
+        tl.store(out_ptr + row * out_stride + (head * G + group) * D + dim, o.to(out_ptr.dtype.element_ty))
 
 
 def decode(
@@ -156,28 +190,32 @@ def decode(
     positions: Tensor,
     slots: Tensor,
     page_table: Tensor,
-    work: AttentionWork,
+    work: DecodeWork,
     *,
-    chained: bool,
+    pdl: bool,
     out: Tensor,
 ) -> None:
-    """The rows of `work` that decode, and zeros where padded. Operands as in `attention`, `chained` as in chain.py."""
-    slabs = _slabs(pages, DECODE_KEYS)
+    """Compute the decode rows of a batch, and zeros where it is padded; `attention` has checked the operands.
+
+    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; int32, and one
+    floating dtype. `pdl`: launch with PDL, so that `work` and the ints must be older than the kernel before.
+    """
+    kv_desc = kv_pages_descriptor(pages, DECODE_KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     columns = max(FEWEST_COLUMNS, triton.next_power_of_2(group))
-    shares = len(work.shares)
-    part_peak, part_mass = q.new_empty((2, 2 * shares, group), dtype=torch.float32).unbind()
-    part_acc = q.new_empty((2 * shares, group, head_dim), dtype=torch.float32)
-    _decode[(shares,)](
-        q, pages, slabs, positions, slots, page_table, work.stop_tile, work.shares,
-        part_peak, part_mass, part_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
+    items = len(work.work_items)
+    partial_m, partial_l = q.new_empty((2, 2 * items, group), dtype=torch.float32).unbind()
+    partial_acc = q.new_empty((2 * items, group, head_dim), dtype=torch.float32)
+    _decode[(items,)](
+        q, pages, kv_desc, positions, slots, page_table, work.tile_prefix_sum, work.work_items,
+        partial_m, partial_l, partial_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, slabs is not None,
-        1 if q.dtype == torch.float32 else STAGES, chained,
-        num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=chained,
+        kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, kv_desc is not None,
+        1 if q.dtype == torch.float32 else DECODE_STAGES, pdl,
+        num_warps=DECODE_WARPS, maxnreg=DECODE_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
-    _join[(len(work.joins), group)](
-        work.joins, work.counts, part_peak, part_mass, part_acc, out, out.stride(0),
-        group, head_dim, JOINED, chained, launch_pdl=chained,
+    _merge[(len(work.merges), group)](
+        work.merges, work.counts, partial_m, partial_l, partial_acc, out, out.stride(0),
+        group, head_dim, MERGED_AT_ONCE, pdl, launch_pdl=pdl,
     )  # fmt: skip

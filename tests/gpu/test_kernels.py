@@ -122,8 +122,8 @@ def test_a_captured_graph_serves_every_mix() -> None:
     kernels.attention(q, pages, *inputs, out=expected)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work = kernels.list_work(inputs[0], inputs[1], pages, heads)
-        kernels.attention(q, pages, *inputs, out=out, work=work)
+        plan = kernels.plan_attention(inputs[0], inputs[1], pages, heads)
+        kernels.attention(q, pages, *inputs, out=out, plan=plan)
     for batch in batches:
         for tensor, new in zip(inputs, batch, strict=True):
             tensor.copy_(new)
