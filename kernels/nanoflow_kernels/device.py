@@ -15,8 +15,8 @@ Kernels on few rows start while the kernel before them on their stream ends (pdl
 before one that reads positions, slots, page table or `plan` may write them.
 """
 
-from nanoflow_kernels.attention import attention
-from nanoflow_kernels.attention_plan import AttentionPlan, plan_attention
+from nanoflow_kernels.attention.paged import attention
+from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
 from nanoflow_kernels.embed import embed
 from nanoflow_kernels.gemm import linear, linear_swiglu
 from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route

@@ -88,6 +88,7 @@ def gemm_small_m(x: Tensor, weight: Tensor, *, swiglu: bool, out: Tensor, num_sm
     pdl = uses_pdl(len(x), x.device)
     _gemm_small_m[(programs(triton.cdiv(len(weight), WEIGHT_ROWS), num_sms, x.device, per_sm=tiling.per_sm),)](
         x, TensorDescriptor.from_tensor(weight, [WEIGHT_ROWS, tiling.depth]), weight, out,
-        len(x), len(weight), x.shape[1], x.stride(0), weight.stride(0), out.stride(0), swiglu, SMALL_M, WEIGHT_ROWS, tiling.depth,
-        tiling.stages, min(tiling.prefetched_bytes, x.shape[1] * 2 // 32 * 32), pdl, num_warps=4, launch_pdl=pdl,
+        len(x), len(weight), x.shape[1], x.stride(0), weight.stride(0), out.stride(0),
+        swiglu, SMALL_M, WEIGHT_ROWS, tiling.depth, tiling.stages,
+        min(tiling.prefetched_bytes, x.shape[1] * 2 // 32 * 32), pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

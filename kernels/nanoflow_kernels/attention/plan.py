@@ -1,8 +1,8 @@
 """AttentionPlan: what attention has to do in a nano-batch, found on the device by one small kernel.
 
-Rows that are alone in their slot are decodes (attention_decode.py): their keys are cut into tiles, and the tiles of
+Rows that are alone in their slot are decodes (decode.py): their keys are cut into tiles, and the tiles of
 all (row, kv head) pairs, one after the other, are dealt out in equal work items. Rows with neighbours in their slot are
-a chunk of a prompt, worked on in tiles of queries (attention_prefill.py). Where there are few rows all are decodes,
+a chunk of a prompt, worked on in tiles of queries (prefill.py). Where there are few rows all are decodes,
 which saves a batch of single tokens the launch for chunks.
 
 Shape legend: T tokens, H query heads, K kv heads, W work items.
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_decode import DECODE_KEYS, DECODE_PER_SM, DecodeWork
-from nanoflow_kernels.attention_prefill import PREFILL_PER_SM, PrefillWork, query_tile_tokens
+from nanoflow_kernels.attention.decode import DECODE_KEYS, DECODE_PER_SM, DecodeWork
+from nanoflow_kernels.attention.prefill import PREFILL_PER_SM, PrefillWork, query_tile_tokens
 from nanoflow_kernels.grid import programs
 
 PLANNED_ROWS = 1024  # that the planning kernel looks at at once

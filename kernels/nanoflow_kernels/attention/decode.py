@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_tile import LOWEST, gathered_tile, kv_pages_descriptor
+from nanoflow_kernels.attention.tile import LOWEST, gathered_tile, kv_pages_descriptor
 from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, wait_for_earlier
 
 FEWEST_COLUMNS = 8  # of the tensor cores' tile
@@ -172,9 +172,7 @@ def _merge(
             offset = partial * G + group
             part_m = tl.load(partial_m_ptr + offset, mask=is_part, other=LOWEST)
             part_l = tl.load(partial_l_ptr + offset, mask=is_part, other=0.0)
-            part_acc = tl.load(
-                partial_acc_ptr + offset[:, None] * D + dim[None, :], mask=is_part[:, None], other=0.0
-            )
+            part_acc = tl.load(partial_acc_ptr + offset[:, None] * D + dim[None, :], mask=is_part[:, None], other=0.0)
             m_new = tl.maximum(m_i, tl.max(part_m, 0))
             alpha, part_alpha = tl.exp2(m_i - m_new), tl.exp2(part_m - m_new)
             l_i = l_i * alpha + tl.sum(part_l * part_alpha, 0)

@@ -57,7 +57,7 @@ def gathered_tile(
     pages_ptr, table_ptr, head, key, is_real,
     K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """K and V [KEYS, D] of the keys at positions `key` [KEYS]; zero where not `is_real`: those may be NaN, or nowhere."""
+    """K and V [KEYS, D] of the keys at positions `key` [KEYS], zero where not `is_real`: they may be NaN or nowhere."""
     page = tl.load(table_ptr + key // PAGE, mask=is_real, other=0).to(tl.int64)
     kv_row = (page * 2 * K + head) * PAGE + key % PAGE
     offset = kv_row[:, None] * D + tl.arange(0, D)[None, :]

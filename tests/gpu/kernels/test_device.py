@@ -1,4 +1,4 @@
-"""Every kernel on the device, in bf16 and fp16, against its reference in fp32 (see kernel_checks)."""
+"""Every kernel on the device, in bf16 and fp16, against its reference in fp32 (see support.kernels.checks)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 import torch
-from kernel_checks import Checks, paged_batch
 from nanoflow_kernels import device as kernels
+from support.kernels.checks import Checks, paged_batch
 
 pytestmark = [
     pytest.mark.gpu,

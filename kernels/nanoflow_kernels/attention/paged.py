@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoflow_kernels.attention_decode import decode
-from nanoflow_kernels.attention_plan import AttentionPlan, plan_attention
-from nanoflow_kernels.attention_prefill import prefill
+from nanoflow_kernels.attention.decode import decode
+from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
+from nanoflow_kernels.attention.prefill import prefill
 from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
 from nanoflow_kernels.pdl import uses_pdl
 

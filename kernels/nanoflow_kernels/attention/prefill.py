@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention_tile import LOWEST, attend, kv_rows_descriptor
+from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor
 
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERY_TILE_ROWS = 64  # tokens times the query heads of a kv head
@@ -41,7 +41,8 @@ class PrefillWork:
 
 def query_tile_tokens(heads: int, kv_heads: int) -> int:
     """Tokens in a tile of queries."""
-    return max(1, QUERY_TILE_ROWS // triton.next_power_of_2(heads // kv_heads))
+    group = int(triton.next_power_of_2(heads // kv_heads))
+    return max(1, QUERY_TILE_ROWS // group)
 
 
 @triton.jit
