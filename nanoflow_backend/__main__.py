@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+COULD_NOT_RUN = 2  # the exit status, as for an option that does not exist
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Measure the engine.")
 app.add_typer(bench, name="bench")
@@ -82,12 +84,12 @@ def batch(
 ) -> None:
     """Complete a file of prompts. After a kill, run it again to go on.
 
-    A bad line becomes an error line of the output; with any of these the exit status is 1.
+    A bad line becomes an error line of the output. Exit status: 0 all lines are done; 1 some are errors; 2 the run
+    could not begin or not go on.
     """
     from nanoflow_backend.commands.batch import batch
 
-    if batch(model, input, output, settings or []):
-        raise typer.Exit(1)
+    raise typer.Exit(batch(model, input, output, settings or []))
 
 
 @bench.command()
@@ -154,7 +156,8 @@ def main() -> None:
     try:
         app()
     except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
-        sys.exit(f"nanoflow: {error}")
+        print(f"nanoflow: {error}", file=sys.stderr)
+        sys.exit(COULD_NOT_RUN)
 
 
 if __name__ == "__main__":
