@@ -11,7 +11,7 @@ import msgspec
 
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.completion import Job
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 DIGEST_BYTES = 8  # tells a changed line from the same one; nothing here is secret

@@ -8,9 +8,9 @@ from pathlib import Path
 from nanoflow_backend.config import EngineConfig, ModelConfig, SettledConfig
 from nanoflow_backend.engine.completion import Completion, Job
 from nanoflow_backend.engine.engine import Engine
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.runtime.device import find_kind
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 
 class LocalRunner:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from nanoflow_backend.engine.completion import Completion, Job
-from nanoflow_backend.engine.logprobs_json import of_prompt, of_tokens
-from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.offline.job_file import JobLine
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.request.sampling_params import InvalidRequest
+from nanoflow_backend.text.logprobs_json import of_prompt, of_tokens
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 MOST_EARLY_BYTES = 256 * 2**20  # of results that wait for a slow line before them
 
