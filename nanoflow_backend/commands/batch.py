@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoflow_backend.commands.settings import engine_config
+from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.offline.job_file import JobFile
-from nanoflow_backend.offline.local import LocalRunner, settled_here
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.offline.run import run
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 INTERRUPTED = 130  # as shells have it
@@ -26,22 +25,30 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> in
 
     Raises: ConfigError when a file cannot be read or written, or the output does not continue this input.
     """
-    jobs = JobFile(input)
     config = engine_config(model, settings)
-    with ResultFile(output, input, MadeWith.of(settled_here(config))) as results:
-        lines = results.resume(jobs.lines())
-        first = next(lines, None)
-        if first is not None:
-            runner = LocalRunner(config)
-            with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
-                task = progress.add_task("completions", total=jobs.count(), completed=results.lines)
-                try:
-                    for _ in run(chain([first], lines), runner, results):
-                        progress.update(task, completed=results.lines)
-                except KeyboardInterrupt:
-                    progress.stop()
-                    print(f"nanoflow: {results.lines} lines are done; the same command goes on there", file=sys.stderr)
-                    return INTERRUPTED
-            runner.close()
+    jobs = JobFile(input)
+    with ResultFile(output, input) as results:
+        try:
+            complete(jobs, config, results)
+        except KeyboardInterrupt:
+            print(f"nanoflow: {results.lines} lines are done; the same command goes on there", file=sys.stderr)
+            return INTERRUPTED
     print(f"nanoflow: {results.lines - results.failed} lines done, {results.failed} failed", file=sys.stderr)
     return 1 if results.failed else 0
+
+
+def complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
+    """Bring the results to the end of the jobs; the model is loaded only if there is something to do."""
+    from nanoflow_backend.offline.local import LocalRunner, settled_here  # what is wrong with a file is told first
+    from nanoflow_backend.offline.run import run
+
+    lines = results.resume(jobs.lines(), MadeWith.of(settled_here(config)))
+    first = next(lines, None)
+    if first is None:
+        return
+    runner = LocalRunner(config)
+    with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
+        task = progress.add_task("completions", total=jobs.count(), completed=results.lines)
+        for _ in run(chain([first], lines), runner, results):
+            progress.update(task, completed=results.lines)
+    runner.close()

@@ -55,7 +55,7 @@ class JobFile:
         if not self.path.is_file():
             return None
         with self.path.open("rb") as file:
-            return sum(1 for text in file if not text.isspace())
+            return sum(1 for text in self._texts(file) if text)
 
     def lines(self) -> Iterator[JobLine]:
         """Every line that is not blank, bad ones too. Raises: ConfigError, where reading fails."""

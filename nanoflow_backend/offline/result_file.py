@@ -33,9 +33,9 @@ class ResultFile:
         early_bytes: held in memory, of results that wait for those of lines before them.
     """
 
-    def __init__(self, path: Path, input: Path, made_with: MadeWith) -> None:
+    def __init__(self, path: Path, input: Path) -> None:
         """Open or create the file, and lock it; it and its record keep what is in them until `resume` has looked."""
-        self.path, self._made_with = path, made_with
+        self.path = path
         self.lines = self.failed = self.early_bytes = 0
         self._early: dict[int, tuple[bytes, bool]] = {}
         self._durable = 0  # lines of the input whose digests would outlive a power cut
@@ -43,8 +43,9 @@ class ResultFile:
             if path.exists() and not path.is_file():
                 raise ConfigError(f"{path}: expected a regular file, that a later run can go on with")
             real = path.resolve()
-            with tempfile.TemporaryFile(dir=real.parent, buffering=0) as probe:
+            with tempfile.TemporaryFile(dir=real.parent) as probe:
                 probe.write(b"\0" * PROBE_BYTES)
+                probe.flush()
             self._file = real.open("a+b")
             try:
                 if path.samefile(input):
@@ -66,7 +67,7 @@ class ResultFile:
         self._record.close()
         self._file.close()
 
-    def resume(self, lines: Iterator[JobLine]) -> Iterator[JobLine]:
+    def resume(self, lines: Iterator[JobLine], made_with: MadeWith) -> Iterator[JobLine]:
         """The lines of the input that have no result yet. A result that a kill left in part is cut off.
 
         Raises:
@@ -74,9 +75,9 @@ class ResultFile:
         """
         with self._errors():
             if os.fstat(self._file.fileno()).st_size == 0:
-                self._record.begin(self._made_with)
+                self._record.begin(made_with)
                 return lines
-            digests = self._record.resume(self._made_with)
+            digests = self._record.resume(made_with)
             self._file.seek(0)
             for text in self._file:
                 line = next(lines, None)
