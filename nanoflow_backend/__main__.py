@@ -21,7 +21,7 @@ Settings = Annotated[
     typer.Option("--set", help="A field of engine.json, e.g. --set dense_batch_tokens=256. Repeatable."),
 ]
 Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/config.pbtxt.")]
-Result = Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")]
+Result = Annotated[Path | None, typer.Option(help="Where the whole result goes, as JSON; shown is a part of it.")]
 InputTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=1)]
 HttpPort = Annotated[int, typer.Option(help="0: any free port.")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -19,9 +18,8 @@ import msgspec
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.offline.job_file import JobLine
 from nanoflow_backend.offline.made_with import MadeWith
+from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.offline.run_record import RunRecord
-
-PROBE_BYTES = 2**16  # that must fit on the disk before work begins
 
 
 class ResultFile:
@@ -39,13 +37,9 @@ class ResultFile:
         self.lines = self.failed = self.early_bytes = 0
         self._early: dict[int, tuple[bytes, bool]] = {}
         self._durable = 0  # lines of the input whose digests would outlive a power cut
+        check_output(path)
         with self._errors():
-            if path.exists() and not path.is_file():
-                raise ConfigError(f"{path}: expected a regular file, that a later run can go on with")
             real = path.resolve()
-            with tempfile.TemporaryFile(dir=real.parent) as probe:
-                probe.write(b"\0" * PROBE_BYTES)
-                probe.flush()
             self._file = real.open("a+b")
             try:
                 if path.samefile(input):

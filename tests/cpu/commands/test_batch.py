@@ -138,9 +138,6 @@ def test_logprobs_that_were_asked_for_are_in_the_line(model, tmp_path):
 def test_a_second_run_of_one_output_and_a_changed_setting_are_one_line_each(model, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "max_tokens": 1}, {"prompt": 7}])
     output = tmp_path / "out.jsonl"
-        write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "max_tokens": 1}, {"prompt": 7}]),
-        tmp_path / "o",
-    )
     arguments = ("batch", "--model", model, "--input", source, "--output", output)
     with ResultFile(output, source):
         assert_one_line(run_here(*arguments), f"{output}: expected a file that no other run is writing")

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from command_line import ROOT, assert_one_line, run, run_here
 
+from nanoflow_backend.bench import result
+from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 
 
@@ -45,17 +47,20 @@ def test_a_broken_folder_is_one_line_without_a_traceback(model, tmp_path, file, 
 
 
 def test_bench_offline_counts_what_it_processed(model, tmp_path):
-    result = tmp_path / "result.json"
     sizes = ("--input-tokens", "40", "--output-tokens", "7", "--requests", "9")
-    done = run_here("bench", "offline", "--model", model, *sizes, "--output", result, "--set", "dense_batch_tokens=64")
+    done = run_here(
+        "bench", "offline", "--model", model, *sizes, "--output", tmp_path / "r", "--set", "dense_batch_tokens=64"
+    )
     assert done.returncode == 0, done.stderr
-    measured = json.loads(result.read_text())
+    measured = json.loads((tmp_path / "r").read_text())
     assert (measured["workload"], measured["requests"]) == ("40/7", 9)
     assert (measured["input_tokens"], measured["output_tokens"]) == (360, 63)
     assert 423 / measured["total_tokens_per_s"] == pytest.approx(measured["wall_s"], abs=6e-4)  # given in ms
     assert 0.3 < measured["dense_batch_fill"] <= 1
     assert 0 < measured["kv_use_mean"] <= measured["kv_use_max"] <= 1
     assert {"command", "date", "device", "versions", "model", "engine", "schedule"} <= measured.keys()
+    assert f"tokens/s, prompts and outputs │ {measured['total_tokens_per_s']:,.0f} " in " ".join(done.stdout.split())
+    assert "steady part: too short: " in done.stdout
     assert measured["settings"]["dense_batch_tokens"] == 64
     assert measured["steady"].startswith("too short: ")
     optimum = measured["gemm"]["per_s"] / (2 * measured["work"]["parameters"])
@@ -66,23 +71,35 @@ def test_bench_offline_counts_what_it_processed(model, tmp_path):
     assert sum(point["decode_tokens"] for point in points) == 63 - 9
 
 
-def test_bench_offline_draws_lengths_and_runs_as_it_is_told(model):
+def test_bench_offline_draws_lengths_and_runs_as_it_is_told(model, tmp_path):
     flags = ("--set", "async_scheduling=false", "--set", "cuda_graphs=false")
-    done = run_here("bench", "offline", "--model", model, "--dataset", "lmsys-like", "--requests", "3", *flags)
+    done = run_here(
+        "bench",
+        "offline",
+        "--model",
+        model,
+        "--dataset",
+        "lmsys-like",
+        "--requests",
+        "3",
+        *flags,
+        "--output",
+        tmp_path / "r",
+    )
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    measured = json.loads((tmp_path / "r").read_text())
     assert (measured["workload"], measured["requests"]) == ("lmsys-like", 3)
     assert "in 102 ± 169, out 222 ± 210, seed 0" in measured["lengths_drawn"]
     assert measured["settings"]["async_scheduling"] is False
     assert measured["settings"]["cuda_graphs"] is False
 
 
-def test_bench_online_measures_each_level(model):
+def test_bench_online_measures_each_level(model, tmp_path):
     levels = ("--concurrency", "1", "--concurrency", "3")
     sizes = ("--input-tokens", "12", "--output-tokens", "5", "--requests", "2")
-    done = run_here("bench", "online", "--model", model, *sizes, *levels)
+    done = run_here("bench", "online", "--model", model, *sizes, *levels, "--output", tmp_path / "r")
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    measured = json.loads((tmp_path / "r").read_text())
     assert measured["workload"] == "12/5"
     assert [(level["concurrency"], level["requests"]) for level in measured["levels"]] == [(1, 2), (3, 3)]
     for level in measured["levels"]:
@@ -110,8 +127,24 @@ def test_bench_offline_reads_a_trace(model, tmp_path):
     trace = tmp_path / "trace.csv"
     rows = ["2024-01-01 00:00:00.0000000,30,5", "2024-01-01 00:00:01.0000000,0,4", "2024-01-01 00:00:02.0000000,9,2"]
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
-    done = run_here("bench", "offline", "--model", model, "--trace", trace)
+    done = run_here("bench", "offline", "--model", model, "--trace", trace, "--output", tmp_path / "r")
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    measured = json.loads((tmp_path / "r").read_text())
     assert (measured["workload"], measured["input_tokens"], measured["output_tokens"]) == ("trace", 39, 7)
     assert (measured["trace_rows_dropped"], measured["trace_rows_too_long"]) == (1, 0)
+
+
+@pytest.mark.parametrize("bench", ["offline", "online"])
+def test_a_bench_looks_at_its_output_before_it_works(tmp_path, bench):
+    """There is no model here: a bench that began would say so."""
+    for output in ("/dev/full", tmp_path, tmp_path / "no" / "result.json"):
+        assert_one_line(run_here("bench", bench, "--model", tmp_path, "--output", output), f"nanoflow: {output}: ")
+    done = run_here("bench", bench, "--model", tmp_path, "--output", tmp_path / "result.json")
+    assert_one_line(done, "config.json: No such file or directory")
+    assert not (tmp_path / "result.json").exists(), "a look leaves nothing"
+
+
+def test_a_result_that_cannot_be_written_any_more_is_shown(tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"No such file or directory; the result is on the standard output"):
+        result.write({"tokens": 7}, tmp_path / "gone" / "result.json")
+    assert json.loads(capsys.readouterr().out)["tokens"] == 7
