@@ -22,7 +22,7 @@ from nanoflow_kernels import device as kernels
 from sustained import FLOP_PER_S, READ_BYTES_PER_S, SETS, Case, measure
 from torch import Tensor
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCABULARY = 4096, 32, 8, 128, 14336, 128_256
 TOKENS, DECODES, CONTEXT, CHUNK_START = 2048, 704, 1280, 256

@@ -18,7 +18,7 @@ from nanoflow_search.captured import Captured
 from nanoflow_search.sustained import sustain
 
 from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, SETS, TOKENS, batch, empty, normal
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import Shares, call, split, streams_of
