@@ -13,19 +13,16 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_messages import REASONING, Message, MessageForms
 from nanoflow_backend.text.template_sandbox import Sandbox
 
-# What transformers' `apply_chat_template` takes beside variables, and what stands here for it.
+# What transformers' `apply_chat_template` takes beside variables, and why it is refused among them.
 ORDERS = {
-    "messages": "the input messages",
-    "conversation": "the input messages",
-    "tools": "the input tools",
-    "add_generation_prompt": "the input add_generation_prompt",
-    "chat_template": "the model's own template",
-    "truncation": "the whole conversation, or an error",
-    "max_length": "the whole conversation, or an error",
-    "sanitize_control_tokens": "special tokens in messages as tokens",
+    **dict.fromkeys(("messages", "conversation"), "there is an input messages"),
+    **dict.fromkeys(("tools", "add_generation_prompt"), "there is an input of that name"),
+    "chat_template": "the model's own is used",
+    **dict.fromkeys(("truncation", "max_length"), "a conversation is never cut"),
+    "sanitize_control_tokens": "special tokens in messages are tokens",
     **dict.fromkeys(
         ("tokenize", "padding", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
-        "token ids for the engine",
+        "the prompt's form is the engine's",
     ),
 }
 
@@ -67,8 +64,7 @@ class ChatTemplate:
         """
         extra = dict(variables or {})
         if taken := sorted(extra.keys() & ORDERS):
-            instead = "; ".join(f"{name} (there is {ORDERS[name]})" for name in taken)
-            raise InvalidRequest(f"chat_template_kwargs: expected variables of the template, got {instead}")
+            raise InvalidRequest(f"chat_template_kwargs: expected no {taken[0]}: {ORDERS[taken[0]]}")
         documents = extra.pop("documents", None)
         for name, objects in (("tools", tools), ("chat_template_kwargs: documents", documents)):
             _check_objects(name, objects)

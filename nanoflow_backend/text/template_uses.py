@@ -108,10 +108,10 @@ class _Sources:
                 return self._of_name(node.name)
             case nodes.Getattr():  # of a message or of a namespace
                 return {node.attr} | self._of_name(f".{node.attr}")
-            case nodes.Getitem(arg=nodes.Const(value=str())):
-                return {node.arg.value}
-            case nodes.Call(node=nodes.Getattr(attr="get"), args=[nodes.Const(value=str()), *_]):
-                return {node.args[0].value}
+            case nodes.Getitem(arg=nodes.Const(value=str(key))):
+                return {key}
+            case nodes.Call(node=nodes.Getattr(attr="get"), args=[nodes.Const(value=str(key)), *_]):
+                return {key}
             case nodes.CondExpr():
                 return self.keys(node.expr1) | self.keys(node.expr2)
             case nodes.Or() | nodes.And():

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Backend
 
 from nanoflow_backend.config import read_file
 from nanoflow_backend.request.sampling_params import InvalidRequest
-from nanoflow_backend.text.chat_template import ChatTemplate, Message
+from nanoflow_backend.text.chat_messages import Message
+from nanoflow_backend.text.chat_template import ChatTemplate
 from nanoflow_backend.text.special_tokens import InvalidTokenizer, SpecialTokens, Token, read_json
 from nanoflow_backend.text.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
 
@@ -133,7 +134,7 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation. Encode it with `add_special_tokens=False`: templates write their BOS.
