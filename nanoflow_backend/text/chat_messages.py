@@ -7,7 +7,8 @@ thing, the template's own questions decide (`Uses`), so that it is the template 
                         a text becomes a list of one part for a template that knows nothing but parts
     arguments           of tool calls: JSON becomes an object, unless the template takes a text
     reasoning           under each of its three names
-    null                stays where the template asks for it; elsewhere the key is left out, as transformers does
+    null                stays where the template asks for it, unless it fails then; elsewhere the key is left out, as
+                        transformers does
 """
 
 from __future__ import annotations
@@ -39,20 +40,24 @@ class MessageForms:
         self._parses_arguments = not (arguments.asks_text or takes_text_only)
         self._nullable = frozenset(key for key, use in uses.items() if use.asks_null)
 
-    def apply(self, messages: Any) -> list[dict[str, Any]]:
+    def apply(self, messages: Any, keep_nulls: bool = True) -> list[dict[str, Any]]:
         """New messages; the client's own are left as they are.
+
+        Args:
+            keep_nulls: whether nulls stay where the template asks for them.
 
         Raises:
             InvalidRequest: naming the message, and what of it cannot be given to the template.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise InvalidRequest(f"messages: expected a list of at least one message, got {messages!r}")
-        return [self._message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+        nullable = self._nullable if keep_nulls else frozenset()
+        return [self._message(f"messages[{index}]", message, nullable) for index, message in enumerate(messages)]
 
-    def _message(self, place: str, message: Any) -> dict[str, Any]:
+    def _message(self, place: str, message: Any, nullable: frozenset[str]) -> dict[str, Any]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequest(f'{place}: expected an object with a "role", got {message!r}')
-        form = {key: value for key, value in message.items() if value is not None or key in self._nullable}
+        form = {key: value for key, value in message.items() if value is not None or key in nullable}
         if (reasoning := next((form[name] for name in REASONING if form.get(name) is not None), None)) is not None:
             form |= {name: reasoning for name in REASONING if form.get(name) is None}
         if "content" in form:

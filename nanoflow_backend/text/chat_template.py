@@ -68,20 +68,29 @@ class ChatTemplate:
         documents = extra.pop("documents", None)
         for name, objects in (("tools", tools), ("chat_template_kwargs: documents", documents)):
             _check_objects(name, objects)
-        stated = self._forms.apply(messages)
-        final = _Final.of(extra.pop("continue_final_message", False), stated)
-        if final is not None and add_generation_prompt:
+        continued = extra.pop("continue_final_message", None) or None
+        if continued is not None and add_generation_prompt:
             raise InvalidRequest("continue_final_message: expected add_generation_prompt to be false with it")
         given = {
             **self._special_tokens,
             **extra,
             "documents": documents,
-            "messages": stated,
             "tools": tools,
-            "add_generation_prompt": final is None if add_generation_prompt is None else add_generation_prompt,
+            "add_generation_prompt": continued is None if add_generation_prompt is None else add_generation_prompt,
         }
+        characters = _characters([messages, tools, documents, extra])
+        stated = self._forms.apply(messages)
         try:
-            text = self._sandbox.render(self._template, given, _characters([stated, tools, documents, extra]))
+            return self._text(stated, given, continued, characters)
+        except InvalidRequest:
+            if not any(value is None for message in stated for value in message.values()):
+                raise
+            return self._text(self._forms.apply(messages, keep_nulls=False), given, continued, characters)
+
+    def _text(self, messages: list[dict[str, Any]], given: Mapping[str, Any], continued: Any, characters: int) -> str:
+        final = None if continued is None else _Final.of(continued, messages)
+        try:
+            text = self._sandbox.render(self._template, {**given, "messages": messages}, characters)
         except Exception as error:
             # a template is a program run on the client's data: whatever it raises is about that data
             what = str(error) or type(error).__name__
@@ -96,10 +105,8 @@ class _Final:
         self._mark = mark
 
     @classmethod
-    def of(cls, field: Any, messages: list[dict[str, Any]]) -> _Final | None:
-        """Mark the field's end in the final message, in place; None where nothing is to be continued."""
-        if field is False or field is None:
-            return None
+    def of(cls, field: Any, messages: list[dict[str, Any]]) -> _Final:
+        """Mark the field's end in the final message, in place."""
         if field is not True and not isinstance(field, str):
             raise InvalidRequest(f"continue_final_message: expected a boolean or a field's name, got {field!r}")
         name = "content" if field is True else field
