@@ -14,6 +14,8 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL_REPOSITORY ?= model_repository
 TESTS ?= tests
+# Processes that share the tests; each may start a server and takes some 2 GiB.
+JOBS ?= 2
 
 BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
@@ -42,7 +44,7 @@ serve: setup
 	$(BIN)/nanoflow serve $(PORTS) --model-repository $(MODEL_REPOSITORY)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(TESTS)
 
 # Where a CUDA build of torch is installed. With pytest-xdist, XDIST="-n 15 --dist worksteal" takes minutes off.
 test-gpu: setup
