@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config import ConfigError
-from nanoflow_backend.engine import Completion, Engine, SamplingParams
+from nanoflow_backend.engine import LLM, Completion, SamplingParams
 from nanoflow_backend.engine.completion import Job
 from nanoflow_backend.request.sampling_params import InvalidRequest
 
@@ -40,16 +40,16 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> in
         done, failed = resume(output, lines)
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
-    engine = make_engine(model, settings)
+    llm = LLM(make_engine(model, settings))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with output.open("ab") as file, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("completions", total=len(lines), completed=done)
-        for result in in_order(engine, lines[done:]):
+        for result in in_order(llm, lines[done:]):
             file.write(msgspec.json.encode(result) + b"\n")
             file.flush()
             failed += "error" in result
             progress.advance(task)
-    engine.close()
+    llm.close()
     print(f"nanoflow: {len(lines) - failed} lines done, {failed} failed", file=sys.stderr)
     return failed
 
@@ -107,11 +107,11 @@ def resume(output: Path, lines: list[Line]) -> tuple[int, int]:
     return len(finished), failed
 
 
-def in_order(engine: Engine, lines: list[Line]) -> Iterator[dict[str, Any]]:
+def in_order(llm: LLM, lines: list[Line]) -> Iterator[dict[str, Any]]:
     """The lines' results in the order of the lines; what ends early waits for those before it."""
     numbers = [number for number, line in enumerate(lines) if line.job]
     results = {number: {"id": line.id, "error": line.error} for number, line in enumerate(lines) if not line.job}
-    jobs = engine.complete(line.job for line in lines if line.job)
+    jobs = llm.complete(line.job for line in lines if line.job)
     for number in range(len(lines)):
         while number not in results:
             job, result = next(jobs)

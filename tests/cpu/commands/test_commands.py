@@ -13,7 +13,7 @@ import checkpoints
 import pytest
 import tiny_tokenizers
 
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -86,8 +86,8 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
     assert "top_p: expected a number in (0, 1]" in results[9]["error"]
     assert "'utf-8' codec can't decode byte 0xff" in results[10]["error"]
     assert "recursion" in results[11]["error"]
-    engine = Engine.from_pretrained(model)
-    (alone,) = engine.generate(["The quick brown fox"], SamplingParams(max_tokens=30, temperature=0.0))
+    llm = LLM.from_pretrained(model)
+    (alone,) = llm.generate(["The quick brown fox"], SamplingParams(max_tokens=30, temperature=0.0))
     assert results[0] == {
         "id": "long",
         "text": alone.text,
@@ -147,7 +147,7 @@ def test_batch_never_writes_over_its_input(model, tmp_path):
 
 
 def test_generate_prints_prompt_and_text(model):
-    (alone,) = Engine.from_pretrained(model).generate(["The dog"], SamplingParams(max_tokens=12, temperature=0.0))
+    (alone,) = LLM.from_pretrained(model).generate(["The dog"], SamplingParams(max_tokens=12, temperature=0.0))
     done = run("generate", "--model", model, "--prompt", "The dog", "--max-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"The dog{alone.text}\n"
