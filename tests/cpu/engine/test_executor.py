@@ -31,7 +31,7 @@ def test_an_engine_on_arithmetic_tells_every_story(on: bool) -> None:
     config = EngineConfig.resolve({"model": str(DEMO), "async_scheduling": on, **fields}, relative_to=ROOT)
     engine = Engine(config, make_executor=ledger)
     prompts = [[rng.randrange(12) for _ in range(rng.randint(1, 20))] for _ in range(30)]
-    prompts = [begun for prompt in prompts for begun in (prompt, prompt[: rng.randint(1, len(prompt))] + [1])]
+    prompts = [begun for prompt in prompts for begun in (prompt, [*prompt[: rng.randint(1, len(prompt))], 1])]
     stories = [Story.of(prompt, seed, 42, frozenset(), 0) for seed, prompt in enumerate(prompts)]
     engine.executor.stories = dict(enumerate(stories))
     params = [SamplingParams(max_tokens=rng.randint(1, 40), seed=n, ignore_eos=True) for n in range(len(prompts))]
