@@ -19,6 +19,7 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.sampling.constraints import Constraints, Masks
 from nanoflow_backend.sampling.grammar import Grammar, Grammars
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.text.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ class Engine:
         self.config, self.model_config = settled.config, settled.model_config
         self.max_model_tokens = settled.max_model_tokens
         self.executor = make_executor(settled, on_rank_death)
-        self.scheduler = Scheduler(
+        limits = SchedulerLimits(
             dense_batch_tokens=self.config.dense_batch_tokens,
             chunk_tokens=self.config.chunk_tokens,
             prompt_tokens=self.config.prompt_tokens,
@@ -59,6 +60,9 @@ class Engine:
             num_pages=self.executor.num_pages,
             page_tokens=self.config.page_tokens,
             max_model_tokens=self.max_model_tokens,
+        )
+        self.scheduler = Scheduler(
+            limits,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
