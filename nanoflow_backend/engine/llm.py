@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class LLM:
             results[number, result.index] = result
         return [results[key] for key in sorted(results)]
 
-    def complete(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
         """Run `jobs` as `stream` does; yield (number of the job, a result) in order of ending: `n` for each, by index.
 
         Raises:
@@ -81,9 +82,10 @@ class LLM:
             if progress.delta.finish_reason:
                 yield number, Completion.of(deltas.pop(key), progress.num_input_tokens, progress.sequence)
 
-    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
+    def stream(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
         """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it).
 
+        None among the jobs means that there is none for now: the next step comes first. It has no number.
         One stream at a time: the numbers of its jobs are the ids of its requests. A stream that is closed early, or
         whose jobs raise, cancels its requests.
 
@@ -157,22 +159,28 @@ class _Live:
 class _JobQueue:
     """Jobs that are not submitted yet, numbered from 0. At most one is read ahead of those that are."""
 
-    def __init__(self, jobs: Iterable[Job]) -> None:
-        self._unread = enumerate(jobs)
-        self._read_ahead: tuple[int, Job] | None = None  # has more sequences than there was room for
+    def __init__(self, jobs: Iterable[Job | None]) -> None:
+        self._unread = iter(jobs)
+        self._numbers = itertools.count()
+        self._read_ahead: Job | None = None  # has more sequences than there was room for
         self.exhausted = False
 
     def next_job(self, engine: Engine, may_wait: bool) -> tuple[int, Job] | None:
-        """The next job and its number; None if the engine's queue has no room for all of its sequences.
+        """The next job and its number; None if there is none for now, or no room for all of its sequences.
 
         When it may not wait, because nothing runs that would make more room, the engine decides what becomes of it.
         """
         if self.exhausted or not engine.has_room():
             return None
-        numbered, self._read_ahead = self._read_ahead or next(self._unread, None), None
-        if numbered is None:
+        try:
+            job = self._read_ahead or next(self._unread)
+        except StopIteration:
             self.exhausted = True
-        elif may_wait and not engine.has_room(numbered[1][1].n):
-            self._read_ahead = numbered
             return None
-        return numbered
+        if job is None:
+            return None
+        if may_wait and not engine.has_room(job[1].n):
+            self._read_ahead = job
+            return None
+        self._read_ahead = None
+        return next(self._numbers), job

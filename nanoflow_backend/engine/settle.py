@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig, SettledConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.device import find_device, show_only
+from nanoflow_backend.runtime.device import find_device, find_kind, show_only
 from nanoflow_backend.schedule.source import named_dense_batch_tokens
 
 
@@ -45,6 +45,17 @@ def settle(config: EngineConfig) -> Settled:
     max_model_tokens = _max_model_tokens(settled, model_config)
     build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
     return Settled(settled, model_config, max_model_tokens)
+
+
+def settled_here(config: EngineConfig) -> SettledConfig:
+    """The configuration as an engine of this machine will have it, but for its schedule: found without making one.
+
+    Raises:
+        ConfigError: what can be seen to be wrong with it, or with the model's config.json.
+    """
+    ModelConfig.from_pretrained(Path(config.model))
+    # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
+    return config.settle("cuda" if config.gpus is not None else find_kind(config.device))
 
 
 def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
