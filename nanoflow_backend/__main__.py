@@ -29,6 +29,24 @@ GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
 MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"nanoflow {version('nanoflow-triton')}")
+        except PackageNotFoundError:  # a checkout on the path
+            print("nanoflow, not installed: no version")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """NanoFlow for Triton Inference Server."""
+
+
 @app.command()
 def serve(
     model_repository: Repository = Path("model_repository"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanoflow_backend.config import ConfigError, ModelConfig, read_file
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Model, Parameter, Source
+from nanoflow_backend.model_folder import LFS_START, is_lfs_pointer, lfs_hint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -227,4 +228,7 @@ def _open(path: Path) -> Any:
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if is_lfs_pointer(file.read(len(LFS_START))):
+                raise WeightsError(lfs_hint(path)) from None
         raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None

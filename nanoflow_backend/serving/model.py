@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.model_folder import what_is_wrong
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor
@@ -66,9 +67,11 @@ class TritonPythonModel:
         if "model_transaction_policy" not in model_config:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
-        config = EngineConfig.load(
-            Path(args["model_repository"], args["model_version"], "engine.json"), _engine_parameters(model_config)
-        )
+        path = Path(args["model_repository"], args["model_version"], "engine.json")
+        config = EngineConfig.load(path, _engine_parameters(model_config))
+        if not Path(config.model).exists():
+            wrong = what_is_wrong(Path(config.model))
+            raise ConfigError(f"{path}: model (a relative path starts at this file's folder): {wrong}")
         has_tokenizer = Path(config.model, "tokenizer.json").is_file()
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
         self._ids = itertools.count()
