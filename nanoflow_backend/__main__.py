@@ -165,6 +165,7 @@ def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError
     from nanoflow_backend.embedded.server import ServerError
+    from nanoflow_backend.process import logs
     from nanoflow_backend.process.child import THREADS_SLEEP
     from nanoflow_backend.request.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
@@ -172,6 +173,7 @@ def main() -> None:
     for name, value in THREADS_SLEEP.items():
         os.environ.setdefault(name, value)  # before torch is imported
     try:
+        logs.configure(level="warning")
         app()
     except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)
