@@ -53,11 +53,22 @@ def serve(
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
+    log: Annotated[Path | None, typer.Option(help="Where the server's log goes on; warnings are shown anyway.")] = None,
+    log_format: Annotated[
+        Literal["text", "json"] | None, typer.Option(help="Of the model's own lines in it, the server's stay.")
+    ] = None,
 ) -> None:
     """Run the real Triton Inference Server that pip brings, on loopback, until Ctrl-C."""
     from nanoflow_backend.commands.serve import serve
 
-    serve(model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    serve(
+        model_repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log=log,
+        log_format=log_format,
+    )
 
 
 @app.command()
