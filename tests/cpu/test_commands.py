@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.tokenizer import Tokenizer
 

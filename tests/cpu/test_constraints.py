@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import tiny_tokenizers
 import torch
 from transformers import NoBadWordsLogitsProcessor
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.engine.bad_words import encode_bad_words
 from nanoflow_backend.engine.constraints import Constraints, Masks, bits_of
 from nanoflow_backend.engine.grammar import CACHED_GRAMMARS, Grammars

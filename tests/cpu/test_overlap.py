@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import checkpoints
 import msgspec
 import pytest
 import torch
@@ -28,6 +27,7 @@ from schedules import save
 from shapes import config
 from simulated_programs import Programs
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.graph.operation import Graph

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from pairwise import pairwise_rows
-from transformers_parity import MODELS, OUTPUT_TOKENS, RUNS, checkpoint, prompts, run
 
+from benchmarks.accuracy.against_transformers import MODELS, OUTPUT_TOKENS, RUNS, checkpoint, prompts, run
 from nanoflow_backend.engine import Engine, SamplingParams
 
 ROWS = pairwise_rows({**MODELS, **RUNS})

@@ -10,14 +10,13 @@ import threading
 import time
 from pathlib import Path
 
-import checkpoints
 import observability
 import pytest
-import tiny_tokenizers
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from waiting import until
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.serving.families import FAMILIES
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS

@@ -3,9 +3,10 @@
 import contextlib
 
 import pytest
-import wire_fuzz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from benchmarks.stress import fuzz_on_the_wire
 
 pytestmark = pytest.mark.server
 
@@ -15,17 +16,17 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None, 
 @pytest.fixture(scope="module")
 def wire(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzzed")
-    with contextlib.closing(wire_fuzz.start(folder, server)) as wire:
+    with contextlib.closing(fuzz_on_the_wire.start(folder, server)) as wire:
         yield wire
 
 
 @FEW
-@given(batch=st.lists(wire_fuzz.messages(), min_size=8, max_size=8))
+@given(batch=st.lists(fuzz_on_the_wire.messages(), min_size=8, max_size=8))
 def test_no_grpc_message_breaks_the_server(wire, batch):
     wire.check_grpc(batch)
 
 
 @FEW
-@given(batch=st.lists(wire_fuzz.bodies(), min_size=4, max_size=4))
+@given(batch=st.lists(fuzz_on_the_wire.bodies(), min_size=4, max_size=4))
 def test_no_http_body_breaks_the_server(wire, batch):
     wire.check_http(batch)

@@ -13,14 +13,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 import tritonclient.grpc
 from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
 from tritonclient.utils import InferenceServerException
 from waiting import until
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.tokenizer import Tokenizer
 

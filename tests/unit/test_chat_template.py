@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizers import llama3
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.models.tiny_tokenizers import llama3
 from nanoflow_backend.engine import template_sandbox
 from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.sampling_params import InvalidRequest

@@ -4,7 +4,7 @@ import os
 import socket
 import struct
 
-import server_state
+from benchmarks.serving import server_state
 
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 

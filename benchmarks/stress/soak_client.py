@@ -25,12 +25,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import server_state
 import tritonclient.grpc
-from grpc_streams import GrpcStreams
-from ledger import ALLOWED, ANSWERED, CANCELLED, DISCONNECTED, Entry, Ledger
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
+from benchmarks.serving import server_state
+from benchmarks.serving.grpc_streams import GrpcStreams
+from benchmarks.stress.ledger import ALLOWED, ANSWERED, CANCELLED, DISCONNECTED, Entry, Ledger
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
 MODEL = "nanoflow"

@@ -15,11 +15,11 @@ from random import Random
 from typing import Any
 
 import torch
-from checkpoints import make, save
 from comparison import relative_rms
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.engine import Engine, SamplingParams, worker
 from nanoflow_backend.engine.sampling import Sampler
 from nanoflow_backend.runtime.binding import FittedPlan

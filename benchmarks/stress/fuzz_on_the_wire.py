@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grpc_streams import GrpcStreams
 from hypothesis import strategies as st
-from request_fuzz import SETTINGS, tiny_checkpoint
-from request_surface import JSON, Case, cases
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
+from benchmarks.serving.grpc_streams import GrpcStreams
+from benchmarks.stress.fuzz_in_process import SETTINGS, tiny_checkpoint
+from benchmarks.stress.request_surface import JSON, Case, cases
 from nanoflow_backend.serving.embedded import EmbeddedServer
 from nanoflow_backend.serving.tensors import INPUTS
 

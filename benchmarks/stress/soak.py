@@ -15,10 +15,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import server_state
-from ledger import ANSWERED, CANCELLED, DISCONNECTED
 from soak import MIX, MODEL, Soak
 
+from benchmarks.serving import server_state
+from benchmarks.stress.ledger import ANSWERED, CANCELLED, DISCONNECTED
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]

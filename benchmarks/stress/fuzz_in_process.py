@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
-import tiny_tokenizers
-from request_surface import Case
-from stub_backend import ServerRequest, model_module
 
+from benchmarks.models import checkpoints, tiny_tokenizers
+from benchmarks.stress.request_surface import Case
+from benchmarks.stress.stub_backend import ServerRequest, model_module
 from nanoflow_backend.engine.tokenizer import Tokenizer
 
 PATIENCE_S = 60.0

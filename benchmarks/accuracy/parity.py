@@ -22,8 +22,17 @@ from typing import Any
 import transformers
 import typer
 from rich.progress import track
-from transformers_parity import DENSE_BATCH_TOKENS, MODELS, NARROW_GAP, OUTPUT_TOKENS, RUNS, TOLERANCE, Outcome, run
 
+from benchmarks.accuracy.against_transformers import (
+    DENSE_BATCH_TOKENS,
+    MODELS,
+    NARROW_GAP,
+    OUTPUT_TOKENS,
+    RUNS,
+    TOLERANCE,
+    Outcome,
+    run,
+)
 from nanoflow_backend.commands import result
 
 RESULT = Path(__file__).parent / "results" / "parity.json"

@@ -18,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import request_fuzz
 import typer
-import wire_fuzz
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from request_surface import HINTS, cases
 
+from benchmarks.stress import fuzz_in_process, fuzz_on_the_wire
+from benchmarks.stress.request_surface import HINTS, cases
 from nanoflow_backend.commands import result
 from nanoflow_backend.scheduler.sampling_params import NEUTRAL_VALUES
 from nanoflow_backend.serving.embedded import EmbeddedServer
@@ -42,16 +41,16 @@ def main(
 ) -> None:
     with contextlib.ExitStack() as stack:
         folder = functools.partial(lambda: Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        model = stack.enter_context(request_fuzz.model(folder()))
+        model = stack.enter_context(fuzz_in_process.model(folder()))
 
         def server(repository: Path, **options: Any) -> EmbeddedServer:
             return stack.enter_context(EmbeddedServer(repository, **options))
 
-        wire = stack.enter_context(contextlib.closing(wire_fuzz.start(folder(), server)))
+        wire = stack.enter_context(contextlib.closing(fuzz_on_the_wire.start(folder(), server)))
         layers = {
-            "in_process": run(functools.partial(request_fuzz.check, model), cases(), in_process, first_seed),
-            "over_grpc": run(wire.check_grpc, wire_fuzz.messages(), over_grpc, first_seed),
-            "over_http": run(wire.check_http, wire_fuzz.bodies(), over_http, first_seed),
+            "in_process": run(functools.partial(fuzz_in_process.check, model), cases(), in_process, first_seed),
+            "over_grpc": run(wire.check_grpc, fuzz_on_the_wire.messages(), over_grpc, first_seed),
+            "over_http": run(wire.check_http, fuzz_on_the_wire.bodies(), over_http, first_seed),
         }
     failures = [layer["failure"] for layer in layers.values() if layer["failure"]]
     result.write(

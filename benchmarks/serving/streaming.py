@@ -22,12 +22,12 @@ from typing import Annotated, Any
 import msgspec
 import null_engine
 import numpy as np
-import server_state
 import tritonclient.grpc
 import typer
-from grpc_streams import GrpcStreams
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
+from benchmarks.serving import server_state
+from benchmarks.serving.grpc_streams import GrpcStreams
 from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams, engine
 from nanoflow_backend.serving.embedded import EmbeddedServer
