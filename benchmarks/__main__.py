@@ -10,50 +10,45 @@ import typer
 
 class Command(NamedTuple):
     name: str
-    module: str  # of this package
-    function: str
+    module: str  # of this package; its main(), whose docstring is the command's help
     measures: str  # the line of --help
 
 
 ROOMS = {
     "kernels": (
-        Command("kernels", "kernels.kernels", "kernels", "Time, power and energy of each kernel alone (GPU)."),
-        Command("energy", "kernels.energy", "energy", "Joules of products and attention, and against the clock (GPU)."),
-        Command("sm-placement", "kernels.sm_placement", "sm_placement", "Which SMs a lane should have (GPU)."),
+        Command("kernels", "kernels.kernels", "Time, power and energy of each kernel alone (GPU)."),
+        Command("energy", "kernels.energy", "Joules of products and attention, and against the clock (GPU)."),
+        Command("sm-placement", "kernels.sm_placement", "Which SMs a lane should have (GPU)."),
     ),
     "engine": (
-        Command("loop-cpu", "engine.loop_cpu", "loop_cpu", "CPU time of the engine's thread a step, no device."),
-        Command("scheduler-cpu", "engine.scheduler_cpu", "scheduler_cpu", "CPU time of the scheduler a step."),
-        Command("admission", "engine.admission", "admission", "Steps and preemptions by way of admission, simulated."),
+        Command("loop-cpu", "engine.loop_cpu", "CPU time of the engine's thread a step, no device."),
+        Command("scheduler-cpu", "engine.scheduler_cpu", "CPU time of the scheduler a step."),
+        Command("admission", "engine.admission", "Steps and preemptions by way of admission, simulated."),
     ),
     "overlap": (
-        Command("overlap-ablation", "overlap.overlap", "ablation", "What cutting costs, overlap and search win (GPU)."),
-        Command("overlap-sensitivity", "overlap.overlap", "sensitivity", "Over which batches overlap pays (GPU)."),
-        Command("overlap-picture", "overlap.picture", "overlap_picture", "A picture of either result."),
+        Command("overlap-ablation", "overlap.ablation", "What cutting costs, overlap wins, the search adds (GPU)."),
+        Command("overlap-sensitivity", "overlap.sensitivity", "Over which batches overlap pays (GPU)."),
+        Command("overlap-picture", "overlap.picture", "A picture of either result."),
     ),
     "serving": (
-        Command("serving-overhead", "serving.overhead", "serving_overhead", "gRPC streams against the engine alone."),
-        Command("serving-offline", "serving.offline", "serving_offline", "An offline workload through tritonserver."),
-        Command("streaming", "serving.streaming", "streaming", "What a streamed response costs, no device."),
+        Command("serving-overhead", "serving.overhead", "gRPC streams against the engine alone."),
+        Command("serving-offline", "serving.offline", "An offline workload through tritonserver."),
+        Command("streaming", "serving.streaming", "What a streamed response costs, no device."),
     ),
     "peers": (
-        Command("vllm", "peers.vllm", "vllm", "The offline workload on vLLM (GPU)."),
-        Command("flashinfer", "peers.flashinfer", "flashinfer", "FlashInfer's attention beside ours (GPU)."),
+        Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
+        Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
     ),
     "stress": (
-        Command("fuzz", "stress.fuzz", "fuzz", "Whether any request breaks the server."),
-        Command("soak", "stress.soak", "soak", "Whether anything leaks or gets lost at twice the capacity."),
-        Command("overload", "stress.overload", "overload", "What becomes of requests that are too many."),
-        Command("lifecycle", "stress.lifecycle", "lifecycle", "What loads and unloads of a model leave behind."),
-        Command("sanitizer-traffic", "stress.sanitizer_traffic", "sanitizer_traffic", "Random traffic for a sanitizer."),
+        Command("fuzz", "stress.fuzz", "Whether any request breaks the server."),
+        Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),
+        Command("overload", "stress.overload", "What becomes of requests that are too many."),
+        Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
+        Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),
-    "accuracy": (
-        Command("parity", "accuracy.parity", "parity", "Greedy tokens and logits against transformers."),
-    ),
-    "results": (
-        Command("results-table", "results_table", "results_table", "Write docs/results.md and the README's table."),
-    ),
-}  # fmt: skip
+    "accuracy": (Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),),
+    "results": (Command("results-table", "results_table", "Write docs/results.md and the README's table."),),
+}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -63,7 +58,7 @@ def add(command: Command, room: str) -> None:
 
     def run(context: typer.Context) -> None:
         of_module = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        of_module.command()(getattr(import_module(f"benchmarks.{command.module}"), command.function))
+        of_module.command()(import_module(f"benchmarks.{command.module}").main)
         of_module(args=context.args, prog_name=context.command_path)
 
     untouched = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -1,4 +1,4 @@
-"""Record: a result that is measured cell by cell, in a file that a run which was cut goes on from."""
+"""A result that is measured cell by cell is kept in a file, from which a run that was cut goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One comparison of the engine with transformers: a checkpoint, a way to run it, and what came out.
+"""One run of the engine is compared with transformers: a checkpoint, a way to run it, and what came out.
 
 The engine's tokens are given to transformers in one forward pass per sequence. Where the argmax of every row is the
 engine's next token, greedy decoding of both is the same, by induction; and the logits of all rows are compared.
@@ -15,10 +15,10 @@ from random import Random
 from typing import Any
 
 import torch
-from comparison import relative_rms
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.accuracy.relative_rms import relative_rms
 from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.engine import Engine, SamplingParams, worker
 from nanoflow_backend.engine.sampling import Sampler

@@ -1,9 +1,7 @@
-"""The full product of the parity test: every architecture x GQA ratio x head_dim, in every way to run it.
+"""The engine is compared with transformers: every architecture x GQA ratio x head_dim, in every way to run it.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests/support python benchmarks/parity.py --jobs 16
-
-writes benchmarks/results/parity.json: a header, and for each checkpoint its totals and the runs that failed. Takes
-about an hour and a half of CPU time; one that was cut short goes on where it was. Exits with 1 if any run failed.
+The result is a header, and for each checkpoint its totals and the runs that failed. It takes about an hour and a half
+of CPU time; a run that was cut goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import transformers
 import typer
@@ -35,10 +33,12 @@ from benchmarks.accuracy.against_transformers import (
 )
 from nanoflow_backend.commands import result
 
-RESULT = Path(__file__).parent / "results" / "parity.json"
 
-
-def main(jobs: int = 1) -> None:
+def main(
+    output: Annotated[Path, typer.Option(help="The JSON result; one that is there is continued.")],
+    processes: Annotated[int, typer.Option(help="Runs at once.")] = 1,
+) -> None:
+    """Greedy tokens and logits against transformers, in every way to run a step; exits with 1 if any run failed."""
     transformers.utils.logging.disable_progress_bar()
     runs = [dict(zip(RUNS, values, strict=True)) for values in product(*RUNS.values())]
     header = {
@@ -51,16 +51,16 @@ def main(jobs: int = 1) -> None:
         "narrow_gap": NARROW_GAP,
         "runs_of_each_checkpoint": RUNS,
     }
-    done: list[dict[str, Any]] = json.loads(RESULT.read_text())["done"] if RESULT.exists() else []
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    done: list[dict[str, Any]] = json.loads(output.read_text())["done"] if output.exists() else []
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
     for model in checkpoints():
         if model in [entry["checkpoint"] for entry in done]:
             continue
-        outcomes = track(pool.map(partial(run_here, model), runs), describe(model), len(runs))
+        outcomes = track(pool.map(partial(run_here, model), runs), model_name(model), len(runs))
         done.append({"checkpoint": model, **summary(list(zip(runs, outcomes, strict=True)))})
         # After each checkpoint, so that an interrupted run says how far it came and can be continued.
-        RESULT.write_text(json.dumps({**header, "of_checkpoints": len(checkpoints()), "done": done}, indent=1) + "\n")
-        print(describe(model), {name: value for name, value in done[-1].items() if name != "checkpoint"}, flush=True)
+        output.write_text(json.dumps({**header, "of_checkpoints": len(checkpoints()), "done": done}, indent=1) + "\n")
+        print(model_name(model), {name: value for name, value in done[-1].items() if name != "checkpoint"}, flush=True)
     sys.exit(any(checkpoint["failed"] for checkpoint in done))
 
 
@@ -76,7 +76,7 @@ def scratch() -> Path:
     return Path(folder.name)
 
 
-def describe(model: dict[str, Any]) -> str:
+def model_name(model: dict[str, Any]) -> str:
     return "-".join(str(value) for value in model.values())
 
 
@@ -102,6 +102,3 @@ def checkpoints() -> list[dict[str, Any]]:
         for i, (a, g, d) in enumerate(shapes)
     ]
 
-
-if __name__ == "__main__":
-    typer.run(main)

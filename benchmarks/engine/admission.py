@@ -1,19 +1,17 @@
-"""Simulate the scheduler with three ways to admit, and write benchmarks/results/scheduler_sim_NAME.json.
-
-    python benchmarks/scheduler_sim.py --trace AzureLLMInferenceTrace_conv.csv --cache-tokens 900000 --name conv_900k
-    python benchmarks/scheduler_sim.py --lognormal 100 50 1000 700 --cache-tokens 400000 --max-tokens 4096 --name long
+"""Three ways to admit requests are simulated with the real scheduler: steps and preemptions, no device.
 
 Results count steps and tokens, so they do not depend on the machine; only wall_s does.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
@@ -21,65 +19,72 @@ from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.simulator import EOS, simulate
 from nanoflow_backend.scheduler.trace import Trace, read_trace
 
-RESULTS = Path(__file__).parent / "results"
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    workload = parser.add_mutually_exclusive_group(required=True)
-    workload.add_argument("--trace", type=Path, help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
-    workload.add_argument(
-        "--lognormal", type=float, nargs=4, help="mean and deviation of input, then of output tokens; 20,000 requests"
-    )
-    parser.add_argument("--cache-tokens", type=int, required=True, help="tokens that the KV cache holds")
-    parser.add_argument("--dense-batch-tokens", type=int, default=2048)
-    parser.add_argument("--max-running", type=int, default=1024)
-    parser.add_argument("--page-tokens", type=int, default=64)
-    parser.add_argument("--max-model-tokens", type=int, default=8192)
-    parser.add_argument("--max-tokens", type=int, default=2048, help="that every request asks for")
-    parser.add_argument("--step-s", type=float, default=0.0, help="time of a step; 0: all requests are there at once")
-    parser.add_argument("--name", required=True, help="of the result file")
-    options = parser.parse_args()
-
-    trace = read_trace(options.trace, options.max_model_tokens) if options.trace else lognormal(*options.lognormal)
+def main(
+    kv_cache_tokens: Annotated[int, typer.Option(help="Tokens that the KV cache holds.")],
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens.")] = None,
+    lognormal: Annotated[
+        tuple[float, float, float, float] | None,
+        typer.Option(help="Mean and deviation of input, then of output tokens; 20,000 requests."),
+    ] = None,
+    dense_batch_tokens: int = 2048,
+    max_running: int = 1024,
+    page_tokens: int = 64,
+    max_model_tokens: int = 8192,
+    max_tokens: Annotated[int, typer.Option(help="That every request asks for.")] = 2048,
+    step_s: Annotated[float, typer.Option(help="Time of a step; 0: all requests are there at once.")] = 0.0,
+) -> None:
+    """Simulate the scheduler with admission by forecast, without reserve, and reserving max_tokens."""
+    if (trace is None) == (lognormal is None):
+        raise typer.BadParameter("--trace, --lognormal: expected one of both")
+    settings = {
+        "trace": trace and trace.name,
+        "lognormal": lognormal,
+        "kv_cache_tokens": kv_cache_tokens,
+        "dense_batch_tokens": dense_batch_tokens,
+        "max_running": max_running,
+        "page_tokens": page_tokens,
+        "max_model_tokens": max_model_tokens,
+        "max_tokens": max_tokens,
+        "step_s": step_s,
+    }
+    requests = read_trace(trace, max_model_tokens) if trace else lognormal_trace(*lognormal or ())
     arms = {}
     for forecast in (LengthForecast(), ReserveNothing(), ReserveMaxTokens()):
         scheduler = Scheduler(
-            dense_batch_tokens=options.dense_batch_tokens,
-            chunk_tokens=options.dense_batch_tokens,
-            prompt_tokens=options.dense_batch_tokens,
-            max_running=options.max_running,
-            max_queue_size=len(trace.lengths),
-            num_pages=options.cache_tokens // options.page_tokens,
-            page_tokens=options.page_tokens,
-            max_model_tokens=options.max_model_tokens,
+            dense_batch_tokens=dense_batch_tokens,
+            chunk_tokens=dense_batch_tokens,
+            prompt_tokens=dense_batch_tokens,
+            max_running=max_running,
+            max_queue_size=len(requests.lengths),
+            num_pages=kv_cache_tokens // page_tokens,
+            page_tokens=page_tokens,
+            max_model_tokens=max_model_tokens,
             eos_token_ids=[EOS],
             prefix_caching=False,  # a trace has no text to share
             forecast=forecast,
         )
         outcome = simulate(
-            trace,
+            requests,
             scheduler,
-            dense_batch_tokens=options.dense_batch_tokens,
-            max_running=options.max_running,
-            max_tokens=options.max_tokens,
-            step_s=(lambda _: options.step_s) if options.step_s else None,
+            dense_batch_tokens=dense_batch_tokens,
+            max_running=max_running,
+            max_tokens=max_tokens,
+            step_s=(lambda _: step_s) if step_s else None,
         )
         arms[type(forecast).__name__] = asdict(outcome)
         print(type(forecast).__name__, outcome, flush=True)
 
-    settings = vars(options) | {"trace": options.trace and options.trace.name}
     workload_facts = {
-        "trace_sha256": hashlib.sha256(options.trace.read_bytes()).hexdigest() if options.trace else None,
-        "dropped_rows": trace.dropped_rows,
-        "too_long_rows": trace.too_long_rows,
+        "trace_sha256": hashlib.sha256(trace.read_bytes()).hexdigest() if trace else None,
+        "dropped_rows": requests.dropped_rows,
+        "too_long_rows": requests.too_long_rows,
     }
-    path = RESULTS / f"scheduler_sim_{options.name}.json"
-    result.write({"settings": settings, **workload_facts, "arms": arms}, path)
-    print("written:", path)
+    result.write({"settings": settings, **workload_facts, "arms": arms}, output)
 
 
-def lognormal(input_mean: float, input_std: float, output_mean: float, output_std: float) -> Trace:
+def lognormal_trace(input_mean: float, input_std: float, output_mean: float, output_std: float) -> Trace:
     """20,000 requests, all there at once, with lengths clipped to 1..4096."""
     rng = np.random.default_rng(0)
     columns = []
@@ -89,6 +94,3 @@ def lognormal(input_mean: float, input_std: float, output_mean: float, output_st
         columns.append(np.clip(lengths.round().astype(int), 1, 4096).tolist())
     return Trace(tuple(zip(*columns, strict=True)), (0.0,) * 20_000)
 
-
-if __name__ == "__main__":
-    main()

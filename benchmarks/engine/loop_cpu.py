@@ -1,10 +1,4 @@
-"""What the engine's thread costs a step when the device costs nothing: 1,000 decoding requests, a program that does
-nothing, thread CPU time by part.
-
-    python benchmarks/engine_loop.py --model demo/tiny-llama --output benchmarks/results/engine_loop.json
-
-With `--against`, a checkout of another commit, both are measured in turn: what else the machine does meets both.
-"""
+"""The engine's thread is measured with a device that costs nothing: its CPU time a step, by part."""
 
 from __future__ import annotations
 
@@ -20,58 +14,44 @@ from statistics import median
 from typing import Annotated, Any
 
 import msgspec
-import torch
 import typer
 
+from benchmarks.engine.null_engine import NullProgram
 from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.engine.messages import News
-from nanoflow_backend.runtime.binding import FittedPlan
-from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.scheduler.request import Request
 
 MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
 
 
-class NullProgram:
-    """A Program that chooses plans as `program` does, and whose every row has the same logits."""
-
-    def __init__(self, program: Program, rows: int) -> None:
-        self._program = program
-        columns = 8  # sampling from a vocabulary is the device's work
-        self.logits = torch.zeros(rows, columns).index_fill(1, torch.tensor([3]), 1.0)
-
-    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
-        return self._program.plan_for(tokens, decode_kv_tokens)
-
-    def forward(self, *inputs: torch.Tensor) -> None: ...
-
-    def head(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.logits[: len(rows)]
-
-
 def main(
-    model: Annotated[Path, typer.Option()],
-    output: Annotated[Path | None, typer.Option()] = None,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
     against: Annotated[Path | None, typer.Option(help="A checkout of another commit.")] = None,
     rounds: Annotated[int, typer.Option(help="Of A B B A, with --against.")] = 3,
-    running: int = 1000,
-    prompt_tokens: int = 64,
-    steps: int = 300,
+    concurrency: Annotated[int, typer.Option(help="Requests that decode.")] = 1000,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each request.")] = 64,
+    steps: Annotated[int, typer.Option(help="That are measured.")] = 300,
 ) -> None:
+    """Thread CPU time of an engine's step, by part: requests that decode, and a program that does nothing.
+
+    With --against both commits are measured in turn: what else the machine does meets both.
+    """
     load = [os.getloadavg()[0]]
     if against is None:
-        measured = measure(model, running, prompt_tokens, steps)
+        measured = measure_steps(model, concurrency, prompt_tokens, steps)
     else:
-        options = [f"--model={model.resolve()}", f"--running={running}", f"--prompt-tokens={prompt_tokens}"]
-        measured = compare(Path(__file__).parents[1], against.resolve(), [*options, f"--steps={steps}"], rounds)
+        options = [f"--model={model.resolve()}", f"--concurrency={concurrency}"]
+        options += [f"--prompt-tokens={prompt_tokens}", f"--steps={steps}"]
+        measured = compare_checkouts(Path(__file__).parents[2], against.resolve(), options, rounds)
     load.append(os.getloadavg()[0])
     result.write({**measured, "load_average_before_and_after": load}, output)
 
 
-def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
-    """In this process."""
+def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
+    """Measure this checkout's code in this process: milliseconds of thread CPU time."""
     engine = Engine.from_pretrained(
         model,
         device="cpu",
@@ -121,16 +101,26 @@ def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[s
     }
 
 
-def compare(here: Path, there: Path, options: list[str], rounds: int) -> dict[str, Any]:
-    """Two checkouts in turn, A B B A, each run in a process of its own, by that checkout's own script and code.
+def compare_checkouts(here: Path, there: Path, options: list[str], rounds: int) -> dict[str, Any]:
+    """Two checkouts in turn, A B B A, each run in a process of its own, by that checkout's own command and code.
 
     Returns the median run of each (of two in the middle the faster), and the totals of all.
+
+    Raises:
+        BadParameter: `there` has no such command.
     """
+    if not (there / "benchmarks" / "engine" / "loop_cpu.py").exists():
+        raise typer.BadParameter(f"--against: expected a checkout with `python -m benchmarks loop-cpu`, got {there}")
     runs: defaultdict[Path, list[dict[str, Any]]] = defaultdict(list)
     for checkout in (here, there, there, here) * rounds:
         path = os.pathsep.join(str(checkout / folder) for folder in ("", "kernels", "search"))
-        command = [sys.executable, checkout / "benchmarks" / "engine_loop.py", *options]
-        ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True)
+        ran = subprocess.run(
+            [sys.executable, "-m", "benchmarks", "loop-cpu", *options],
+            cwd=checkout,
+            env=os.environ | {"PYTHONPATH": path},
+            check=True,
+            capture_output=True,
+        )
         runs[checkout].append(msgspec.json.decode(ran.stdout))
         print(checkout.name, runs[checkout][-1]["total_ms_per_step"], file=sys.stderr)
     ours, theirs = (sorted(runs[checkout], key=itemgetter("total_ms_per_step")) for checkout in (here, there))
@@ -148,6 +138,3 @@ def compare(here: Path, there: Path, options: list[str], rounds: int) -> dict[st
         },
     }
 
-
-if __name__ == "__main__":
-    typer.run(main)

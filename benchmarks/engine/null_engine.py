@@ -1,4 +1,4 @@
-"""An engine whose device costs nothing: a step takes as long as one says, and every token says when it was made.
+"""The null engine is a real one whose device costs nothing: a step takes as long as one says.
 
 Scheduler, worker, loop and socket are the real ones; the program does nothing. Tokens are made up: the id of one is the
 millisecond in which the host got it, so whoever reads it later knows how long it was on its way.
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from engine_loop import NullProgram
+import torch
 
 from nanoflow_backend.engine import engine, loop
 from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.runtime.binding import FittedPlan
+from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.scheduler.batch import Sampled
 
 CYCLE_MS = 2000  # of the clock that token ids tell; the vocabulary has to be larger
@@ -31,6 +33,23 @@ def made_now() -> int:
 def age_ms(token_id: int) -> int:
     """How long ago `made_now` said so; below CYCLE_MS."""
     return (made_now() - token_id) % CYCLE_MS
+
+
+class NullProgram:
+    """A Program that chooses plans as `program` does, and whose every row has the same logits."""
+
+    def __init__(self, program: Program, rows: int) -> None:
+        self._program = program
+        columns = 8  # sampling from a vocabulary is the device's work
+        self.logits = torch.zeros(rows, columns).index_fill(1, torch.tensor([3]), 1.0)
+
+    def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
+        return self._program.plan_for(tokens, decode_kv_tokens)
+
+    def forward(self, *inputs: torch.Tensor) -> None: ...
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.logits[: len(rows)]
 
 
 class NullWorker(Worker):
@@ -58,7 +77,7 @@ def write_interpreter(path: Path, step_us: int) -> Path:
     """An executable for the `python` of an engine.json: whatever module it is told to run, it runs this engine."""
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path[:0] = {[folder for folder in sys.path if folder]!r}\n"
-        f"import null_engine\nnull_engine.main({step_us})\n"
+        f"from benchmarks.engine import null_engine\nnull_engine.main({step_us})\n"
     )
     path.chmod(0o755)
     return path

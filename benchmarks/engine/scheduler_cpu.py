@@ -1,6 +1,4 @@
-"""CPU time of one step of the scheduler at 1,000 running requests; writes benchmarks/results/scheduler_cpu.json.
-
-    python benchmarks/scheduler_cpu.py
+"""The scheduler is measured alone: CPU time of one step at 1,000 running requests.
 
 Two loads: 1,000 requests that only decode; and a cache that is full with about as many while 6,000 wait, so that
 every step predicts page use. Thread CPU time of schedule() and retire(), in the engine's order, over 700 steps.
@@ -12,8 +10,10 @@ import gc
 import random
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from nanoflow_backend.commands import result
 from nanoflow_backend.scheduler.batch import Sampled
@@ -26,7 +26,7 @@ WARM_UP_STEPS, STEPS = 400, 700
 WORD, EOS = 7, 2
 
 
-def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[str, float]:
+def measure_load(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[str, float]:
     draw = random.Random(0)
     scheduler = Scheduler(
         dense_batch_tokens=2048,
@@ -69,13 +69,13 @@ def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[s
     }
 
 
-def main() -> None:
+def main(
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+) -> None:
+    """CPU time of a step of the scheduler at 1,000 running requests: decoding alone, and a full cache with a queue."""
     loads = {
-        "decode_only": measure(waiting=0, num_pages=40_000, max_tokens=(2_000, 2_000)),
-        "full_cache_and_queue": measure(waiting=6_000, num_pages=15_625, max_tokens=(200, 600)),
+        "decode_only": measure_load(waiting=0, num_pages=40_000, max_tokens=(2_000, 2_000)),
+        "full_cache_and_queue": measure_load(waiting=6_000, num_pages=15_625, max_tokens=(200, 600)),
     }
-    result.write(loads, Path(__file__).parent / "results" / "scheduler_cpu.json")
+    result.write(loads, output)
 
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""Joules of what a loaded GPU does, by its energy counter, and those of dense products against the clock.
-
-    python benchmarks/gpu_energy.py --output benchmarks/results/gpu_energy_h200.json
+"""The energy of what a loaded GPU does is read from its energy counter; that of dense products against the clock.
 
 One layer of Llama-3-8B: its dense products on 2048 tokens, and decode attention of 704 requests at 1280. A GPU at its
 power cap lowers its clock; idle time between bursts lowers mean power, and the clock rises: so the energy of one and
@@ -10,19 +8,30 @@ too) is taken off.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from nanoflow_kernels import device as kernels
 from nanoflow_search.captured import Captured
 from nanoflow_search.sustained import WARM_S, idle_w, sustain
-from sustained import SETS
 
-from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal
+from benchmarks.kernels.cases import (
+    CONTEXT,
+    DECODES,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    SETS,
+    TOKENS,
+    attention,
+    empty,
+    normal,
+)
 from nanoflow_backend.commands import result
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 
@@ -51,16 +60,16 @@ def layer_products(scale: float) -> Callable[[int], None]:
     return products
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=5.0, help="that are measured, a point")
-    arguments = parser.parse_args()
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON result goes.")],
+    duration_s: Annotated[float, typer.Option(help="That is measured, a point.")] = 5.0,
+) -> None:
+    """Joules of a layer's dense products and of decode attention, and those of the products against the GPU's clock."""
     torch.manual_seed(0)
     meter = GpuMeter()
     torch.zeros(1, device="cuda")
     time.sleep(2)
-    idle = idle_w(meter, arguments.seconds)
+    idle = idle_w(meter, duration_s)
 
     products, zeros = layer_products(0.02), layer_products(0.0)
     attend = next(attention("decodes", [(CONTEXT - 1, 1)] * DECODES, 64))
@@ -76,7 +85,7 @@ def main() -> None:
     work += [("products, then decode attention", both, share) for share in (0.0, 0.3)]
     for name, call, idle_share in work:
         repeated = Captured(call, SETS)
-        used = sustain([repeated], meter, arguments.seconds, warm_s=WARM_S + 0.5, busy=1 - idle_share)
+        used = sustain([repeated], meter, duration_s, warm_s=WARM_S + 0.5, busy=1 - idle_share)
         busy_w = (used.power_w - idle * (1 - used.busy)) / used.busy
         call_s = used.call_s[0]
         points.append(
@@ -89,12 +98,9 @@ def main() -> None:
                 "duration_us": round(1e6 * call_s, 1),
                 "energy_mj": round(1e3 * busy_w * call_s, 2),
                 "above_idle_mj": round(1e3 * (busy_w - idle) * call_s, 2),
-                "seconds": arguments.seconds,
+                "seconds": duration_s,
             }
         )
         print(points[-1], flush=True)
-    result.write({"idle_power_w": round(idle, 1), "tokens": TOKENS, "points": points}, arguments.output)
+    result.write({"idle_power_w": round(idle, 1), "tokens": TOKENS, "points": points}, output)
 
-
-if __name__ == "__main__":
-    main()

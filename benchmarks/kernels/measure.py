@@ -1,4 +1,4 @@
-"""A kernel back to back for seconds, as it runs in a loaded engine: clock and power are steady before time is taken.
+"""A kernel is timed back to back for seconds, as it runs in a loaded engine: clock and power are steady by then.
 
 A case is captured in a CUDA graph of calls that take turns with several sets of operands, so that none finds its inputs
 in the cache; the graph is replayed until clock and power are steady, then for the time that is measured. Energy is the
@@ -25,7 +25,9 @@ SETS = 4  # of operands that take turns
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
+    """One kernel with its operands, and the work that it must do."""
+
     name: str
     call: Callable[[int], Any]  # with the number of its set of operands
     bytes: float  # that it must move
@@ -34,8 +36,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Of one call. `of_roof`: the time that the roofs above allow over the time taken."""
+class MeasuredKernel:
+    """What one call takes. `of_roof`: the time that the roofs above allow over the time taken."""
 
     name: str
     duration_us: float
@@ -48,15 +50,16 @@ class Measured:
     of_roof: float
 
 
-def measure(case: Case, seconds: float) -> Measured:
+def measure_kernel(case: KernelCase, duration_s: float) -> MeasuredKernel:
+    """Replay `case` until clock and power are steady, then for `duration_s`."""
     device_has = device_sms(torch.device("cuda"))
     stream = None
     if case.sms is not None:
         stream = lane_streams((("case", case.sms), ("rest", device_has - case.sms)))["case"]
-    used = sustain([Captured(case.call, SETS, stream)], GpuMeter(), seconds)
+    used = sustain([Captured(case.call, SETS, stream)], GpuMeter(), duration_s)
     call_s = used.call_s[0]
     allowed_s = max(case.bytes / READ_BYTES_PER_S, case.flop / FLOP_PER_S)
-    return Measured(
+    return MeasuredKernel(
         case.name,
         round(call_s * 1e6, 2),
         round(case.bytes / call_s / 1e12, 3),

@@ -1,6 +1,4 @@
-"""Which SMs a lane has: decode attention on some, a product on the rest, by how green contexts cut the device.
-
-    python benchmarks/placement.py --output benchmarks/results/partition_placement_h200.json
+"""Which SMs a lane should have: decode attention runs on some and a product on the rest, as green contexts cut the GPU.
 
 `neighbours` is how the engine cuts it (runtime/green_contexts.py); `whole GPCs` is what the driver gives when it is
 asked for a share as it is. How they are measured: search/nanoflow_search/sustained.py.
@@ -8,22 +6,36 @@ asked for a share as it is. How they are measured: search/nanoflow_search/sustai
 
 from __future__ import annotations
 
-import argparse
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from nanoflow_kernels import device as kernels
 from nanoflow_search.captured import Captured
 from nanoflow_search.sustained import sustain
 
-from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, SETS, TOKENS, batch, empty, normal
+from benchmarks.kernels.cases import (
+    CONTEXT,
+    DECODES,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    SETS,
+    TOKENS,
+    empty,
+    normal,
+    paged_requests,
+)
 from nanoflow_backend.commands import result
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import Shares, call, split, streams_of
 
 PAGE_TOKENS = 64
+ATTENTION_SMS = (28, 32, 36, 40)
 
 
 def whole_gpcs(driver: Any, device: Any, shares: Shares) -> dict[str, list[Any]]:
@@ -34,22 +46,22 @@ def whole_gpcs(driver: Any, device: Any, shares: Shares) -> dict[str, list[Any]]
     return {lane: [found[0]], other: [rest]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sms", type=int, nargs="+", default=[28, 32, 36, 40], help="of attention")
-    parser.add_argument("--seconds", type=float, default=0.7, help="that are measured of each")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON result goes.")],
+    attention_sms: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 28, 32, 36, 40.")] = None,
+    duration_s: Annotated[float, typer.Option(help="That is measured of each.")] = 0.7,
+) -> None:
+    """Decode attention on SMs of its own beside a product on the rest, placed as neighbours and as whole GPCs."""
     driver, meter, device_sms = import_module("cuda.bindings.driver"), GpuMeter(), find_device("cuda").sms
     assert device_sms is not None
-    positions, slots, table, num_pages = batch([(CONTEXT - 1, 1)] * DECODES, PAGE_TOKENS)
+    positions, slots, table, num_pages = paged_requests([(CONTEXT - 1, 1)] * DECODES, PAGE_TOKENS)
     pages = [normal(num_pages, 2, KV_HEADS, PAGE_TOKENS, HEAD_DIM) for _ in range(SETS)]
     q, attended = normal(DECODES, HEADS * HEAD_DIM), empty(DECODES, HEADS * HEAD_DIM)
     x, inner = normal(TOKENS, HIDDEN), empty(TOKENS, INNER)
     weights = [normal(2 * INNER, HIDDEN) * 0.02 for _ in range(SETS)]
     read_bytes = DECODES * CONTEXT * KV_HEADS * HEAD_DIM * 2 * pages[0].element_size()
     points = []
-    for sms in arguments.sms:
+    for sms in attention_sms or ATTENTION_SMS:
         rest = device_sms - sms
         work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=sms)
 
@@ -62,7 +74,7 @@ def main() -> None:
         for name, cut in (("neighbours", split), ("whole GPCs", whole_gpcs)):
             streams = streams_of(driver, cut, (("memory", sms), ("compute", rest)))
             works = [Captured(attend, SETS, streams["memory"]), Captured(multiply, SETS, streams["compute"])]
-            alone, both = (sustain(some, meter, arguments.seconds) for some in (works[:1], works))
+            alone, both = (sustain(some, meter, duration_s) for some in (works[:1], works))
             point = {
                 "placement": name,
                 "attention_sms": sms,
@@ -75,8 +87,5 @@ def main() -> None:
             print(point, flush=True)
             points.append(point)
     loads = {"attention": f"{DECODES} decodes of {CONTEXT}", "product": f"gate_up with SwiGLU, {TOKENS} tokens"}
-    result.write({**loads, "points": points}, arguments.output)
+    result.write({**loads, "points": points}, output)
 
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, made and saved by transformers: the independent side of every comparison."""
+"""Tiny random checkpoints are made and saved by transformers: the independent side of every comparison."""
 
 from __future__ import annotations
 

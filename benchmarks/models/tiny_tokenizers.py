@@ -1,4 +1,4 @@
-"""Model folders with tiny tokenizers in the exact shape of well-known ones, trained here on a few lines."""
+"""Tiny tokenizers are trained on a few lines and saved in the exact shape of well-known ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans of two equal halves, each with half of a batch's decodes: to overlap, and to see what cutting alone costs."""
+"""These plans have two equal halves, each with half of a batch's decodes: to overlap, and to see what cutting costs."""
 
 from __future__ import annotations
 

@@ -1,16 +1,13 @@
-"""Pictures of what overlap.py found: bars as in the paper's Fig. 9, or a map of gains.
-
-python benchmarks/overlap_plot.py ablation.json --output ablation.svg
-"""
+"""Pictures of what ablation.py and sensitivity.py found: bars as in the paper's Fig. 9, or a map of gains."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -20,7 +17,16 @@ GAINS = LinearSegmentedColormap.from_list("gains", ["#8a8a8a", "#ffffff", "#3f9b
 SPAN = 0.02  # of the colours at least, on either side of 1
 
 
-def draw(found: dict[str, Any], output: Path) -> None:
+def main(
+    found: Annotated[Path, typer.Argument(metavar="RESULT", help="Of overlap-ablation or overlap-sensitivity.")],
+    output: Annotated[Path, typer.Option(help=".svg, .png or another format of matplotlib.")],
+) -> None:
+    """A picture of what overlap-ablation or overlap-sensitivity found."""
+    draw_gains(json.loads(found.read_text()), output)
+
+
+def draw_gains(found: dict[str, Any], output: Path) -> None:
+    """Write bars of an ablation, or the map of a sensitivity."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     if found["benchmark"] == "ablation":
         speed, energy = figure.subplots(1, 2)
@@ -89,15 +95,3 @@ def gains(axes: Axes, found: dict[str, Any]) -> None:
 def shown(cell: dict[str, Any]) -> float:
     """The gain that was measured, or the one that was predicted."""
     return float(cell.get("over_sequential", cell["predicted"]["gain"]))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="of overlap.py")
-    parser.add_argument("--output", type=Path, required=True, help=".svg, .png or another format of matplotlib")
-    asked = parser.parse_args()
-    draw(json.loads(asked.result.read_text()), asked.output)
-
-
-if __name__ == "__main__":
-    main()

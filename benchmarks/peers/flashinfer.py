@@ -1,6 +1,4 @@
-"""FlashInfer's paged attention beside this project's kernels, on the same pages, sustained.
-
-    python benchmarks/peer_flashinfer.py --output benchmarks/results/peer_flashinfer_h200.json
+"""FlashInfer's paged attention is timed beside this project's kernels, on the same pages, sustained, on a GPU.
 
 Decode with tensor cores, prefill with FlashAttention-2 and -3, and for a mixed batch POD (decode and prefill in one
 kernel) against our one call. FlashInfer (pip install flashinfer-python) compiles each at its first use.
@@ -8,22 +6,27 @@ kernel) against our one call. FlashInfer (pip install flashinfer-python) compile
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from sustained import Case, measure
+import typer
 
-from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, KV_HEADS, attention, batch, normal
+from benchmarks.kernels.cases import (
+    CONTEXT,
+    DECODES,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    attention,
+    normal,
+    paged_requests,
+)
+from benchmarks.kernels.measure import KernelCase, measure_kernel
 from nanoflow_backend.commands import result
-
-try:
-    import flashinfer
-except ImportError:
-    raise SystemExit("peer_flashinfer: expected the package flashinfer: pip install flashinfer-python") from None
 
 PAGE = 64
 DTYPE = torch.bfloat16
@@ -36,9 +39,17 @@ PREFILLS: dict[str, Mix] = {
 DECODING: Mix = [(CONTEXT - 1, 1)] * DECODES
 
 
+def flashinfer_package() -> Any:
+    """The installed package. Raises: SystemExit, there is none."""
+    try:
+        return import_module("flashinfer")
+    except ImportError:
+        raise SystemExit("flashinfer: expected the package flashinfer: pip install flashinfer-python") from None
+
+
 def layout(mix: Mix) -> tuple[torch.Tensor, ...]:
     """FlashInfer's lists of a batch, on the host: query starts, page starts, pages, tokens in the last page."""
-    _, _, table, num_pages = batch(mix, PAGE)
+    _, _, table, num_pages = paged_requests(mix, PAGE)
     lengths = [past + new for past, new in mix]
     used = torch.tensor([-(-length // PAGE) for length in lengths])
     pages = torch.cat([row[:count] for row, count in zip(table, used.tolist(), strict=True)])
@@ -55,32 +66,32 @@ def kv_pages(num_pages: int) -> torch.Tensor:
     return normal(num_pages, 2, KV_HEADS, PAGE, HEAD_DIM)
 
 
-def decode(mix: Mix) -> Case:
+def decode(mix: Mix) -> KernelCase:
     _, page_starts, pages, last, num_pages = layout(mix)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), "HND", use_tensor_cores=True)
+    wrapper = flashinfer_package().BatchDecodeWithPagedKVCacheWrapper(workspace(), "HND", use_tensor_cores=True)
     wrapper.plan(page_starts, pages, last, HEADS, KV_HEADS, HEAD_DIM, PAGE, q_data_type=DTYPE, kv_data_type=DTYPE)
     q, kv = normal(len(mix), HEADS, HEAD_DIM), kv_pages(num_pages)
     out = torch.empty_like(q)
-    return Case("FlashInfer decode", lambda i: wrapper.run(q, kv, out=out), *cost(mix))
+    return KernelCase("FlashInfer decode", lambda i: wrapper.run(q, kv, out=out), *cost(mix))
 
 
-def prefill(name: str, mix: Mix, backend: str) -> Case:
+def prefill(name: str, mix: Mix, backend: str) -> KernelCase:
     starts, page_starts, pages, last, num_pages = layout(mix)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "HND", backend=backend)
+    wrapper = flashinfer_package().BatchPrefillWithPagedKVCacheWrapper(workspace(), "HND", backend=backend)
     wrapper.plan(
         starts, page_starts, pages, last, HEADS, KV_HEADS, HEAD_DIM, PAGE,
         causal=True, q_data_type=DTYPE, kv_data_type=DTYPE,
     )  # fmt: skip
     q, kv = normal(int(starts[-1]), HEADS, HEAD_DIM), kv_pages(num_pages)
     out = torch.empty_like(q)
-    return Case(f"FlashInfer {backend} {name}", lambda i: wrapper.run(q, kv, out=out), *cost(mix))
+    return KernelCase(f"FlashInfer {backend} {name}", lambda i: wrapper.run(q, kv, out=out), *cost(mix))
 
 
-def pod(prompt: tuple[int, int], mix: Mix) -> Case:
+def pod(prompt: tuple[int, int], mix: Mix) -> KernelCase:
     """One chunk of a prompt, contiguous keys, beside decodes."""
     past, new = prompt
     _, page_starts, pages, last, num_pages = layout(mix)
-    wrapper = flashinfer.PODWithPagedKVCacheWrapper(workspace(), "HND")
+    wrapper = flashinfer_package().PODWithPagedKVCacheWrapper(workspace(), "HND")
     wrapper.plan(
         page_starts.cuda(), pages.cuda(), last.cuda(), HEADS, KV_HEADS, HEAD_DIM, PAGE,
         q_data_type=DTYPE, kv_data_type=DTYPE,
@@ -91,7 +102,7 @@ def pod(prompt: tuple[int, int], mix: Mix) -> Case:
     def call(_: int) -> None:
         wrapper.run(q, k, v, decodes, kv, causal_p=True, kv_layout_p="HND")
 
-    return Case("FlashInfer POD mixed", call, *cost([prompt, *mix]))
+    return KernelCase("FlashInfer POD mixed", call, *cost([prompt, *mix]))
 
 
 def cost(mix: Mix) -> tuple[float, float]:
@@ -114,21 +125,19 @@ def cases() -> Iterator[Any]:
     yield "mixed", lambda: next(attention("mixed", [*DECODING, prompt], PAGE))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    arguments = parser.parse_args()
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON result goes.")],
+    duration_s: Annotated[float, typer.Option(help="Of back-to-back work that is measured, a case.")] = 2.0,
+) -> None:
+    """FlashInfer's paged attention beside this project's kernels, on the same pages."""
+    version = flashinfer_package().__version__
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
     for work, make in cases():
         try:
-            results.append({"work": work, **asdict(measure(make(), arguments.seconds))})
+            results.append({"work": work, **asdict(measure_kernel(make(), duration_s))})
         except Exception as error:  # a peer's kernel that does not compile or take this shape is a result too
             results.append({"work": work, "error": f"{type(error).__name__}: {error}"[:300]})
         print(results[-1], flush=True)
-        result.write({"flashinfer": flashinfer.__version__, "results": results}, arguments.output)
+        result.write({"flashinfer": version, "results": results}, output)
 
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,9 @@
-"""The offline benchmark on vLLM: requests, prompts and distribution of weights are those of `nanoflow bench offline`.
+"""The offline benchmark runs on vLLM: requests, prompts and distribution of weights are those of our own.
 
-    python benchmarks/peer_vllm.py --model benchmarks/models/llama-3-8b --input-tokens 1024 --output-tokens 512 \\
-        --requests 1500 --output benchmarks/results/peer_vllm_llama3_8b_1024_512.json
-
-Needs vLLM in this interpreter (`pip install vllm`, in an environment of its own: it pins torch; 0.26 is the newest for
-torch 2.11), and of this project only msgspec, typer and PYTHONPATH. vLLM's own dummy weights are uniform in ±1e-3, with
-which a GPU draws less power and runs 5-6 % faster; here they are N(0, 0.02) and norms 1, as in our engine.
+It needs vLLM in this interpreter (`pip install vllm`, in an environment of its own: it pins torch; 0.26 is the newest
+for torch 2.11), and of this project only msgspec, typer and PYTHONPATH=.:kernels. vLLM's own dummy weights are uniform
+in ±1e-3, with which a GPU draws less power and runs 5-6 % faster; here they are N(0, 0.02) and norms 1, as in our
+engine.
 """
 
 from __future__ import annotations
@@ -49,6 +47,7 @@ def main(
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.94,
 ) -> None:
+    """The workload of `nanoflow bench offline` on vLLM: its requests, prompts and distribution of weights."""
     os.environ.update(ENVIRONMENT)
     try:
         from vllm import LLM
@@ -140,6 +139,3 @@ def generate(llm: Any, work: workload.Workload, vocab_size: int) -> dict[str, An
         found["mj_per_token"] = round(1e3 * energy_j / total, 3)
     return found
 
-
-if __name__ == "__main__":
-    typer.run(main)

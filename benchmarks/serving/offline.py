@@ -1,7 +1,4 @@
-"""An offline workload through the real tritonserver, as gRPC streams of token ids: what of the engine's rate is left?
-
-    python benchmarks/serving_offline.py --model benchmarks/models/llama-3-8b --set load_format=dummy \\
-        --set python=/opt/engine/bin/python --engine-result benchmarks/results/offline_llama3_8b_1024_512.json
+"""An offline workload goes through the real tritonserver: what of the engine's rate is left?
 
 Runs in the server's Python, which needs no torch: `--set python=` names the engine's. Each client is a process with one
 gRPC stream, which carries its share of the requests, all sent at once. Prompts are those of `nanoflow bench offline`.
@@ -11,29 +8,26 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import queue
-import shutil
-import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import msgspec
 import numpy as np
 import typer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 
+from benchmarks.server import serve_model
+from benchmarks.serving.server_state import cpu_s
 from nanoflow_backend.commands import result, workload
 from nanoflow_backend.commands.settings import parse
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
-FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 READY_TIMEOUT_S = 600.0  # weights, and a capture of every size of step
 PATIENCE_S = 600.0  # between two responses to one client: the last requests wait for those before them
 WARM_UP = (16, 4)  # tokens in and out of the one request that each client sends before the others
@@ -54,7 +48,7 @@ class Received(NamedTuple):
 
 def main(
     model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
-    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
     input_tokens: int = 1024,
     output_tokens: int = 512,
     requests: int = 1500,
@@ -64,22 +58,20 @@ def main(
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A field of engine.json.")] = None,
 ) -> None:
+    """An offline workload through tritonserver, as gRPC streams of token ids: what of the engine's rate is left?"""
     work = workload.constant(input_tokens, output_tokens, requests)
     alone = json.loads(engine_result.read_text()) if engine_result else None
     if alone and (alone["workload"], alone["requests"]) != (work.name, requests):
         raise SystemExit(f"{engine_result}: expected {requests} requests of {work.name}, got {alone['requests']} "
                          f"of {alone['workload']}")  # fmt: skip
-    fields = {"model": str(model.resolve()), "max_queue_size": max(requests, 4096), **parse(settings or [])}
+    fields = {"max_queue_size": max(requests, 4096), **parse(settings or [])}
     vocab_size = ModelConfig.from_pretrained(model).vocab_size
     jobs = [
         Job(np.array(prompt, np.int32), length)
         for prompt, (_, length) in zip(work.prompts(vocab_size), work.lengths, strict=True)
     ]
-    with tempfile.TemporaryDirectory() as repository:
-        shutil.copytree(FOLDER, Path(repository, "nanoflow"))
-        Path(repository, "nanoflow", "1", "engine.json").write_bytes(msgspec.json.encode(fields))
-        with EmbeddedServer(Path(repository), ready_timeout_s=READY_TIMEOUT_S) as server:
-            measured = measure(server, jobs, clients)
+    with serve_model(model, ready_timeout_s=READY_TIMEOUT_S, **fields) as server:
+        measured = measure_clients(server, jobs, clients)
     total = (work.input_tokens + work.output_tokens) / measured["wall_s"]
     result.write(
         {
@@ -87,7 +79,7 @@ def main(
             "model": model.name,
             "engine": "nanoflow behind tritonserver",
             "schedule": fields.get("schedule", "sequential"),
-            "settings": result.without_folders({**fields, "model": model.name}),
+            "settings": result.without_folders({"model": model.name, **fields}),
             "requests": requests,
             "clients": clients,
             "input_tokens": work.input_tokens,
@@ -101,17 +93,17 @@ def main(
     )
 
 
-def measure(server: EmbeddedServer, jobs: Sequence[Job], clients: int) -> dict[str, Any]:
+def measure_clients(server: EmbeddedServer, jobs: Sequence[Job], clients: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
     start = context.Barrier(clients + 1, timeout=PATIENCE_S)
     meter = find_gpu_meter()
     with context.Pool(clients, _share, (start,)) as pool:
         running = pool.starmap_async(run_client, [(server.grpc_url, jobs[n::clients]) for n in range(clients)], 1)
         start.wait()
-        begin_s, cpu_s, before = time.perf_counter(), cpu_seconds(server.pid), meter.read() if meter else None
+        begin_s, cpu_before, before = time.perf_counter(), cpu_s(server), meter.read() if meter else None
         received: list[Received] = running.get()
         after = meter.read() if meter else None
-    used_s = {name: spent - cpu_s[name] for name, spent in cpu_seconds(server.pid).items()}
+    used_s = {name: spent - cpu_before[name] for name, spent in cpu_s(server).items()}
     wall_s = max(client.ended_s for client in received) - begin_s
     first_token_s = sorted(at for client in received for at in client.first_token_s)
     responses = sum(client.responses for client in received)
@@ -186,20 +178,3 @@ def _tensor(name: str, datatype: str, values: np.ndarray) -> InferInput:
     made = InferInput(name, list(values.shape), datatype)
     made.set_data_from_numpy(values)
     return made
-
-
-def cpu_seconds(root: int) -> dict[str, float]:
-    """CPU time so far of a process and its descendants, by name."""
-    found: defaultdict[str, float] = defaultdict(float)
-    processes = [root]
-    for pid in processes:
-        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(") ")
-        user, system = rest.split()[11:13]
-        found[name] += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            processes += map(int, (task / "children").read_text().split())
-    return dict(found)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,39 +1,33 @@
-"""What serving costs: the same requests through tritonserver as gRPC streams, and by the engine alone.
+"""The cost of serving: the same requests go through tritonserver as gRPC concurrency, and to the engine alone.
 
-    python benchmarks/serving.py --model demo/tiny-llama --output benchmarks/results/serving.json
-
-Clients, server, stub and engine share the machine's cores, so this is a floor.
+Clients, server, stub and engine share the machine's cores, so the served rate is a floor.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import msgspec
 import typer
 
+from benchmarks.server import serve_model
 from nanoflow_backend.commands import result
 from nanoflow_backend.commands.demo import stream_grpc
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.serving.embedded import EmbeddedServer
-
-FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 
 
 def main(
-    model: Annotated[Path, typer.Option()],
-    output: Annotated[Path | None, typer.Option()] = None,
-    streams: int = 64,
-    max_tokens: int = 256,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Streams at once.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Of each request.")] = 256,
     rounds: int = 5,
 ) -> None:
-    prompts = [f"The {number}th statement" for number in range(streams)]
+    """What serving costs: the same requests through tritonserver as gRPC concurrency, and by the engine alone."""
+    prompts = [f"The {number}th statement" for number in range(concurrency)]
     engine = Engine.from_pretrained(model)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
@@ -48,24 +42,19 @@ def main(
 
     def served(url: str) -> tuple[float, float]:
         start = time.perf_counter()
-        with ThreadPoolExecutor(streams) as pool:
-            counts = list(pool.map(one, [url] * streams, prompts))
+        with ThreadPoolExecutor(concurrency) as pool:
+            counts = list(pool.map(one, [url] * concurrency, prompts))
         tokens, responses = (sum(column) for column in zip(*counts, strict=True))
-        assert tokens == streams * max_tokens, "every token arrived"
+        assert tokens == concurrency * max_tokens, "every token arrived"
         return tokens / (time.perf_counter() - start), tokens / responses
 
     engine_rates = [alone(n) for n in range(rounds + 1)][1:]
-    with tempfile.TemporaryDirectory() as repository:
-        shutil.copytree(FOLDER, Path(repository, "nanoflow"))
-        Path(repository, "nanoflow", "1", "engine.json").write_bytes(
-            msgspec.json.encode({"model": str(model.resolve())})
-        )
-        with EmbeddedServer(Path(repository)) as server:
-            runs = [served(server.grpc_url) for _ in range(rounds + 1)][1:]
+    with serve_model(model) as server:
+        runs = [served(server.grpc_url) for _ in range(rounds + 1)][1:]
     served_rates = [rate for rate, _ in runs]
     result.write(
         {
-            "streams": streams,
+            "streams": concurrency,
             "max_tokens": max_tokens,
             "rounds": rounds,
             "engine_tokens_per_s": round(median(engine_rates), 1),
@@ -77,6 +66,3 @@ def main(
         output,
     )
 
-
-if __name__ == "__main__":
-    typer.run(main)

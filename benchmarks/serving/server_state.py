@@ -1,4 +1,4 @@
-"""What a server holds on to: memory, descriptors and shared memory of its processes, and the numbers on its page."""
+"""This tells what a server holds on to: memory, descriptors and shared memory of its processes, and its metrics."""
 
 from __future__ import annotations
 

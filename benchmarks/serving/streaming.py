@@ -1,6 +1,4 @@
-"""What a streamed response costs end to end: an engine with a program that does nothing, through tritonserver.
-
-    PYTHONPATH=.:kernels:tests/support python benchmarks/streaming.py --output benchmarks/results/streaming.json
+"""The cost of a streamed response end to end: an engine with a program that does nothing, through tritonserver.
 
 Client, server, stub and engine share the machine's cores. Every response has the text and the ids of its tokens, and an
 id tells when its token was made: `delay_ms` is from the engine's host to the client's.
@@ -9,7 +7,6 @@ id tells when its token was made: `delay_ms` is from the engine's host to the cl
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,33 +17,35 @@ from statistics import median
 from typing import Annotated, Any
 
 import msgspec
-import null_engine
 import numpy as np
 import tritonclient.grpc
 import typer
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
+from benchmarks.engine import null_engine
+from benchmarks.server import DEMO_MODEL, add_model
 from benchmarks.serving import server_state
 from benchmarks.serving.grpc_streams import GrpcStreams
 from nanoflow_backend.commands import result
 from nanoflow_backend.engine import Engine, SamplingParams, engine
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
-ROOT = Path(__file__).parents[1]
 PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}
 DRAIN_S = 60.0
 SETTINGS = {"dense_batch_tokens": 1024, "max_running": 512, "kv_cache_tokens": 512 * 600}
 
 
 def main(
-    output: Annotated[Path | None, typer.Option()] = None,
-    model: Path = ROOT / "demo" / "tiny-llama",
-    seconds: float = 8.0,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")] = DEMO_MODEL,
+    duration_s: Annotated[float, typer.Option(help="That is measured, each.")] = 8.0,
     warm_up_s: float = 2.0,
-    concurrency: str = "1,4,16,64,256",
-    step_us: str = "0,1500,2000,3000,4000,8000",
+    concurrency: Annotated[str, typer.Option(help="Streams at once.")] = "1,4,16,64,256",
+    step_us: Annotated[
+        str, typer.Option(help="How long steps take; 0: as fast as the engine can.")
+    ] = "0,1500,2000,3000,4000,8000",
 ) -> None:
-    """`step_us`: how long steps take; 0 is as fast as the engine can, which no response per token could follow."""
+    """What a streamed response costs: gRPC streams of an engine whose program does nothing, behind tritonserver."""
     load_before = os.getloadavg()[0]
     numbers, steps = ([int(number) for number in text.split(",")] for text in (concurrency, step_us))
     alone = {streams: engine_tokens_per_s(model, streams) for streams in numbers}
@@ -55,7 +54,7 @@ def main(
         for step in steps:
             admin.load_model(f"step_{step}")
             for streams in numbers:
-                measured = served(server, f"step_{step}", streams, seconds, warm_up_s)
+                measured = served(server, f"step_{step}", streams, duration_s, warm_up_s)
                 rows.append({"streams": streams, "step_us": step, **measured})
                 print(rows[-1], flush=True)
             admin.unload_model(f"step_{step}")
@@ -64,7 +63,7 @@ def main(
     result.write(
         {
             "max_tokens": PARAMS["max_tokens"],
-            "seconds_each": seconds,
+            "seconds_each": duration_s,
             "load_average_before": round(load_before, 2),
             "engine_tokens_per_s": alone,
             "served": rows,
@@ -91,20 +90,16 @@ def serving(folder: Path, model: Path, steps_us: list[int]) -> Iterator[tuple[Em
     repository = folder / "repository"
     for step in steps_us:
         name = f"step_{step}"
-        shutil.copytree(ROOT / "model_repository" / "nanoflow", repository / name)
-        pbtxt = repository / name / "config.pbtxt"
-        pbtxt.write_text(pbtxt.read_text().replace('name: "nanoflow"', f'name: "{name}"'))
         python = null_engine.write_interpreter(folder / name, step)
-        fields = {"model": str(model.resolve()), "python": str(python), "device": "cpu", **SETTINGS}
-        (repository / name / "1" / "engine.json").write_bytes(msgspec.json.encode(fields))
+        add_model(repository, model, name=name, python=str(python), device="cpu", **SETTINGS)
     with EmbeddedServer(repository, arguments=["--model-control-mode=explicit"]) as server:
         admin = tritonclient.grpc.InferenceServerClient(server.grpc_url)
         yield server, admin
         admin.close()
 
 
-def served(server: EmbeddedServer, model: str, streams: int, seconds: float, warm_up_s: float) -> dict[str, Any]:
-    """`streams` requests at once, each followed by the next, for `seconds` after a warm-up."""
+def served(server: EmbeddedServer, model: str, streams: int, duration_s: float, warm_up_s: float) -> dict[str, Any]:
+    """`streams` requests at once, each followed by the next, for `duration_s` after a warm-up."""
     sizes: list[int] = []
     delays_ms: list[int] = []
     with GrpcStreams(server.grpc_url) as client:
@@ -114,14 +109,14 @@ def served(server: EmbeddedServer, model: str, streams: int, seconds: float, war
         begin_s = time.monotonic() + warm_up_s
         list(receive(client, model, begin_s))
         before = cpu_s(server)
-        for ids in receive(client, model, begin_s + seconds):
+        for ids in receive(client, model, begin_s + duration_s):
             sizes.append(len(ids))
             delays_ms += [null_engine.age_ms(i) for i in ids]
         used = {name: value - before[name] for name, value in cpu_s(server).items()}
         drain(client, live)
     return {
-        "tokens_per_s": round(sum(sizes) / seconds),
-        "responses_per_s": round(len(sizes) / seconds),
+        "tokens_per_s": round(sum(sizes) / duration_s),
+        "responses_per_s": round(len(sizes) / duration_s),
         "tokens_per_response_median": median(sizes),
         "delay_ms_p50": round(float(np.percentile(delays_ms, 50)), 1),
         "delay_ms_p99": round(float(np.percentile(delays_ms, 99)), 1),
@@ -176,6 +171,3 @@ def request(model: str, stream: int) -> ModelInferRequest:
 def with_length(content: bytes) -> bytes:
     return len(content).to_bytes(4, "little") + content
 
-
-if __name__ == "__main__":
-    typer.run(main)

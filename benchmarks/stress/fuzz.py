@@ -1,9 +1,7 @@
-"""Fuzz of the request surface: whatever a client sends, never a crash, a hang or INTERNAL for its own fault.
-
-    PYTHONPATH=.:kernels:tests:tests/support python -P benchmarks/fuzz.py --output benchmarks/results/fuzz.json
+"""The request surface is fuzzed: whatever a client sends, the server neither crashes nor hangs nor answers INTERNAL.
 
 In process: the model beside a stand-in for the stub's module, on a real engine. Over gRPC and HTTP: the real server.
-Exits with 1 if a request broke something; it is in the result, shrunk. A seed gives the same requests again.
+The first request that breaks something is in the result, shrunk. A seed gives the same requests again.
 """
 
 from __future__ import annotations
@@ -26,31 +24,27 @@ from benchmarks.stress import fuzz_in_process, fuzz_on_the_wire
 from benchmarks.stress.request_surface import HINTS, cases
 from nanoflow_backend.commands import result
 from nanoflow_backend.scheduler.sampling_params import NEUTRAL_VALUES
-from nanoflow_backend.serving.embedded import EmbeddedServer
 from nanoflow_backend.serving.tensors import INPUTS
 
 BATCH = 8  # requests at once: others are there to be disturbed
 
 
 def main(
-    output: Annotated[Path | None, typer.Option()] = None,
-    in_process: int = 15_000,
-    over_grpc: int = 4_000,
-    over_http: int = 1_500,
-    first_seed: int = 1,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    in_process: Annotated[int, typer.Option(help="Requests to the model in this process.")] = 15_000,
+    over_grpc: Annotated[int, typer.Option(help="Requests through the real server.")] = 4_000,
+    over_http: Annotated[int, typer.Option(help="Requests through the real server.")] = 1_500,
+    first_seed: Annotated[int, typer.Option("--seed")] = 1,
 ) -> None:
+    """Whether any request can break the server, or be answered INTERNAL; exits with 1 if one can."""
     with contextlib.ExitStack() as stack:
-        folder = functools.partial(lambda: Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        model = stack.enter_context(fuzz_in_process.model(folder()))
-
-        def server(repository: Path, **options: Any) -> EmbeddedServer:
-            return stack.enter_context(EmbeddedServer(repository, **options))
-
-        wire = stack.enter_context(contextlib.closing(fuzz_on_the_wire.start(folder(), server)))
+        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)]
+        model = stack.enter_context(fuzz_in_process.ready_model(folders[0]))
+        wire = stack.enter_context(fuzz_on_the_wire.fuzzed_server(folders[1]))
         layers = {
-            "in_process": run(functools.partial(fuzz_in_process.check, model), cases(), in_process, first_seed),
-            "over_grpc": run(wire.check_grpc, fuzz_on_the_wire.messages(), over_grpc, first_seed),
-            "over_http": run(wire.check_http, fuzz_on_the_wire.bodies(), over_http, first_seed),
+            "in_process": fuzz_layer(functools.partial(fuzz_in_process.check, model), cases(), in_process, first_seed),
+            "over_grpc": fuzz_layer(wire.check_grpc, fuzz_on_the_wire.messages(), over_grpc, first_seed),
+            "over_http": fuzz_layer(wire.check_http, fuzz_on_the_wire.bodies(), over_http, first_seed),
         }
     failures = [layer["failure"] for layer in layers.values() if layer["failure"]]
     result.write(
@@ -67,7 +61,7 @@ def main(
     sys.exit(bool(failures))
 
 
-def run(
+def fuzz_layer(
     check: Callable[[Any], Counter[str]], requests: st.SearchStrategy[Any], count: int, first_seed: int
 ) -> dict[str, Any]:
     """`count` requests in batches, checked; the first that fails ends it, shrunk by hypothesis."""
@@ -94,6 +88,3 @@ def run(
     seconds = round(time.monotonic() - start_s)
     return {"cases": ends.total(), "seconds": seconds, "ends": dict(sorted(ends.items())), "failure": failure}
 
-
-if __name__ == "__main__":
-    typer.run(main)

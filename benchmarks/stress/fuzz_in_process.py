@@ -1,4 +1,4 @@
-"""Fuzz of the request surface without a server: the model with a stand-in for the stub's module, on a real engine."""
+"""The request surface is fuzzed without a server: the model beside a stand-in for its stub, on a real engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models import checkpoints, tiny_tokenizers
-from benchmarks.stress.request_surface import Case
+from benchmarks.stress.request_surface import FuzzRequest
 from benchmarks.stress.stub_backend import ServerRequest, model_module
 from nanoflow_backend.engine.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ def tiny_checkpoint(folder: Path) -> Path:
 
 
 @contextmanager
-def model(folder: Path) -> Iterator[Any]:
+def ready_model(folder: Path) -> Iterator[Any]:
     """A TritonPythonModel that is ready, with an engine process of its own."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -55,7 +55,7 @@ def model(folder: Path) -> Iterator[Any]:
             served.finalize()
 
 
-def check(served: Any, batch: Sequence[Case]) -> Counter[str]:
+def check(served: Any, batch: Sequence[FuzzRequest]) -> Counter[str]:
     """Send requests at once; returns how many ended how.
 
     Raises:
@@ -71,7 +71,7 @@ def check(served: Any, batch: Sequence[Case]) -> Counter[str]:
     return ends
 
 
-def check_end(case: Case, error: Any) -> str:
+def check_end(case: FuzzRequest, error: Any) -> str:
     if error is None:
         return "answered"
     assert error.code != "INTERNAL", f"{error.message}: {case}"
@@ -88,7 +88,7 @@ def canary(served: Any) -> bytes:
     return response.outputs["text_output"][0]
 
 
-def server_request(case: Case) -> ServerRequest:
+def server_request(case: FuzzRequest) -> ServerRequest:
     request = ServerRequest(json.dumps(case.parameters), case.timeout_us, **case.tensors)
     if case.outputs:
         request.requested_output_names = lambda: case.outputs

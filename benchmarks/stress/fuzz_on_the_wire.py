@@ -1,13 +1,13 @@
-"""Fuzz of the request surface through the real server: gRPC messages, some of them mangled, and HTTP bodies."""
+"""The request surface is fuzzed through the real server: gRPC messages, some of them mangled, and HTTP bodies."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import numpy as np
 from hypothesis import strategies as st
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
+from benchmarks.server import serve_model
 from benchmarks.serving.grpc_streams import GrpcStreams
 from benchmarks.stress.fuzz_in_process import SETTINGS, tiny_checkpoint
-from benchmarks.stress.request_surface import JSON, Case, cases
+from benchmarks.stress.request_surface import JSON, FuzzRequest, cases
 from nanoflow_backend.serving.embedded import EmbeddedServer
 from nanoflow_backend.serving.tensors import INPUTS
 
-FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
 PATIENCE_S = 60.0
 TYPES = {tensor.name: "BYTES" if tensor.type == "STRING" else tensor.type for tensor in INPUTS}
 CANARY = {"text_input": "the quick brown fox", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -61,7 +61,7 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
     return draw(st.sampled_from(["generate", "generate_stream"])), text
 
 
-def grpc_message(case: Case) -> ModelInferRequest:
+def grpc_message(case: FuzzRequest) -> ModelInferRequest:
     message = ModelInferRequest(model_name="nanoflow")
     message.parameters["triton_enable_empty_final_response"].bool_param = True
     for name, value in {**case.parameters, "timeout": case.timeout_us}.items():
@@ -91,13 +91,12 @@ def http_value(array: Any) -> Any:
     return [item.decode(errors="replace") if isinstance(item, bytes) else item for item in array.ravel().tolist()]
 
 
-def start(folder: Path, server: Callable[..., EmbeddedServer]) -> Wire:
-    """The drop-in folder with a tiny checkpoint behind what `server(repository, log=...)` starts."""
-    repository = folder / "repository"
-    shutil.copytree(FOLDER, repository / "nanoflow")
-    fields = {"model": str(tiny_checkpoint(folder)), **SETTINGS}
-    (repository / "nanoflow" / "1" / "engine.json").write_text(json.dumps(fields))
-    return Wire(server(repository, log=folder / "server.log"), folder / "server.log")
+@contextmanager
+def fuzzed_server(folder: Path) -> Iterator[Wire]:
+    """A client of a server with a tiny checkpoint behind the drop-in folder; both files and log lie in `folder`."""
+    log = folder / "server.log"
+    with serve_model(tiny_checkpoint(folder), log=log, **SETTINGS) as server, closing(Wire(server, log)) as wire:
+        yield wire
 
 
 class Wire:

@@ -1,4 +1,4 @@
-"""Ledger: a client's book of its requests. Each is opened once and ends once, in a way that its kind allows."""
+"""The ledger is a client's book of its requests: each is opened once and ends once, in a way that its kind allows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Does a server that loads and unloads the model again and again keep anything of it?
-
-    python benchmarks/lifecycle.py --model demo/tiny-llama --output benchmarks/results/lifecycle.json
+"""A server that loads and unloads a model again and again must keep nothing of it.
 
 A cycle loads the model, serves, changes its configuration and loads it again (the server starts the new one before it
 ends the old one), serves, and unloads it. Then what is left is counted: processes, file descriptors, threads and
@@ -10,9 +8,6 @@ memory of the server, and its shared memory.
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -20,16 +15,19 @@ from typing import Annotated, NamedTuple
 import typer
 from tritonclient import grpc
 
+from benchmarks.server import serve_model, write_engine_json
+from benchmarks.serving import server_state
 from nanoflow_backend.commands import result
 from nanoflow_backend.commands.demo import stream_grpc
 from nanoflow_backend.serving.embedded import EmbeddedServer
 
-FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 UNKNOWN = 10**9
 SETTLED_S = 60.0  # for an unload that the server has confirmed, to have happened
 
 
 class Left(NamedTuple):
+    """What a server and its processes hold."""
+
     processes: int
     threads: int
     file_descriptors: int
@@ -39,33 +37,29 @@ class Left(NamedTuple):
 
 
 def main(
-    model: Annotated[Path, typer.Option()],
-    output: Annotated[Path | None, typer.Option()] = None,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
     cycles: int = 50,
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        repository = Path(folder)
-        shutil.copytree(FOLDER, repository / "nanoflow")
-        explicit = ["--model-control-mode=explicit"]
-        with (
-            EmbeddedServer(repository, arguments=explicit) as server,
-            contextlib.closing(grpc.InferenceServerClient(server.grpc_url)) as client,
-        ):
-            before = left(server)
-            expected = before._replace(threads=UNKNOWN, file_descriptors=UNKNOWN)  # the first client makes some
-            seconds, counts = [], []
-            for _ in range(cycles):
-                start_s = time.perf_counter()
-                for page_tokens in (16, 32):
-                    engine = {"model": str(model.resolve()), "page_tokens": page_tokens}
-                    (repository / "nanoflow" / "1" / "engine.json").write_text(json.dumps(engine))
-                    client.load_model("nanoflow")
-                    tokens = sum(new for _, new in stream_grpc(server.grpc_url, "def", max_tokens=16, ignore_eos=True))
-                    assert tokens == 16, "every token arrived"
-                client.unload_model("nanoflow")
-                counts.append(settled(server, expected))
-                expected = counts[0]
-                seconds.append(time.perf_counter() - start_s)
+    """What loads, reloads and unloads of a model leave behind: processes, threads, descriptors, memory."""
+    with (
+        serve_model(model, arguments=["--model-control-mode=explicit"]) as server,
+        contextlib.closing(grpc.InferenceServerClient(server.grpc_url)) as client,
+    ):
+        before = left(server)
+        expected = before._replace(threads=UNKNOWN, file_descriptors=UNKNOWN)  # the first client makes some
+        seconds, counts = [], []
+        for _ in range(cycles):
+            start_s = time.perf_counter()
+            for page_tokens in (16, 32):
+                write_engine_json(server.model_repository / "nanoflow", model, page_tokens=page_tokens)
+                client.load_model("nanoflow")
+                tokens = sum(new for _, new in stream_grpc(server.grpc_url, "def", max_tokens=16, ignore_eos=True))
+                assert tokens == 16, "every token arrived"
+            client.unload_model("nanoflow")
+            counts.append(at_rest(server, expected))
+            expected = counts[0]
+            seconds.append(time.perf_counter() - start_s)
     result.write(
         {
             "cycles": cycles,
@@ -83,7 +77,7 @@ def milestones(cycles: int) -> list[int]:
     return sorted({1, 2, cycles // 5, cycles // 2, cycles} - {0})
 
 
-def settled(server: EmbeddedServer, expected: Left) -> Left:
+def at_rest(server: EmbeddedServer, expected: Left) -> Left:
     """What is left once it is no more than expected: threads of the server's gRPC, for one, end a moment later.
 
     Raises: TimeoutError, where something does not go away.
@@ -99,30 +93,14 @@ def settled(server: EmbeddedServer, expected: Left) -> Left:
 
 
 def left(server: EmbeddedServer) -> Left:
-    processes = tree(server.pid)
-    (pid,) = (pid for pid, name in processes.items() if name == "tritonserver")
+    (pid,) = server_state.by_role(server)["tritonserver"]
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     shm_bytes = [file.stat().st_size for file in Path("/dev/shm").glob(f"{server.shm_prefix}*")]
     return Left(
-        processes=len(processes),
+        processes=len(server_state.processes(server.pid)),
         threads=int(status["Threads"]),
         file_descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         shm_files=len(shm_bytes),
         shm_bytes=sum(shm_bytes),
         rss_bytes=1024 * int(status["VmRSS"].split()[0]),
     )
-
-
-def tree(root: int) -> dict[int, str]:
-    """The process and all that descend from it, with their names."""
-    processes = {}
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # they end while we look
-        processes[root] = Path(f"/proc/{root}/comm").read_text().strip()
-        for task in Path(f"/proc/{root}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                processes |= tree(int(child))
-    return processes
-
-
-if __name__ == "__main__":
-    typer.run(main)

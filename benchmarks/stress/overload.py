@@ -1,6 +1,4 @@
-"""Overload: what becomes of every request when more come than the server can do.
-
-    python benchmarks/overload.py --model demo/tiny-llama --output benchmarks/results/overload.json
+"""Every request has an end that its client learns, also when more come than the server can do.
 
 First the capacity: requests a second with clients that wait for their answer. Then requests come at random times
 (Poisson) at multiples of it, whether or not earlier ones were answered. Each is in the ledger once: done in time, done
@@ -11,13 +9,10 @@ Clients, server, stub and engine share the machine's cores.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
 import random
-import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,10 +24,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks.server import serve_model
 from nanoflow_backend.commands import result
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
-FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 PATIENCE_S = 120.0  # then a request is lost
 RUNNING = 32
 LIMITS = {
@@ -44,64 +38,56 @@ REFUSALS = {
     "queue timeout": "queue_timeout: still waiting",
     "deadline": "timeout: not done",
 }
+# A connection for each thread: a new one a request overflows the server's backlog now and then.
+kept = threading.local()
 
 
-kept = (
-    threading.local()
-)  # a connection for each thread: a new one a request overflows the server's backlog now and then
+class Ended(NamedTuple):
+    """How one request ended."""
 
-
-class Entry(NamedTuple):
     outcome: str
     lag_s: float  # between the time it should have been sent and the time it was
     latency_s: float
 
 
-class Job(NamedTuple):
+class OfferedRequest(NamedTuple):
+    """One request of random length."""
+
     prompt: str
     max_tokens: int
 
 
 def main(
-    model: Annotated[Path, typer.Option()],
-    output: Annotated[Path | None, typer.Option()] = None,
-    seconds: float = 15.0,
-    slo_s: float = 5.0,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    duration_s: Annotated[float, typer.Option(help="Of each load.")] = 15.0,
+    slo_s: Annotated[float, typer.Option(help="A request that takes longer is late.")] = 5.0,
     rounds: int = 3,
 ) -> None:
+    """What becomes of every request at the capacity and at twice that, with limits of the queue and without."""
     arms: dict[str, Any] = {}
     for arm, limits in LIMITS.items():
         rng = random.Random(7)
-        ledgers: dict[int, list[list[Entry]]] = {1: [], 2: []}
+        ledgers: dict[int, list[list[Ended]]] = {1: [], 2: []}
         capacities, loads = [], []
-        with served(model, limits) as server:
+        with serve_model(model, max_running=RUNNING, dense_batch_tokens=256, **limits) as server:
             for _ in range(rounds):  # rates beside their capacity, for others use this machine too
-                capacities.append(measure_capacity(server.http_url, seconds, rng))
+                capacities.append(measure_capacity(server.http_url, duration_s, rng))
                 for multiple, rounds_ in ledgers.items():
-                    rounds_.append(offer(server.http_url, multiple * capacities[-1], seconds, slo_s, rng))
+                    rounds_.append(offer(server.http_url, multiple * capacities[-1], duration_s, slo_s, rng))
                     loads.append(os.getloadavg()[0])
-            assert generate(server.http_url, Job("def", 4)) == (200, "4"), "the server goes on as before"
+            assert generate(server.http_url, OfferedRequest("def", 4)) == (200, "4"), "the server goes on as before"
         arms[arm] = {
             **limits,
             "load_average_range": [round(min(loads), 1), round(max(loads), 1)],
             "capacity_requests_per_s": [round(capacity, 1) for capacity in capacities],
-            **{f"at_{multiple}x": summary(rounds_, seconds) for multiple, rounds_ in ledgers.items()},
+            **{f"at_{multiple}x": summary(rounds_, duration_s) for multiple, rounds_ in ledgers.items()},
         }
-    result.write({"max_running": RUNNING, "seconds": seconds, "slo_s": slo_s, "rounds": rounds, **arms}, output)
+    result.write({"max_running": RUNNING, "seconds": duration_s, "slo_s": slo_s, "rounds": rounds, **arms}, output)
 
 
-@contextlib.contextmanager
-def served(model: Path, limits: dict[str, int]) -> Any:
-    with tempfile.TemporaryDirectory() as repository:
-        shutil.copytree(FOLDER, Path(repository, "nanoflow"))
-        engine = {"model": str(model.resolve()), "max_running": RUNNING, "dense_batch_tokens": 256, **limits}
-        Path(repository, "nanoflow", "1", "engine.json").write_text(json.dumps(engine))
-        with EmbeddedServer(Path(repository)) as server:
-            yield server
-
-
-def draw_job(rng: random.Random) -> Job:
-    return Job("def " + " ".join(str(rng.randrange(100)) for _ in range(16)), rng.randint(16, 64))
+def draw_request(rng: random.Random) -> OfferedRequest:
+    return OfferedRequest("def " + " ".join(str(rng.randrange(100)) for _ in range(16)), rng.randint(16, 64))
 
 
 def measure_capacity(url: str, seconds: float, rng: random.Random) -> float:
@@ -113,47 +99,47 @@ def measure_capacity(url: str, seconds: float, rng: random.Random) -> float:
     def client(_: int) -> None:
         while time.monotonic() < ends_s:
             with drawing:
-                job = draw_job(rng)
-            status, text = generate(url, job)
+                request = draw_request(rng)
+            status, text = generate(url, request)
             assert status == 200, text
-            done.append(job)
+            done.append(request)
 
     with ThreadPoolExecutor(RUNNING) as pool:
         list(pool.map(client, range(RUNNING)))
     return len(done) / (time.monotonic() - ends_s + seconds)
 
 
-def offer(url: str, rate: float, seconds: float, slo_s: float, rng: random.Random) -> list[Entry]:
+def offer(url: str, rate: float, seconds: float, slo_s: float, rng: random.Random) -> list[Ended]:
     """Send at random times, and wait for every answer."""
 
-    def run(due_s: float, job: Job) -> Entry:
+    def run(due_s: float, request: OfferedRequest) -> Ended:
         sent_s = time.monotonic()
         try:
-            status, text = generate(url, job)
+            status, text = generate(url, request)
         except OSError as error:
-            return Entry(f"lost: {error!r}", sent_s - due_s, time.monotonic() - sent_s)
+            return Ended(f"lost: {error!r}", sent_s - due_s, time.monotonic() - sent_s)
         latency_s = time.monotonic() - sent_s
         if status == 200:
-            whole = text == str(job.max_tokens)
+            whole = text == str(request.max_tokens)
             outcome = ("in time" if latency_s <= slo_s else "late") if whole else f"wrong: {text}"
         else:
             outcome = next((name for name, message in REFUSALS.items() if message in text), f"wrong: {text}")
-        return Entry(outcome, sent_s - due_s, latency_s)
+        return Ended(outcome, sent_s - due_s, latency_s)
 
     start_s = due_s = time.monotonic()
     answers = []
     with ThreadPoolExecutor(4096) as pool:
         while (due_s := due_s + rng.expovariate(rate)) < start_s + seconds:
             time.sleep(max(0.0, due_s - time.monotonic()))
-            answers.append(pool.submit(run, due_s, draw_job(rng)))
+            answers.append(pool.submit(run, due_s, draw_request(rng)))
         return [answer.result() for answer in answers]
 
 
-def generate(url: str, job: Job) -> tuple[int, str]:
+def generate(url: str, request: OfferedRequest) -> tuple[int, str]:
     """(status, number of output tokens or what else the server says). Raises: OSError."""
     body = {
-        "text_input": job.prompt,
-        "max_tokens": job.max_tokens,
+        "text_input": request.prompt,
+        "max_tokens": request.max_tokens,
         "ignore_eos": True,
         "return_num_output_tokens": True,
     }
@@ -165,7 +151,7 @@ def generate(url: str, job: Job) -> tuple[int, str]:
     return response.status, str(json.loads(text)["num_output_tokens"]) if response.status == 200 else text
 
 
-def summary(rounds: list[list[Entry]], seconds: float) -> dict[str, Any]:
+def summary(rounds: list[list[Ended]], seconds: float) -> dict[str, Any]:
     entries = list(chain(*rounds))
     outcomes = Counter(entry.outcome for entry in entries)
     refused = [entry.latency_s for entry in entries if entry.outcome == "queue full"]
@@ -191,6 +177,3 @@ def percentiles_ms(seconds: list[float]) -> dict[str, float]:
         name: round(1000 * value, 1) for name, value in (("p50", cuts[49]), ("p99", cuts[98]), ("max", max(seconds)))
     }
 
-
-if __name__ == "__main__":
-    typer.run(main)

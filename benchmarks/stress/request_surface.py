@@ -1,4 +1,4 @@
-"""Anything that a client may send: hypothesis strategies made from the declared tensors and sampling fields.
+"""Hypothesis strategies for anything that a client may send are made from the declared tensors and sampling fields.
 
 A new tensor or field is covered by being declared. Half of the cases are plausible: right types, common values, so that
 many of them run. In the others anything may be wrong.
@@ -39,7 +39,7 @@ PLAUSIBLE = {int: st.integers(0, 20), float: st.floats(0.1, 1), str: st.text("th
 ANYTHING = {int: INTEGERS, float: FLOATS, str: TEXTS}
 
 
-class Case(NamedTuple):
+class FuzzRequest(NamedTuple):
     """A request: tensors by name (strings are objects: bytes), parameters, its timeout and the outputs it names."""
 
     tensors: dict[str, NDArray[Any]]
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw: st.DrawFn, shapes_are_declared: bool = True) -> Case:
+def cases(draw: st.DrawFn, shapes_are_declared: bool = True) -> FuzzRequest:
     """A request. With declared shapes it is one that the server lets through to the model."""
     plausible = draw(st.booleans())
     wrong = [] if plausible else [(), ("cancel",), PROMPTS]
@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn, shapes_are_declared: bool = True) -> Case:
     unfit = (*PROMPTS, *RARELY_RIGHT, *(() if prompts == ("messages",) else OF_MESSAGES)) if plausible else PROMPTS
     optional = [tensor.name for tensor in INPUTS if tensor.name not in unfit]
     names = [*prompts, *draw(st.lists(st.sampled_from(optional), max_size=4, unique=True))]
-    return Case(
+    return FuzzRequest(
         tensors={t.name: draw(arrays(t, plausible, shapes_are_declared)) for t in INPUTS if t.name in names},
         parameters=draw(sampling(plausible)),
         timeout_us=draw(st.sampled_from([0] * 6 + [1, 10_000, 10_000_000])),

@@ -1,7 +1,4 @@
-"""Random traffic through the engine for minutes: every length, way to sample, cancellation and preemption.
-
-    compute-sanitizer --error-exitcode 9 python benchmarks/random_traffic.py --model demo/tiny-llama --minutes 4 \\
-        --set kv_cache_tokens=8192 --set dense_batch_tokens=256 --set schedule=nano-batched-2
+"""Random traffic runs through the engine for minutes: every length, way to sample, cancellation and preemption.
 
 The scheduler's books are checked after every step, and every request must end exactly once.
 """
@@ -25,12 +22,13 @@ MOST_LIVE = 96
 
 
 def main(
-    model: Annotated[Path, typer.Option()],
-    minutes: Annotated[float, typer.Option()] = 4.0,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
+    duration_min: Annotated[float, typer.Option(help="Minutes in which requests arrive.")] = 4.0,
     seed: int = 0,
-    output: Annotated[Path | None, typer.Option()] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A field of engine.json; repeatable.")] = None,
 ) -> None:
+    """Random traffic through the engine: run it under compute-sanitizer --error-exitcode 9."""
     engine = make_engine(model, settings or [])
     draw, vocab_size = random.Random(seed), engine.model_config.vocab_size
     longest = min(engine.max_model_tokens // 2, 1000)
@@ -39,9 +37,9 @@ def main(
     ended: Counter[str] = Counter()
     added = processed_tokens = 0
     begin = time.monotonic()
-    print(f"{engine.description}: random traffic for {minutes} minutes", flush=True)
-    while time.monotonic() - begin < 60 * minutes or engine.has_work:
-        arriving = time.monotonic() - begin < 60 * minutes and len(live) < MOST_LIVE
+    print(f"{engine.description}: random traffic for {duration_min:g} minutes", flush=True)
+    while time.monotonic() - begin < 60 * duration_min or engine.has_work:
+        arriving = time.monotonic() - begin < 60 * duration_min and len(live) < MOST_LIVE
         for _ in range(draw.choice((0, 0, 1, 5)) if arriving or not engine.has_work else 0):
             prompt = draw.choices(range(vocab_size), k=1 + int(draw.random() ** 3 * longest))
             if draw.random() < 0.3:
@@ -82,6 +80,3 @@ def main(
     }
     result.write(found, output)
 
-
-if __name__ == "__main__":
-    typer.run(main)

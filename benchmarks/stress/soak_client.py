@@ -1,4 +1,4 @@
-"""Soak: rounds of load at twice the capacity with everything that goes wrong in production; between them, silence.
+"""A client soaks a server: rounds of load at twice the capacity with all that goes wrong in production, then silence.
 
 In a round, requests come at random times over gRPC (plain ones, deadlines, malformed ones, where asked for cancels and
 clients that leave) and HTTP (some leave in the middle of a stream); the engine is killed or the model reloaded. Then
@@ -49,7 +49,7 @@ MALFORMED: tuple[dict[str, Any], ...] = (
 )
 
 
-class Soak:
+class SoakClient:
     """One client of one server; `ledger` says what became of its requests."""
 
     def __init__(self, server: EmbeddedServer, seed: int = 0) -> None:
@@ -83,19 +83,19 @@ class Soak:
         self.drain()
         return answered / seconds
 
-    def round(self, seconds: float, requests_per_s: float, event: Callable[[], None] | None, cancels: bool) -> None:
-        """Load for `seconds`, with `event` on a thread of its own in the middle; then until all is quiet."""
+    def round(self, duration_s: float, requests_per_s: float, event: Callable[[], None] | None, cancels: bool) -> None:
+        """Load for `duration_s`, with `event` on a thread of its own in the middle; then until all is quiet."""
         stop = threading.Event()
         threads = [threading.Thread(target=self._http_clients, args=(stop,))]
         threads += [threading.Thread(target=self._watch_readiness, args=(stop,))]
         if event is not None:
-            threads.append(threading.Timer(seconds / 2, self._guarded(event)))
+            threads.append(threading.Timer(duration_s / 2, self._guarded(event)))
         for thread in threads:
             thread.start()
         start_s = next_s = time.monotonic()
         leave_s = start_s + self._random.uniform(1, 5) if cancels else math.inf
         mix = {kind: share for kind, share in MIX.items() if cancels or kind != "cancel"}
-        while (now_s := time.monotonic()) < start_s + seconds:
+        while (now_s := time.monotonic()) < start_s + duration_s:
             while next_s <= now_s:
                 self._send(*self._random.choices(list(mix), mix.values()))
                 next_s += self._random.expovariate(requests_per_s)

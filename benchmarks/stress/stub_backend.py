@@ -1,4 +1,4 @@
-"""A stand-in for the module that the Python backend gives its models, and for the server behind it."""
+"""This stands in for the module that the Python backend gives its models, and for the server behind it."""
 
 from __future__ import annotations
 

@@ -1,48 +1,33 @@
-"""Where overlap pays and where not: steady batches against sequential, in turns, on the GPU that is here.
+"""Steady batches of a model are planned, predicted, and timed against sequential on the GPU of a profile.
 
-    python benchmarks/overlap.py ablation --model benchmarks/models/llama-3-8b --profile profile.json --output a.json
-    python benchmarks/overlap.py sensitivity --model benchmarks/models/llama-3-8b --profile profile.json --output s.json
-    python benchmarks/overlap_plot.py a.json --output a.svg
-
-`ablation` (the paper's Fig. 9): two halves one after the other ("nano-batch only"), attention of one half on SMs of its
-own beside the rest of the other ("overlap memory": halves.py), and the plan of a schedule file ("searched"), on batches
-of four workloads. `sensitivity`: the plan that is predicted to take least, of two nano-batches with attention on SMs of
-its own, over the tokens of a batch and the mean context of its decodes, with prompts twice as long as outputs. No more
-tokens decode than the GPU's memory has KV for; the others are of prompts.
-
-What is planned follows from a profile of the GPU (`nanoflow-search --until profile`). The cells of `sensitivity` are
-first all planned and predicted, which needs no GPU. The same command where one is times the plans of the file, of all
-cells or of those that --tokens and --context name.
-
-All arms run the engine's kernels on the same weights, pages and requests. The file is written after every cell, and
-what is in it is neither planned nor timed again.
+What is planned follows from the profile. No more tokens decode than the GPU's memory has KV for; the others are of
+prompts. All arms run the engine's kernels on the same weights, pages and requests.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import msgspec
-from cells import Cell, Record, fill
-from halves import nano_batch_only, overlap_memory
 from nanoflow_search.cost_model import ModelSize, Workload
 from nanoflow_search.measured import Measured
 from nanoflow_search.partitioned import best_by_grid, partitions_of
 from nanoflow_search.plan_timer import PlanTimer
 from nanoflow_search.predict import predict
 from nanoflow_search.profile import Profile, ProfileError
-from nanoflow_search.refine import STUDENT, Round, Timer, mean_timing, time_round
-from nanoflow_search.sizes import checked, mix_of, natural_tokens
+from nanoflow_search.refine import Round, Timer, mean_timing, time_round
+from nanoflow_search.sizes import mix_of, natural_tokens
 from nanoflow_search.work import Mix
-from paired import compared, described
 
+from benchmarks.overlap.against_sequential import compared, described
+from benchmarks.overlap.halves import nano_batch_only, overlap_memory
+from benchmarks.resumable import Cell
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
@@ -52,15 +37,12 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 
-BATCHES = ("512/2:2048", "512/512:2048", "1024/512:2048", "512/1024:1536")  # sizes whose halves fill waves of tiles
-TOKENS = (512, 1024, 1536, 2048, 3072, 4096)
-CONTEXTS = (512, 1024, 2048, 4096, 8192)
-PROMPT_TO_OUTPUT = 2
+PROMPT_TO_OUTPUT = 2  # in a map by mean contexts
 WARM_S = 0.35  # before a run is measured: the GPU is hot from the one before, and only its clock must follow
 
 
 @dataclass(frozen=True)
-class Bench:
+class SteadyBatches:
     """Batches of a model on the GPU of a profile; `timer_of` makes a Timer for those of a mix."""
 
     config: ModelConfig
@@ -168,40 +150,6 @@ def pairs(turn: Round) -> tuple[float, float]:
     return turn.before.layer_us / turn.first.layer_us, turn.after.layer_us / turn.second.layer_us
 
 
-def margin(cells: Sequence[Cell]) -> float:
-    """Half of the 95 % interval of one cell's gain, relative: by how the pairs of a cell differ, pooled over all."""
-    variance = mean(math.log(one / other) ** 2 / 2 for one, other in (cell["pairs"] for cell in cells))
-    return STUDENT[min(len(cells), len(STUDENT)) - 1] * math.sqrt(variance / 2)
-
-
-def margin_of_timed(cells: Sequence[Cell]) -> Cell:
-    timed = [cell for cell in cells if "pairs" in cell]
-    return {"margin_95": round(margin(timed), 5)} if timed else {}
-
-
-def told(cell: Cell) -> str:
-    gains = [f"{name} {arm['over_sequential'][0]:.3f}x" for name, arm in cell["arms"].items()]
-    return ", ".join(gains + [f"{name}: {why}" for name, why in cell["untimed"].items()])
-
-
-def parse_batch(text: str) -> Cell:
-    """Read "1024/512:2048". Raises: ValueError."""
-    workload, _, tokens = text.partition(":")
-    Workload.parse(workload)
-    if not tokens.isdecimal():
-        raise ValueError(f"batch: expected PROMPT/OUTPUT:TOKENS such as {BATCHES[0]}, got {text!r}")
-    (size,) = checked([int(tokens)])
-    return {"workload": workload, "tokens": size}
-
-
-def load(paths: Sequence[Path], model: Model, profile: Profile) -> dict[str, ScheduleFile]:
-    """Raises: ScheduleError, a file for another model or device."""
-    files = {path.name: ScheduleFile.load(path) for path in paths}
-    for file in files.values():
-        file.check_header(model.layer, profile.header.device, 1, profile.header.device_sms)
-    return files
-
-
 def load_profile(path: Path, model: Model, device: Device) -> Profile:
     """Raises: ProfileError, of another model or GPU than the one here, or without SMs of attention's own."""
     profile = Profile.load(path)
@@ -215,71 +163,37 @@ def load_profile(path: Path, model: Model, device: Device) -> Profile:
     return profile
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="benchmark", required=True)
-    ablation = kinds.add_parser("ablation")
-    ablation.add_argument("--batch", action="append", help=f"repeatable; default: {' '.join(BATCHES)}")
-    ablation.add_argument("--schedule", type=Path, action="append", default=[], help="of the search; repeatable")
-    ablation.add_argument("--rounds", type=int, choices=range(2, 22), default=3)
-    sensitivity = kinds.add_parser("sensitivity")
-    sensitivity.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a batch")
-    sensitivity.add_argument("--context", type=int, nargs="+", default=CONTEXTS, help="mean, of what decodes")
-    for kind, seconds in ((ablation, 0.5), (sensitivity, 0.3)):
-        kind.add_argument("--model", type=Path, required=True, help="a folder with a Hugging Face config.json")
-        kind.add_argument("--profile", type=Path, required=True, help="of nanoflow-search: all plans follow from it")
-        kind.add_argument("--layers", type=int, help="default: the model's; with fewer, ramps weigh more")
-        kind.add_argument("--seconds", type=float, default=seconds, help="that are measured, a run")
-        kind.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
+def steady_batches(
+    model: Path, profile: Path, *, device: str, layers: int | None, duration_s: float
+) -> tuple[SteadyBatches, Device]:
+    """The batches of a model folder by a profile's file, and the device that is here.
 
+    Args:
+        device: "cuda", or "auto" where batches may be planned without a GPU.
+        layers: by default the model's.
+        duration_s: that is measured, a run.
 
-def main() -> None:
-    asked = arguments()
-    config = ModelConfig.from_pretrained(asked.model)
-    device = find_device("cuda" if asked.benchmark == "ablation" else "auto")
-    profile = load_profile(asked.profile, build(config), device)
-    layers = asked.layers or config.num_layers
+    Raises:
+        ProfileError: the profile is of another model or GPU.
+    """
+    config = ModelConfig.from_pretrained(model)
+    here = find_device(device)
+    taken = load_profile(profile, build(config), here)
+    num_layers = layers or config.num_layers
 
     def timer_of(mix: Mix) -> Timer:
-        return PlanTimer.here(config, mix, num_layers=layers, seconds=asked.seconds, warm_s=WARM_S)
+        return PlanTimer.here(config, mix, num_layers=num_layers, seconds=duration_s, warm_s=WARM_S)
 
-    bench = Bench(config, profile, layers, timer_of)
-    facts = {
-        "benchmark": asked.benchmark,
-        "model": asked.model.name,
-        "device": profile.header.device,
-        "profile": profile.hash(),
-        "layers": layers,
-        "seconds": asked.seconds,
+    return SteadyBatches(config, taken, num_layers, timer_of), here
+
+
+def facts_of(batches: SteadyBatches, model: Path, benchmark: str, duration_s: float) -> dict[str, Any]:
+    """What a result file says of all its cells."""
+    return {
+        "benchmark": benchmark,
+        "model": model.name,
+        "device": batches.profile.header.device,
+        "profile": batches.profile.hash(),
+        "layers": batches.layers,
+        "seconds": duration_s,
     }
-    if asked.benchmark == "ablation":
-        files = load(asked.schedule, bench.model, profile)
-        fill(
-            Record(asked.output, facts),
-            [parse_batch(text) for text in asked.batch or BATCHES],
-            lambda key, known: bench.ablate(**key, files=files, rounds=asked.rounds, known=known),
-            told,
-        )
-        return
-    record = Record(asked.output, facts, margin_of_timed)
-    keys = [{"context": context, "tokens": tokens} for context in asked.context for tokens in checked(asked.tokens)]
-    fill(
-        record,
-        keys,
-        lambda key, known: known or bench.plan(**key),
-        lambda cell: f"predicted {cell['predicted']['gain']:.3f}x",
-    )
-    if device.kind == "cpu":
-        print("predicted; the same command where a GPU is times the plans", flush=True)
-        return
-    fill(
-        record,
-        keys,
-        lambda _, planned: planned if "over_sequential" in planned else bench.time(planned),
-        lambda cell: f"{cell['over_sequential']:.3f}x, predicted {cell['predicted']['gain']:.3f}x",
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Plans beside sequential, as results show them."""
+"""Plans are timed in turns with sequential, and their gains are told as results show them."""
 
 from __future__ import annotations
 
