@@ -22,7 +22,10 @@ from nanoflow_search.profile import Profile
 from nanoflow_search.sizes import TILE
 from nanoflow_search.work import Mix
 
-from nanoflow_backend.commands import result, settings, workload
+from nanoflow_backend.bench import result, workload
+from nanoflow_backend.bench.simulator import EOS, simulate
+from nanoflow_backend.bench.trace import Trace
+from nanoflow_backend.commands import settings
 from nanoflow_backend.config import EngineConfig, ModelConfig
 from nanoflow_backend.graph.operation import Model, Resource
 from nanoflow_backend.models.model import build
@@ -31,8 +34,6 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch
 from nanoflow_backend.scheduler.scheduler import Scheduler
-from nanoflow_backend.scheduler.simulator import EOS, simulate
-from nanoflow_backend.scheduler.trace import Trace
 
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
 COARSE = 128  # the same with --best, where each kind of step is planned for

@@ -31,7 +31,7 @@ from nanoflow_search.predict import predict
 from nanoflow_search.stage_two import Shares
 from nanoflow_search.timeline import draw
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.schedule.validate import validate
 
 HERE = Path(__file__).parent

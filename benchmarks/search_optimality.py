@@ -19,7 +19,7 @@ from nanoflow_search.stage_one import stage_one
 from nanoflow_search.stage_two import stage_two
 from problems import random_contention, random_problem
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 OUTPUT = Path(__file__).parent / "results" / "search_optimality.json"
 TOLERANCE = 1e-5  # HiGHS keeps constraints to 1e-6

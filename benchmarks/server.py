@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 ROOT = Path(__file__).parents[1]
 DROP_IN_FOLDER = ROOT / "model_repository" / "nanoflow"

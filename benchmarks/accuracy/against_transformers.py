@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from benchmarks.accuracy.relative_rms import relative_rms
 from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.engine import Engine, SamplingParams, worker
-from nanoflow_backend.engine.sampling import Sampler
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.sampling.sampler import Sampler
 from nanoflow_backend.scheduler.batch import Admission
 
 MODELS = {

@@ -31,7 +31,7 @@ from benchmarks.accuracy.against_transformers import (
     Outcome,
     run,
 )
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 
 def main(

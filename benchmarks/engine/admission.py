@@ -13,11 +13,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
+from nanoflow_backend.bench.simulator import EOS, simulate
+from nanoflow_backend.bench.trace import Trace, read_trace
 from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.scheduler.scheduler import Scheduler
-from nanoflow_backend.scheduler.simulator import EOS, simulate
-from nanoflow_backend.scheduler.trace import Trace, read_trace
 
 
 def main(

@@ -17,11 +17,11 @@ import msgspec
 import typer
 
 from benchmarks.engine.null_engine import NullProgram
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.loop import queue
-from nanoflow_backend.engine.messages import News
-from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.process.messages import News
+from nanoflow_backend.request.request import Request
 
 MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
 

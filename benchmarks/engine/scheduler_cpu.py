@@ -15,10 +15,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import Sampled
-from nanoflow_backend.scheduler.request import Request
-from nanoflow_backend.scheduler.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 RUNNING = 1_000

@@ -32,7 +32,7 @@ from benchmarks.kernels.cases import (
     empty,
     normal,
 )
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 
 IDLE_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)

@@ -12,7 +12,7 @@ import typer
 
 from benchmarks.kernels.cases import attentions, experts, products, row_kernels, samples
 from benchmarks.kernels.measure import FLOP_PER_S, READ_BYTES_PER_S, measure_kernel
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 
 def main(

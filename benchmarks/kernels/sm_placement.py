@@ -29,7 +29,7 @@ from benchmarks.kernels.cases import (
     normal,
     paged_requests,
 )
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import Shares, call, split, streams_of

@@ -26,7 +26,7 @@ from benchmarks.kernels.cases import (
     paged_requests,
 )
 from benchmarks.kernels.measure import KernelCase, measure_kernel
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 PAGE = 64
 DTYPE = torch.bfloat16

@@ -1,8 +1,8 @@
 """Concurrent gRPC streams run on one connection, in one thread, at some 20 us a response.
 
 Such a client is not in the way of the server that it measures, though both share the cores: grpcio needs two thread
-switches for each response, here a read of the socket brings many. HTTP/2 is spoken only as far as a server that answers needs it (RFC 9113): headers are sent as
-literals, those of responses are not read, flow control is opened wide once.
+switches for each response, here a read of the socket brings many. HTTP/2 is spoken only as far as a server that answers
+needs it (RFC 9113): headers are sent as literals, those of responses are not read, flow control is opened wide once.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 
 from benchmarks.server import serve_model
 from benchmarks.serving.server_state import cpu_s
-from nanoflow_backend.commands import result, workload
+from nanoflow_backend.bench import result, workload
 from nanoflow_backend.commands.settings import parse
 from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 READY_TIMEOUT_S = 600.0  # weights, and a capture of every size of step
 PATIENCE_S = 600.0  # between two responses to one client: the last requests wait for those before them

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.server import serve_model
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.commands.demo import stream_grpc
 from nanoflow_backend.engine import Engine, SamplingParams
 

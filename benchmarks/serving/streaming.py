@@ -26,9 +26,9 @@ from benchmarks.engine import null_engine
 from benchmarks.server import DEMO_MODEL, add_model
 from benchmarks.serving import server_state
 from benchmarks.serving.grpc_streams import GrpcStreams
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import Engine, SamplingParams, engine
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}
 DRAIN_S = 60.0

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from benchmarks.stress import fuzz_in_process, fuzz_on_the_wire
 from benchmarks.stress.request_surface import HINTS, cases
-from nanoflow_backend.commands import result
-from nanoflow_backend.scheduler.sampling_params import NEUTRAL_VALUES
+from nanoflow_backend.bench import result
+from nanoflow_backend.request.sampling_params import NEUTRAL_VALUES
 from nanoflow_backend.serving.tensors import INPUTS
 
 BATCH = 8  # requests at once: others are there to be disturbed

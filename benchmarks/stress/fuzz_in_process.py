@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.models import checkpoints, tiny_tokenizers
 from benchmarks.stress.request_surface import FuzzRequest
 from benchmarks.stress.stub_backend import ServerRequest, model_module
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 PATIENCE_S = 60.0
 SETTINGS = {"max_model_tokens": 48, "max_running": 32, "dense_batch_tokens": 64, "kv_cache_tokens": 4096}

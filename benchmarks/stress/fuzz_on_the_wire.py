@@ -19,7 +19,7 @@ from benchmarks.server import serve_model
 from benchmarks.serving.grpc_streams import GrpcStreams
 from benchmarks.stress.fuzz_in_process import SETTINGS, tiny_checkpoint
 from benchmarks.stress.request_surface import JSON, FuzzRequest, cases
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.serving.tensors import INPUTS
 
 PATIENCE_S = 60.0

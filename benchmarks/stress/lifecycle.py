@@ -17,9 +17,9 @@ from tritonclient import grpc
 
 from benchmarks.server import serve_model, write_engine_json
 from benchmarks.serving import server_state
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.commands.demo import stream_grpc
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 UNKNOWN = 10**9
 SETTLED_S = 60.0  # for an unload that the server has confirmed, to have happened

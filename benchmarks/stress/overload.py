@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from benchmarks.server import serve_model
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 PATIENCE_S = 120.0  # then a request is lost
 RUNNING = 32

@@ -21,8 +21,8 @@ from benchmarks.server import DEMO_MODEL, serve_model
 from benchmarks.serving import server_state
 from benchmarks.stress.ledger import ANSWERED, CANCELLED, DISCONNECTED
 from benchmarks.stress.soak_client import MIX, MODEL, SoakClient
-from nanoflow_backend.commands import result
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.bench import result
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 # A queue that fills in a second, and fewer pages than the running requests may need: some are preempted.
 SETTINGS = {"max_running": 32, "max_queue_size": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}

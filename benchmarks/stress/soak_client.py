@@ -31,7 +31,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest
 from benchmarks.serving import server_state
 from benchmarks.serving.grpc_streams import GrpcStreams
 from benchmarks.stress.ledger import ALLOWED, ANSWERED, CANCELLED, DISCONNECTED, Entry, Ledger
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 MODEL = "nanoflow"
 PATIENCE_S = 60.0

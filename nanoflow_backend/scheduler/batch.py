@@ -10,8 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import Account
-from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
 class Admission(msgspec.Struct, frozen=True, array_like=True):

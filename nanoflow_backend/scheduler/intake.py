@@ -7,8 +7,8 @@ from array import array
 
 import msgspec
 
-from nanoflow_backend.scheduler.request import Request
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.sequence import Sequence
 
 

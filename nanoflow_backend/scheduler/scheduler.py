@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
 
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled, TokenLogprobs
 from nanoflow_backend.scheduler.flight import Flight
@@ -15,9 +17,7 @@ from nanoflow_backend.scheduler.forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.intake import Intake
 from nanoflow_backend.scheduler.observer import Observer
 from nanoflow_backend.scheduler.page_account import PageAccount
-from nanoflow_backend.scheduler.request import Request
 from nanoflow_backend.scheduler.running import Running
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.sequence import Sequence, State
 from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.stats import SchedulerStats

@@ -6,9 +6,9 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import OpenAccount
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
-from nanoflow_backend.scheduler.sampling_params import SamplingParams
 
 
 class State(Enum):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_search.display import Display
 from nanoflow_search.machine import find_machine
 from nanoflow_search.profile import Profile

@@ -17,9 +17,9 @@ from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, po
 from waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
-from nanoflow_backend.engine.tokenizer import Tokenizer
-from nanoflow_backend.serving.families import FAMILIES
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS
+from nanoflow_backend.telemetry.families import FAMILIES
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 

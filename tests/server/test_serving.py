@@ -21,7 +21,7 @@ from waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 
