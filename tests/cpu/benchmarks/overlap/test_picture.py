@@ -1,6 +1,5 @@
-"""What is told of the results of benchmarks/overlap.py: its pictures, and the table of the README."""
+"""What is told of the results of benchmarks/overlap: their pictures, and their rows of the table."""
 
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -8,35 +7,23 @@ from statistics import median
 from typing import Any
 
 import pytest
-from overlap_machine import BENCHMARKS, CPU, H200, LAYER, MIX, Machine, command, profile_of
+from overlap_machine import CPU, H200, Machine, map_of
 
-sys.path.append(str(BENCHMARKS))
-
-import overlap_plot
-import readme_table
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    return command(monkeypatch, tmp_path, profile_of(LAYER, MIX))
+from benchmarks import results_table
+from benchmarks.overlap.picture import main as draw
 
 
 def test_pictures_name_what_they_show(
-    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     small = {
         "ablation": ("--batch", "512/2:512", "--batch", "512/512:512"),
-        "sensitivity": ("--tokens", "512", "768", "--context", "512", "8192"),
+        "sensitivity": map_of((512, 768), (512, 8192)),
     }
     for benchmark, words in small.items():
         output = tmp_path / f"{benchmark}.json"
         found = run(benchmark, output, *words)
-        drawn = picture(output, monkeypatch)
+        drawn = picture(output)
         if benchmark == "ablation":
             gains = [arm["over_sequential"][0] for cell in found["cells"] for arm in cell["arms"].values()]
             shown = ["512/512", "nano-batch only", "overlap memory", *(f"{gain:.3f}" for gain in gains)]
@@ -50,10 +37,10 @@ def test_pictures_name_what_they_show(
     output = tmp_path / "mixed.json"
     machine.here_is = CPU
     predicted = run("sensitivity", output, *words)["cells"]
-    assert "bold" not in picture(output, monkeypatch)
+    assert "bold" not in picture(output)
     machine.here_is = H200
     cells = run("sensitivity", output, "--tokens", "512", "--context", "512")["cells"]
-    drawn = picture(output, monkeypatch)
+    drawn = picture(output)
     assert f"<!-- {cells[0]['over_sequential']:.3f} -->" in drawn
     for cell in predicted[1:]:
         assert f"<!-- ({cell['predicted']['gain']:.3f}){'*' * cell['memory_full']} -->" in drawn
@@ -61,10 +48,9 @@ def test_pictures_name_what_they_show(
     assert "bold: beyond" in drawn
 
 
-def picture(result: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def picture(result: Path) -> str:
     output = result.with_suffix(".svg")
-    monkeypatch.setattr(sys, "argv", ["overlap_plot.py", str(result), "--output", str(output)])
-    overlap_plot.main()
+    draw(result, output)
     assert ElementTree.parse(output).getroot().tag.endswith("svg")
     return output.read_text().replace("\n", " ")
 
@@ -72,16 +58,16 @@ def picture(result: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_table_of_the_readme_tells_of_both(
     machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(results_table, "RESULTS", tmp_path)
     run("ablation", tmp_path / "overlap_ablation_m.json", "--batch", "512/2:512", "--batch", "512/512:512")
-    output, words = tmp_path / "overlap_sensitivity_m.json", ("--tokens", "512", "768", "--context", "512", "8192")
+    output, words = tmp_path / "overlap_sensitivity_m.json", map_of((512, 768), (512, 8192))
     machine.here_is = CPU
     run("sensitivity", output, *words)
-    assert len(list(readme_table.rows())) == 2, "what is predicted is not measured"
+    assert len(list(results_table.rows())) == 2, "what is predicted is not measured"
     machine.here_is = H200
-    found = run("sensitivity", output, "--tokens", "512", "768", "--context", "8192")
+    found = run("sensitivity", output, "--tokens", "512", "--tokens", "768", "--context", "8192")
     timed = [cell for cell in found["cells"] if cell["context"] == 8192]
-    one, other, where = readme_table.rows()
+    one, other, where = results_table.rows()
     arms = "llama-3-8b: nano-batch only / overlap memory, against sequential"
     assert one[0] == f"A steady batch of 512 tokens at 512/2, {arms}"
     assert other[0] == f"A steady batch of 512 tokens at 512/512, {arms}"
