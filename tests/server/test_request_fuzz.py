@@ -1,7 +1,5 @@
 """Whatever comes over gRPC or HTTP: an answer or an error, never a crash or a hang, and nobody else is disturbed."""
 
-import contextlib
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,9 +12,8 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None, 
 
 
 @pytest.fixture(scope="module")
-def wire(server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzzed")
-    with contextlib.closing(fuzz_on_the_wire.start(folder, server)) as wire:
+def wire(tmp_path_factory):
+    with fuzz_on_the_wire.fuzzed_server(tmp_path_factory.mktemp("fuzzed")) as wire:
         yield wire
 
 

@@ -1,4 +1,4 @@
-"""A short soak; benchmarks/soak.py is the long one."""
+"""A short soak; `make soak` is the long one."""
 
 import pytest
 
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.server
 
 
 def test_overload_kills_and_reloads_lose_no_request():
-    report = soak.run(seconds=0, round_s=3, seed=1, say=print)
+    report = soak.soak(duration_s=0, round_s=3, seed=1, say=print)
     # What a busy machine may change is for the long run, whose machine is quiet.
     ours = [failure for failure in report["failures"] if not failure.startswith("p99 of refusals")]
     assert ours == []

@@ -1,6 +1,6 @@
 """The engine computes what transformers computes, however it is scheduled, cut, batched, cached and sharded.
 
-Here rows that meet every pair of choices; benchmarks/parity.py runs the full product.
+Here rows that meet every pair of choices; `make parity` runs the full product.
 """
 
 from __future__ import annotations

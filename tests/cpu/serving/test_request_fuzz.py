@@ -10,7 +10,7 @@ from benchmarks.stress.request_surface import cases
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    with fuzz_in_process.model(tmp_path_factory.mktemp("fuzzed")) as model:
+    with fuzz_in_process.ready_model(tmp_path_factory.mktemp("fuzzed")) as model:
         yield model
 
 
