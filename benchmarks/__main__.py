@@ -47,7 +47,7 @@ ROOMS = {
         Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),
     "accuracy": (Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),),
-    "results": (Command("results-table", "results_table", "Write docs/results.md and the README's table."),),
+    "tables": (Command("results-table", "tables.results_table", "Write docs/results.md and the README's table."),),
 }
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
