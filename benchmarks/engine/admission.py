@@ -14,9 +14,11 @@ import numpy as np
 import typer
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.bench.simulator import EOS, simulate
 from nanoflow_backend.bench.trace import Trace, read_trace
-from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 
@@ -50,17 +52,20 @@ def main(
         "step_s": step_s,
     }
     requests = read_trace(trace, max_model_tokens) if trace else lognormal_trace(*lognormal or ())
+    limits = SchedulerLimits(
+        dense_batch_tokens=dense_batch_tokens,
+        chunk_tokens=dense_batch_tokens,
+        prompt_tokens=dense_batch_tokens,
+        max_running=max_running,
+        max_queue_size=len(requests.lengths),
+        num_pages=kv_cache_tokens // page_tokens,
+        page_tokens=page_tokens,
+        max_model_tokens=max_model_tokens,
+    )
     arms = {}
     for forecast in (LengthForecast(), ReserveNothing(), ReserveMaxTokens()):
         scheduler = Scheduler(
-            dense_batch_tokens=dense_batch_tokens,
-            chunk_tokens=dense_batch_tokens,
-            prompt_tokens=dense_batch_tokens,
-            max_running=max_running,
-            max_queue_size=len(requests.lengths),
-            num_pages=kv_cache_tokens // page_tokens,
-            page_tokens=page_tokens,
-            max_model_tokens=max_model_tokens,
+            limits,
             eos_token_ids=[EOS],
             prefix_caching=False,  # a trace has no text to share
             forecast=forecast,

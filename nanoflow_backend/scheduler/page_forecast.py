@@ -1,4 +1,4 @@
-"""Outlook: the predicted peak of page use, if one more request is let in."""
+"""PageForecast predicts the peak of page use that follows if one more request is admitted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow_backend.scheduler.forecast import Forecast
+from nanoflow_backend.scheduler.length_forecast import Forecast
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State
 
@@ -20,8 +20,11 @@ MOMENTS = np.unique(np.append(0, np.geomspace(1, 2**17, 54).round().astype(np.in
 DEVIATIONS = 2.0
 
 
-class Outlook:
-    """Page use at moments to come. Made for one step from the sequences that hold pages, and grown in it."""
+class PageForecast:
+    """The expected page use at moments to come. One is made for a step; each request that the step admits is added.
+
+    Source: admission by predicted peak memory, NanoFlow section 4.2.1.
+    """
 
     def __init__(self, sequences: Iterable[Sequence], account: PageAccount, forecast: Forecast) -> None:
         self._account = account
@@ -29,11 +32,11 @@ class Outlook:
         private_pages = 0
         held, produced, max_tokens = [], [], []
         for s in sequences:
-            tokens = max(s.computed, len(s.tokens))
+            tokens = max(s.num_computed_tokens, len(s.tokens))
             private_pages += len(s.pages) - s.shared_pages
             held.append(tokens - s.shared_pages * account.page_tokens)
             produced.append(tokens - s.prompt_tokens)
-            end = tokens if s.state is State.LEAVING else s.max_total_tokens
+            end = tokens if s.state is State.RETIRING else s.max_total_tokens
             max_tokens.append(end - s.prompt_tokens)
         forecast.update(np.array(produced))
         self._mean, self._variance = self._pages(held, produced, max_tokens)
@@ -56,7 +59,7 @@ class Outlook:
 
         Each has grown by then, or has ended and uses nothing. A last page is half full on average.
         """
-        alive = self._forecast.alive(np.array(produced), np.array(max_tokens), MOMENTS[:-1])
+        alive = self._forecast.survival(np.array(produced), np.array(max_tokens), MOMENTS[:-1])
         page_tokens = self._account.page_tokens
         pages = np.add.outer((MOMENTS[1:] - 1) / page_tokens + 0.5, np.array(held_tokens) / page_tokens)
         mean = alive * pages

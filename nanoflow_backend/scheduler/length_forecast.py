@@ -1,4 +1,4 @@
-"""Who will still be running in t steps? Learned from the lengths of the outputs so far."""
+"""A Forecast says which share of the running requests still runs in t steps, learned from the outputs so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shares = NDArray[np.float64]
 
 
 class Forecast(Protocol):
-    """How likely requests are to run on."""
+    """The protocol of whatever estimates how likely requests are to run on."""
 
     def record(self, output_tokens: int) -> None:
         """A request has ended after so many tokens, for whatever reason."""
@@ -20,7 +20,7 @@ class Forecast(Protocol):
     def update(self, running: Tokens) -> None:
         """Take in what was recorded, and the tokens that each running request has produced so far."""
 
-    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
+    def survival(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
         """[moments, requests]: the probability that a request that has produced s tokens reaches s + t.
 
         `produced` and `max_tokens` are [requests], `ahead` is [moments] of t, the first 0. Nobody goes beyond
@@ -64,35 +64,9 @@ class LengthForecast:
             self._survival = np.cumprod(1 - self._ended / (reached + 1))
             self._recorded = 0
 
-    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
+    def survival(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
         before = np.maximum(ahead - 1, 0)[:, None]  # it reaches s + t if it is longer than s + t - 1
         alive: Shares = self._survival.take(np.minimum(produced + before, len(self._survival) - 1))
         alive /= alive[0]
         alive *= produced + ahead[:, None] <= max_tokens
         return alive
-
-
-class ReserveMaxTokens:
-    """Every request runs to its max_tokens: no preemption, and memory that nobody uses."""
-
-    def record(self, output_tokens: int) -> None:
-        pass
-
-    def update(self, running: Tokens) -> None:
-        pass
-
-    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
-        return (produced + ahead[:, None] <= max_tokens).astype(np.float64)
-
-
-class ReserveNothing:
-    """Every request ends at once: it is admitted when its prompt fits."""
-
-    def record(self, output_tokens: int) -> None:
-        pass
-
-    def update(self, running: Tokens) -> None:
-        pass
-
-    def alive(self, produced: Tokens, max_tokens: Tokens, ahead: Tokens) -> Shares:
-        return np.repeat(ahead[:, None] == 0, len(produced), axis=1).astype(np.float64)

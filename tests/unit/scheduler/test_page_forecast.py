@@ -4,10 +4,11 @@ from array import array
 import numpy as np
 import pytest
 
+from nanoflow_backend.bench.reservation import ReserveMaxTokens
 from nanoflow_backend.request.sampling_params import SamplingParams
-from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens
-from nanoflow_backend.scheduler.outlook import MOMENTS, Outlook
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
 from nanoflow_backend.scheduler.page_account import PageAccount
+from nanoflow_backend.scheduler.page_forecast import MOMENTS, PageForecast
 from nanoflow_backend.scheduler.sequence import Sequence
 
 
@@ -16,8 +17,8 @@ def sequence(prompt_tokens: int, output_tokens: int, max_tokens: int, first_toke
         id=0,
         index=0,
         params=SamplingParams(),
-        turn_s=0.0,
-        arrival=0,
+        effective_arrival_s=0.0,
+        arrival_number=0,
         deadline=None,
         queue_deadline=None,
         prompt_tokens=prompt_tokens,
@@ -31,7 +32,7 @@ def admitted(account: PageAccount, s: Sequence) -> int:
     known = account.known_prefix(s)
     cost_pages = account.cost(s, known)
     account.open(s, known)
-    s.computed = len(s.tokens)
+    s.num_computed_tokens = len(s.tokens)
     return cost_pages
 
 
@@ -47,7 +48,7 @@ def test_peak_covers_the_mean_and_most_of_many_replays(seed: int) -> None:
     running = [sequence(rng.randint(1, 60), rng.randint(0, 100), 200, 1000 * i) for i in range(60)]
     for s in running[:-1]:
         admitted(account, s)
-    peak = Outlook(running[:-1], account, forecast).add(running[-1], account.cost(running[-1], []))
+    peak = PageForecast(running[:-1], account, forecast).add(running[-1], account.cost(running[-1], []))
     survivors = [sorted(n for n in lengths if n > s.output_tokens) for s in running]
     peaks = []
     for _ in range(200):
@@ -65,7 +66,7 @@ def test_reserving_max_tokens_adds_up() -> None:
     account = PageAccount(num_pages=100, page_tokens=4, prefix_caching=False)
     first, second = sequence(8, 0, 16), sequence(4, 0, 20, 500)
     admitted(account, first)
-    peak = Outlook([first], account, ReserveMaxTokens()).add(second, 1)
+    peak = PageForecast([first], account, ReserveMaxTokens()).add(second, 1)
     end = MOMENTS[np.searchsorted(MOMENTS, 17)] - 1  # to the end of the interval that holds the last token
     assert peak == pytest.approx((8 + end) / 4 + 0.5 + (4 + end) / 4 + 0.5)
 
@@ -76,8 +77,8 @@ def test_a_shared_prefix_is_counted_once() -> None:
     admitted(account, first)
     account.publish(first)
     assert admitted(account, second) == 1
-    outlook = Outlook([first, second], account, ReserveMaxTokens())
-    assert outlook.add(third, account.cost(third, account.known_prefix(third))) == pytest.approx(11 + 1 + 1)
+    page_forecast = PageForecast([first, second], account, ReserveMaxTokens())
+    assert page_forecast.add(third, account.cost(third, account.known_prefix(third))) == pytest.approx(11 + 1 + 1)
     account.close(first)
-    outlook = Outlook([second], account, ReserveMaxTokens())
-    assert outlook.add(third, 1) == pytest.approx(10 + 1 + 1), "the prefix has no owner, and is still held"
+    page_forecast = PageForecast([second], account, ReserveMaxTokens())
+    assert page_forecast.add(third, 1) == pytest.approx(10 + 1 + 1), "the prefix has no owner, and is still held"

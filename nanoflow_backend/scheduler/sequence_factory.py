@@ -1,4 +1,4 @@
-"""Intake: from a request to its sequences, which can run to their end, or to an error that says why not."""
+"""SequenceFactory makes the sequences of a request, or says why the request could never run to its end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.sequence import Sequence
 
 
-class Intake:
-    """Numbers the arrivals, says whose turn is when, and draws a seed where the client gave none.
+class SequenceFactory:
+    """Numbers the arrivals, settles in which order they are served, and draws a seed where the client gave none.
 
     Each step of priority counts as having come `priority_aging_s` later. So nobody starves: whatever comes after that
     time, however urgent, comes after.
@@ -34,7 +34,7 @@ class Intake:
         self._priority_aging_s = priority_aging_s
         self._arrivals = 0
 
-    def accept(self, request: Request, arrived_s: float) -> list[Sequence]:
+    def make_sequences(self, request: Request, arrived_s: float) -> list[Sequence]:
         """Its `n` sequences, held. All but the first are the first one's siblings.
 
         Raises:
@@ -55,8 +55,8 @@ class Intake:
             id=request.id,
             index=index,
             params=params,
-            turn_s=arrived_s + request.priority * self._priority_aging_s,
-            arrival=self._arrivals,
+            effective_arrival_s=arrived_s + request.priority * self._priority_aging_s,
+            arrival_number=self._arrivals,
             deadline=request.deadline,
             queue_deadline=request.queue_deadline,
             prompt_tokens=prompt_tokens,

@@ -4,7 +4,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
 
 
 def learned(ended: list[int], running: list[int]) -> LengthForecast:
@@ -15,8 +16,8 @@ def learned(ended: list[int], running: list[int]) -> LengthForecast:
     return forecast
 
 
-def alive(forecast: LengthForecast, produced: int, max_tokens: int, ahead: int) -> float:
-    return float(forecast.alive(np.array([produced]), np.array([max_tokens]), np.array([0, ahead]))[-1, 0])
+def estimated(forecast: LengthForecast, produced: int, max_tokens: int, ahead: int) -> float:
+    return float(forecast.survival(np.array([produced]), np.array([max_tokens]), np.array([0, ahead]))[-1, 0])
 
 
 def survival(ended: list[int], running: list[int], produced: int, length: int) -> Fraction:
@@ -29,8 +30,8 @@ def survival(ended: list[int], running: list[int], produced: int, length: int) -
 
 
 def test_before_there_is_data_a_request_runs_to_its_max_tokens() -> None:
-    assert alive(learned([], []), 30, 100, 70) == 1
-    assert alive(learned([], []), 30, 100, 71) == 0
+    assert estimated(learned([], []), 30, 100, 70) == 1
+    assert estimated(learned([], []), 30, 100, 71) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -44,7 +45,7 @@ def test_survival_is_counted_from_those_that_came_as_far(seed: int) -> None:
         max_tokens = produced + rng.randint(0, 70)
         beyond = produced + ahead > max_tokens
         expected = 0 if beyond else survival(ended, running, produced, produced + ahead)
-        assert alive(forecast, produced, max_tokens, ahead) == pytest.approx(float(expected))
+        assert estimated(forecast, produced, max_tokens, ahead) == pytest.approx(float(expected))
 
 
 def test_the_sum_over_all_moments_is_the_expected_rest() -> None:
@@ -54,22 +55,22 @@ def test_the_sum_over_all_moments_is_the_expected_rest() -> None:
     for produced in (0, 10, 35, 50):
         longer = [length for length in ended if length > produced]
         moments = np.arange(200)
-        rest = forecast.alive(np.array([produced]), np.array([produced + 199]), moments)[1:].sum()
+        rest = forecast.survival(np.array([produced]), np.array([produced + 199]), moments)[1:].sum()
         never_ending = 199 / (len(longer) + 1)  # the prior's share
         assert rest == pytest.approx(np.mean(longer) - produced + never_ending, rel=0.05)
 
 
 def test_a_request_that_has_outlived_all_others_runs_to_its_max_tokens() -> None:
     forecast = learned([3, 5, 8], [])
-    assert alive(forecast, 8, 50, 42) == 1
-    assert alive(forecast, 4000, 4050, 50) == 1
+    assert estimated(forecast, 8, 50, 42) == 1
+    assert estimated(forecast, 4000, 4050, 50) == 1
 
 
 def test_the_running_correct_for_the_short_ones_ending_first() -> None:
     alone = learned([5, 6, 7], [])
     among_many = learned([5, 6, 7], [20] * 97)
-    assert alive(alone, 0, 100, 10) == pytest.approx(1 / 4)
-    assert alive(among_many, 0, 100, 10) > 0.96
+    assert estimated(alone, 0, 100, 10) == pytest.approx(1 / 4)
+    assert estimated(among_many, 0, 100, 10) > 0.96
 
 
 def test_old_lengths_fade() -> None:
@@ -77,20 +78,20 @@ def test_old_lengths_fade() -> None:
     for length in [500] * 1000 + [10] * 1000:
         forecast.record(length)
     forecast.update(np.array([], np.int64))
-    assert alive(forecast, 0, 1000, 11) < 0.05
+    assert estimated(forecast, 0, 1000, 11) < 0.05
 
 
 def test_a_few_more_records_wait_for_the_next_table() -> None:
     forecast = learned([10] * 320, [])
-    before = alive(forecast, 0, 100, 8)
+    before = estimated(forecast, 0, 100, 8)
     for _ in range(20):
         forecast.record(5)
         forecast.update(np.array([], np.int64))
-    assert alive(forecast, 0, 100, 8) == pytest.approx(before, abs=0.06)
-    assert alive(forecast, 0, 100, 8) < before
+    assert estimated(forecast, 0, 100, 8) == pytest.approx(before, abs=0.06)
+    assert estimated(forecast, 0, 100, 8) < before
 
 
 def test_the_two_extremes() -> None:
     produced, max_tokens, ahead = np.array([0, 7]), np.array([10, 8]), np.array([0, 1, 2, 11])
-    assert ReserveNothing().alive(produced, max_tokens, ahead).T.tolist() == [[1, 0, 0, 0]] * 2
-    assert ReserveMaxTokens().alive(produced, max_tokens, ahead).T.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert ReserveNothing().survival(produced, max_tokens, ahead).T.tolist() == [[1, 0, 0, 0]] * 2
+    assert ReserveMaxTokens().survival(produced, max_tokens, ahead).T.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
