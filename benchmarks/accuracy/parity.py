@@ -35,7 +35,7 @@ from nanoflow_backend.bench import result
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="The JSON result; one that is there is continued.")],
+    output: Annotated[Path, typer.Option(help="The JSON result; one that is there and unfinished is continued.")],
     processes: Annotated[int, typer.Option(help="Runs at once.")] = 1,
 ) -> None:
     """Greedy tokens and logits against transformers, in every way to run a step; exits with 1 if any run failed."""
@@ -51,7 +51,7 @@ def main(
         "narrow_gap": NARROW_GAP,
         "runs_of_each_checkpoint": RUNS,
     }
-    done: list[dict[str, Any]] = json.loads(output.read_text())["done"] if output.exists() else []
+    done = unfinished(output)
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
     for model in checkpoints():
         if model in [entry["checkpoint"] for entry in done]:
@@ -62,6 +62,13 @@ def main(
         output.write_text(json.dumps({**header, "of_checkpoints": len(checkpoints()), "done": done}, indent=1) + "\n")
         print(model_name(model), {name: value for name, value in done[-1].items() if name != "checkpoint"}, flush=True)
     sys.exit(any(checkpoint["failed"] for checkpoint in done))
+
+
+def unfinished(output: Path) -> list[dict[str, Any]]:
+    """The checkpoints that a run which was cut has done; none where there is no such run, or a whole one."""
+    found = json.loads(output.read_text()) if output.exists() else {"done": []}
+    done: list[dict[str, Any]] = found["done"]
+    return [] if len(done) == found.get("of_checkpoints") else done
 
 
 def run_here(model: dict[str, Any], options: dict[str, Any]) -> Outcome:

@@ -248,6 +248,8 @@ def test_bench_online_measures_each_level(model):
     [
         (("--trace", ROOT / "README.md", "--dataset", "lmsys-like"), "--dataset: expected none beside --trace"),
         (("--breakdown", "--set", "device=cpu"), "--breakdown: expected a GPU, the engine runs on cpu"),
+        (("--breakdown-only", "--set", "device=cpu"), "--breakdown-only: expected a GPU, the engine runs on cpu"),
+        (("--breakdown", "--breakdown-only"), "--breakdown: expected none beside --breakdown-only"),
     ],
 )
 def test_bench_offline_names_what_does_not_go_together(model, arguments, message):
