@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from nanoflow_kernels import device as kernels
-from nanoflow_search.captured import Captured
-from nanoflow_search.sustained import WARM_S, idle_w, sustain
+from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.sustain import WARM_S, idle_w, sustain
 
 from benchmarks.kernels.cases import (
     CONTEXT,

@@ -1,7 +1,7 @@
 """Which SMs a lane should have: decode attention runs on some and a product on the rest, as green contexts cut the GPU.
 
 `neighbours` is how the engine cuts it (runtime/green_contexts.py); `whole GPCs` is what the driver gives when it is
-asked for a share as it is. How they are measured: search/nanoflow_search/sustained.py.
+asked for a share as it is. How they are measured: search/nanoflow_search/hardware/sustain.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 from nanoflow_kernels import device as kernels
-from nanoflow_search.captured import Captured
-from nanoflow_search.sustained import sustain
+from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.sustain import sustain
 
 from benchmarks.kernels.cases import (
     CONTEXT,

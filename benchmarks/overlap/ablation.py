@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from nanoflow_search.cost_model import Workload
-from nanoflow_search.profile import Profile
-from nanoflow_search.sizes import checked
+from nanoflow_search.cost.batch_sizes import checked
+from nanoflow_search.cost.model import Workload
+from nanoflow_search.profile.data import Profile
 
 from benchmarks.overlap.steady_batches import facts_of, steady_batches
 from benchmarks.resumable import Cell, Record, fill

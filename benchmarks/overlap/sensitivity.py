@@ -14,8 +14,8 @@ from statistics import mean
 from typing import Annotated
 
 import typer
-from nanoflow_search.refine import STUDENT
-from nanoflow_search.sizes import checked
+from nanoflow_search.cost.batch_sizes import checked
+from nanoflow_search.emit.trials import STUDENT
 
 from benchmarks.overlap.steady_batches import facts_of, steady_batches
 from benchmarks.resumable import Cell, Record, fill

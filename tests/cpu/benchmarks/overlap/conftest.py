@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nanoflow_search.profile import Profile
+from nanoflow_search.profile.data import Profile
 from overlap_machine import LAYER, MIX, Machine, command, profile_of
 
 from nanoflow_backend.graph.operation import Graph

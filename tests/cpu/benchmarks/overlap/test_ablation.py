@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from nanoflow_search.devices import DEVICES
-from nanoflow_search.measured import Measured
-from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import predict
-from nanoflow_search.profile import Profile
-from nanoflow_search.synthetic import SyntheticDevice
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.devices import DEVICES
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.hardware.plan_timer import PlanTimer
+from nanoflow_search.hardware.synthetic import SyntheticDevice
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile
 from overlap_machine import SHARES, Machine, profile_of
 from schedules import save
 from shapes import config

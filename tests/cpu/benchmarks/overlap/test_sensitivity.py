@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec.structs import replace
-from nanoflow_search.measured import Measured
-from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import Timing, predict
-from nanoflow_search.profile import Profile, ProfileError
-from nanoflow_search.refine import STUDENT, Round
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.emit.trials import STUDENT, Round
+from nanoflow_search.hardware.plan_timer import PlanTimer
+from nanoflow_search.predict.predict import Timing, predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile, ProfileError
 from overlap_machine import CPU, H200, MODEL, SHARES, Machine, map_of
 
 from benchmarks.overlap import sensitivity, steady_batches
