@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from overlap_machine import CPU, H200, Machine, map_of
 
-from benchmarks import results_table
 from benchmarks.overlap.picture import main as draw
+from benchmarks.tables import result_files
+from benchmarks.tables.full_table import ResultRow, groups
 
 
 def test_pictures_name_what_they_show(
@@ -55,19 +56,23 @@ def picture(result: Path) -> str:
     return output.read_text().replace("\n", " ")
 
 
-def test_the_table_of_the_readme_tells_of_both(
+def rows() -> list[ResultRow]:
+    return [row for of_group in groups().values() for row in of_group]
+
+
+def test_the_full_table_tells_of_both(
     machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     run("ablation", tmp_path / "overlap_ablation_m.json", "--batch", "512/2:512", "--batch", "512/512:512")
     output, words = tmp_path / "overlap_sensitivity_m.json", map_of((512, 768), (512, 8192))
     machine.here_is = CPU
     run("sensitivity", output, *words)
-    assert len(list(results_table.rows())) == 2, "what is predicted is not measured"
+    assert len(rows()) == 2, "what is predicted is not measured"
     machine.here_is = H200
     found = run("sensitivity", output, "--tokens", "512", "--tokens", "768", "--context", "8192")
     timed = [cell for cell in found["cells"] if cell["context"] == 8192]
-    one, other, where = results_table.rows()
+    one, other, where = rows()
     arms = "llama-3-8b: nano-batch only / overlap memory, against sequential"
     assert one[0] == f"A steady batch of 512 tokens at 512/2, {arms}"
     assert other[0] == f"A steady batch of 512 tokens at 512/512, {arms}"
