@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import NamedTuple
 
@@ -75,5 +76,16 @@ for room, commands in ROOMS.items():
     for command in commands:
         add(command, room)
 
+
+def main() -> None:
+    """Errors that name their cause need no traceback."""
+    from nanoflow_backend.embedded.server import ServerError
+
+    try:
+        app(prog_name="python -m benchmarks")
+    except (ValueError, ServerError) as error:  # ConfigError, ScheduleError and ProfileError are of the first kind
+        sys.exit(f"benchmarks: {error}")
+
+
 if __name__ == "__main__":
-    app(prog_name="python -m benchmarks")
+    main()

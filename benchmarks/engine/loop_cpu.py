@@ -23,6 +23,7 @@ from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.process.messages import News
 from nanoflow_backend.request.request import Request
 
+SPARE_TOKENS, WARM_UP_STEPS = 24, 20  # of a step beside all decodes; before those that are measured
 MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
 
 
@@ -52,21 +53,23 @@ def main(
 
 def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
     """Measure this checkout's code in this process: milliseconds of thread CPU time."""
+    prompt_steps = -(-running * prompt_tokens // SPARE_TOKENS)  # at most, until all decode
+    max_tokens = max(2 * steps, prompt_steps + WARM_UP_STEPS + steps + 1)
     engine = Engine.from_pretrained(
         model,
         device="cpu",
-        dense_batch_tokens=running + 24,
+        dense_batch_tokens=running + SPARE_TOKENS,
         max_running=running,
-        kv_cache_tokens=running * (prompt_tokens + 2 * steps + 128),  # room for all at their longest
+        kv_cache_tokens=running * (prompt_tokens + max_tokens + 128),  # room for all at their longest
         page_tokens=64,
     )
-    engine.worker.program = NullProgram(engine.worker.program, running + 24)
-    params = SamplingParams(max_tokens=2 * steps, ignore_eos=True, temperature=0.0)
+    engine.worker.program = NullProgram(engine.worker.program, running + SPARE_TOKENS)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
     for number in range(running):
         engine.add(Request(number, [number % 7] * prompt_tokens, params))
     while engine.scheduler.stats.waiting_requests:
         engine.step()
-    for _ in range(20):
+    for _ in range(WARM_UP_STEPS):
         engine.step()
 
     cpu_s: defaultdict[str, list[float]] = defaultdict(list)
