@@ -1,4 +1,4 @@
-"""The one command line of all benchmarks; each module is imported when its command runs, so that --help is quick."""
+"""This is the one command line of all benchmarks; a module is imported when its command runs, so --help is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real tritonserver with the project's model folder on a given model: what every benchmark of serving starts."""
+"""This starts the real tritonserver with the project's model folder on a given model, for all benchmarks of serving."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ TOLERANCE = 1e-4  # relative RMS of a row of logits
 
 
 @dataclass
-class Outcome:
+class ParityOutcome:
     """What one run showed. Rows are sampled tokens; excused ones follow a narrow gap of the reference."""
 
     rows: int = 0
@@ -61,12 +61,12 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def run(model: dict[str, Any], options: dict[str, Any], folder: Path) -> Outcome:
+def run(model: dict[str, Any], options: dict[str, Any], folder: Path) -> ParityOutcome:
     """Continue prompts[0] and then all prompts (the first again, so that its prefix is known) and compare."""
     reference, path = checkpoint(folder, **model)
     given = prompts(reference.config.vocab_size)[: options["requests"]]
     config = {name: value for name, value in options.items() if name != "requests"}
-    outcome = Outcome()
+    outcome = ParityOutcome()
     greedy = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     with recorded(outcome) as records:
         engine = Engine.from_pretrained(
@@ -85,7 +85,10 @@ def run(model: dict[str, Any], options: dict[str, Any], folder: Path) -> Outcome
     return outcome
 
 
-def compare(reference: PreTrainedModel, prompt: list[int], output: list[int], ours: Tensor, outcome: Outcome) -> None:
+def compare(
+    reference: PreTrainedModel, prompt: list[int], output: list[int], ours: Tensor, outcome: ParityOutcome
+) -> None:
+    """Book in `outcome` how one completion and its logits [rows, V] differ from the reference's."""
     theirs, router_gap = reference_logits(reference, tuple(prompt + output[:-1]))
     for i, token in enumerate(output):
         row = theirs[len(prompt) - 1 + i]
@@ -147,7 +150,7 @@ def reference_logits(model: PreTrainedModel, token_ids: tuple[int, ...]) -> tupl
 
 
 @contextmanager
-def recorded(outcome: Outcome) -> Iterator[list[dict[int, Tensor]]]:
+def recorded(outcome: ParityOutcome) -> Iterator[list[dict[int, Tensor]]]:
     """While this lasts, engines keep each request's logits by position, and count their nano-batches."""
     records: list[dict[int, Tensor]] = []  # position of the token that was read -> logits
     by_slot: dict[int, dict[int, Tensor]] = {}

@@ -28,7 +28,7 @@ from benchmarks.accuracy.against_transformers import (
     OUTPUT_TOKENS,
     RUNS,
     TOLERANCE,
-    Outcome,
+    ParityOutcome,
     run,
 )
 from nanoflow_backend.bench import result
@@ -57,7 +57,7 @@ def main(
         if model in [entry["checkpoint"] for entry in done]:
             continue
         outcomes = track(pool.map(partial(run_here, model), runs), model_name(model), len(runs))
-        done.append({"checkpoint": model, **summary(list(zip(runs, outcomes, strict=True)))})
+        done.append({"checkpoint": model, **summarise_runs(list(zip(runs, outcomes, strict=True)))})
         # After each checkpoint, so that an interrupted run says how far it came and can be continued.
         output.write_text(json.dumps({**header, "of_checkpoints": len(checkpoints()), "done": done}, indent=1) + "\n")
         print(model_name(model), {name: value for name, value in done[-1].items() if name != "checkpoint"}, flush=True)
@@ -71,7 +71,7 @@ def unfinished(output: Path) -> list[dict[str, Any]]:
     return [] if len(done) == found.get("of_checkpoints") else done
 
 
-def run_here(model: dict[str, Any], options: dict[str, Any]) -> Outcome:
+def run_here(model: dict[str, Any], options: dict[str, Any]) -> ParityOutcome:
     """In a process of the pool, which keeps the checkpoints it made."""
     return run(model, options, scratch())
 
@@ -87,7 +87,7 @@ def model_name(model: dict[str, Any]) -> str:
     return "-".join(str(value) for value in model.values())
 
 
-def summary(outcomes: list[tuple[dict[str, Any], Outcome]]) -> dict[str, Any]:
+def summarise_runs(outcomes: list[tuple[dict[str, Any], ParityOutcome]]) -> dict[str, Any]:
     split = [o for options, o in outcomes if options["schedule"] != "sequential" and o.steps]
     return {
         "runs": len(outcomes),

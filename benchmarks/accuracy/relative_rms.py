@@ -1,4 +1,4 @@
-"""The one measure of how far two tensors are apart."""
+"""This is the one measure of how far two tensors are apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels that are timed, with operands of the sizes of Llama-3-8B (and of Mixtral-8x7B's experts)."""
+"""These kernels are timed, with operands of the sizes of Llama-3-8B (and of Mixtral-8x7B's experts)."""
 
 from __future__ import annotations
 

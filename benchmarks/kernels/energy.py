@@ -1,4 +1,4 @@
-"""The energy of what a loaded GPU does is read from its energy counter; that of dense products against the clock.
+"""The energy of what a loaded GPU does is read from its energy counter, for dense products at several clocks.
 
 One layer of Llama-3-8B: its dense products on 2048 tokens, and decode attention of 704 requests at 1280. A GPU at its
 power cap lowers its clock; idle time between bursts lowers mean power, and the clock rises: so the energy of one and

@@ -1,4 +1,4 @@
-"""Which SMs a lane should have: decode attention runs on some and a product on the rest, as green contexts cut the GPU.
+"""Decode attention runs on some SMs and a product on the rest, to see which SMs a lane should have.
 
 `neighbours` is how the engine cuts it (runtime/green_contexts.py); `whole GPCs` is what the driver gives when it is
 asked for a share as it is. How they are measured: search/nanoflow_search/hardware/sustain.py.

@@ -1,1 +1,1 @@
-"""Models to measure with: the configurations of real ones, and tiny random checkpoints with tokenizers."""
+"""Models to measure with lie here: configurations of real ones, and makers of tiny random checkpoints."""

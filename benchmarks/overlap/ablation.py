@@ -1,4 +1,4 @@
-"""The paper's Fig. 9: what cutting a batch costs, what overlap wins, and what the search adds, in steady batches.
+"""The paper's Fig. 9 is measured again: what cutting a steady batch costs, what overlap wins, what the search adds.
 
 Three arms are timed against sequential: two halves one after the other ("nano-batch only"), attention of one half on
 SMs of its own beside the rest of the other ("overlap memory": halves.py), and the plan of a schedule file ("searched").

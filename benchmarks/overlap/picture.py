@@ -1,4 +1,4 @@
-"""Pictures of what ablation.py and sensitivity.py found: bars as in the paper's Fig. 9, or a map of gains."""
+"""These pictures show what ablation.py and sensitivity.py found: bars as in the paper's Fig. 9, or a map of gains."""
 
 from __future__ import annotations
 

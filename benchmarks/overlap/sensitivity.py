@@ -1,4 +1,4 @@
-"""Over which batches overlap pays: tokens of a batch against the mean context of its decodes.
+"""A map shows over which batches overlap pays: tokens of a batch against the mean context of its decodes.
 
 Each cell has the plan that is predicted to take least, of two nano-batches with attention on SMs of its own, with
 prompts twice as long as outputs. The cells are first all planned and predicted, which needs no GPU. The same command

@@ -112,7 +112,7 @@ def cost(mix: Mix) -> tuple[float, float]:
     return float(kv), 4.0 * pairs * HEADS * HEAD_DIM
 
 
-def cases() -> Iterator[Any]:
+def attention_cases() -> Iterator[Any]:
     """Functions that make a case: what one cannot do must not keep the others from running."""
     yield "decode", lambda: decode(DECODING)
     yield "decode", lambda: next(attention("decodes", DECODING, PAGE))
@@ -133,7 +133,7 @@ def main(
     version = flashinfer_package().__version__
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
-    for work, make in cases():
+    for work, make in attention_cases():
         try:
             results.append({"work": work, **asdict(measure_kernel(make(), duration_s))})
         except Exception as error:  # a peer's kernel that does not compile or take this shape is a result too

@@ -75,8 +75,8 @@ def main(
     llm = LLM(model=str(model), skip_tokenizer_init=True, **settings)
     deviations = llm.apply_model(draw_weights)
     vocab_size = ModelConfig.from_pretrained(model).vocab_size
-    generate(llm, WARM_UP, vocab_size)
-    measured = generate(llm, work, vocab_size)
+    generate_all(llm, WARM_UP, vocab_size)
+    measured = generate_all(llm, work, vocab_size)
     result.write(
         {
             "workload": work.name,
@@ -111,7 +111,7 @@ def draw_weights(model: Any) -> float:
     return round((squares / elements) ** 0.5, 6)
 
 
-def generate(llm: Any, work: workload.Workload, vocab_size: int) -> dict[str, Any]:
+def generate_all(llm: Any, work: workload.Workload, vocab_size: int) -> dict[str, Any]:
     """All requests queued at once; greedy, of fixed lengths, ids in and ids out."""
     from vllm import SamplingParams
 

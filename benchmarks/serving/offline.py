@@ -1,4 +1,4 @@
-"""An offline workload goes through the real tritonserver: what of the engine's rate is left?
+"""An offline workload goes through the real tritonserver, to see what is left of the engine's rate.
 
 Runs in the server's Python, which needs no torch: `--set python=` names the engine's. Each client is a process with one
 gRPC stream, which carries its share of the requests, all sent at once. Prompts are those of `nanoflow bench offline`.
@@ -33,7 +33,7 @@ PATIENCE_S = 600.0  # between two responses to one client: the last requests wai
 WARM_UP = (16, 4)  # tokens in and out of the one request that each client sends before the others
 
 
-class Job(NamedTuple):
+class StreamedRequest(NamedTuple):
     prompt: np.ndarray  # int32
     output_tokens: int
 
@@ -67,7 +67,7 @@ def main(
     fields = {"max_queue_size": max(requests, 4096), **parse(settings or [])}
     vocab_size = ModelConfig.from_pretrained(model).vocab_size
     jobs = [
-        Job(np.array(prompt, np.int32), length)
+        StreamedRequest(np.array(prompt, np.int32), length)
         for prompt, (_, length) in zip(work.prompts(vocab_size), work.lengths, strict=True)
     ]
     with serve_model(model, ready_timeout_s=READY_TIMEOUT_S, **fields) as server:
@@ -93,7 +93,7 @@ def main(
     )
 
 
-def measure_clients(server: EmbeddedServer, jobs: Sequence[Job], clients: int) -> dict[str, Any]:
+def measure_clients(server: EmbeddedServer, jobs: Sequence[StreamedRequest], clients: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
     start = context.Barrier(clients + 1, timeout=PATIENCE_S)
     meter = find_gpu_meter()
@@ -127,7 +127,7 @@ def _share(barrier: Barrier) -> None:
     _start = barrier
 
 
-def run_client(url: str, jobs: Sequence[Job]) -> Received:
+def run_client(url: str, jobs: Sequence[StreamedRequest]) -> Received:
     """All jobs at once on one stream, when every client is ready.
 
     Raises:
@@ -136,14 +136,14 @@ def run_client(url: str, jobs: Sequence[Job]) -> Received:
     responses: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     with InferenceServerClient(url) as client:
         client.start_stream(lambda result, error: responses.put((result, error)))
-        warm_up = Job(np.arange(WARM_UP[0], dtype=np.int32), WARM_UP[1])
+        warm_up = StreamedRequest(np.arange(WARM_UP[0], dtype=np.int32), WARM_UP[1])
         run_jobs(client, responses, [warm_up])
         _start.wait()
         return run_jobs(client, responses, jobs)
 
 
 def run_jobs(
-    client: InferenceServerClient, responses: queue.SimpleQueue[tuple[Any, Any]], jobs: Sequence[Job]
+    client: InferenceServerClient, responses: queue.SimpleQueue[tuple[Any, Any]], jobs: Sequence[StreamedRequest]
 ) -> Received:
     begin_s, ended_s, count = time.perf_counter(), 0.0, 0
     for number, job in enumerate(jobs):

@@ -1,4 +1,4 @@
-"""The cost of serving: the same requests go through tritonserver as gRPC concurrency, and to the engine alone.
+"""The same requests go through tritonserver as gRPC streams, and to the engine alone, to see what serving costs.
 
 Clients, server, stub and engine share the machine's cores, so the served rate is a floor.
 """
@@ -26,7 +26,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Of each request.")] = 256,
     rounds: int = 5,
 ) -> None:
-    """What serving costs: the same requests through tritonserver as gRPC concurrency, and by the engine alone."""
+    """What serving costs: the same requests through tritonserver as gRPC streams, and by the engine alone."""
     prompts = [f"The {number}th statement" for number in range(concurrency)]
     engine = Engine.from_pretrained(model)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The cost of a streamed response end to end: an engine with a program that does nothing, through tritonserver.
+"""Responses stream through tritonserver from an engine whose program does nothing: what does one cost end to end?
 
 Client, server, stub and engine share the machine's cores. Every response has the text and the ids of its tokens, and an
 id tells when its token was made: `delay_ms` is from the engine's host to the client's.
@@ -108,11 +108,11 @@ def served(server: EmbeddedServer, model: str, streams: int, duration_s: float, 
             client.send(stream, request(model, stream))
         begin_s = time.monotonic() + warm_up_s
         list(receive(client, model, begin_s))
-        before = cpu_s(server)
+        before = cpu_with_client_s(server)
         for ids in receive(client, model, begin_s + duration_s):
             sizes.append(len(ids))
             delays_ms += [null_engine.age_ms(i) for i in ids]
-        used = {name: value - before[name] for name, value in cpu_s(server).items()}
+        used = {name: value - before[name] for name, value in cpu_with_client_s(server).items()}
         drain(client, live)
     return {
         "tokens_per_s": round(sum(sizes) / duration_s),
@@ -124,7 +124,7 @@ def served(server: EmbeddedServer, model: str, streams: int, duration_s: float, 
     }
 
 
-def cpu_s(server: EmbeddedServer) -> dict[str, float]:
+def cpu_with_client_s(server: EmbeddedServer) -> dict[str, float]:
     return {"client": time.process_time(), **server_state.cpu_s(server)}
 
 

@@ -76,12 +76,12 @@ def main(
                 for multiple, rounds_ in ledgers.items():
                     rounds_.append(offer(server.http_url, multiple * capacities[-1], duration_s, slo_s, rng))
                     loads.append(os.getloadavg()[0])
-            assert generate(server.http_url, OfferedRequest("def", 4)) == (200, "4"), "the server goes on as before"
+            assert post_request(server.http_url, OfferedRequest("def", 4)) == (200, "4"), "the server goes on as before"
         arms[arm] = {
             **limits,
             "load_average_range": [round(min(loads), 1), round(max(loads), 1)],
             "capacity_requests_per_s": [round(capacity, 1) for capacity in capacities],
-            **{f"at_{multiple}x": summary(rounds_, duration_s) for multiple, rounds_ in ledgers.items()},
+            **{f"at_{multiple}x": summarise_load(rounds_, duration_s) for multiple, rounds_ in ledgers.items()},
         }
     result.write({"max_running": RUNNING, "seconds": duration_s, "slo_s": slo_s, "rounds": rounds, **arms}, output)
 
@@ -100,7 +100,7 @@ def measure_capacity(url: str, seconds: float, rng: random.Random) -> float:
         while time.monotonic() < ends_s:
             with drawing:
                 request = draw_request(rng)
-            status, text = generate(url, request)
+            status, text = post_request(url, request)
             assert status == 200, text
             done.append(request)
 
@@ -115,7 +115,7 @@ def offer(url: str, rate: float, seconds: float, slo_s: float, rng: random.Rando
     def run(due_s: float, request: OfferedRequest) -> Ended:
         sent_s = time.monotonic()
         try:
-            status, text = generate(url, request)
+            status, text = post_request(url, request)
         except OSError as error:
             return Ended(f"lost: {error!r}", sent_s - due_s, time.monotonic() - sent_s)
         latency_s = time.monotonic() - sent_s
@@ -135,7 +135,7 @@ def offer(url: str, rate: float, seconds: float, slo_s: float, rng: random.Rando
         return [answer.result() for answer in answers]
 
 
-def generate(url: str, request: OfferedRequest) -> tuple[int, str]:
+def post_request(url: str, request: OfferedRequest) -> tuple[int, str]:
     """(status, number of output tokens or what else the server says). Raises: OSError."""
     body = {
         "text_input": request.prompt,
@@ -151,7 +151,7 @@ def generate(url: str, request: OfferedRequest) -> tuple[int, str]:
     return response.status, str(json.loads(text)["num_output_tokens"]) if response.status == 200 else text
 
 
-def summary(rounds: list[list[Ended]], seconds: float) -> dict[str, Any]:
+def summarise_load(rounds: list[list[Ended]], seconds: float) -> dict[str, Any]:
     entries = list(chain(*rounds))
     outcomes = Counter(entry.outcome for entry in entries)
     refused = [entry.latency_s for entry in entries if entry.outcome == "queue full"]

@@ -1,4 +1,4 @@
-"""The six rows of the README's table: what was measured, in figures, and one sentence that explains it."""
+"""The README's table has six rows: what was measured, in figures, and one sentence that explains it."""
 
 from __future__ import annotations
 
