@@ -21,7 +21,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-gpu soak fuzz parity lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-gpu soak fuzz parity templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -59,6 +59,11 @@ fuzz: setup
 
 parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(PROCESSES) --output benchmarks/results/parity.json
+
+# Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json]
+templates: setup
+	@test -d "$(DIR)" || { echo "make templates: expected DIR=, a folder with *.jinja or tokenizer_config.json files" >&2; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks chat-templates $(DIR) $(if $(OUTPUT),--output $(OUTPUT))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -47,7 +47,10 @@ ROOMS = {
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
         Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),
-    "accuracy": (Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),),
+    "accuracy": (
+        Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),
+        Command("chat-templates", "accuracy.chat_templates", "Chat templates of a folder against transformers."),
+    ),
     "tables": (Command("results-table", "tables.results_table", "Write docs/results.md and the README's table."),),
 }
 

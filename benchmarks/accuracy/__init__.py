@@ -1,1 +1,1 @@
-"""This benchmark compares the engine's tokens and logits with those of transformers."""
+"""These runs compare the engine with transformers: tokens and logits, and texts of chat templates."""

@@ -81,11 +81,11 @@ def run(model: dict[str, Any], options: dict[str, Any], folder: Path) -> ParityO
         if len(completion.token_ids) != OUTPUT_TOKENS:
             outcome.failures.append(f"{len(completion.token_ids)} tokens of {OUTPUT_TOKENS}")
         ours = torch.stack([logits[len(prompt) - 1 + i] for i in range(len(completion.token_ids))])
-        compare(reference, prompt, completion.token_ids, ours, outcome)
+        compare_completion(reference, prompt, completion.token_ids, ours, outcome)
     return outcome
 
 
-def compare(
+def compare_completion(
     reference: PreTrainedModel, prompt: list[int], output: list[int], ours: Tensor, outcome: ParityOutcome
 ) -> None:
     """Book in `outcome` how one completion and its logits [rows, V] differ from the reference's."""

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from nanoflow_backend.bench import result, workload
 from nanoflow_backend.bench.breakdown import break_down
@@ -24,9 +25,21 @@ from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
+from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.gpu_meter import GpuMeter, find_gpu_meter
 
+SHOWN = {
+    "wall_s": ("seconds", "{:,.2f}"),
+    "total_tokens_per_s": ("tokens/s, prompts and outputs", "{:,.0f}"),
+    "output_tokens_per_s": ("output tokens/s", "{:,.0f}"),
+    "share_of_eq5": ("share of the optimum (Eq. 5)", "{:.1%}"),
+    "dense_batch_fill": ("fill of the batches", "{:.1%}"),
+    "kv_use_mean": ("KV cache in use, mean", "{:.1%}"),
+    "preemptions": ("preemptions", "{:,}"),
+    "mean_power_w": ("power, W", "{:,.0f}"),
+    "mj_per_token": ("mJ/token", "{:,.1f}"),
+}
 SAMPLE_S = 1.0  # between two samples of the timeline
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -55,8 +68,11 @@ def bench_offline(
     are measured and profiled.
 
     Raises:
-        ConfigError: both a trace and a dataset, a breakdown without a GPU, or a workload that ends before it.
+        ConfigError: both a trace and a dataset, a breakdown without a GPU, a workload that ends before it, or an output
+            that cannot be written.
     """
+    if output:
+        check_output(output)
     if trace and dataset:
         raise ConfigError("--dataset: expected none beside --trace")
     if breakdown and breakdown_only:
@@ -75,13 +91,16 @@ def bench_offline(
     else:
         work = workload.constant(input_tokens, output_tokens, requests)
     queue_all(engine, work)
+    facts = {"workload": work.name, **work.facts, **result.engine_facts(engine)}
     if breakdown_only and meter is not None:
-        measured = measure_warm_steps(engine, meter)
+        measured = {**facts, **measure_warm_steps(engine, meter)}
     else:
         run = OfflineRun(engine, work, breakdown, meter)
         run.to_the_end()
-        measured = run.measured()
-    result.write({"workload": work.name, **work.facts, **result.engine_facts(engine), **measured}, output)
+        measured = {**facts, **run.measured()}
+        show(measured)
+    if output or breakdown_only:
+        result.write(measured, output)
     engine.close()
 
 
@@ -92,6 +111,23 @@ def queue_all(engine: Engine, work: Workload) -> None:
     ):
         params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
         engine.add(Request(number, prompt, params))
+
+
+def show(measured: dict[str, Any]) -> None:
+    """The figures that people ask for, of the whole run and of its stationary part. The result has all of them."""
+    steady = measured["steady"]
+    parts = {"whole run": measured, **({"steady": steady} if isinstance(steady, dict) else {})}
+    table = Table("", *parts, title=f"{measured['requests']} requests of {measured['workload']}, {measured['model']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, (label, form) in SHOWN.items():
+        if name in measured:
+            table.add_row(label, *(form.format(part[name]) for part in parts.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"on {measured['engine_is']}", markup=False, soft_wrap=True)
+    if isinstance(steady, str):
+        console.print(f"steady part: {steady}", markup=False, soft_wrap=True)
 
 
 class OfflineRun:
