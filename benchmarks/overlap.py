@@ -32,15 +32,17 @@ from statistics import mean
 import msgspec
 from cells import Cell, Record, fill
 from halves import nano_batch_only, overlap_memory
-from nanoflow_search.cost.batch_sizes import checked, mix_of, natural_tokens
-from nanoflow_search.cost.model import ModelSize, Workload
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.trials import STUDENT, Round, Timer, mean_timing, time_round
+from nanoflow_search.cost.batch_sizes import batch_mix, checked_sizes, natural_tokens
+from nanoflow_search.cost.model import ModelSize
+from nanoflow_search.cost.workload import MeanWorkload, Mix
+from nanoflow_search.emit.statistics import STUDENT, Round, mean_timing
+from nanoflow_search.emit.trials import time_round
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.plan.partitions import best_by_grid, partitions_of
-from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
-from nanoflow_search.profile.data import Profile, ProfileError
+from nanoflow_search.predict.predict import Timer, predict
+from nanoflow_search.predict.timing_model import TimingModel
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
 from paired import compared, described
 
 from nanoflow_backend.config import ModelConfig
@@ -76,8 +78,8 @@ class Bench:
         self, workload: str, tokens: int, files: Mapping[str, ScheduleFile], rounds: int, known: Cell | None
     ) -> Cell:
         """What is `known` of the cell, and the arms that it lacks."""
-        mix, facts = self._batch(Workload.parse(workload), tokens)
-        halves = overlap_memory(self.model.layer, Measured(self.profile, mix), self.layers)
+        mix, facts = self._batch(MeanWorkload.parse(workload), tokens)
+        halves = overlap_memory(self.model.layer, TimingModel(self.profile, mix), self.layers)
         plans = {"nano-batch only": nano_batch_only(self.model.layer, halves), "overlap memory": halves}
         details, untimed = {"overlap memory": {"attention_sms": halves.partition["memory"]}}, {}
         try:
@@ -96,7 +98,7 @@ class Bench:
     def plan(self, context: int, tokens: int) -> Cell:
         """The plan that is predicted to take least, be it less than sequential or more; nothing is timed."""
         mix, facts = self._batch(_around(context), tokens)
-        graph, measured = self.model.layer, Measured(self.profile, mix)
+        graph, measured = self.model.layer, TimingModel(self.profile, mix)
         plan = best_by_grid(graph, measured, self.layers)
         plan_us, sequential_us = (predict(p, measured, self.layers).layer_us for p in (plan, sequential(graph, tokens)))
         return {
@@ -126,9 +128,9 @@ class Bench:
             "error": round(planned["predicted"]["plan_us"] / overlapped.layer_us - 1, 4),
         }
 
-    def _batch(self, workload: Workload, tokens: int) -> tuple[Mix, Cell]:
+    def _batch(self, workload: MeanWorkload, tokens: int) -> tuple[Mix, Cell]:
         natural = natural_tokens(ModelSize.of(self.config), self.profile.header.device, 1, workload)
-        mix = mix_of(workload, tokens, natural)
+        mix = batch_mix(workload, tokens, natural)
         facts = {
             "decode_tokens": round(mix.decode_tokens),
             "decode_context": mix.decode_context,
@@ -159,9 +161,9 @@ class Bench:
         return self.timer_of(mix)
 
 
-def _around(context: int) -> Workload:
+def _around(context: int) -> MeanWorkload:
     output = context / (PROMPT_TO_OUTPUT + 0.5)  # on average a decode has its prompt and half of its output
-    return Workload(PROMPT_TO_OUTPUT * output, output)
+    return MeanWorkload(PROMPT_TO_OUTPUT * output, output)
 
 
 def pairs(turn: Round) -> tuple[float, float]:
@@ -187,10 +189,10 @@ def told(cell: Cell) -> str:
 def parse_batch(text: str) -> Cell:
     """Read "1024/512:2048". Raises: ValueError."""
     workload, _, tokens = text.partition(":")
-    Workload.parse(workload)
+    MeanWorkload.parse(workload)
     if not tokens.isdecimal():
         raise ValueError(f"batch: expected PROMPT/OUTPUT:TOKENS such as {BATCHES[0]}, got {text!r}")
-    (size,) = checked([int(tokens)])
+    (size,) = checked_sizes([int(tokens)])
     return {"workload": workload, "tokens": size}
 
 
@@ -263,7 +265,8 @@ def main() -> None:
         )
         return
     record = Record(asked.output, facts, margin_of_timed)
-    keys = [{"context": context, "tokens": tokens} for context in asked.context for tokens in checked(asked.tokens)]
+    sizes = checked_sizes(asked.tokens)
+    keys = [{"context": context, "tokens": tokens} for context in asked.context for tokens in sizes]
     fill(
         record,
         keys,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanoflow_search.emit.trials import Timer, Trial, time_round
-from nanoflow_search.predict.predict import Timing
+from nanoflow_search.emit.statistics import PlanTrial
+from nanoflow_search.emit.trials import time_round
+from nanoflow_search.predict.predict import Timer, Timing
 
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -16,7 +17,7 @@ def compared(
 ) -> dict[str, dict[str, Any]]:
     """`over_sequential`: how much faster, the geometric mean over rounds and its 95 % interval."""
     taken = [time_round(timer, sequential, list(plans.values())) for _ in range(rounds)]
-    trials = {name: Trial.of(of_plan) for name, of_plan in zip(plans, zip(*taken, strict=True), strict=True)}
+    trials = {name: PlanTrial.of(of_plan) for name, of_plan in zip(plans, zip(*taken, strict=True), strict=True)}
     return {
         name: {
             "measured": described(trial.timing),

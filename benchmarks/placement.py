@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_kernels import device as kernels
-from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.cuda_graphs import CapturedCalls
 from nanoflow_search.hardware.sustain import sustain
 
 from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, SETS, TOKENS, batch, empty, normal
@@ -61,7 +61,7 @@ def main() -> None:
 
         for name, cut in (("neighbours", split), ("whole GPCs", whole_gpcs)):
             streams = streams_of(driver, cut, (("memory", sms), ("compute", rest)))
-            works = [Captured(attend, SETS, streams["memory"]), Captured(multiply, SETS, streams["compute"])]
+            works = [CapturedCalls(attend, SETS, streams["memory"]), CapturedCalls(multiply, SETS, streams["compute"])]
             alone, both = (sustain(some, meter, arguments.seconds) for some in (works[:1], works))
             point = {
                 "placement": name,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 from nanoflow_search.cost.batch_sizes import TILE
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.plan.partitions import best_by_grid
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 
 from nanoflow_backend.commands import result, settings, workload
@@ -74,7 +74,7 @@ class StepTimes:
         return self._known[key]
 
     def _predicted_s(self, plan: Schedule, mix: Mix, rows: int) -> float:
-        measured, layers, graph = Measured(self._profile, mix), self._model.num_layers, self._model.layer
+        measured, layers, graph = TimingModel(self._profile, mix), self._model.num_layers, self._model.layer
         tried = [fitted(plan, round(mix.tokens))]
         if self._best and mix.decode_tokens and mix.tokens >= 2 * TILE:
             tried.append(best_by_grid(graph, measured, layers))

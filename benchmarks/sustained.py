@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from nanoflow_kernels.grid import device_sms
-from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.cuda_graphs import CapturedCalls
 from nanoflow_search.hardware.sustain import sustain
 
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
@@ -53,7 +53,7 @@ def measure(case: Case, seconds: float) -> Measured:
     stream = None
     if case.sms is not None:
         stream = lane_streams((("case", case.sms), ("rest", device_has - case.sms)))["case"]
-    used = sustain([Captured(case.call, SETS, stream)], GpuMeter(), seconds)
+    used = sustain([CapturedCalls(case.call, SETS, stream)], GpuMeter(), seconds)
     call_s = used.call_s[0]
     allowed_s = max(case.bytes / READ_BYTES_PER_S, case.flop / FLOP_PER_S)
     return Measured(

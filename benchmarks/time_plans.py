@@ -15,12 +15,12 @@ import json
 from pathlib import Path
 
 from cells import Cell, Record, fill
-from nanoflow_search.cost.batch_sizes import mix_of, natural_tokens
-from nanoflow_search.cost.model import ModelSize, Workload
-from nanoflow_search.emit.threshold import ramping
+from nanoflow_search.cost.batch_sizes import batch_mix, natural_tokens
+from nanoflow_search.cost.model import ModelSize
+from nanoflow_search.cost.workload import MeanWorkload, ramp_mix
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 from paired import compared, described
 
@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     config = ModelConfig.from_pretrained(arguments.model)
-    model, workload = build(config), Workload.parse(arguments.workload)
+    model, workload = build(config), MeanWorkload.parse(arguments.workload)
     natural = natural_tokens(ModelSize.of(config), find_device("cuda").name, 1, workload)
-    mix = ramping(workload, mix_of(workload, arguments.tokens, natural), arguments.share)
+    mix = ramp_mix(workload, batch_mix(workload, arguments.tokens, natural), arguments.share)
     layers = arguments.layers or model.num_layers
-    measured = Measured(Profile.load(arguments.profile), mix) if arguments.profile else None
+    measured = TimingModel(Profile.load(arguments.profile), mix) if arguments.profile else None
     plans = schedules(arguments.schedule, model, arguments.tokens)
     base = sequential(model.layer, arguments.tokens)
     predictions = {

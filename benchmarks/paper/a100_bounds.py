@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 from nanoflow_search.plan.bound import packing_bound_us
-from nanoflow_search.plan.stage_two import Contention
-from nanoflow_search.plan.two_stages import one_after_the_other
+from nanoflow_search.plan.contention import Contention, measured_contention
+from nanoflow_search.plan.two_stages import sequential_assignment
 
 from benchmarks.paper.a100_case import TILE, Setting, gain
 from benchmarks.paper.piece import attention_of
@@ -33,7 +33,7 @@ def cut_bound_us(at: Setting, parts: dict[str, int], all_decode: bool = False) -
     `all_decode`: each part of attention has a decode at least, and its cost of a launch.
     """
     problem, measured = at.fine, at.measured
-    contention = measured.contention(problem, one_after_the_other(problem).timeline, TILE)
+    contention = measured_contention(measured, problem, sequential_assignment(problem).timeline, TILE)
     choices = {}
     for nano, alone in contention.choices.items():
         task = problem[nano.task]

@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoflow_search.cost.model import Workload
+from nanoflow_search.cost.workload import MeanWorkload
 from nanoflow_search.plan.op_graph import layer_problem
 from nanoflow_search.plan.problem import NanoTask, Problem
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 
 from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.fluid import Fluid
@@ -40,7 +40,7 @@ PIPELINE = {
 
 class Setting(NamedTuple):
     model: Model
-    measured: Measured
+    measured: TimingModel
     tokens: int
     chunk_tokens: int
     coarse: Problem  # what the programs solve
@@ -60,11 +60,11 @@ def setting(case: Case) -> Setting:
     folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
     model = build(ModelConfig.from_pretrained(MODELS / folder), ranks)
     performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
-    mix = Workload.parse(case.workload).mix(tokens)
+    mix = MeanWorkload.parse(case.workload).mix(tokens)
     published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)
     spared = spared_us(times_us, case.spare) if case.spare else times_us
     measured = a100.Published(a100.profile(model.layer, ranks, spared, performance), mix)
-    coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.times) for t in (chunk_tokens, TILE))
+    coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.operations_us) for t in (chunk_tokens, TILE))
     sequential_us = predict(sequential(model.layer, tokens), published, model.num_layers).layer_us
     return Setting(model, measured, tokens, chunk_tokens, coarse, fine, sequential_us)
 

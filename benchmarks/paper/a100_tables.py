@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from nanoflow_search.predict.timing_model import Measured, Running
-from nanoflow_search.profile.data import Header, Pair, Point, Profile
+from nanoflow_search.predict.timing_model import RunningCurve, TimingModel
+from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
+from nanoflow_search.profile.load import Point
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
@@ -81,7 +82,7 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
         for b in shares
         if a + b <= SMS
     ]
-    header = Header(
+    header = ProfileHeader(
         model_fingerprint=fingerprint(graph),
         device="A100, from published tables",
         device_sms=SMS,
@@ -92,12 +93,19 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
     return Profile(header=header, points=tuple(points), pairs=tuple(pairs))
 
 
-class Published(Measured):
+def resource_to_performance(profile: Profile, operation: str, amount: float) -> dict[float, float]:
+    """The paper's table: the share of the SMs, R -> the performance that it leaves of the best alone, P."""
+    surface = profile.surface(operation)
+    best = min(surface.duration_us(amount, sms) for sms in surface.shares)
+    return {sms / profile.header.device_sms: best / surface.duration_us(amount, sms) for sms in surface.shares}
+
+
+class Published(TimingModel):
     """What runs side by side shares the device as the paper defines R: a GEMM that has no cap keeps what the others do
     not take, as long as they run; they, and what has a cap, are as fast as P says. The Rs that are asked for beyond 1
     are had in turns."""
 
-    def slowdowns(self, running: Sequence[Running]) -> tuple[float, ...]:
+    def slowdowns(self, running: Sequence[RunningCurve]) -> tuple[float, ...]:
         taken = [0.0 if sms is None and curve in GEMMS else round((sms or SMS) / SMS, 1) for curve, sms in running]
         left = round(1 - sum(taken), 1)
         rest = 1 / left if left > 0 else math.inf

@@ -10,8 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 
 from nanoflow_search.plan.problem import Problem
-from nanoflow_search.plan.stage_two import Shares
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.plan.stage_two import ShareAssignment
+from nanoflow_search.predict.timing_model import TimingModel
 
 from benchmarks.paper.fluid import Fluid
 from benchmarks.paper.moves import Changes
@@ -22,7 +22,7 @@ HOT, COLD = 0.01, 0.0002  # of the period
 
 def anneal(
     problem: Problem,
-    measured: Measured,
+    measured: TimingModel,
     pieces: Pieces,
     sms: Mapping[str, Sequence[int | None]],
     chunk_tokens: int,
@@ -31,7 +31,7 @@ def anneal(
     seed: int = 0,
     parts: Mapping[str, Parts] | None = None,
     heat: tuple[float, float] = (HOT, COLD),
-) -> Shares:
+) -> ShareAssignment:
     """The best plan on a random path of `steps` changes from `pieces`, cut to have the `parts` that are asked for.
 
     `sms`: the shares that a task may have, in ascending order. `heat`: what a worse plan may cost at first and at last,

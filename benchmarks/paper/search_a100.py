@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from nanoflow_search.emit.picture import draw
+from nanoflow_search.checkpoint import Run
+from nanoflow_search.emit.picture import draw_period
 from nanoflow_search.plan.op_graph import schedule_of
-from nanoflow_search.plan.stage_two import Shares
-from nanoflow_search.plan.two_stages import Plan, find_plans
+from nanoflow_search.plan.stage_two import ShareAssignment
+from nanoflow_search.plan.two_stages import LayerPlan, find_plans
 from nanoflow_search.predict.predict import predict
+from nanoflow_search.request import Effort
 
 from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.a100_bounds import CUTS, cut_bound_us, gain_bounds
@@ -108,17 +110,22 @@ def main() -> None:
     for goal, plans in found.items():
         picture = output.with_name(f"{output.stem}{'' if goal == [*found][-1] else '_' + goal}.svg")
         best = best_of(plans)
-        picture.write_text(draw(at.fine, best, a100.SMS, TILE))
+        picture.write_text(draw_period(at.fine, best, a100.SMS, TILE))
         print(f"{goal}: {gain(at, period_us(best))}x, {parts_of(at, best)}, {wall_s:.0f} s")
 
 
 # the search
 
 
-def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> Plan:
+def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> LayerPlan:
     at = setting(case)
     return find_plans(
-        at.coarse, at.measured, at.chunk_tokens, parts=(cuts,), turns=turns, time_limit_s=time_limit_s, progress=print
+        at.coarse,
+        at.measured,
+        at.chunk_tokens,
+        Effort(turns=turns, time_limit_s=time_limit_s),
+        Run(say=print),
+        part_limits=(cuts,),
     )[0]
 
 
@@ -129,7 +136,7 @@ def annealed(
     starts: list[Pieces],
     runs: int,
     steps: int,
-) -> list[Shares]:
+) -> list[ShareAssignment]:
     """Some runs from each start in turn; then the best once more, from less heat."""
     at = setting(case)
     first = [pool.submit(one, case, parts, starts[run % len(starts)], steps, run, HOT) for run in range(runs)]
@@ -139,7 +146,7 @@ def annealed(
     return [*found, *(job.result() for job in again)]
 
 
-def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float) -> Shares:
+def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float) -> ShareAssignment:
     at = setting(case)
     sms = {task.name: (None,) if task.lane == "compute" else TENTHS for task in at.fine.tasks}
     known = asked(at, parts)
@@ -153,22 +160,22 @@ def asked(at: Setting, parts: dict[str, Parts]) -> dict[str, Parts]:
     return {task.name: parts[task.name] for task in at.fine.tasks}
 
 
-def period_us(shares: Shares) -> float:
+def period_us(shares: ShareAssignment) -> float:
     return shares.timeline.period_us
 
 
-def best_of(plans: list[Shares]) -> Shares:
+def best_of(plans: list[ShareAssignment]) -> ShareAssignment:
     return min(plans, key=period_us)
 
 
 # what is told of it
 
 
-def parts_of(at: Setting, shares: Shares) -> dict[str, int]:
+def parts_of(at: Setting, shares: ShareAssignment) -> dict[str, int]:
     return {task.name: sum(p.nano.task == task.name for p in shares.timeline.placed) for task in at.fine.tasks}
 
 
-def summary(at: Setting, plan: Plan) -> dict[str, Any]:
+def summary(at: Setting, plan: LayerPlan) -> dict[str, Any]:
     """A plan of the two programs."""
     return {
         "parts": parts_of(at, plan.shares),
@@ -178,7 +185,7 @@ def summary(at: Setting, plan: Plan) -> dict[str, Any]:
     }
 
 
-def describe(at: Setting, shares: Shares) -> dict[str, Any]:
+def describe(at: Setting, shares: ShareAssignment) -> dict[str, Any]:
     """The plan as a schedule of the engine, and how long that takes with all layers and ramps."""
     layer, placed = at.model.layer, shares.timeline.placed
     schedule = schedule_of(layer, at.fine, shares.timeline, TILE, shares.sms, groups=shares.groups)

@@ -11,7 +11,7 @@ from operator import mul
 from typing import NamedTuple
 
 from nanoflow_search.predict.simulate import NOTHING_US
-from nanoflow_search.predict.timing_model import Running
+from nanoflow_search.predict.timing_model import RunningCurve
 
 PERIODS = 12  # what has not settled by then is no plan; most have after three or four
 ALIKE_US = 1e-6  # to which two periods must agree
@@ -21,7 +21,7 @@ class Stint(NamedTuple):
     """What a lane does once in each period."""
 
     lane: int
-    phases: tuple[tuple[Running, float], ...]  # one or more, with the time alone
+    phases: tuple[tuple[RunningCurve, float], ...]  # one or more, with the time alone
     needs: Sequence[tuple[int, int]]  # (number of a stint, periods back) that must have ended
 
 
@@ -30,7 +30,7 @@ class Cycle(NamedTuple):
     spans_us: tuple[tuple[float, float], ...]  # of each stint, in the same period of all
 
 
-def settled(stints: Sequence[Stint], paces: Mapping[tuple[Running | None, ...], Sequence[float]]) -> Cycle | None:
+def settled(stints: Sequence[Stint], paces: Mapping[tuple[RunningCurve | None, ...], Sequence[float]]) -> Cycle | None:
     """What comes back period after period; None, if nothing does, or if stints wait for each other.
 
     Lanes are numbered from 0; their stints are in their order. Those of all periods before the first have ended.
@@ -42,7 +42,7 @@ def settled(stints: Sequence[Stint], paces: Mapping[tuple[Running | None, ...], 
     phases, needs = [stint.phases for stint in stints], [stint.needs for stint in stints]
     lanes = range(len(orders))
     at, period = [0] * len(orders), [0] * len(orders)  # what is next, or runs
-    running: list[Running | None] = [None] * len(orders)
+    running: list[RunningCurve | None] = [None] * len(orders)
     phase, left_us = [0] * len(orders), [math.inf] * len(orders)  # its number, and what is left of it alone
     ended = [-1] * len(stints)  # in which period last
     begins_us, ends_us = [0.0] * len(stints), [0.0] * len(stints)

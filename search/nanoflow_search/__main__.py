@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nanoflow_search.request import Effort, Phase, Setting
+from nanoflow_search.request import Effort, Phase, SearchRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
@@ -64,7 +64,7 @@ def find(
     from nanoflow_search.command import find_schedules
 
     effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
-    setting = Setting.of(model, tp, workload)
+    setting = SearchRequest.of(model, tp, workload)
     find_schedules(setting, dense_batch_tokens or [], effort, device.value, profile, out, until)
 
 
@@ -78,7 +78,7 @@ def _option(name: str) -> str:
 
 
 @app.command()
-def analyze(
+def show_cost_table(
     model: Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")],
     workload: Annotated[list[str], typer.Option(help="Mean prompt/output tokens, e.g. 1024/512. Repeatable.")],
     device: Annotated[
@@ -88,9 +88,9 @@ def analyze(
     dense_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Default: what fills the memory.")] = None,
 ) -> None:
     """What bounds the model's throughput: the paper's cost model (section 3), with power as a fourth resource."""
-    from nanoflow_search.emit.analyze import analyze
+    from nanoflow_search.emit.cost_table import show_cost_table
 
-    analyze(model, device or [], tp, workload, dense_batch_tokens)
+    show_cost_table(model, device or [], tp, workload, dense_batch_tokens)
 
 
 @app.command()

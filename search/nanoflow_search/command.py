@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 from nanoflow_backend.commands import result
-from nanoflow_search.checkpoint import State
-from nanoflow_search.cost.batch_sizes import checked
-from nanoflow_search.emit.progress import Display
-from nanoflow_search.emit.tables import account, show
+from nanoflow_search.checkpoint import Checkpoint
+from nanoflow_search.cost.batch_sizes import checked_sizes
+from nanoflow_search.emit.picture import draw_plan
+from nanoflow_search.emit.progress import ProgressDisplay
+from nanoflow_search.emit.tables import search_facts, show_trials
 from nanoflow_search.hardware.machine import find_machine
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.request import Effort, Phase, Setting
+from nanoflow_search.request import Effort, Phase, SearchRequest
 from nanoflow_search.search import search
 
 
 def find_schedules(
-    setting: Setting,
+    setting: SearchRequest,
     sizes: Sequence[int],
     effort: Effort,
     on: Literal["auto", "synthetic"],
@@ -31,18 +32,18 @@ def find_schedules(
     Raises:
         ValueError: something is wrong with what was asked for, or cannot be done here; it is named.
     """
-    state = State(out.with_suffix(".search"))
+    state = Checkpoint(out.with_suffix(".search"))
     machine = find_machine(on, setting.ranks)
-    with Display() as display:
+    with ProgressDisplay() as display:
         path = profile or out.with_suffix(".profile.json")
-        found = search(setting, checked(sizes), effort, machine, path, state, display, until)
+        found = search(setting, checked_sizes(sizes), effort, machine, path, state, display, until)
     if found is None:
         print(f"{until} done; the same command without --until {until} goes on from {state.folder}")
         return
-    file, plan = found
+    file, best = found
     file.save(out)
-    out.with_suffix(".svg").write_text(plan.picture)
-    told = account(file, Profile.load(path), display.phases_s)
+    out.with_suffix(".svg").write_text(draw_plan(best.case, best.winner.schedule))
+    told = search_facts(file, Profile.load(path), display.phases_s)
     result.write({"model": setting.name, "schedule": out.name, **told}, out.with_suffix(".result.json"))
-    show(file)
+    show_trials(file)
     print(f"{out}: B_dense {file.header.dense_batch_tokens}; nanoflow-search explain {out} says why")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.profile.points import partition_loads_of
+from nanoflow_search.profile.points import partition_loads
 from profiled import profiled
 
 from nanoflow_backend.config import ModelConfig
@@ -35,7 +35,7 @@ import predict_run  # noqa: E402
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     device = SyntheticDevice(LLAMA.layer, DEVICES["H200-sustained"], noise=0.0)
-    return profiled(device, LLAMA.layer, partition_loads_of(LLAMA.layer, 132, Mix(512, 512, 1024, 256), 1024))
+    return profiled(device, LLAMA.layer, partition_loads(LLAMA.layer, 132, Mix(512, 512, 1024, 256), 1024))
 
 
 def batch(decode_positions: list[int], chunks: list[tuple[int, int]]) -> Batch:
@@ -49,7 +49,7 @@ def test_a_step_takes_what_is_predicted_of_its_batch(profile: Profile) -> None:
     found_s = times(batch([99, 300], [(0, 100), (50, 310)]))
     # 412 tokens are padded to 416; the prompts' tokens see 1 .. 100 and 51 .. 360 keys.
     mix = Mix(2, 414, (100 + 301) / 2, (100 * 50.5 + 310 * 205.5) / 410)
-    layer = predict(sequential(LLAMA.layer, 416), Measured(profile, mix), 32)
+    layer = predict(sequential(LLAMA.layer, 416), TimingModel(profile, mix), 32)
     head_us = profile.surface("gate_up", layer.clock_mhz).duration_us(3) * 128256 / 28672
     assert found_s == pytest.approx(1e-6 * (32 * layer.layer_us + head_us))
     assert times.under_s == [found_s]
@@ -66,7 +66,7 @@ def test_a_batch_runs_under_the_first_plan_that_holds_it(profile: Profile) -> No
     fitted = predict_run.fitted(halves, 832)
     assert [group.stop for group in fitted.groups] == [416, 832]
     mix = Mix(300, 532, 1000, 250.5)
-    assert took_s[1] == pytest.approx(32e-6 * predict(fitted, Measured(profile, mix), 32).layer_us, rel=0.02)
+    assert took_s[1] == pytest.approx(32e-6 * predict(fitted, TimingModel(profile, mix), 32).layer_us, rel=0.02)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, profile: Path, *words: str) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def test_steps_under_plans_of_their_own_are_at_most_as_long(profile: Profile) ->
     assert best(few) == alone(few), "too small to be cut"
     mix = Mix(512, 512, 1801, 256.5)
     halves = overlapped(LLAMA.layer, 1024, 512, 0.5, 36, 132)
-    shorter_us = predict(halves, Measured(profile, mix), 32).layer_us
-    assert shorter_us < predict(plans[0], Measured(profile, mix), 32).layer_us
-    assert best(read) <= alone(read) - 31e-6 * (predict(plans[0], Measured(profile, mix), 32).layer_us - shorter_us)
+    shorter_us = predict(halves, TimingModel(profile, mix), 32).layer_us
+    assert shorter_us < predict(plans[0], TimingModel(profile, mix), 32).layer_us
+    assert best(read) <= alone(read) - 31e-6 * (predict(plans[0], TimingModel(profile, mix), 32).layer_us - shorter_us)
 
 
 def test_the_size_of_the_kv_cache_is_asked_for(

@@ -1,0 +1,1 @@
+"""What a search gives away: trials, the schedule file, tables, pictures and progress."""

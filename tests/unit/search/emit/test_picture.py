@@ -3,19 +3,21 @@
 from xml.etree import ElementTree
 
 import pytest
-from nanoflow_search.emit.picture import LANE, WIDTH, draw
-from nanoflow_search.plan.problem import NanoTask, Placed, Problem, Task, Timeline
-from nanoflow_search.plan.stage_two import Shares
+from nanoflow_search.emit.picture import LANE, WIDTH, draw_period
+from nanoflow_search.plan.problem import CyclicTimeline, NanoTask, PlacedTask, Problem, Task
+from nanoflow_search.plan.stage_two import ShareAssignment
 
 TASKS = (Task("qkv", "compute", {}), Task("a<b", "memory", {}))
 FIRST, SECOND, READ = NanoTask("qkv", 0, 1), NanoTask("qkv", 1, 2), NanoTask("a<b", 0, 2)
-TIMELINE = Timeline(100.0, (Placed(FIRST, 0, 40, 0), Placed(SECOND, 40, 60, 1), Placed(READ, 70, 50, 0)))
+TIMELINE = CyclicTimeline(
+    100.0, (PlacedTask(FIRST, 0, 40, 0), PlacedTask(SECOND, 40, 60, 1), PlacedTask(READ, 70, 50, 0))
+)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_bars_are_as_long_and_as_high_as_their_launches() -> None:
-    shares = Shares(TIMELINE, {FIRST: None, SECOND: 66, READ: 33}, 0.0)
-    root = ElementTree.fromstring(draw(Problem(2, TASKS, ()), shares, 132, 512))
+    shares = ShareAssignment(TIMELINE, {FIRST: None, SECOND: 66, READ: 33}, 0.0)
+    root = ElementTree.fromstring(draw_period(Problem(2, TASKS, ()), shares, 132, 512))
     bars: dict[str, list[dict[str, str]]] = {}
     for group in root.iter(f"{SVG}g"):
         title, rect = group.find(f"{SVG}title"), group.find(f"{SVG}rect")
