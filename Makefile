@@ -27,7 +27,7 @@ setup: .venv/ready
 	@test -n "$(PYTHON)" || { echo "make setup: found no Python 3.11 or 3.12: install one (Debian 12: apt install python3.11-venv) or say PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { echo "make setup: PYTHON=$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make setup: $(PYTHON) cannot make virtual environments: apt install $$($(PYTHON) -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')" >&2; exit 1; }
-	@$(PYTHON) -m nanoflow_backend.serving.libpython
+	@$(PYTHON) -m nanoflow_backend.embedded.libpython
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) setuptools $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(KERNEL_LANGUAGE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 Cell = dict[str, Any]
 

@@ -23,13 +23,13 @@ import msgspec
 import torch
 import typer
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.loop import queue
-from nanoflow_backend.engine.messages import News
+from nanoflow_backend.process.messages import News
+from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.program import Program
-from nanoflow_backend.scheduler.request import Request
 
 MEASURED = ("running_requests", "steps", "median_thread_cpu_ms", "total_ms_per_step", "p99_step_ms")
 

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from request_surface import HINTS, cases
 
-from nanoflow_backend.commands import result
-from nanoflow_backend.scheduler.sampling_params import NEUTRAL_VALUES
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.bench import result
+from nanoflow_backend.embedded.server import EmbeddedServer
+from nanoflow_backend.request.sampling_params import NEUTRAL_VALUES
 from nanoflow_backend.serving.tensors import INPUTS
 
 BATCH = 8  # requests at once: others are there to be disturbed

@@ -23,7 +23,7 @@ from nanoflow_search.hardware.sustain import WARM_UP_S, idle_w, sustain
 from sustained import SETS
 
 from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 
 IDLE_SHARES = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)

@@ -20,9 +20,9 @@ from typing import Annotated, NamedTuple
 import typer
 from tritonclient import grpc
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.commands.demo import stream_grpc
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 UNKNOWN = 10**9

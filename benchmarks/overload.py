@@ -29,8 +29,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from nanoflow_backend.commands import result
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.bench import result
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 PATIENCE_S = 120.0  # then a request is lost

@@ -24,7 +24,7 @@ import typer
 from rich.progress import track
 from transformers_parity import DENSE_BATCH_TOKENS, MODELS, NARROW_GAP, OUTPUT_TOKENS, RUNS, TOLERANCE, Outcome, run
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 RESULT = Path(__file__).parent / "results" / "parity.json"
 

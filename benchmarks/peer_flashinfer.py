@@ -18,7 +18,7 @@ import torch
 from sustained import Case, measure
 
 from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, KV_HEADS, attention, batch, normal
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 try:
     import flashinfer

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoflow_backend.commands import result, workload
-from nanoflow_backend.commands.workload import Dataset
+from nanoflow_backend.bench import result, workload
+from nanoflow_backend.bench.workload import Dataset
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 

@@ -18,7 +18,7 @@ from nanoflow_search.hardware.cuda_graphs import CapturedCalls
 from nanoflow_search.hardware.sustain import sustain
 
 from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, SETS, TOKENS, batch, empty, normal
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import Shares, call, split, streams_of
@@ -51,10 +51,10 @@ def main() -> None:
     points = []
     for sms in arguments.sms:
         rest = device_sms - sms
-        work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=sms)
+        plan = kernels.plan_attention(positions, slots, pages[0], HEADS, num_sms=sms)
 
-        def attend(i: int, work: Any = work, sms: int = sms) -> None:
-            kernels.attention(q, pages[i], positions, slots, table, out=attended, num_sms=sms, work=work)
+        def attend(i: int, plan: Any = plan, sms: int = sms) -> None:
+            kernels.attention(q, pages[i], positions, slots, table, out=attended, num_sms=sms, plan=plan)
 
         def multiply(i: int, rest: int = rest) -> None:
             kernels.linear_swiglu(x, weights[i], out=inner, num_sms=rest)

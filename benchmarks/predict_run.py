@@ -22,7 +22,10 @@ from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 
-from nanoflow_backend.commands import result, settings, workload
+from nanoflow_backend.bench import result, workload
+from nanoflow_backend.bench.simulator import EOS, simulate
+from nanoflow_backend.bench.trace import Trace
+from nanoflow_backend.commands import settings
 from nanoflow_backend.config import EngineConfig, ModelConfig
 from nanoflow_backend.graph.operation import Model, Resource
 from nanoflow_backend.models.model import build
@@ -30,9 +33,8 @@ from nanoflow_backend.runtime.cuda import bucket
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
-from nanoflow_backend.scheduler.simulator import EOS, simulate
-from nanoflow_backend.scheduler.trace import Trace
 
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
 COARSE = 128  # the same with --best, where each kind of step is planned for
@@ -122,7 +124,7 @@ def main() -> None:
         work = workload.of_trace(asked.trace, asked.requests, most_tokens)
     else:
         work = workload.constant(*map(int, asked.workload.split("/")), asked.requests)
-    scheduler = Scheduler(
+    limits = SchedulerLimits(
         dense_batch_tokens=config.dense_batch_tokens,
         chunk_tokens=config.chunk_tokens,
         prompt_tokens=config.prompt_tokens,
@@ -131,6 +133,9 @@ def main() -> None:
         num_pages=named.kv_cache_tokens // config.page_tokens,
         page_tokens=config.page_tokens,
         max_model_tokens=most_tokens,
+    )
+    scheduler = Scheduler(
+        limits,
         eos_token_ids=[EOS],
         prefix_caching=False,
     )

@@ -16,10 +16,10 @@ from typing import Annotated
 
 import typer
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.engine import SamplingParams
-from nanoflow_backend.scheduler.request import Request
+from nanoflow_backend.request.request import Request
 
 MOST_LIVE = 96
 

@@ -18,10 +18,10 @@ from typing import Annotated
 import msgspec
 import typer
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.commands.demo import stream_grpc
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 

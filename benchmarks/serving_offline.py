@@ -27,11 +27,11 @@ import numpy as np
 import typer
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 
-from nanoflow_backend.commands import result, workload
+from nanoflow_backend.bench import result, workload
 from nanoflow_backend.commands.settings import parse
 from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 READY_TIMEOUT_S = 600.0  # weights, and a capture of every size of step

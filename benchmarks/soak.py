@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from soak_run import run
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 
 def main(

@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from nanoflow_backend.commands import result, workload
-from nanoflow_backend.commands.breakdown import break_down
+from nanoflow_backend.bench import result, workload
+from nanoflow_backend.bench.breakdown import break_down
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.engine import SamplingParams
+from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
-from nanoflow_backend.scheduler.request import Request
 
 
 def main(

@@ -28,9 +28,9 @@ import typer
 from grpc_streams import GrpcStreams
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import Engine, SamplingParams, engine
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[1]
 PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}

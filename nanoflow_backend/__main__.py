@@ -107,7 +107,7 @@ def offline(
     settings: Settings = None,
 ) -> None:
     """Throughput with all requests queued at once: constant lengths, those of a trace, or drawn ones."""
-    from nanoflow_backend.commands.bench_offline import bench_offline
+    from nanoflow_backend.bench.offline import bench_offline
 
     bench_offline(model, output, input_tokens, output_tokens, requests, trace, dataset, breakdown, settings or [])
 
@@ -125,7 +125,7 @@ def online(
     settings: Settings = None,
 ) -> None:
     """Latency with 1, 16, 64 and 256 requests in flight: time to the first token, and between tokens."""
-    from nanoflow_backend.commands.bench_online import bench_online
+    from nanoflow_backend.bench.online import bench_online
 
     bench_online(model, output, input_tokens, output_tokens, requests, concurrency or [1, 16, 64, 256], settings or [])
 
@@ -136,7 +136,7 @@ def plot(
     output: Annotated[Path, typer.Option(help="Where the picture goes: .svg, .png or .pdf.")],
 ) -> None:
     """Draw an offline run's use of compute, memory bandwidth and power over time. Needs the extra `plot`."""
-    from nanoflow_backend.commands.bench_plot import bench_plot
+    from nanoflow_backend.bench.plot import bench_plot
 
     bench_plot(run, output)
 
@@ -144,10 +144,10 @@ def plot(
 def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError
-    from nanoflow_backend.engine.child import THREADS_SLEEP
+    from nanoflow_backend.embedded.server import ServerError
+    from nanoflow_backend.process.child import THREADS_SLEEP
+    from nanoflow_backend.request.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
-    from nanoflow_backend.scheduler.sampling_params import InvalidRequest
-    from nanoflow_backend.serving.embedded import ServerError
 
     for name, value in THREADS_SLEEP.items():
         os.environ.setdefault(name, value)  # before torch is imported

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 WORKLOADS = Path(__file__).with_name("workloads.json")
 ENOUGH_WORDS = 2000  # to draw from; a vocabulary has tens of thousands

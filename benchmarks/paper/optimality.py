@@ -18,7 +18,7 @@ from nanoflow_search.plan.stage_two import stage_two
 
 from benchmarks.paper import exhaustive_orders, exhaustive_shares
 from benchmarks.paper.random_problems import random_contention, random_problem
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 
 OUTPUT = Path(__file__).parents[1] / "results" / "search_optimality.json"
 TOLERANCE = 1e-5  # HiGHS keeps constraints to 1e-6

@@ -33,7 +33,7 @@ from benchmarks.paper.a100_bounds import CUTS, cut_bound_us, gain_bounds
 from benchmarks.paper.a100_case import CASES, TENTHS, TILE, Case, Setting, fluid_of, gain, pipeline, released, setting
 from benchmarks.paper.anneal import COLD, HOT, anneal
 from benchmarks.paper.piece import Parts, Pieces, attention_of
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_backend.schedule.validate import validate
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Completion, Engine, SamplingParams
 from nanoflow_backend.engine.completion import Job
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.request.sampling_params import InvalidRequest
 
 
 class Line(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ import numpy
 from rich.console import Console
 from tritonclient import grpc
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 MAX_TOKENS = 64
 

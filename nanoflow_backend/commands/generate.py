@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.commands.settings import make_engine
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 
 
 def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Sequence[str]) -> None:

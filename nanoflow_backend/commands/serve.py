@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 
 def serve(model_repository: Path, *, http_port: int, grpc_port: int, metrics_port: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanoflow_backend.engine.completion import Completion
     from nanoflow_backend.engine.engine import Engine
-    from nanoflow_backend.scheduler.sampling_params import SamplingParams
+    from nanoflow_backend.request.sampling_params import SamplingParams
 
 __all__ = ["Completion", "Engine", "SamplingParams"]
 
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return Completion
     if name == "SamplingParams":
-        from nanoflow_backend.scheduler.sampling_params import SamplingParams
+        from nanoflow_backend.request.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

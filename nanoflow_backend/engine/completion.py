@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from nanoflow_backend.engine.bad_words import encode_bad_words
-from nanoflow_backend.engine.text_stream import TextDelta, TextStream, merge
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
-from nanoflow_backend.scheduler.request import Request
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.text.bad_words import encode_bad_words
+from nanoflow_backend.text.text_stream import TextDelta, TextStream, merge
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nanoflow_backend.engine.engine import Engine

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nanoflow_backend.engine.ticker import Ticker
+from nanoflow_backend.process.ticker import Ticker
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 if TYPE_CHECKING:

@@ -15,18 +15,19 @@ from msgspec.structs import replace
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
-from nanoflow_backend.engine.constraints import Constraints, Masks
-from nanoflow_backend.engine.grammar import Grammar, Grammars
 from nanoflow_backend.engine.ranks import Ranks
-from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.models.model import build
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.runtime.device import find_device, show_only
+from nanoflow_backend.sampling.constraints import Constraints, Masks
+from nanoflow_backend.sampling.grammar import Grammar, Grammars
 from nanoflow_backend.schedule.source import named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
-from nanoflow_backend.scheduler.request import Request
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 COMPILATION_POLL_S = 0.01  # while there is nothing else to do
@@ -58,7 +59,7 @@ class Engine:
         except Exception:
             self.close()
             raise
-        self.scheduler = Scheduler(
+        limits = SchedulerLimits(
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens,
             prompt_tokens=config.prompt_tokens,
@@ -67,6 +68,9 @@ class Engine:
             num_pages=self.worker.num_pages,
             page_tokens=config.page_tokens,
             max_model_tokens=self.max_model_tokens,
+        )
+        self.scheduler = Scheduler(
+            limits,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=config.prefix_caching,
             priority_aging_s=config.priority_aging_s,

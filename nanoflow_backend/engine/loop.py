@@ -10,10 +10,10 @@ import traceback
 
 import msgspec
 
-from nanoflow_backend.engine.child import Parent
 from nanoflow_backend.engine.energy import measure_energy
 from nanoflow_backend.engine.engine import Engine
-from nanoflow_backend.engine.messages import (
+from nanoflow_backend.process.child import Parent
+from nanoflow_backend.process.messages import (
     STATS_PERIOD_S,
     Cancel,
     Failed,
@@ -27,7 +27,7 @@ from nanoflow_backend.engine.messages import (
     Submit,
     ToEngine,
 )
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 

@@ -19,9 +19,9 @@ import msgspec
 import torch.distributed as dist
 
 from nanoflow_backend.config import ModelConfig, SettledConfig
-from nanoflow_backend.engine.child import Child, ChildDied, Parent
-from nanoflow_backend.engine.constraints import Masks
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.process.child import Child, ChildDied, Parent
+from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
 
 

@@ -18,11 +18,7 @@ from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
-from nanoflow_backend.engine.constraints import Masks
 from nanoflow_backend.engine.memory import GIB, check_room
-from nanoflow_backend.engine.prompt_scorer import PromptScorer, Scored
-from nanoflow_backend.engine.sampling import Drawn, Sampler
-from nanoflow_backend.engine.transfer import to_device, to_host
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
@@ -32,6 +28,10 @@ from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import CudaProgram
 from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.runtime.program import Program
+from nanoflow_backend.runtime.transfer import to_device, to_host
+from nanoflow_backend.sampling.constraints import Masks
+from nanoflow_backend.sampling.prompt_scorer import PromptScorer, Scored
+from nanoflow_backend.sampling.sampler import Drawn, Sampler
 from nanoflow_backend.schedule.layout import Layout, deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules

@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow_backend.engine.text_stream import TextDelta
-from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.tensors import Arrays, Parameters
+from nanoflow_backend.text.text_stream import TextDelta
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 
 class _Sequence:

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from nanoflow_backend.engine.bad_words import encode_bad_words
-from nanoflow_backend.engine.tokenizer import Tokenizer
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
+from nanoflow_backend.text.bad_words import encode_bad_words
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 ALL_OUTPUTS = frozenset(tensor.name for tensor in OUTPUTS)
 PROMPTS = ("text_input", "prompts", "input_ids", "messages")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from nanoflow_backend.engine.tokenizer import Tokenizer
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.serving.tensors import Arrays
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 MOST_TEXT_BYTES = 4 * 2**20  # texts and JSON of a request together; 131,072 tokens of prose are some 600 kB
 MOST_TEXTS = 4096  # prompts, or stop strings

@@ -21,28 +21,28 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from nanoflow_backend.config import EngineConfig
-from nanoflow_backend.engine.messages import News, Ready, Refusal, Stats
-from nanoflow_backend.engine.process import EngineError
-from nanoflow_backend.engine.supervisor import Supervisor
-from nanoflow_backend.engine.ticker import Ticker
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.process.engine_process import EngineError
+from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
+from nanoflow_backend.process.supervisor import Supervisor
+from nanoflow_backend.process.ticker import Ticker
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import FinishReason
-from nanoflow_backend.scheduler.request import Request
-from nanoflow_backend.scheduler.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
-from nanoflow_backend.serving.batch import Batch
 from nanoflow_backend.serving.call import Call, is_cancellation
 from nanoflow_backend.serving.failure import Failure, without_words
-from nanoflow_backend.serving.families import Kind
 from nanoflow_backend.serving.limits import Limits, check_parameters
-from nanoflow_backend.serving.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
+from nanoflow_backend.serving.prompt_fan_in import Batch
 from nanoflow_backend.serving.reply import Channel, Reply
+from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
-from nanoflow_backend.serving.server_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
-from nanoflow_backend.serving.tracing import Tracer
+from nanoflow_backend.telemetry.families import Kind
+from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
+from nanoflow_backend.telemetry.tracing import Tracer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1

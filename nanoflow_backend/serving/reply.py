@@ -6,15 +6,15 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nanoflow_backend.engine.text_stream import TextDelta, TextStream, merge
-from nanoflow_backend.engine.tokenizer import Tokenizer
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.failure import Failure, without_words
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS, Arrays, Parameters
-from nanoflow_backend.serving.tracing import RequestTrace
+from nanoflow_backend.telemetry.tracing import RequestTrace
+from nanoflow_backend.text.text_stream import TextDelta, TextStream, merge
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

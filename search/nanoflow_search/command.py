@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from nanoflow_backend.commands import result
+from nanoflow_backend.bench import result
 from nanoflow_search.checkpoint import Checkpoint
 from nanoflow_search.cost.batch_sizes import checked_sizes
 from nanoflow_search.emit.picture import draw_plan

@@ -16,9 +16,9 @@ from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.memory import GIB
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models.model import build
+from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.schedule.presets import overlapped
-from nanoflow_backend.scheduler.request import Request
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import Engine
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "demo" / "tiny-llama"

@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from server.clients import generate, metrics_page
 from waiting import until
 
+from nanoflow_backend.embedded.server import OWN_PACKAGES
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.serving.embedded import OWN_PACKAGES
 
 pytestmark = pytest.mark.server
 

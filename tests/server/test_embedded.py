@@ -20,8 +20,8 @@ from tritonclient.utils import InferenceServerException
 from waiting import until
 
 import nanoflow_backend
-from nanoflow_backend.serving import libpython
-from nanoflow_backend.serving.embedded import EmbeddedServer, ServerError
+from nanoflow_backend.embedded import libpython
+from nanoflow_backend.embedded.server import EmbeddedServer, ServerError
 
 pytestmark = pytest.mark.server
 
@@ -215,7 +215,7 @@ def test_ends_with_its_parent(how, process_tree, tmp_path):
     parent_code = """
 import os, signal, sys, time
 from pathlib import Path
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
 with EmbeddedServer(Path(sys.argv[1]), exit_timeout_s=5) as server:
     child = os.fork()  # holds a copy of every pipe of the parent

@@ -18,9 +18,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from waiting import until
 
-from nanoflow_backend.engine.tokenizer import Tokenizer
-from nanoflow_backend.serving.families import FAMILIES
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS
+from nanoflow_backend.telemetry.families import FAMILIES
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from server.clients import generate, grpc, post
 
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.serving.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.server
 REPOSITORY = Path(__file__).parents[2] / "model_repository"

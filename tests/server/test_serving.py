@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 from waiting import until
 
 from nanoflow_backend.engine import Engine, SamplingParams
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 

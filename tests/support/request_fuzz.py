@@ -15,7 +15,7 @@ import tiny_tokenizers
 from request_surface import Case
 from stub_backend import ServerRequest, model_module
 
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 PATIENCE_S = 60.0
 SETTINGS = {"max_model_tokens": 48, "max_running": 32, "dense_batch_tokens": 64, "kv_cache_tokens": 4096}

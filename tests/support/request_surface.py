@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nanoflow_backend.scheduler.sampling_params import NEUTRAL_VALUES, SamplingParams
+from nanoflow_backend.request.sampling_params import NEUTRAL_VALUES, SamplingParams
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, Tensor
 
 PROMPTS = ("text_input", "prompts", "input_ids", "messages")

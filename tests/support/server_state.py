@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 # By a word of the command line. What else there is (guard, helpers of the allocator) is small and lives as long.
 ROLES = {"tritonserver": "/bin/tritonserver", "stub": "triton_python_backend_stub", "engine": "engine.loop"}

@@ -31,7 +31,7 @@ from grpc_streams import GrpcStreams
 from ledger import ALLOWED, ANSWERED, CANCELLED, DISCONNECTED, Entry, Ledger
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 MODEL = "nanoflow"
 PATIENCE_S = 60.0

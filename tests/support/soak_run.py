@@ -19,7 +19,7 @@ import server_state
 from ledger import ANSWERED, CANCELLED, DISCONNECTED
 from soak import MIX, MODEL, Soak
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 
 ROOT = Path(__file__).parents[2]
 # A queue that fills in a second, and fewer pages than the running requests may need: some are preempted.

@@ -86,8 +86,8 @@ def model_module() -> Iterator[types.ModuleType]:
     """nanoflow_backend.serving.model, imported beside a stand-in of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", stub_module())
-        for name in ("server_channel", "model"):  # those that import it
+        for name in ("response_channel", "model"):  # those that import it
             patch.delitem(sys.modules, f"nanoflow_backend.serving.{name}", raising=False)
         yield importlib.import_module("nanoflow_backend.serving.model")
-        for name in ("server_channel", "model"):
+        for name in ("response_channel", "model"):
             del sys.modules[f"nanoflow_backend.serving.{name}"]

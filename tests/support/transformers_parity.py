@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nanoflow_backend.engine import Engine, SamplingParams, worker
-from nanoflow_backend.engine.sampling import Sampler
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.sampling.sampler import Sampler
 from nanoflow_backend.scheduler.batch import Admission
 
 MODELS = {

@@ -18,7 +18,7 @@ from request_fuzz import SETTINGS, tiny_checkpoint
 from request_surface import JSON, Case, cases
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
-from nanoflow_backend.serving.embedded import EmbeddedServer
+from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.serving.tensors import INPUTS
 
 FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"

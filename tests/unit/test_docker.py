@@ -147,7 +147,7 @@ def test_requests_have_the_time_to_end():
 
 def test_deployed_metrics_exist():
     """Each name that an autoscaler, an alert or a dashboard uses is one that the server has."""
-    source = "\n".join(path.read_text() for path in (ROOT / "nanoflow_backend" / "serving").glob("*.py"))
+    source = "\n".join(path.read_text() for path in (ROOT / "nanoflow_backend" / "telemetry").glob("*.py"))
     made = set(re.findall(r'"(nanoflow_\w+)"', source))
     files = [path for path in DOCKER.rglob("*") if path.suffix in (".yml", ".yaml", ".json") and path.is_file()]
     text = "\n".join(path.read_text() for path in files)

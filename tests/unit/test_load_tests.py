@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 
-from nanoflow_backend.engine.tokenizer import Tokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "perf_analyzer_configs"

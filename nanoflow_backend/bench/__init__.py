@@ -1,0 +1,1 @@
+"""`nanoflow bench`: workloads, offline and online runs, their results, rooflines and pictures."""

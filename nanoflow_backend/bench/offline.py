@@ -1,0 +1,150 @@
+"""nanoflow bench offline: throughput with all requests queued at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanoflow_backend.bench import result, workload
+from nanoflow_backend.bench.breakdown import break_down
+from nanoflow_backend.bench.model_work import ModelWork
+from nanoflow_backend.bench.roofs import gemm_flop_per_s, memory_bytes_per_s
+from nanoflow_backend.bench.timeline import Counts, Sample, Timeline
+from nanoflow_backend.bench.workload import Dataset, Workload
+from nanoflow_backend.commands.settings import make_engine
+from nanoflow_backend.config import ConfigError
+from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.models.model import build
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
+
+SAMPLE_S = 1.0  # between two samples of the timeline
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.percentage:.0f} %"),
+    TimeRemainingColumn(),
+)
+
+
+def bench_offline(
+    model: Path,
+    output: Path | None,
+    input_tokens: int,
+    output_tokens: int,
+    requests: int,
+    trace: Path | None,
+    dataset: Dataset | None,
+    breakdown: bool,
+    settings: Sequence[str],
+) -> None:
+    """Total and output tokens per second of the whole run, ramp-up and tail included, and of its stationary part.
+
+    Raises:
+        ConfigError: both a trace and a dataset, or a breakdown without a GPU.
+    """
+    if trace and dataset:
+        raise ConfigError("--dataset: expected none beside --trace")
+    engine = make_engine(model, settings, max_queue_size=str(requests))
+    if breakdown and engine.config.device != "cuda":
+        raise ConfigError(f"--breakdown: expected a GPU, the engine runs on {engine.worker.device.name}")
+    if trace:
+        work = workload.of_trace(trace, requests, engine.max_model_tokens)
+    elif dataset:
+        work = workload.drawn(dataset, requests, engine.max_model_tokens)
+    else:
+        work = workload.constant(input_tokens, output_tokens, requests)
+    run = OfflineRun(engine, work, breakdown)
+    run.to_the_end()
+    result.write({"workload": work.name, **work.facts, **result.engine_facts(engine), **run.measured()}, output)
+    engine.close()
+
+
+class OfflineRun:
+    """One workload through one engine; measures as it goes.
+
+    `with_breakdown` profiles a few steps when the queue has just become empty: the mix is still that of a full engine,
+    and the stationary part is over.
+    """
+
+    def __init__(self, engine: Engine, work: Workload, with_breakdown: bool) -> None:
+        self.engine, self.work = engine, work
+        self._meter = find_gpu_meter()
+        self._counts, self._outputs, self._peak_pages = Counts(), 0, 0
+        self._breakdown_is_due = with_breakdown
+        self._breakdown: dict[str, Any] | None = None
+        for number, (prompt, (_, output_tokens)) in enumerate(
+            zip(work.prompts(engine.model_config.vocab_size), work.lengths, strict=True)
+        ):
+            params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
+            engine.add(Request(number, prompt, params))
+
+    def to_the_end(self) -> None:
+        self._samples, start_cpu_s = [self._sample()], time.thread_time()
+        with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
+            task = progress.add_task("output tokens", total=self.work.output_tokens)
+            while self.engine.has_work:
+                self._step()
+                if time.perf_counter() - self._samples[-1].time_s >= SAMPLE_S:
+                    self._samples.append(self._sample())
+                    progress.update(task, completed=self._outputs)
+                if self._breakdown_is_due and not self.engine.scheduler.stats.waiting_requests:
+                    self._breakdown_is_due = False
+                    self._breakdown = break_down(self.engine, self._step)
+        self._samples.append(self._sample())
+        self._cpu_s = time.thread_time() - start_cpu_s
+
+    def measured(self) -> dict[str, Any]:
+        """Also measures what the device can do at all, with the engine still in place."""
+        engine, ranks = self.engine, self.engine.config.tensor_parallel
+        timeline = Timeline(self._samples, engine.config.dense_batch_tokens)
+        model, dtype = build(engine.model_config, ranks), getattr(torch, engine.config.dtype)
+        work = ModelWork.of(model, engine.model_config, dtype.itemsize)
+        device = engine.config.device
+        gemm = gemm_flop_per_s(model, engine.model_config, engine.config.dense_batch_tokens, dtype, device)
+        optimum = gemm.per_s / (2 * work.parameters)  # the paper's Eq. 5, of one device
+
+        def rates(part: Timeline, tokens: int) -> dict[str, Any]:
+            found = part.rates(tokens)
+            a_device = found["total_tokens_per_s"] / ranks
+            return found | {"tokens_per_s_per_device": round(a_device, 1), "share_of_eq5": round(a_device / optimum, 4)}
+
+        steady: Timeline | str | dict[str, Any] = timeline.steady()
+        if isinstance(steady, Timeline):
+            from_s = steady.samples[0].time_s - timeline.samples[0].time_s
+            steady = {"from_s": round(from_s, 2), **rates(steady, steady.counts.tokens)}
+        return {
+            "requests": len(self.work.lengths),
+            "input_tokens": self.work.input_tokens,
+            **rates(timeline, self.work.input_tokens + self._outputs),
+            "engine_thread_cpu_ms_per_step": round(1e3 * self._cpu_s / self._counts.steps, 3),
+            "prefix_hit_tokens": engine.scheduler.stats.prefix_hit_tokens,
+            "steady": steady,
+            "eq5_tokens_per_s_per_device": round(optimum, 1),
+            "gemm": msgspec.to_builtins(gemm),
+            "memory": msgspec.to_builtins(memory_bytes_per_s(device)),
+            "work": msgspec.to_builtins(work),
+            "breakdown": self._breakdown,
+            "timeline": timeline.points(),
+        }
+
+    def _step(self) -> None:
+        self._outputs += sum(len(delta.token_ids) for delta in self.engine.step())
+        used_pages = self.engine.scheduler.stats.used_pages
+        self._peak_pages = max(self._peak_pages, used_pages)
+        if self.engine.last_batch:
+            self._counts.add(self.engine.last_batch, used_pages)
+
+    def _sample(self) -> Sample:
+        gpu = self._meter.read() if self._meter else None
+        peak_pages, self._peak_pages = self._peak_pages, 0
+        stats, counts = self.engine.scheduler.stats, replace(self._counts)
+        return Sample(time.perf_counter(), counts, self._outputs, peak_pages, stats, gpu)

@@ -1,0 +1,95 @@
+"""Workload: the lengths of a benchmark's requests; constant, from a trace, or drawn as the paper's datasets are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import log, log1p, sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+from nanoflow_backend.bench.trace import read_trace
+from nanoflow_backend.config import ConfigError
+
+SEED = 0
+TRACE_SEED = 1  # as the rival's figures for the Azure trace were drawn
+
+# (mean, standard deviation) of input and of output tokens: the NanoFlow paper (OSDI'25), Table 4. The datasets
+# themselves are others' texts; log-normal lengths have the same two moments, and the long tail of such texts.
+DATASETS = {"lmsys-like": ((102, 169), (222, 210)), "sharegpt-like": ((246, 547), (322, 244))}
+Dataset = Literal["lmsys-like", "sharegpt-like"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`lengths` are (input, output) tokens of each request; `facts` say in a result where they come from."""
+
+    name: str
+    lengths: tuple[tuple[int, int], ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_tokens(self) -> int:
+        return sum(length for length, _ in self.lengths)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(length for _, length in self.lengths)
+
+    def prompts(self, vocab_size: int) -> Iterator[list[int]]:
+        return random_prompts((length for length, _ in self.lengths), vocab_size)
+
+
+def random_prompts(lengths: Iterable[int], vocab_size: int) -> Iterator[list[int]]:
+    """Random ids, the same for every engine; no two prompts share a prefix worth caching."""
+    draw, ids = random.Random(SEED), range(vocab_size)
+    for length in lengths:
+        yield draw.choices(ids, k=length)
+
+
+def constant(input_tokens: int, output_tokens: int, requests: int) -> Workload:
+    return Workload(f"{input_tokens}/{output_tokens}", ((input_tokens, output_tokens),) * requests)
+
+
+def of_trace(path: Path, requests: int, max_model_tokens: int) -> Workload:
+    """So many rows of a trace (see read_trace), drawn from all of it: neighbours resemble each other.
+
+    Raises:
+        ConfigError: the file is no trace, or has no rows.
+    """
+    trace = read_trace(path, max_model_tokens)
+    if not trace.lengths:
+        raise ConfigError(f"{path}: expected a row with input and output tokens, found none")
+    lengths = list(trace.lengths)
+    random.Random(TRACE_SEED).shuffle(lengths)
+    facts = {"trace_rows_dropped": trace.dropped_rows, "trace_rows_too_long": trace.too_long_rows}
+    return Workload(path.stem, tuple(lengths[:requests]), facts)
+
+
+def drawn(dataset: Dataset, requests: int, max_model_tokens: int) -> Workload:
+    """Log-normal lengths with the dataset's means and deviations, at least 1.
+
+    A request of more than `max_model_tokens` loses prompt tokens until one output token fits, then output tokens.
+    """
+    draw, lengths, clipped = random.Random(SEED), [], 0
+    for _ in range(requests):
+        asked_input, asked_output = (
+            max(1, round(draw.lognormvariate(*_log_moments(mean, deviation)))) for mean, deviation in DATASETS[dataset]
+        )
+        input_tokens = min(asked_input, max_model_tokens - 1)
+        output_tokens = min(asked_output, max_model_tokens - input_tokens)
+        clipped += (input_tokens, output_tokens) != (asked_input, asked_output)
+        lengths.append((input_tokens, output_tokens))
+    (input_mean, input_std), (output_mean, output_std) = DATASETS[dataset]
+    facts = {
+        "lengths_drawn": f"log-normal, in {input_mean} ± {input_std}, out {output_mean} ± {output_std}, seed {SEED}",
+        "lengths_clipped": clipped,
+    }
+    return Workload(dataset, tuple(lengths), facts)
+
+
+def _log_moments(mean: float, deviation: float) -> tuple[float, float]:
+    """Mean and deviation of the logarithm of what has this mean and deviation and is log-normal."""
+    variance = log1p((deviation / mean) ** 2)
+    return log(mean) - variance / 2, sqrt(variance)

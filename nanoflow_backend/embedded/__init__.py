@@ -1,0 +1,1 @@
+"""The real Triton Inference Server from the `nvidia-pytriton` package, for demos, tests and laptops."""

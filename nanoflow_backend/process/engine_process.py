@@ -1,0 +1,169 @@
+"""EngineProcess: the engine in a process of its own, as the server's stub sees it. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.process.child import Child, ChildDied
+from nanoflow_backend.process.messages import (
+    Cancel,
+    Failed,
+    FromEngine,
+    News,
+    Queue,
+    Ready,
+    Refusal,
+    Start,
+    Stats,
+    Stop,
+    Submit,
+)
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
+
+
+class EngineError(RuntimeError):
+    """The engine did not start, or is gone: the message says why."""
+
+
+class EngineProcess:
+    """Submit requests from any thread; news comes on a reader thread, whose callbacks must be quick.
+
+    Args:
+        on_news: what a step brought.
+        on_stats: how things stand, from time to time.
+        on_refusal: a request that was not accepted, or turned out to be invalid; deltas that follow mean nothing.
+        on_death: the process is gone without having been asked; nothing more will come.
+        host_pid: a server whose end must also be the end of this process and of the engine's.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_news: Callable[[News], None],
+        on_stats: Callable[[Stats], None],
+        on_refusal: Callable[[Refusal], None],
+        on_death: Callable[[str], None],
+        host_pid: int | None = None,
+    ) -> None:
+        self._config = config
+        self._on_news, self._on_stats, self._on_refusal = on_news, on_stats, on_refusal
+        self._on_death = on_death
+        self._host_pid = host_pid
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._changing = threading.Lock()
+        self._child: Child | None = None
+        self._queue: Queue | None = None  # as the engine said last, once it is ready
+        self._submitted = 0  # sequences
+        self._stopping = False
+
+    def start(self) -> Ready:
+        """Wait until every rank is ready.
+
+        Raises:
+            EngineError: what failed; or another thread called `stop`.
+        """
+        try:
+            with self._changing:
+                if self._stopping:
+                    raise EngineError("the engine was stopped before it was started")
+                self._child = child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+        except OSError as error:
+            raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
+        try:
+            child.send(Start(self._config))
+            answer = child.receive(self._decoder)
+        except ChildDied as death:
+            child.close()
+            raise EngineError(f"the engine did not start: {death}; its output is in the server's log") from None
+        if isinstance(answer, Failed):
+            child.stop()
+            child.close()
+            raise EngineError(answer.message)
+        with self._changing:
+            if not self._stopping:
+                self._queue = Queue(0, answer.queue_room, 0)
+                self._reader.start()
+                return answer  # type: ignore[no-any-return]
+        child.close()
+        raise EngineError("the engine was stopped while it started")
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
+    def check_room(self) -> None:
+        """Raises: QueueFull, where the engine would refuse a request: it says so itself only after its next step."""
+        queue, submitted = self._queue, self._submitted
+        if queue is not None and submitted - queue.received >= queue.room:
+            raise QueueFull(queue.waiting + submitted - queue.received)
+
+    def submit(self, request: Request) -> None:
+        """Raises: EngineError when the process is gone."""
+        with self._changing:
+            self._submitted += request.params.n
+        self._send(Submit(request))
+
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
+        """End a request, or one of its sequences, early: the last delta of each gives the reason.
+
+        What has ended already is left alone.
+        """
+        self._send(Cancel(request_id, reason, index))
+
+    def stop(self) -> None:
+        """Cancel what runs, end the process and the reader. Again, or before a start that went well, is harmless.
+
+        A process that is not ready yet is killed.
+        """
+        with self._changing:
+            if self._stopping:
+                return
+            self._stopping = True
+            child, started = self._child, self._queue is not None
+        if child is None:
+            return
+        if not started:
+            child.kill()
+            return
+        with contextlib.suppress(ChildDied):
+            child.send(Stop())
+        child.stop()
+        self._reader.join()
+        child.close()
+
+    def _running(self) -> Child:
+        if self._child is None:
+            raise EngineError("the engine was not started")
+        return self._child
+
+    def _send(self, message: Submit | Cancel) -> None:
+        try:
+            self._running().send(message)
+        except ChildDied as death:
+            raise EngineError(f"the engine is gone: {death}") from None
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self._running().receive(self._decoder)
+                match message:
+                    case News():
+                        self._queue = message.queue
+                        self._on_news(message)
+                    case Stats():
+                        self._on_stats(message)
+                    case Refusal():
+                        self._on_refusal(message)
+                    case Failed():
+                        raise ChildDied(message.message)
+        except Exception as death:  # of the child; or of this thread, after which nothing more would come either
+            if not self._stopping:
+                self._on_death(str(death) if isinstance(death, ChildDied) else repr(death))

@@ -1,0 +1,86 @@
+"""What crosses the socket between the server's stub and the engine process: msgspec structs, never pickle."""
+
+from __future__ import annotations
+
+import msgspec
+
+from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.scheduler.batch import Delta, FinishReason
+from nanoflow_backend.scheduler.observed import Observed
+from nanoflow_backend.scheduler.stats import SchedulerStats
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """The first message to a new engine process."""
+
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End a request early; STOP where its text had a stop string, which only the stub can see."""
+
+    request_id: int
+    reason: FinishReason = FinishReason.CANCELLED
+    index: int | None = None  # of one sequence; None: all of the request's
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Cancel what runs, report it, and exit."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Every rank has its weights and pages. Answers Start."""
+
+    vocab_size: int
+    max_model_tokens: int
+    num_pages: int
+    page_tokens: int
+    description: str  # one line for the log: model, schedule, sizes
+    queue_room: int  # before the first request; see Queue
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start, or broke: the process ends after it."""
+
+    message: str
+
+
+class Refusal(msgspec.Struct, frozen=True, tag=True):
+    """A request that cannot be served: nothing more of it is to be shown."""
+
+    request_id: int
+    message: str
+    overloaded: bool  # the queue is full; otherwise the request is invalid
+
+
+class Queue(msgspec.Struct, frozen=True, array_like=True):
+    """The engine's queue. What was submitted and not received yet will take some of the room."""
+
+    waiting: int  # sequences: `n` of a request
+    room: int  # for so many more
+    received: int  # so far, refused ones too
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """What one step brought, and the queue after it. Without deltas when the work ends."""
+
+    deltas: list[Delta]
+    queue: Queue
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """How things stand. Comes every STATS_PERIOD_S while there is work, and when the work ends."""
+
+    scheduler: SchedulerStats
+    observed: Observed
+
+
+STATS_PERIOD_S = 0.5  # well below the period of any collector; encoding takes 3 us
+
+ToEngine = Start | Submit | Cancel | Stop
+FromEngine = Ready | Failed | Refusal | News | Stats

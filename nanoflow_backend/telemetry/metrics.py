@@ -1,0 +1,141 @@
+"""Metrics: what is known of the engine, and the server's page that shows it.
+
+The server's histograms take one value a call, and a step brings a thousand. So a histogram is here what its exposition
+consists of: counters with an `le` label, raised a bucket at a time. To a query they are the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from typing import Protocol
+
+import msgspec
+
+from nanoflow_backend.process.messages import Ready, Stats
+from nanoflow_backend.scheduler.observed import Histogram, Observed
+from nanoflow_backend.scheduler.stats import SchedulerStats
+from nanoflow_backend.telemetry.families import ENGINE_FAMILIES, STUB_FAMILIES, Family, Kind, View, refused_by_engine
+
+FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a timer writes them, not every step
+
+
+class Metrics:
+    """Told from any thread."""
+
+    def __init__(self, ready: Ready) -> None:
+        self._lock = threading.Lock()
+        self._view = View(ready, _nothing(ready))
+
+    def take(self, stats: Stats) -> None:
+        with self._lock:
+            self._view.stats = stats
+
+    def refused(self, reason: str, requests: int = 1) -> None:
+        """They get no result. Any reason will do; those that the engine ends count by themselves."""
+        with self._lock:
+            self._view.refused[reason] += requests
+
+    def engine_died(self) -> None:
+        with self._lock:
+            self._view.up = False
+
+    def engine_restarted(self, ready: Ready) -> None:
+        """To be told before its first statistics, which count from zero."""
+        with self._lock:
+            view = self._view
+            view.refused.update(refused_by_engine(view.stats))
+            view.ready, view.stats, view.up = ready, _nothing(ready), True
+            view.restarts += 1
+
+    def view(self) -> View:
+        """As it is now."""
+        with self._lock:
+            return msgspec.structs.replace(self._view, refused=self._view.refused.copy())
+
+
+def _nothing(ready: Ready) -> Stats:
+    zeros = dict.fromkeys(SchedulerStats.__struct_fields__, 0)
+    return Stats(SchedulerStats(**{**zeros, "num_pages": ready.num_pages}), Observed())
+
+
+class Metric(Protocol):
+    """The server's. Each call is a round trip."""
+
+    def set(self, value: float) -> None: ...
+
+    def increment(self, value: float) -> None: ...
+
+
+Create = Callable[[Kind, str, str, Mapping[str, str]], Metric]  # kind (no histogram), name, meaning, labels
+
+
+class _Shown:
+    """A family on the page: its series, and the values that they have there."""
+
+    def __init__(self, create: Create, family: Family) -> None:
+        self._create, self.family = create, family
+        self._metrics: dict[tuple[str, ...], Metric] = {}
+        self._values: dict[tuple[str, ...], float] = {}
+
+    def show(self, view: View) -> None:
+        read = self.family.read(view)
+        if isinstance(read, Histogram):
+            values = _exposition(read)
+        elif isinstance(read, Mapping):
+            values = {("", *labels): value for labels, value in read.items()}
+        else:
+            values = {("",): read}
+        for series, value in values.items():
+            metric = self._metrics.get(series) or self._add(series)
+            if value != self._values[series]:
+                if self.family.kind == "gauge":
+                    metric.set(value)
+                else:
+                    metric.increment(value - self._values[series])
+                self._values[series] = value
+
+    def begin_again(self) -> None:
+        """Counts start at zero again; those on the page go on."""
+        if self.family.kind != "gauge":
+            self._values = dict.fromkeys(self._values, 0)
+
+    def _add(self, series: tuple[str, ...]) -> Metric:
+        suffix, *values = series
+        names = ("le",) if suffix == "_bucket" else self.family.labels
+        kind: Kind = "gauge" if self.family.kind == "gauge" else "counter"
+        labels = dict(zip(names, values, strict=True))
+        metric = self._metrics[series] = self._create(kind, self.family.name + suffix, self.family.meaning, labels)
+        self._values[series] = 0
+        return metric
+
+
+def _exposition(histogram: Histogram) -> dict[tuple[str, ...], float]:
+    """(suffix, le): value, as Prometheus defines a histogram: each bucket counts those below it too."""
+    bounds = [*(f"{bound:.9g}" for bound in histogram.bounds), "+Inf"]
+    values: dict[tuple[str, ...], float] = {
+        ("_bucket", bound): count for bound, count in zip(bounds, accumulate(histogram.counts), strict=True)
+    }
+    return {**values, ("_sum",): histogram.total, ("_count",): sum(histogram.counts)}
+
+
+class Page:
+    """The metrics on the server's page. For one thread."""
+
+    def __init__(self, create: Create, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._engine = [_Shown(create, family) for family in ENGINE_FAMILIES]
+        self._stub = [_Shown(create, family) for family in STUB_FAMILIES]
+        self._restarts = 0
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what has changed."""
+        view = self._metrics.view()
+        if view.restarts != self._restarts:
+            self._restarts = view.restarts
+            for shown in self._engine:
+                shown.begin_again()
+        for shown in self._engine + self._stub:
+            shown.show(view)

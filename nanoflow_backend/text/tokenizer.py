@@ -1,0 +1,238 @@
+"""Tokenizer: text <-> token ids of a Hugging Face model folder, through the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from jinja2 import TemplateSyntaxError
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.request.sampling_params import InvalidRequest
+from nanoflow_backend.text.chat_template import ChatTemplate, Message
+from nanoflow_backend.text.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
+
+T = TypeVar("T")
+
+
+class InvalidTokenizer(ConfigError):
+    """A tokenizer file is broken: the message names the file and what is wrong with it."""
+
+
+class Tokenizer:
+    """Encodes prompts, decodes outputs, renders chats. Immutable after construction; any thread may use it.
+
+    Attributes:
+        special_tokens: the text of each named special token: "bos_token", "eos_token", "pad_token", ...
+        special_ids: every id that `skip_special_tokens` leaves out.
+        bos_id, eos_id: None where the checkpoint names none.
+    """
+
+    def __init__(self, backend: Backend, decoding: Decoding, config: _Config, templates: Mapping[str, str]) -> None:
+        backend.no_truncation()  # a tokenizer.json may carry its training's
+        backend.no_padding()
+        _add_tokens(backend, config)
+        self._backend = backend
+        self.special_tokens = config.named_tokens()
+        self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        # A post-processor that adds BOS does so whatever add_bos_token says, as in transformers 5.
+        post_processor_adds_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
+        self._starts_with_bos = self.bos_id is not None and (config.add_bos_token or post_processor_adds_bos)
+        self._bytes = TokenBytes(backend, decoding, self.vocab_size)
+        self._bytes_without_special = TokenBytes(backend, decoding, self.vocab_size, hidden=self.special_ids)
+        self._templates = {name: ChatTemplate(source, self.special_tokens) for name, source in templates.items()}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+        """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and chat templates.
+
+        Raises:
+            FileNotFoundError: the folder has no tokenizer.json.
+            InvalidTokenizer: naming the broken file.
+        """
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder}: expected a tokenizer.json (other tokenizer formats are not read)")
+        content = read_file(file)
+        try:
+            decoding = Decoding.of(msgspec.json.decode(content, type=_File).decoder)
+            backend = Backend.from_buffer(content)
+        except UnsupportedDecoder as error:
+            raise InvalidTokenizer(f"{file}: {error}") from error
+        except Exception as error:  # the library raises bare Exceptions
+            raise InvalidTokenizer(f"{file}: not a valid tokenizer: {error}") from error
+        config = _read(folder / "tokenizer_config.json", _Config) or _Config()
+        config = config.completed_by(_read(folder / "special_tokens_map.json", _Config) or _Config())
+        try:
+            return cls(backend, decoding, config, _chat_templates(folder, config))
+        except TemplateSyntaxError as error:
+            raise InvalidTokenizer(f"{folder}: chat template, line {error.lineno}: {error.message}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id. A model's own vocabulary may be padded beyond it."""
+        return max(self._backend.get_vocab_size(), 1 + max(self._backend.get_added_tokens_decoder(), default=-1))
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more bytes of text; it may be less, for vocabularies spell some bytes with several."""
+        return max(len(token.encode()) for token in self._backend.get_vocab())
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        With special tokens a text gets exactly one BOS, where the tokenizer has one to add, even when it begins
+        with the BOS text already. Rendered chats have theirs: encode those without.
+
+        Raises:
+            InvalidRequest: the text is not valid Unicode (a lone surrogate).
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise InvalidRequest(f"prompt: expected valid Unicode text: {error}") from error
+        if add_special_tokens and self._starts_with_bos:
+            assert self.bos_id is not None
+            if ids[:2] == [self.bos_id, self.bos_id]:
+                return ids[1:]
+            if ids[:1] != [self.bos_id]:
+                return [self.bos_id, *ids]
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids that no token has add nothing."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, skip_special_tokens: bool = False) -> TokenBytes:
+        """The bytes that each token adds to the text, by id; none for special tokens that are skipped."""
+        return self._bytes_without_special if skip_special_tokens else self._bytes
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text, leading space included: what logprobs show. Part of a character is U+FFFD."""
+        return self._bytes[token_id].decode(errors="replace")
+
+    def to_json(self) -> str:
+        """As a tokenizer.json, with the tokens that only tokenizer_config.json names."""
+        text: str = self._backend.to_str()
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation. Encode it with `add_special_tokens=False`: templates write their BOS.
+
+        Of several templates, "tool_use" is taken when there are tools, else "default", as in transformers.
+
+        Raises:
+            InvalidRequest: the model has no such template, or the template refuses the messages.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise InvalidRequest(f"messages: the model has no default chat template; it has {sorted(self._templates)}")
+        return self._templates[name].render(messages, tools, add_generation_prompt, variables)
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+
+class _File(msgspec.Struct):
+    decoder: dict[str, Any] | None = None
+
+
+class _Token(msgspec.Struct, frozen=True):
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _Config(msgspec.Struct):
+    """What matters here of tokenizer_config.json and of special_tokens_map.json."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    unk_token: str | _Token | None = None
+    sep_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+    cls_token: str | _Token | None = None
+    mask_token: str | _Token | None = None
+    additional_special_tokens: list[str | _Token] | None = None
+    extra_special_tokens: list[str | _Token] | dict[str, str | _Token] | None = None  # their name in transformers 5
+    added_tokens_decoder: dict[int, _Token] | None = None
+    add_bos_token: bool | None = None
+    chat_template: str | list[_NamedTemplate] | None = None
+
+    def completed_by(self, other: _Config) -> _Config:
+        """These settings, and the other's where these say nothing."""
+        return _Config(
+            *[getattr(other if getattr(self, field) is None else self, field) for field in self.__struct_fields__]
+        )
+
+    def named_tokens(self) -> dict[str, str]:
+        tokens = {field: getattr(self, field) for field in self.__struct_fields__ if field.endswith("_token")}
+        if isinstance(self.extra_special_tokens, dict):
+            tokens |= self.extra_special_tokens
+        return {name: _content(token) for name, token in tokens.items() if isinstance(token, str | _Token)}
+
+    def unnamed_tokens(self) -> list[str]:
+        extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
+        return [_content(token) for token in [*(self.additional_special_tokens or []), *extra]]
+
+
+def _content(token: str | _Token) -> str:
+    return token if isinstance(token, str) else token.content
+
+
+def _add_tokens(backend: Backend, config: _Config) -> None:
+    """Make the tokens of the config known, and those with a name special, where tokenizer.json says less."""
+    for _, token in sorted((config.added_tokens_decoder or {}).items()):
+        backend.add_tokens([AddedToken(**msgspec.structs.asdict(token))])
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    unknown = [content for content in config.unnamed_tokens() if content not in known]
+    for content in [*config.named_tokens().values(), *unknown]:
+        backend.add_special_tokens([known.get(content) or AddedToken(content, normalized=False)])
+
+
+def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:
+    """Template sources by name. Files of their own go before those in tokenizer_config.json."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: read_file(path).decode() for name, path in files.items()}
+    if isinstance(config.chat_template, str):
+        return {"default": config.chat_template}
+    return {named.name: named.template for named in config.chat_template or []}
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(read_file(path), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidTokenizer(f"{path}: {error}") from error

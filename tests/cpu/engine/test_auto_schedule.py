@@ -1,0 +1,152 @@
+"""schedule "auto": a file of the cache, a short search that fills it, or sequential with the reason."""
+
+import logging
+import re
+import sys
+import threading
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.engine import Engine, auto_schedule
+from nanoflow_backend.engine.auto_schedule import COMMAND, find_auto_schedule
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.schedule.file import ScheduleFile
+
+GPU = Device("cuda", "synthetic H200-sustained", 132)
+SYNTHETIC = (*COMMAND, "--device", "synthetic")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save(checkpoints.make("llama"), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def auto(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> EngineConfig:
+    monkeypatch.setenv("PYTHONPATH", ":".join(str(ROOT / folder) for folder in ("", "kernels", "search")))
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(auto_schedule.log, "disabled", False)  # as import-linter leaves all that were there before it
+    return EngineConfig(
+        model=str(model), schedule="auto", schedule_cache=str(tmp_path / "cache"), dense_batch_tokens=250
+    )
+
+
+def script(tmp_path: Path, text: str) -> tuple[str, ...]:
+    path = tmp_path / "search.py"
+    path.write_text(text)
+    return (sys.executable, str(path))
+
+
+def test_what_is_found_is_kept(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    found = find_auto_schedule(auto, GPU, command=SYNTHETIC)
+    assert re.fullmatch(r".*/cache/synthetic-H200-sustained-132/[0-9a-f]{16}-2_tp1_1024-512_250\.json", found.schedule)
+    assert ScheduleFile.load(Path(found.schedule)).plans[-1].tokens == 256
+    assert "nanoflow-search: plans" in caplog.text
+    caplog.clear()
+    again = find_auto_schedule(auto, GPU, command=("/nowhere/search",))
+    assert again == found
+    assert "searching" not in caplog.text
+
+
+def test_other_workloads_sizes_and_devices_are_other_files(auto: EngineConfig, tmp_path: Path) -> None:
+    command = script(tmp_path, "import sys; open(sys.argv[sys.argv.index('--out') + 1], 'w').write(' '.join(sys.argv))")
+    arms = {
+        auto: GPU,
+        EngineConfig(**{**fields(auto), "schedule_workload": "9/9"}): GPU,
+        EngineConfig(**{**fields(auto), "dense_batch_tokens": None}): GPU,
+        EngineConfig(**{**fields(auto), "seed": 1}): Device("cuda", "NVIDIA H100", 132),
+    }
+    paths = [Path(find_auto_schedule(config, device, command=command).schedule) for config, device in arms.items()]
+    assert len(set(paths)) == 4
+    asked = [path.read_text().split()[1:] for path in paths]
+    assert "--dense-batch-tokens" not in asked[2]
+    for arguments in asked:
+        assert arguments[:4] == ["--model", auto.model, "--tp", "1"]
+    assert [arguments[5] for arguments in asked] == ["1024/512", "9/9", "1024/512", "1024/512"]
+    assert asked[0][asked[0].index("--dense-batch-tokens") + 1] == "256"
+
+
+def fields(config: EngineConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in config.__struct_fields__}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("print('profile'); raise SystemExit('no GPU is free')", r"the search failed \(1\): no GPU is free"),
+        ("print('found nothing')", r"the search failed \(0\): found nothing"),
+        ("import time; print('profile', flush=True); time.sleep(600)", "took more than 0.01 minutes: the next load"),
+    ],
+    ids=["fails", "writes nothing", "too long"],
+)
+def test_without_a_file_it_is_sequential(
+    auto: EngineConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, why: str
+) -> None:
+    found = find_auto_schedule(auto, GPU, command=script(tmp_path, text), minutes=0.01)
+    assert found.schedule == "sequential"
+    assert re.search(f"WARNING .* schedule auto: sequential, for .*{why}", caplog.text)
+
+
+def test_without_the_search_package_it_is_sequential(
+    auto: EngineConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_schedule, "find_spec", lambda name: None)
+    assert find_auto_schedule(auto, GPU).schedule == "sequential"
+    assert "nanoflow_search and scipy cannot be imported: pip install 'nanoflow-triton[search]'" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_not_to_serve(
+    auto: EngineConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule == "sequential"
+    assert "sequential, for [Errno" in caplog.text
+
+
+def test_a_file_of_another_version_is_found_again(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule)
+    content = path.read_text()
+    path.write_text(content.replace('"format_version": 2', '"format_version": 1'))
+    assert find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule == str(path)
+    assert "format version 1, this engine reads 2; searching again" in caplog.text
+    assert path.read_text() == content
+
+
+def test_engines_that_load_together_search_once(auto: EngineConfig, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = script(
+        tmp_path,
+        f"import subprocess, sys; open({str(log)!r}, 'a').write('searched\\n');"
+        f"sys.exit(subprocess.call([sys.executable, *{SYNTHETIC[1:]!r}, *sys.argv[1:]]))",
+    )
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(find_auto_schedule(auto, GPU, command=command).schedule))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    assert log.read_text() == "searched\n"
+
+
+def test_an_engine_on_a_cpu_runs_sequential(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(EngineConfig(**{**fields(auto), "device": "cpu"}))
+    assert engine.config.schedule == "sequential"
+    assert "sequential, for on a CPU nothing runs side by side" in caplog.text
+
+
+def test_a_workload_is_two_lengths() -> None:
+    with pytest.raises(
+        ConfigError, match="schedule_workload: expected PROMPT/OUTPUT tokens such as 1024/512, got '1/0'"
+    ):
+        EngineConfig(model="m", schedule_workload="1/0")

@@ -1,0 +1,123 @@
+"""Every device kernel in the kernel language's interpreter, against its reference (see support.kernels.checks).
+
+bf16 products are wrong in the interpreter, hence fp16 and fp32; bf16 is checked on the device (tests/gpu).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels are compiled here: see tests/gpu", allow_module_level=True)
+
+from nanoflow_kernels import device as kernels
+from shapes import config
+from support.kernels.checks import Checks
+
+from nanoflow_backend.engine.worker import _implementations
+from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.models.model import build
+
+# the interpreter's own, on conversions and on infinities that the kernels mean
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("DeprecationWarning", "RuntimeWarning")]
+TOKENS = (0, 1, 13)
+MIXES = {
+    "one decode at position 0": [(0, 1)],
+    "decodes of very different lengths": [(0, 1), (1, 1), (63, 1), (64, 1), (389, 1), (127, 1)],
+    "a whole prompt": [(0, 139)],
+    "chunks and decodes": [(7, 1), (131, 1), (0, 5), (61, 67), (3, 11)],
+    "decodes behind a chunk": [(5, 40), (9, 1), (70, 1)],
+    "few rows": [(61, 9), (131, 1), (0, 3)],
+    "nothing": [],
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=str)
+def checks(request: pytest.FixtureRequest) -> Checks:
+    return Checks("cpu", request.param)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_row_kernels(checks: Checks, tokens: int) -> None:
+    checks.embed(tokens, 4099)
+    checks.add_rms_norm(tokens, 1031)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(checks: Checks, tokens: int, bias: bool) -> None:
+    checks.linear(tokens, bias, wide_output=False)
+    checks.linear(tokens, bias, wide_output=False, num_sms=2, inner=72, width=136)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, 149])
+@pytest.mark.parametrize("num_sms", [None, 1, 99])
+def test_linear_swiglu(checks: Checks, tokens: int, num_sms: int | None) -> None:
+    checks.linear_swiglu(tokens, 72, 136, num_sms)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_rope_append(checks: Checks, mix: str, padding: int) -> None:
+    checks.rope_append(MIXES[mix], 5, 1, 64, 7, padding)
+
+
+# groups of 1, 3, 4 and 8 query heads; pages gathered and in tiles
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_tokens", "padding", "num_sms"),
+    [(4, 1, 64, 16, 0, None), (2, 2, 64, 64, 3, 1), (8, 1, 128, 64, 1, 99), (3, 1, 64, 7, 2, 2), (4, 1, 64, 128, 0, 1)],
+)
+def test_attention_over_poisoned_pages(
+    mix: str, heads: int, kv_heads: int, head_dim: int, page_tokens: int, padding: int, num_sms: int | None
+) -> None:
+    dtype = torch.float16 if page_tokens == 64 else torch.float32
+    Checks("cpu", dtype).attention(MIXES[mix], heads, kv_heads, head_dim, page_tokens, padding, num_sms)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (7, 3), (1, 1)])
+def test_route(tokens: int, experts: int, chosen: int) -> None:
+    Checks("cpu", torch.float32).route(tokens, experts, chosen)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, 149])
+def test_grouped_products(checks: Checks, tokens: int) -> None:
+    checks.grouped(tokens, 5, 2, 71, 137)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 11])
+def test_sample(rows: int) -> None:
+    Checks("cpu", torch.float32).sample(rows, 97)
+
+
+@pytest.mark.parametrize(("rows", "concerned"), [(1, 0), (1, 1), (11, 7)])
+def test_edits_of_logits(rows: int, concerned: int) -> None:
+    checks = Checks("cpu", torch.float32)
+    checks.penalise(rows, concerned, 97)
+    checks.mask(rows, concerned, 97)
+
+
+def test_errors_name_the_operand() -> None:
+    x = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"linear_swiglu: weight: expected shape \(12, 6\), got \(4, 6\)"):
+        kernels.linear_swiglu(x, x, out=x)
+    with pytest.raises(ValueError, match=r"linear_swiglu: x: expected rows at multiples of 16 bytes, got one every 24"):
+        kernels.linear_swiglu(x, x, out=x[:, :2])
+    with pytest.raises(ValueError, match=r"add_rms_norm: update: expected torch.float32, got torch.float16"):
+        kernels.add_rms_norm(x, x.half(), x[0], eps=1e-5, out=(x, x))
+    with pytest.raises(ValueError, match=r"add_rms_norm: update: expected a matrix of contiguous rows"):
+        kernels.add_rms_norm(x, x.T.contiguous().T, x[0], eps=1e-5, out=(x, x))
+    with pytest.raises(ValueError, match="num_sms: expected a positive number, got 0"):
+        kernels.embed(torch.zeros(4, dtype=torch.int32), x, out=(x, x), num_sms=0)
+
+
+def test_the_engine_can_say_what_runs_every_operation() -> None:
+    for architecture in ("llama", "qwen2", "mixtral"):
+        model = build(config(architecture))
+        lines = _implementations(model, kernels)
+        for graph in (model.embed, model.layer, model.head):
+            for operation in graph.operations:
+                if operation.resource is not Resource.NETWORK:
+                    assert any(x.startswith(f"{operation.kernel} (") and operation.name in x for x in lines), operation

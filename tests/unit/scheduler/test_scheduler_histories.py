@@ -1,0 +1,250 @@
+"""Random histories of the scheduler, against a worker that notices wrong pages and wrong tokens.
+
+The full run: `python tests/unit/scheduler/test_scheduler_histories.py 10000`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from ledger_worker import EOS, VOCABULARY, LedgerWorker, Story
+
+from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.limits import SchedulerLimits
+from nanoflow_backend.scheduler.scheduler import Scheduler
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
+
+HISTORIES_IN_CI = 10_000
+CHUNK = 1_000
+SEEDS_EACH = 3  # the most sequences of a request
+
+
+@dataclass
+class Life:
+    """What became of one sequence of a request."""
+
+    request: Request
+    story: Story
+    most_tokens: int  # prompt and output
+    output: list[int] = field(default_factory=list)
+    ends: list[FinishReason] = field(default_factory=list)
+    stop_reason: int | None = None
+    scored: list[int] | None = None  # the prompt's tokens that came with log-probabilities
+
+
+class History:
+    """A random scheduler, random requests, and every rule that can be checked from outside."""
+
+    def __init__(self, seed: int) -> None:
+        rng = self.rng = random.Random(seed)
+        self.now = 0.0
+        self.asynchronous = rng.random() < 0.7
+        self.page_tokens = rng.choice((1, 2, 3, 4))
+        self.num_pages = rng.randint(2, 12)
+        self.max_model_tokens = rng.choice((rng.randint(2, 20), 60))
+        max_running = rng.randint(1, 6)
+        self.max_queue_size = rng.randint(1, 8)
+        self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
+        self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
+        self.prompt_tokens = rng.choice((self.dense_batch_tokens, rng.randint(1, self.dense_batch_tokens)))
+        limits = SchedulerLimits(
+            dense_batch_tokens=self.dense_batch_tokens,
+            chunk_tokens=self.chunk_tokens,
+            prompt_tokens=self.prompt_tokens,
+            max_running=max_running,
+            max_queue_size=self.max_queue_size,
+            num_pages=self.num_pages,
+            page_tokens=self.page_tokens,
+            max_model_tokens=self.max_model_tokens,
+        )
+        self.scheduler = Scheduler(
+            limits,
+            eos_token_ids=[EOS],
+            prefix_caching=rng.random() < 0.8,
+            priority_aging_s=rng.choice((0, 3, 1000)),
+            clock=lambda: self.now,
+            forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
+        )
+        self.worker = LedgerWorker(self.num_pages, self.page_tokens)
+        self.lives: dict[tuple[int, int], Life] = {}  # by request and sequence
+        self.requests: list[int] = []
+        self.held: list[int] = []
+        self.seen: Counter[str] = Counter()
+        self.interrupted = 0
+
+    def run(self) -> Counter[str]:
+        for _ in range(self.rng.randint(5, 40)):
+            action = self.rng.random()
+            if action < 0.4:
+                self.add()
+            elif action < 0.45 and self.lives:
+                self.scheduler.cancel(self.rng.choice([*self.requests, -1]), index=self.rng.choice((None, 0, 1)))
+                self.scheduler.check()
+            elif action < 0.5 and self.held:
+                self.scheduler.release(self.held.pop())
+                self.scheduler.check()
+            else:
+                self.step()
+        for request_id in self.held:
+            self.scheduler.release(request_id)
+        idle_steps = 0
+        while self.scheduler.has_work:  # no deadlock, and no livelock: two steps without any work end no history
+            idle_steps = 0 if self.step() else idle_steps + 1
+            assert idle_steps <= 2, "there is work, and nothing runs"
+        self.verify()
+        return self.seen
+
+    def add(self) -> None:
+        rng = self.rng
+        known = [life.story.tokens for life in self.lives.values()]
+        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 8))]
+        if known and rng.random() < 0.6:  # a common beginning, or the next round of a conversation
+            earlier = rng.choice(known)
+            prompt = earlier[: rng.randint(1, len(earlier))] + prompt[: rng.randint(0, 4)]
+        max_tokens = rng.randint(1, 20)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
+            seed=SEEDS_EACH * len(self.requests),
+            n=rng.choice((1, 1, 1, 2, SEEDS_EACH)),
+            prompt_logprobs=rng.choice((None, None, None, 0)),
+            stop_token_ids=(1,) if rng.random() < 0.3 else (),
+            ignore_eos=rng.random() < 0.3,
+        )
+        deadline, queue_deadline = (self.now + rng.randint(0, 20) if rng.random() < 0.15 else None for _ in range(2))
+        held = rng.random() < 0.1
+        priority = rng.choice((0, 0, 0, 1, -1))
+        request = Request(len(self.requests), prompt, params, priority, deadline, queue_deadline)
+        try:
+            self.scheduler.add(request, held)
+        except InvalidRequest:
+            too_long = len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
+            assert too_long or params.n > self.max_queue_size
+            self.seen["invalid"] += 1
+        except QueueFull:
+            self.seen["queue full"] += 1
+        else:
+            most = min(len(prompt) + max_tokens, self.max_model_tokens, self.num_pages * self.page_tokens + 1)
+            # a sampler masks them; the scheduler does not rely on it. Two tokens more than anyone can see: overshoot
+            masked = rng.choice((frozenset({EOS, 1}), frozenset[int]()))
+            self.requests.append(request.id)
+            self.held += [request.id] if held else []
+            for index in range(params.n):
+                seed = params.of_sequence(index).seed
+                assert seed is not None
+                story = Story.of(prompt, seed, max_tokens + 2, masked, params.min_tokens)
+                self.lives[request.id, index] = Life(request, story, most)
+                self.worker.stories[seed] = story
+        self.scheduler.check()
+
+    def step(self) -> bool:
+        """The engine's step; False if it did nothing at all."""
+        self.now += 1
+        batch = self.scheduler.schedule()
+        self.scheduler.check()
+        if batch is not None:
+            self.check_batch(batch)
+            self.worker.launch(batch)
+        wait = self.worker.batches_in_flight > (1 if self.asynchronous and batch is not None else 0)
+        deltas = self.scheduler.retire(self.worker.collect() if wait else None)
+        self.scheduler.check()
+        for delta in deltas:
+            self.take(delta)
+        return batch is not None or wait or bool(deltas)
+
+    def check_batch(self, batch: Batch) -> None:
+        slots = batch.decode_slots + [p.slot for p in batch.prefills]
+        assert len(set(slots)) == len(slots), "a slot is in a batch twice"
+        assert 0 < batch.tokens <= self.dense_batch_tokens
+        assert all(0 < len(p.token_ids) <= self.chunk_tokens for p in batch.prefills)
+        assert sum(len(p.token_ids) for p in batch.prefills) <= self.prompt_tokens
+        self.seen["decodes and prefills together"] += bool(batch.decode_slots and batch.prefills)
+
+    def take(self, delta: Delta) -> None:
+        life = self.lives[delta.request_id, delta.index]
+        assert not life.ends, f"request {delta.request_id} has news after its end"
+        if delta.prompt_logprobs is not None:
+            assert life.scored is None, f"request {delta.request_id} is scored twice"
+            assert not life.output, f"request {delta.request_id} is scored late"
+            life.scored = [scores.token_ids[0] for scores in delta.prompt_logprobs]
+        life.output += delta.token_ids
+        self.seen["prefix hits"] += delta.cached_tokens > 0
+        if delta.finish_reason is not None:
+            life.ends.append(delta.finish_reason)
+            life.stop_reason = delta.stop_reason
+            self.seen[delta.finish_reason] += 1
+
+    def verify(self) -> None:
+        stats = self.scheduler.stats
+        assert (stats.used_pages, stats.running_requests, stats.waiting_requests) == (0, 0, 0)
+        assert self.worker.batches_in_flight == 0
+        for (request_id, index), life in self.lives.items():
+            assert len(life.ends) == 1, f"sequence {index} of request {request_id} ended {len(life.ends)} times"
+            self.verify_output(life)
+            scores = index == 0 and life.request.params.prompt_logprobs is not None and life.output
+            expected = life.request.prompt[1:] if scores else None
+            assert life.scored == expected, f"request {request_id} is scored wrongly"
+            self.seen["scored"] += life.scored is not None
+            self.seen["siblings"] += index
+        stopped = self.seen[FinishReason.STOP]
+        interrupted = self.seen[FinishReason.CANCELLED] + self.seen[FinishReason.DEADLINE]
+        # a cancelled request may lose the token in flight
+        assert stats.overshoot_tokens <= (stopped + interrupted if self.asynchronous else 0)
+        assert stats.finished_requests == len(self.lives)
+        self.seen["preemptions"] += stats.preemptions
+        self.seen["overshoot"] += stats.overshoot_tokens
+        self.seen["steps"] += stats.steps
+
+    def verify_output(self, life: Life) -> None:
+        params, prompt = life.request.params, life.request.prompt
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+        truth = life.story.tokens[len(prompt) : life.most_tokens]
+        stop_at = next((i for i, t in enumerate(truth) if t in stops and i + 1 >= params.min_tokens), None)
+        complete = truth if stop_at is None else truth[: stop_at + 1]
+        assert life.output == complete[: len(life.output)], f"request {life.request.id} got other tokens"
+        if life.ends == [FinishReason.STOP]:
+            assert stop_at is not None
+            assert life.output == complete
+            assert life.stop_reason == (None if truth[stop_at] == EOS and not params.ignore_eos else truth[stop_at])
+        elif life.ends == [FinishReason.LENGTH]:
+            assert stop_at is None
+            assert life.output == complete
+        elif life.ends == [FinishReason.DEADLINE]:
+            assert life.request.deadline is not None
+        elif life.ends == [FinishReason.QUEUE_TIMEOUT]:
+            assert life.request.queue_deadline is not None
+            assert not life.output
+
+
+def run_histories(seeds: range) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            seen += History(seed).run()
+        except BaseException as error:
+            error.add_note(f"history seed {seed}")
+            raise
+    return seen
+
+
+@pytest.mark.parametrize("first", range(0, HISTORIES_IN_CI, CHUNK))
+def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
+    seen = run_histories(range(first, first + CHUNK))
+    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
+    for event in (*FinishReason, *others):
+        assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[1])
+    begin = time.perf_counter()
+    print(count, "histories", dict(run_histories(range(count))), f"{time.perf_counter() - begin:.1f} s")

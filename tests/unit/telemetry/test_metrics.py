@@ -1,0 +1,167 @@
+"""The metrics page, its table in the documentation, and what dashboards and alerts ask it for."""
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanoflow_backend.process.messages import Ready, Stats
+from nanoflow_backend.scheduler.observed import Observed
+from nanoflow_backend.scheduler.stats import SchedulerStats
+from nanoflow_backend.telemetry.families import FAMILIES
+from nanoflow_backend.telemetry.metrics import Metrics, Page
+
+ROOT = Path(__file__).parents[3]
+READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
+
+
+class Server:
+    """The server's page: refuses what the real one refuses, and counts the calls."""
+
+    def __init__(self):
+        self.series, self.kinds, self.calls = {}, {}, 0
+
+    def create(self, kind, name, meaning, labels):
+        assert self.kinds.setdefault(name, kind) == kind
+        key = (name, *(f"{label}={value}" for label, value in labels.items()))
+        assert key not in self.series, f"{key} is made twice"
+        self.series[key] = 0.0
+        return _Metric(self, kind, key)
+
+    def value(self, name, *labels):
+        return self.series[name, *labels]
+
+
+class _Metric:
+    def __init__(self, server, kind, key):
+        self.server, self.kind, self.key = server, kind, key
+
+    def set(self, value):
+        assert self.kind == "gauge", "the server raises here"
+        self.server.calls += 1
+        self.server.series[self.key] = value
+
+    def increment(self, value):
+        assert self.kind == "gauge" or value >= 0, "the server raises here"
+        self.server.calls += 1
+        self.server.series[self.key] += value
+
+
+def stats(observed=None, **scheduler):
+    fields = {**dict.fromkeys(SchedulerStats.__struct_fields__, 0), "num_pages": 10, **scheduler}
+    return Stats(SchedulerStats(**fields), observed or Observed())
+
+
+@pytest.fixture
+def server():
+    return Server()
+
+
+@pytest.fixture
+def metrics():
+    return Metrics(READY)
+
+
+@pytest.fixture
+def page(server, metrics):
+    return Page(server.create, metrics)
+
+
+def test_every_family_is_there_before_the_first_request(server, page):
+    shown = {re.sub("_(bucket|sum|count)$", "", name) for name, *_ in server.series}
+    assert {family.name for family in FAMILIES} == shown
+    assert server.value("nanoflow_kv_cache_pages", "tier=device", "state=free") == 10
+    assert server.value("nanoflow_engine_up") == 1
+
+
+def test_only_what_changed_is_written(server, metrics, page):
+    metrics.take(stats(running_requests=3, preemptions=2))
+    page.flush()
+    before = server.calls
+    page.flush()
+    assert server.calls == before
+    metrics.take(stats(running_requests=4, preemptions=2))
+    page.flush()
+    assert server.calls == before + 1
+    assert server.value("nanoflow_num_requests_running") == 4
+    assert server.value("nanoflow_num_preemptions_total") == 2
+
+
+def test_a_histogram_is_cumulative_as_prometheus_defines_it(server, metrics, page):
+    observed = Observed()
+    for value, times in ((0.0005, 3), (0.004, 2), (0.009, 5), (99.0, 1)):
+        observed.inter_token_s.observe(value, times)
+    metrics.take(stats(observed))
+    page.flush()
+    name = "nanoflow_inter_token_latency_seconds"
+    buckets = {labels[0][3:]: value for (n, *labels), value in server.series.items() if n == f"{name}_bucket"}
+    assert list(buckets)[:6] == ["0.001", "0.0025", "0.005", "0.0075", "0.01", "0.015"]
+    assert list(buckets.values())[:6] == [3, 3, 5, 5, 10, 10]
+    assert list(buckets.items())[-2:] == [("10", 10), ("+Inf", 11)]
+    assert server.value(f"{name}_count") == 11
+    assert server.value(f"{name}_sum") == pytest.approx(0.0015 + 0.008 + 0.045 + 99)
+
+
+def test_counts_go_on_when_the_engine_is_replaced(server, metrics, page):
+    observed = Observed(delivered_tokens=100, ended={"stop": 5, "deadline": 2})
+    observed.first_token_s.observe(0.2, 7)
+    metrics.take(stats(observed, running_requests=3))
+    page.flush()
+    metrics.engine_died()
+    page.flush()
+    assert server.value("nanoflow_engine_up") == 0
+    metrics.engine_restarted(READY)
+    observed = Observed(delivered_tokens=130, ended={"stop": 6, "deadline": 1})
+    observed.first_token_s.observe(0.002, 1)
+    metrics.take(stats(observed))
+    page.flush()
+    assert server.value("nanoflow_engine_up") == server.value("nanoflow_engine_restarts_total") == 1
+    assert server.value("nanoflow_generation_tokens_total") == 230
+    assert server.value("nanoflow_request_success_total", "finished_reason=stop") == 11
+    assert server.value("nanoflow_requests_refused_total", "reason=deadline") == 3
+    assert server.value("nanoflow_num_requests_running") == 0
+    assert server.value("nanoflow_time_to_first_token_seconds_bucket", "le=0.0025") == 1
+    assert server.value("nanoflow_time_to_first_token_seconds_bucket", "le=+Inf") == 8
+
+
+def test_refusals_of_any_reason_from_any_thread(server, metrics, page):
+    def refuse():
+        for _ in range(500):
+            metrics.refused("queue_full")
+            metrics.refused("a new one", 2)
+
+    threads = [threading.Thread(target=refuse) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    page.flush()
+    for thread in threads:
+        thread.join()
+    page.flush()
+    assert server.value("nanoflow_requests_refused_total", "reason=queue_full") == 2000
+    assert server.value("nanoflow_requests_refused_total", "reason=a new one") == 4000
+    assert server.value("nanoflow_requests_refused_total", "reason=invalid") == 0
+
+
+def test_requests_that_the_engine_ends_for_a_reason_of_its_own_are_refusals(server, metrics, page):
+    metrics.refused("deadline", 2)
+    metrics.take(stats(Observed(ended={"stop": 8, "cancelled": 4, "deadline": 3, "evicted": 1})))
+    page.flush()
+    assert server.value("nanoflow_requests_refused_total", "reason=deadline") == 5
+    assert server.value("nanoflow_requests_refused_total", "reason=evicted") == 1
+    assert server.value("nanoflow_requests_cancelled_total") == 4
+
+
+def test_names_follow_the_conventions_of_prometheus():
+    for family in FAMILIES:
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", family.name)
+        assert (family.kind == "counter") == family.name.endswith("_total"), family.name
+        assert not re.search(r"_(ms|us|millis|bytes_k)$", family.name)
+        assert not re.match(r"[\d{]", family.meaning), "the server's ORCA header would take it for a value"
+        if "time" in family.name or "latency" in family.name:
+            assert family.name.endswith("_seconds")
+
+
+def test_the_table_in_the_documentation_is_the_one_in_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", (ROOT / "docs" / "metrics.md").read_text(), re.M)
+    assert rows == [(f.name, f.kind, ", ".join(f"`{n}`" for n in f.labels), f.meaning) for f in FAMILIES]

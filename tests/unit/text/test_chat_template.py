@@ -1,0 +1,223 @@
+"""Chat templates against transformers, with templates in the shape of well-known models'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_tokenizers import llama3
+from transformers import PreTrainedTokenizerFast
+
+from nanoflow_backend.request.sampling_params import InvalidRequest
+from nanoflow_backend.text import template_sandbox
+from nanoflow_backend.text.tokenizer import Tokenizer
+
+LLAMA3 = """{%- set loop_messages = messages %}
+{%- for message in loop_messages %}
+    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}
+    {%- if loop.index0 == 0 %}
+        {%- set content = bos_token + content %}
+    {%- endif %}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""  # noqa: E501
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\n\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] + eos_token}}
+    {%- endif %}
+{%- endfor %}
+"""
+
+TOOLS = """{%- set ns = namespace(calls=0) %}
+{{- bos_token }}
+{%- if tools is not none and tools %}
+    {{- "# Tools\n" }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+        {{- "\n" }}
+        {{- tool.function.parameters | tojson(indent=2) }}
+    {%- endfor %}
+{%- endif %}
+{% for message in messages %}
+    {% if message.role == "ignored" %}
+        {% continue %}
+    {% endif %}
+    {% if message.tool_calls is defined %}
+        {% set ns.calls = ns.calls + message.tool_calls | length %}
+<tool_call>{{ message.tool_calls[0].function | tojson }}</tool_call>
+    {% else %}
+{{ message.role }}: {% generation %}{{ message.content }}{% endgeneration %}
+
+    {% endif %}
+    {% if message.role == "end" %}
+        {% break %}
+    {% endif %}
+{% endfor %}
+calls: {{ ns.calls }}, thinking: {{ enable_thinking | default(true) }}, year: {{ strftime_now("%Y")[:2] }}
+{%- if documents %}documents{% endif %}
+"""
+
+CHAT: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be <brief> & 'kind'."},
+    {"role": "user", "content": "  Héllo 👋 \n"},
+    {"role": "assistant", "content": "Hi", "tool_calls": None},
+    {"role": "user", "content": "{{ bos_token }} {% raw %}"},
+]
+TOOL_CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "1 < 2?"},
+    {"role": "ignored", "content": "never shown"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "less", "arguments": {"a": 1, "b": "<é>"}}}],
+    },
+    {"role": "end", "content": "yes"},
+    {"role": "user", "content": "never shown"},
+]
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "less", "parameters": {"type": "object", "z": "<&>", "a": "é"}},
+}
+
+TOOL_LISTS: list[Any] = [None, [], [TOOL]]
+
+
+def _load(folder: Path, template: object) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    file = llama3(folder) / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    return Tokenizer.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("generation", [True, False])
+@pytest.mark.parametrize(
+    ("template", "messages", "extra"),
+    [
+        (LLAMA3, CHAT, {}),
+        (CHATML, CHAT, {}),
+        (CHATML, CHAT[1:], {}),
+        (MISTRAL, CHAT, {}),
+        (TOOLS, CHAT, {}),
+        (TOOLS, TOOL_CHAT, {"tools": [TOOL]}),
+        (TOOLS, TOOL_CHAT, {"tools": [], "enable_thinking": False, "documents": [{"title": "t", "text": "x"}]}),
+    ],
+    ids=["llama3", "chatml", "chatml-default-system", "mistral", "no-tools", "tools", "extra"],
+)
+def test_renders_as_transformers(
+    tmp_path: Path, template: str, messages: list[dict[str, Any]], extra: dict[str, Any], generation: bool
+) -> None:
+    tokenizer, reference = _load(tmp_path, template)
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **extra)
+    variables = {name: value for name, value in extra.items() if name != "tools"}
+    text = tokenizer.apply_chat_template(messages, extra.get("tools"), generation, variables)
+    assert text == expected
+    ids = reference.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False, **extra)
+    assert tokenizer.encode(text, add_special_tokens=False) == ids
+    if "{{- bos_token" in template or "bos_token +" in template:
+        assert tokenizer.encode(text) == ids  # still one BOS
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    templates = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]
+    tokenizer, reference = _load(tmp_path, templates)
+    for tools in TOOL_LISTS:
+        expected = reference.apply_chat_template(TOOL_CHAT[:1], tools=tools, tokenize=False)
+        assert tokenizer.apply_chat_template(TOOL_CHAT[:1], tools, add_generation_prompt=False) == expected
+
+
+def test_template_files_go_before_the_config(tmp_path: Path) -> None:
+    llama3(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(LLAMA3)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOLS)
+    tokenizer, reference = _load(tmp_path, CHATML)
+    for tools in TOOL_LISTS:
+        expected = reference.apply_chat_template(CHAT, tools=tools, tokenize=False)
+        assert tokenizer.apply_chat_template(CHAT, tools, add_generation_prompt=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "messages: expected a list of at least one message"),
+        ("hello", "messages: expected a list of at least one message"),
+        (["hello"], r'messages\[0\]: expected an object with a "role", got \'hello\''),
+        ([CHAT[1], {"content": "x"}], r'messages\[1\]: expected an object with a "role"'),
+        ([CHAT[1], CHAT[1]], "refuses them: Conversation roles must alternate"),
+        ([{"role": "user", "content": 3}], "refuses them: can only concatenate str"),
+        ([{"role": "user"}], "refuses them: .*no attribute 'content'"),
+    ],
+)
+def test_bad_messages(tmp_path: Path, messages: Any, complaint: str) -> None:
+    tokenizer, _ = _load(tmp_path, MISTRAL)
+    with pytest.raises(InvalidRequest, match=complaint):
+        tokenizer.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ range(10**9) | list }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ [0] * 10**9 }}",
+        "{{ 10**9 * 'a' }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set x = namespace(n=2) %}{% for _ in range(99) %}{% set x.n = x.n * x.n %}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (10**9, 1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, '1000000000') }}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ 'a' | indent(width=10**9, first=true) }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ [1] | slice(10**9) | list }}",
+        "{{ lipsum(n=1000) }}",
+        "{% set r = range(100000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) if n < 50 }}{{ f(n + 1) if n < 50 }}{% endmacro %}{{ f(0) }}",
+        "{% for _ in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
+    ],
+)
+def test_templates_are_in_a_sandbox(tmp_path: Path, escape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MOST_S", 0.05)
+    tokenizer, _ = _load(tmp_path, escape)
+    with pytest.raises(InvalidRequest, match="refuses them"):
+        tokenizer.apply_chat_template(CHAT)
+
+
+def test_no_template(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(llama3(tmp_path))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidRequest, match="no default chat template"):
+        tokenizer.apply_chat_template(CHAT)
