@@ -20,8 +20,11 @@ class Machine(Protocol):
         """Return what a profile is measured with; attention has the contexts of `mix`."""
         ...
 
-    def timer(self, request: SearchRequest, mix: Mix) -> Timer:
-        """Return a timer of schedules for batches of `mix`."""
+    def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
+        """Return a timer of schedules for batches of `mix`, which measures each run for some seconds.
+
+        `num_layers` are run; None: as many as the model has.
+        """
         ...
 
 

@@ -33,11 +33,11 @@ class GpuMachine:
 
         return GpuLoadRunner.here(request.config, mix)
 
-    def timer(self, request: SearchRequest, mix: Mix) -> Timer:
+    def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
         """See Machine."""
         from nanoflow_search.hardware.plan_timer import PlanTimer
 
-        return PlanTimer.here(request.config, mix)
+        return PlanTimer.here(request.config, mix, num_layers=num_layers, seconds=seconds)
 
 
 class SyntheticMachine:
@@ -49,10 +49,10 @@ class SyntheticMachine:
         """See Machine."""
         return self._device(request)
 
-    def timer(self, request: SearchRequest, mix: Mix) -> Timer:
+    def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
         """See Machine."""
         device = self._device(request)
-        return lambda schedule: device.time_plan(schedule, mix, request.model.num_layers)
+        return lambda schedule: device.time_plan(schedule, mix, num_layers or request.model.num_layers)
 
     def _device(self, request: SearchRequest) -> SyntheticDevice:
         return SyntheticDevice(request.model.layer, DEVICES[SYNTHETIC], ranks=request.ranks, noise=0.0)
