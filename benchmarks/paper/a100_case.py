@@ -1,4 +1,4 @@
-"""Case: a batch on A100-like tables to plan for, what is known of it, and plans to start from."""
+"""A case is a batch on A100-like tables to plan for; a setting is what is known of it, and where searches start."""
 
 from __future__ import annotations
 
@@ -39,16 +39,20 @@ PIPELINE = {
 
 
 class Setting(NamedTuple):
+    """What is known of a case."""
+
     model: Model
     measured: TimingModel
     tokens: int
     chunk_tokens: int
-    coarse: Problem  # what the programs solve
-    fine: Problem
+    coarse: Problem  # that the two stages solve
+    fine: Problem  # that annealing solves
     sequential_us: float  # by the published times, whatever is spared
 
 
 class Case(NamedTuple):
+    """A batch to plan for."""
+
     name: str
     tables: str
     workload: str
@@ -70,7 +74,7 @@ def setting(case: Case) -> Setting:
 
 
 def spared_us(times_us: dict[str, dict[int, float]], name: str) -> dict[str, dict[int, float]]:
-    """Three launches of it cost as much as two do."""
+    """Return times with which three launches of an operation cost as much as two do."""
     third_us = a100.line(times_us[name], 0) / 3
     return times_us | {name: {tokens: us - third_us for tokens, us in times_us[name].items()}}
 
@@ -87,12 +91,12 @@ def gain(at: Setting, us: float) -> float:
 
 
 def released(problem: Problem, pieces: Pieces) -> Pieces:
-    """GEMMs without a cap: they keep what the others leave. The others have one, if it is all of the device."""
+    """Return the pieces with GEMMs that have no limit of SMs, and keep what the others leave; the others have one."""
     return tuple(p._replace(sms=None if problem[p.nano.task].lane == "compute" else p.sms or a100.SMS) for p in pieces)
 
 
 def pipeline(at: Setting) -> Pieces:
-    """The authors' own, task after task: attention with R = 0.4, collectives with 0.2. Decodes come first."""
+    """Return the authors' own plan, task after task: attention with R = 0.4, collectives with 0.2, decodes first."""
     found = []
     for task in at.fine.tasks:
         sms = {"compute": None, "memory": TENTHS[3], "network": TENTHS[1]}[task.lane]

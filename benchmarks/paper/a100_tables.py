@@ -1,5 +1,8 @@
-"""A100-like profiles, from what NanoFlow's authors published: solo times of their LLaMA-2-70B (TP 8) and Llama-3-8B
-notebooks, and two tables of R -> P (what share of the SMs leaves of an operation's performance), which disagree."""
+"""The published tables become A100-like profiles.
+
+NanoFlow's authors published solo times in their LLaMA-2-70B (TP 8) and Llama-3-8B notebooks, and two tables of R -> P
+(what a share of the SMs leaves of an operation's performance), which disagree.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ RELEASE = {
 
 
 def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]], tables: dict = PUBLISHED) -> Profile:
-    """As if measured: a straight line through each operation's times; shares by the tables; power does not bind.
+    """Return a profile: a straight line through each operation's times, shares by the tables, and no power cap.
 
     Element-wise operations take no time: the published times are those of fused kernels. Any two shares that fit into
     the device leave each other alone, as the paper assumes.
@@ -101,9 +104,11 @@ def resource_to_performance(profile: Profile, operation: str, amount: float) -> 
 
 
 class Published(TimingModel):
-    """What runs side by side shares the device as the paper defines R: a GEMM that has no cap keeps what the others do
-    not take, as long as they run; they, and what has a cap, are as fast as P says. The Rs that are asked for beyond 1
-    are had in turns."""
+    """The timing model that shares the device as the paper defines R.
+
+    A GEMM without a limit of SMs keeps what the others do not take, as long as they run. All others are as fast as P
+    says. Where the Rs sum up to more than 1, loads run in turns.
+    """
 
     def slowdowns(self, running: Sequence[RunningCurve]) -> tuple[float, ...]:
         taken = [0.0 if sms is None and curve in GEMMS else round((sms or SMS) / SMS, 1) for curve, sms in running]
@@ -113,7 +118,7 @@ class Published(TimingModel):
 
 
 def line(measured: Mapping[int, float], tokens: float) -> float:
-    """The least-squares line; of a single time, in proportion."""
+    """Return the value of the least-squares line at `tokens`; of a single time, in proportion."""
     if len(measured) == 1:
         [(at, us)] = measured.items()
         return us * tokens / at

@@ -1,5 +1,8 @@
-"""The optimum of stage two by exhaustion: every choice of shares, and for each pair in two lanes before, after or both
-at once; no linear program. A branch ends where what is decided is already no shorter than the best plan."""
+"""The optimum of stage two by exhaustion, without a linear program.
+
+Every choice of shares is tried, and each pair in two lanes before, after and beside each other. A branch ends where
+what is decided is no shorter than the best plan so far.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from benchmarks.paper.exhaustive_orders import EPSILON, longest_cycle_us
 
 
 def shortest_period_us(problem: Problem, ordered: CyclicTimeline, contention: Contention) -> float:
-    """The least period; infinity where no choice of shares allows a plan."""
+    """Return the least period; infinity where no choice of shares allows a plan."""
     nanos = [p.nano for p in ordered.placed]
     best = math.inf
     for choices in product(*(contention.choices[n] for n in nanos)):

@@ -1,4 +1,4 @@
-"""Fluid: how long a period of pieces takes in the steady state, by a profile, and the plan that they are."""
+"""The fluid simulation says how long a period of pieces takes in the steady state, and which plan they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanoflow_backend.schedule.plan import Group
 
 
 class Paces(dict[tuple[RunningCurve | None, ...], Sequence[float]]):
-    """What runs in each lane -> how much longer each takes; looked up in a profile once."""
+    """Maps what runs in each lane to how much longer each takes; each is looked up in the profile once."""
 
     def __init__(self, measured: TimingModel) -> None:
         self._measured = measured
@@ -28,7 +28,7 @@ class Paces(dict[tuple[RunningCurve | None, ...], Sequence[float]]):
 
 
 class Fluid:
-    """Of one problem, on chunks of so many tokens."""
+    """Simulates plans of one problem, on chunks of so many tokens."""
 
     def __init__(self, problem: Problem, measured: TimingModel, chunk_tokens: int) -> None:
         self._problem, self._measured, self._chunk_tokens = problem, measured, chunk_tokens
@@ -38,7 +38,7 @@ class Fluid:
         self._paces = Paces(measured)
 
     def pieces(self, shares: ShareAssignment, finer: int = 1) -> Pieces:
-        """Those of a plan that has one chunk for `finer` of these."""
+        """Return the pieces of a plan, one of whose chunks is `finer` chunks here."""
         decodes = self._measured.with_groups(shares.groups).decodes
         found = []
         for p in sorted(shares.timeline.placed, key=lambda p: (round(p.start_us, 3), p.nano.start)):
@@ -49,12 +49,12 @@ class Fluid:
         return tuple(found)
 
     def period_us(self, pieces: Pieces) -> float:
-        """Infinite, if they wait for each other or never settle."""
+        """Return the steady period; infinite, if pieces wait for each other or no period settles."""
         cycle = self._cycle(pieces)
         return cycle.period_us if cycle else math.inf
 
     def shares(self, pieces: Pieces) -> ShareAssignment:
-        """With the timeline of a period."""
+        """Return the plan with the timeline of a period."""
         cycle = self._cycle(pieces)
         assert cycle is not None
         first_us = min(begin for begin, _ in cycle.spans_us)
@@ -90,7 +90,7 @@ class Fluid:
         return self._phases[nano, sms, decodes]
 
     def _groups(self, pieces: Pieces) -> tuple[Group, ...]:
-        """Each piece of attention has rows of its own."""
+        """Return the groups of rows: each piece of attention has its own."""
         found = sorted((p.nano.stop, p.decodes) for p in pieces if p.nano.task == self._attention)
         total = sum(decodes for _, decodes in found)
         return tuple(Group(stop * self._chunk_tokens, decodes / total) for stop, decodes in found if total)

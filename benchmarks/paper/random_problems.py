@@ -1,4 +1,4 @@
-"""Random small layers to plan."""
+"""Random small layers to plan, small enough for exhaustion."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.a100_case import released
 from benchmarks.paper.anneal import anneal
 from benchmarks.paper.fluid import Fluid
-from benchmarks.paper.moves import AHEAD, Changes
+from benchmarks.paper.moves import MOST_LAYERS_AHEAD, Moves
 from benchmarks.paper.piece import Parts, Piece, Pieces, count, divided
 from benchmarks.paper.steady_period import Stint, settled
 from nanoflow_backend.config import ModelConfig
@@ -186,7 +186,7 @@ def test_changes_leave_a_plan_whole() -> None:
     """Every task on every chunk once, every decode on a row of its own, and as many parts as are asked for."""
     rng = random.Random(5)
     pieces = divided(halves(), FINER, "attention")
-    changes = Changes(PROBLEM, SMS, FINER, CHUNK, rng)
+    changes = Moves(PROBLEM, SMS, FINER, CHUNK, rng)
     seen = 0
     for _ in range(4000):
         changed = changes.one(pieces)
@@ -204,7 +204,7 @@ def test_changes_leave_a_plan_whole() -> None:
         for p in pieces:
             assert 0 <= p.decodes <= (p.nano.stop - p.nano.start) * CHUNK
             assert p.decodes == 0 or p.nano.task == "attention"
-            assert 0 <= p.layers_ahead <= AHEAD
+            assert 0 <= p.layers_ahead <= MOST_LAYERS_AHEAD
             assert p.sms in SMS[p.nano.task]
     assert seen > 2000
 
