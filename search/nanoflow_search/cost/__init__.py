@@ -1,1 +1,1 @@
-"""The paper's cost model: what a device can do, what an operation needs, and which batches are worth a plan."""
+"""The paper's cost model says what a device can do, what an operation needs, and which batches are worth a plan."""

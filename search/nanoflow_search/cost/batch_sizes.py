@@ -1,4 +1,4 @@
-"""Batch sizes: which sizes are worth a plan (B_dense of a workload and its neighbours), and how batches are cut."""
+"""Batch sizes that are worth a plan are B_dense of a workload and its neighbours; batches are cut at whole tiles."""
 
 from __future__ import annotations
 

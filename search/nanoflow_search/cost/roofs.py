@@ -1,4 +1,4 @@
-"""The roofs of a layer: the shortest time that each resource allows, if it were the only limit.
+"""Roofs say how long a layer takes at least, by each resource alone, as if it were the only limit.
 
 Source: NanoFlow, section 3; power is a fourth resource, which the paper does not have.
 """

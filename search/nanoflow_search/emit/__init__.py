@@ -1,1 +1,1 @@
-"""What a search gives away: trials, the schedule file, tables, pictures and progress."""
+"""This room makes what a search gives away: trials, the schedule file, tables, pictures, progress."""

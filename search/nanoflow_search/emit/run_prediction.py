@@ -1,5 +1,4 @@
-"""A whole run is predicted from a profile: requests go through the engine's scheduler, and each step takes what is
-predicted of its batch.
+"""A whole run is predicted by the engine's scheduler, with steps that take what a profile predicts of their batches.
 
 No GPU is needed, so that settings that lose here need no time on one. The LM head counts as a product that is as fast
 as the widest one of a layer. Sampling, and what a step costs on the host, are not counted.

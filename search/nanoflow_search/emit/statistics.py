@@ -1,4 +1,4 @@
-"""The statistics of a plan that is timed beside sequential: its gain, with an interval, by rounds of A B B A."""
+"""The statistics of a trial give a plan's gain over sequential with an interval, from rounds of A B B A."""
 
 from __future__ import annotations
 

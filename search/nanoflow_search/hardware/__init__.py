@@ -1,1 +1,1 @@
-"""What a search measures on: a GPU, or a synthetic device in its place. Only this room touches torch."""
+"""This room measures: on a GPU, or on a synthetic device in its place. No other room of the search touches torch."""

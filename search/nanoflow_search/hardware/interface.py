@@ -1,4 +1,4 @@
-"""The interfaces of what a search measures on; none of them needs a GPU or torch."""
+"""The interfaces say what a search needs of a machine, a power meter and repeated work; they import no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanoflow_search.request import SearchRequest
 
 
 class Machine(Protocol):
-    """What a search measures on: a GPU, or the synthetic device in its place."""
+    """Measures loads and schedules: a GPU, or the synthetic device in its place."""
 
     name: str  # of the device, as profiles and schedule files have it
 
@@ -29,7 +29,7 @@ class Machine(Protocol):
 
 
 class PowerMeter(Protocol):
-    """What reads a GPU's energy counter and clock."""
+    """Reads a GPU's energy counter and clock."""
 
     @property
     def power_limit_w(self) -> float:

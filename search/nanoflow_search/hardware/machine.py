@@ -1,4 +1,4 @@
-"""The machine of a search: the GPU that is here, or the synthetic device; and the profile that is measured on it."""
+"""The machine of a search is the GPU that is here, or the synthetic device; a profile is measured on it."""
 
 from __future__ import annotations
 

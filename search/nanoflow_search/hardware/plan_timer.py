@@ -132,6 +132,7 @@ class _Forwards:
         self._forward, self._burst, self.calls = forward, burst, layers
 
     def launch(self, after: Burst | None = None) -> Burst:
+        """See RepeatedWork."""
         if after:
             after.took_s()
         return self._burst(self._forward)

@@ -1,1 +1,1 @@
-"""Planning: a layer as a problem, the two mixed-integer programs that solve it, and the candidates they give."""
+"""Planning states a layer as a problem, solves it with two mixed-integer programs, and keeps the best candidates."""

@@ -1,4 +1,4 @@
-"""Lower bounds on the period: no plan can beat them, whatever its cuts and orders."""
+"""Lower bounds say how short a period can be at best: no plan beats them, whatever its cuts and orders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mixed-integer linear program whose code reads like its page of mathematics; HiGHS solves it."""
+"""A mixed-integer linear program is written here like its page of mathematics, and HiGHS solves it."""
 
 from __future__ import annotations
 

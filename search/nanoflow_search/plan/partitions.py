@@ -1,4 +1,4 @@
-"""Plans whose attention has SMs of its own: the best ones by prediction, for each size of attention's partition.
+"""Partitioned plans give attention SMs of its own; the best ones by prediction are found for each size of its share.
 
 SMs are given to lanes once for a whole plan, so each size is planned for by itself. Plans come from two sides: from the
 two stages, whose chunks all hold the batch's mean mix; and from the preset `overlapped`, on a grid of where it cuts the

@@ -1,1 +1,1 @@
-"""Predictions from a profile: how long any schedule takes, and at what clock and power."""
+"""Predictions say how long any schedule takes, and at what clock and power, from a profile alone."""

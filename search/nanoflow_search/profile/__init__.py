@@ -1,1 +1,1 @@
-"""A profile: which loads are measured, how they are measured, and what their times and energies are in between."""
+"""A profile holds measured loads: this room says which are measured, how, and what lies between the points."""

@@ -61,7 +61,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class LoadRunner(Protocol):
-    """What runs loads and measures them: a GPU, or a synthetic device. Its clock cannot be set; it follows power."""
+    """Runs loads and measures them: a GPU, or a synthetic device. Its clock cannot be set; it follows power."""
 
     @property
     def name(self) -> str:

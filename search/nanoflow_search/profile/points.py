@@ -1,4 +1,4 @@
-"""What to measure of a model on a machine: few points, chosen so that times are nearly straight lines between them."""
+"""The points to measure of a model are few, and chosen so that times are nearly straight lines between them."""
 
 from __future__ import annotations
 
