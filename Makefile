@@ -21,7 +21,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-gpu soak fuzz parity templates lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-paper test-gpu soak fuzz parity templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -45,6 +45,10 @@ serve: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+
+# The search on published tables, whose results are in (benchmarks/paper/README.md): not part of `make test`.
+test-paper: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/paper/tests
 
 # Where a CUDA build of torch is installed. With pytest-xdist, XDIST="-n 15 --dist worksteal" takes minutes off.
 test-gpu: setup

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from nanoflow_kernels import device as kernels
-from nanoflow_search.hardware.cuda_graphs import Captured
-from nanoflow_search.hardware.sustain import WARM_S, idle_w, sustain
+from nanoflow_search.hardware.cuda_graphs import CapturedCalls
+from nanoflow_search.hardware.sustain import WARM_UP_S, idle_w, sustain
 
 from benchmarks.kernels.cases import (
     CONTEXT,
@@ -84,8 +84,8 @@ def main(
     work += [("decode attention", attend.call, share) for share in (0.0, 0.3)]
     work += [("products, then decode attention", both, share) for share in (0.0, 0.3)]
     for name, call, idle_share in work:
-        repeated = Captured(call, SETS)
-        used = sustain([repeated], meter, duration_s, warm_s=WARM_S + 0.5, busy=1 - idle_share)
+        repeated = CapturedCalls(call, SETS)
+        used = sustain([repeated], meter, duration_s, warm_s=WARM_UP_S + 0.5, busy=1 - idle_share)
         busy_w = (used.power_w - idle * (1 - used.busy)) / used.busy
         call_s = used.call_s[0]
         points.append(

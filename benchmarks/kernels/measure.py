@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from nanoflow_kernels.grid import device_sms
-from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.cuda_graphs import CapturedCalls
 from nanoflow_search.hardware.sustain import sustain
 
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
@@ -56,7 +56,7 @@ def measure_kernel(case: KernelCase, duration_s: float) -> MeasuredKernel:
     stream = None
     if case.sms is not None:
         stream = lane_streams((("case", case.sms), ("rest", device_has - case.sms)))["case"]
-    used = sustain([Captured(case.call, SETS, stream)], GpuMeter(), duration_s)
+    used = sustain([CapturedCalls(case.call, SETS, stream)], GpuMeter(), duration_s)
     call_s = used.call_s[0]
     allowed_s = max(case.bytes / READ_BYTES_PER_S, case.flop / FLOP_PER_S)
     return MeasuredKernel(

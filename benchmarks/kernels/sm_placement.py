@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from nanoflow_kernels import device as kernels
-from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.cuda_graphs import CapturedCalls
 from nanoflow_search.hardware.sustain import sustain
 
 from benchmarks.kernels.cases import (
@@ -73,7 +73,7 @@ def main(
 
         for name, cut in (("neighbours", split), ("whole GPCs", whole_gpcs)):
             streams = streams_of(driver, cut, (("memory", sms), ("compute", rest)))
-            works = [Captured(attend, SETS, streams["memory"]), Captured(multiply, SETS, streams["compute"])]
+            works = [CapturedCalls(attend, SETS, streams["memory"]), CapturedCalls(multiply, SETS, streams["compute"])]
             alone, both = (sustain(some, meter, duration_s) for some in (works[:1], works))
             point = {
                 "placement": name,

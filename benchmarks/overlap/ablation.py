@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from nanoflow_search.cost.batch_sizes import checked
-from nanoflow_search.cost.model import Workload
+from nanoflow_search.cost.batch_sizes import checked_sizes
+from nanoflow_search.cost.workload import MeanWorkload
 from nanoflow_search.profile.data import Profile
 
 from benchmarks.overlap.steady_batches import facts_of, steady_batches
@@ -49,10 +49,10 @@ def main(
 def parse_batch(text: str) -> Cell:
     """Read "1024/512:2048". Raises: ValueError."""
     workload, _, tokens = text.partition(":")
-    Workload.parse(workload)
+    MeanWorkload.parse(workload)
     if not tokens.isdecimal():
         raise ValueError(f"batch: expected PROMPT/OUTPUT:TOKENS such as {BATCHES[0]}, got {text!r}")
-    (size,) = checked([int(tokens)])
+    (size,) = checked_sizes([int(tokens)])
     return {"workload": workload, "tokens": size}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 from nanoflow_search.plan.partitions import partitions_of
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule
@@ -14,7 +14,7 @@ from nanoflow_backend.schedule.presets import overlapped, synchronise
 GRANULARITY = 64  # tokens
 
 
-def overlap_memory(graph: Graph, measured: Measured, num_layers: int) -> Schedule:
+def overlap_memory(graph: Graph, measured: TimingModel, num_layers: int) -> Schedule:
     """Attention of one half on SMs of its own beside all else of the other: of the profile's partitions, the one in
     which that is predicted to take least."""
     tokens, whole = round(measured.mix.tokens), measured.profile.header.device_sms

@@ -14,8 +14,8 @@ from statistics import mean
 from typing import Annotated
 
 import typer
-from nanoflow_search.cost.batch_sizes import checked
-from nanoflow_search.emit.trials import STUDENT
+from nanoflow_search.cost.batch_sizes import checked_sizes
+from nanoflow_search.emit.statistics import STUDENT
 
 from benchmarks.overlap.steady_batches import facts_of, steady_batches
 from benchmarks.resumable import Cell, Record, fill
@@ -38,7 +38,7 @@ def main(
     """Where overlap pays: without a GPU it plans and predicts; again where a GPU is, it times the plans of the file."""
     batches, here = steady_batches(model, profile, device="auto", layers=layers, duration_s=duration_s)
     record = Record(output, facts_of(batches, model, "sensitivity", duration_s), margin_of_timed)
-    sizes = checked(tokens or TOKENS)
+    sizes = checked_sizes(tokens or TOKENS)
     keys = [{"context": mean_context, "tokens": size} for mean_context in context or CONTEXTS for size in sizes]
     fill(
         record,

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from nanoflow_search.cost.batch_sizes import mix_of, natural_tokens
-from nanoflow_search.cost.model import ModelSize, Workload
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.trials import Round, Timer, mean_timing, time_round
+from nanoflow_search.cost.batch_sizes import batch_mix, natural_tokens
+from nanoflow_search.cost.model import ModelSize
+from nanoflow_search.cost.workload import MeanWorkload, Mix
+from nanoflow_search.emit.statistics import Round, mean_timing
+from nanoflow_search.emit.timed_schedules import compare, rounded
+from nanoflow_search.emit.trials import time_round
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.plan.partitions import best_by_grid, partitions_of
-from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
-from nanoflow_search.profile.data import Profile, ProfileError
+from nanoflow_search.predict.predict import Timer, predict
+from nanoflow_search.predict.timing_model import TimingModel
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
 
-from benchmarks.overlap.against_sequential import compared, described
 from benchmarks.overlap.halves import nano_batch_only, overlap_memory
 from benchmarks.resumable import Cell
 from nanoflow_backend.config import ModelConfig
@@ -58,8 +60,8 @@ class SteadyBatches:
         self, workload: str, tokens: int, files: Mapping[str, ScheduleFile], rounds: int, known: Cell | None
     ) -> Cell:
         """What is `known` of the cell, and the arms that it lacks."""
-        mix, facts = self._batch(Workload.parse(workload), tokens)
-        halves = overlap_memory(self.model.layer, Measured(self.profile, mix), self.layers)
+        mix, facts = self._batch(MeanWorkload.parse(workload), tokens)
+        halves = overlap_memory(self.model.layer, TimingModel(self.profile, mix), self.layers)
         plans = {"nano-batch only": nano_batch_only(self.model.layer, halves), "overlap memory": halves}
         details, untimed = {"overlap memory": {"attention_sms": halves.partition["memory"]}}, {}
         try:
@@ -71,14 +73,14 @@ class SteadyBatches:
         if "searched" in plans and arms.get("searched", {}).get("schedule") != name:
             arms.pop("searched", None)
         if missing := {name: plan for name, plan in plans.items() if name not in arms}:
-            found = compared(self._timer(mix, missing.values()), sequential(self.model.layer, tokens), missing, rounds)
+            found = compare(self._timer(mix, missing.values()), sequential(self.model.layer, tokens), missing, rounds)
             arms |= {name: details.get(name, {}) | entry for name, entry in found.items()}
         return {**facts, "arms": arms, "untimed": {name: why for name, why in untimed.items() if name not in arms}}
 
     def plan(self, context: int, tokens: int) -> Cell:
         """The plan that is predicted to take least, be it less than sequential or more; nothing is timed."""
         mix, facts = self._batch(_around(context), tokens)
-        graph, measured = self.model.layer, Measured(self.profile, mix)
+        graph, measured = self.model.layer, TimingModel(self.profile, mix)
         plan = best_by_grid(graph, measured, self.layers)
         plan_us, sequential_us = (predict(p, measured, self.layers).layer_us for p in (plan, sequential(graph, tokens)))
         return {
@@ -101,16 +103,16 @@ class SteadyBatches:
         overlapped = mean_timing([turn.first, turn.second])
         return {
             **planned,
-            "sequential": described(mean_timing([turn.before, turn.after])),
-            "overlapped": described(overlapped),
+            "sequential": rounded(mean_timing([turn.before, turn.after])),
+            "overlapped": rounded(overlapped),
             "over_sequential": round(math.exp(turn.log_gain), 4),
             "pairs": [round(gain, 5) for gain in pairs(turn)],
             "error": round(planned["predicted"]["plan_us"] / overlapped.layer_us - 1, 4),
         }
 
-    def _batch(self, workload: Workload, tokens: int) -> tuple[Mix, Cell]:
+    def _batch(self, workload: MeanWorkload, tokens: int) -> tuple[Mix, Cell]:
         natural = natural_tokens(ModelSize.of(self.config), self.profile.header.device, 1, workload)
-        mix = mix_of(workload, tokens, natural)
+        mix = batch_mix(workload, tokens, natural)
         facts = {
             "decode_tokens": round(mix.decode_tokens),
             "decode_context": mix.decode_context,
@@ -141,9 +143,9 @@ class SteadyBatches:
         return self.timer_of(mix)
 
 
-def _around(context: int) -> Workload:
+def _around(context: int) -> MeanWorkload:
     output = context / (PROMPT_TO_OUTPUT + 0.5)  # on average a decode has its prompt and half of its output
-    return Workload(PROMPT_TO_OUTPUT * output, output)
+    return MeanWorkload(PROMPT_TO_OUTPUT * output, output)
 
 
 def pairs(turn: Round) -> tuple[float, float]:

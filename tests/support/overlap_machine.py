@@ -9,12 +9,12 @@ import pytest
 import typer
 from msgspec.structs import replace
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import Timing
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.profile.points import partition_loads_of
+from nanoflow_search.profile.points import partition_loads
 from profiled import profiled
 
 from benchmarks.overlap import ablation, sensitivity, steady_batches
@@ -57,7 +57,7 @@ class Machine:
 
 def profile_of(graph: Graph, mix: Mix, shares: Sequence[int] = SHARES) -> Profile:
     """A profile as if it were of an H200."""
-    loads = partition_loads_of(graph, 132, mix, round(mix.tokens), shares)
+    loads = partition_loads(graph, 132, mix, round(mix.tokens), shares)
     taken = profiled(SyntheticDevice(graph, DEVICES["H200-sustained"], noise=0.0), graph, loads)
     return replace(taken, header=replace(taken.header, device=H200.name))
 

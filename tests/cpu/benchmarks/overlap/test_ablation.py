@@ -10,11 +10,11 @@ import pytest
 import torch
 from msgspec.structs import replace
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 from overlap_machine import SHARES, Machine, profile_of
 from schedules import save
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph, profile: Profile) -> None:
-    both = halves.overlap_memory(graph, Measured(profile, Mix(680, 1368, 1280, 512)), 3)
+    both = halves.overlap_memory(graph, TimingModel(profile, Mix(680, 1368, 1280, 512)), 3)
     alone = halves.nano_batch_only(graph, both)
     for plan in (both, alone):
         validate(plan, graph, 32, 132)
@@ -58,7 +58,7 @@ def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     mix = Mix(40, 88, 40, 30)
-    arm = halves.overlap_memory(layer, Measured(profile_of(layer, mix), mix), 2)
+    arm = halves.overlap_memory(layer, TimingModel(profile_of(layer, mix), mix), 2)
     plan = save(tmp_path / "plan.json", layer, arm if overlaps else halves.nano_batch_only(layer, arm))
     expected, found = (
         [
@@ -80,7 +80,7 @@ def test_halves_are_on_the_partition_that_is_predicted_best(graph: Graph, profil
         tokens = 128 * rng.randint(2, 16)
         decodes = round(tokens * rng.uniform(0.05, 0.6))
         mix = Mix(decodes, tokens - decodes, rng.uniform(200, 3000), rng.uniform(50, 1500))
-        measured = Measured(profile, mix)
+        measured = TimingModel(profile, mix)
         found = halves.overlap_memory(graph, measured, 3)
         plans = [overlapped(graph, tokens, tokens // 2, 0.5, sms, 132, 64) for sms in SHARES]
         assert found == plans[min(range(3), key=lambda n: predict(plans[n], measured, 3).layer_us)]

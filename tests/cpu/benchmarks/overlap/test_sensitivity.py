@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec.structs import replace
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.trials import STUDENT, Round
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.emit.statistics import STUDENT, Round
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.predict.predict import Timing, predict
-from nanoflow_search.predict.timing_model import Measured
-from nanoflow_search.profile.data import Profile, ProfileError
+from nanoflow_search.predict.timing_model import TimingModel
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
 from overlap_machine import CPU, H200, MODEL, SHARES, Machine, map_of
 
 from benchmarks.overlap import sensitivity, steady_batches
@@ -45,7 +46,7 @@ def test_the_plan_of_a_cell_is_the_best_of_all(
     words = ("--tokens", str(tokens), "--context", str(context))
     (cell,) = run("sensitivity", tmp_path / "map.json", *words)["cells"]
     decodes = cell["decode_tokens"]
-    measured = Measured(profile, Mix(decodes, tokens - decodes, cell["decode_context"], cell["prefill_context"]))
+    measured = TimingModel(profile, Mix(decodes, tokens - decodes, cell["decode_context"], cell["prefill_context"]))
     brute = {
         (sms, stop, share): predict(overlapped(graph, tokens, stop, share, sms, 132, 128), measured, 3).layer_us
         for sms in SHARES

@@ -1,4 +1,4 @@
-"""The tables of `nanoflow-search analyze`."""
+"""The cost table shows what bounds a model's throughput on each device: `nanoflow-search analyze`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from rich.table import Table
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.models.model import build
-from nanoflow_search.cost.devices import DEVICES, Device
-from nanoflow_search.cost.model import CostModel, ModelSize, Workload, roofs
+from nanoflow_search.cost.devices import DEVICES, GpuSpec
+from nanoflow_search.cost.model import CostModel, ModelSize
+from nanoflow_search.cost.roofs import roofs
 from nanoflow_search.cost.work import layer_work
+from nanoflow_search.cost.workload import MeanWorkload
 
-COLUMNS = (
+COST_COLUMNS = (
     *("device", "workload", "B_dense", "T_compute", "T_mem", "T_net", "T_R"),
     *("optimal", "sequential", "overlapped", "at most", "bound by"),
 )
 
 
-def analyze(folder: Path, names: list[str], tp: int, workloads: list[str], dense_batch_tokens: int | None) -> None:
+def show_cost_table(
+    folder: Path, names: list[str], tp: int, workloads: list[str], dense_batch_tokens: int | None
+) -> None:
     """Print one row for each device and workload.
 
+    `folder` holds a Hugging Face config.json; `names` are those of the device table, none for all of them.
+
     Raises:
-        ValueError: a device that the table does not have, a workload that cannot be read.
+        ValueError: a device is not in the table, or a workload cannot be read.
     """
     if unknown := set(names) - DEVICES.keys():
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {', '.join(sorted(unknown))}")
     config = ModelConfig.from_pretrained(folder)
     devices = [DEVICES[name] for name in names] or list(DEVICES.values())
     table = Table(title=f"{folder.name}, {ModelSize.of(config).parameters / 1e9:.2f}e9 parameters, TP {tp}")
-    for column in COLUMNS:
+    for column in COST_COLUMNS:
         table.add_column(
             column, no_wrap=True, justify="left" if column in ("device", "workload", "bound by") else "right"
         )
     for device in devices:
-        for workload in map(Workload.parse, workloads):
+        for workload in map(MeanWorkload.parse, workloads):
             table.add_row(device.name, *_row(config, device, tp, workload, dense_batch_tokens))
     console = Console(width=max(Console().width, 150))  # a pipe has no width of its own
     console.print(table)
@@ -47,7 +53,7 @@ def analyze(folder: Path, names: list[str], tp: int, workloads: list[str], dense
     )
 
 
-def _row(config: ModelConfig, device: Device, tp: int, workload: Workload, tokens: int | None) -> tuple[str, ...]:
+def _row(config: ModelConfig, device: GpuSpec, tp: int, workload: MeanWorkload, tokens: int | None) -> tuple[str, ...]:
     size, model = ModelSize.of(config), build(config, tp)
     cost = CostModel(size, device, tp)
     name = f"{workload.prompt_tokens:g}/{workload.output_tokens:g}"
@@ -59,7 +65,7 @@ def _row(config: ModelConfig, device: Device, tp: int, workload: Workload, token
         name,
         f"{batch:.0f}",
         *(f"{1e3 * seconds:.1f}" for seconds in (cost.compute_s(batch), cost.memory_s(), cost.network_s(batch))),
-        f"{cost.memory_s() / cost.compute_s(batch):.2f}",
+        f"{cost.memory_to_compute(batch):.2f}",
         f"{cost.optimal_tokens_per_s() / tp:,.0f}",
         f"{batch / limits.sequential_s / tp:,.0f}",
         f"{batch / limits.overlapped_s / tp:,.0f}",
