@@ -11,7 +11,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import typer
@@ -19,6 +19,7 @@ import typer
 from benchmarks.engine.null_engine import NullProgram
 from nanoflow_backend.bench import result
 from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.process.messages import News
 from nanoflow_backend.request.request import Request
@@ -63,7 +64,8 @@ def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> 
         kv_cache_tokens=running * (prompt_tokens + max_tokens + 128),  # room for all at their longest
         page_tokens=64,
     )
-    engine.worker.program = NullProgram(engine.worker.program, running + SPARE_TOKENS)
+    executor = cast(LocalExecutor, engine.executor)
+    executor.worker.program = NullProgram(executor.worker.program, running + SPARE_TOKENS)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
     for number in range(running):
         engine.add(Request(number, [number % 7] * prompt_tokens, params))
@@ -85,9 +87,9 @@ def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> 
 
     engine.scheduler.schedule = timed("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
     engine.scheduler.retire = timed("retire", engine.scheduler.retire)  # type: ignore[method-assign]
-    engine.worker.launch_forward = timed("launch_forward", engine.worker.launch_forward)  # type: ignore[method-assign]
-    engine.worker.launch_tail = timed("launch_tail", engine.worker.launch_tail)  # type: ignore[method-assign]
-    engine.worker.collect = timed("collect", engine.worker.collect)  # type: ignore[method-assign]
+    executor.launch_forward = timed("launch_forward", executor.launch_forward)  # type: ignore[method-assign]
+    executor.launch_tail = timed("launch_tail", executor.launch_tail)  # type: ignore[method-assign]
+    executor.collect = timed("collect", executor.collect)  # type: ignore[method-assign]
     step = timed("step", engine.step)
     encode = timed("encode_news", msgspec.msgpack.Encoder().encode)
     for _ in range(steps):

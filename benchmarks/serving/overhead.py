@@ -16,7 +16,7 @@ import typer
 from benchmarks.server import serve_model
 from nanoflow_backend.bench import result
 from nanoflow_backend.commands.demo import stream_grpc
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 
 
 def main(
@@ -28,12 +28,12 @@ def main(
 ) -> None:
     """What serving costs: the same requests through tritonserver as gRPC streams, and by the engine alone."""
     prompts = [f"The {number}th statement" for number in range(concurrency)]
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
     def alone(_: int) -> float:
         start = time.perf_counter()
-        tokens = sum(len(completion.token_ids) for completion in engine.generate(prompts, params))
+        tokens = sum(len(completion.token_ids) for completion in llm.generate(prompts, params))
         return tokens / (time.perf_counter() - start)
 
     def one(url: str, prompt: str) -> tuple[int, int]:

@@ -27,8 +27,9 @@ from benchmarks.server import DEMO_MODEL, add_model
 from benchmarks.serving import server_state
 from benchmarks.serving.grpc_streams import GrpcStreams
 from nanoflow_backend.bench import result
+from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.embedded.server import EmbeddedServer
-from nanoflow_backend.engine import Engine, SamplingParams, engine
+from nanoflow_backend.engine import LLM, Engine, SamplingParams
 
 PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}
 DRAIN_S = 60.0
@@ -74,8 +75,8 @@ def main(
 
 def engine_tokens_per_s(model: Path, streams: int) -> int:
     """The engine in this process, `streams` requests at once."""
-    engine.Worker = partial(null_engine.NullWorker, step_us=0)  # type: ignore[assignment,misc]
-    alone = Engine.from_pretrained(model, device="cpu", **SETTINGS)
+    config = EngineConfig.resolve({"model": str(model), "device": "cpu", **SETTINGS}, relative_to=Path.cwd())
+    alone = LLM(Engine(config, make_executor=partial(null_engine.NullExecutor, step_us=0)))
     prompts = [[3 + number] * 8 for number in range(streams)]
     params = SamplingParams(**PARAMS)
     alone.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))

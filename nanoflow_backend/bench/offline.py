@@ -80,7 +80,7 @@ def bench_offline(
     engine = make_engine(model, settings, max_queue_size=str(requests))
     option = "--breakdown-only" if breakdown_only else "--breakdown"
     if (breakdown or breakdown_only) and engine.config.device != "cuda":
-        raise ConfigError(f"{option}: expected a GPU, the engine runs on {engine.worker.device.name}")
+        raise ConfigError(f"{option}: expected a GPU, the engine runs on {engine.executor.device.name}")
     meter = find_gpu_meter()
     if breakdown_only and meter is None:
         raise ConfigError(f"{option}: expected nvidia-ml-py, which measures the GPU")

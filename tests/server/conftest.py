@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.server import DEMO_MODEL, add_model
 from nanoflow_backend.embedded.server import EmbeddedServer
-from nanoflow_backend.engine import Engine
+from nanoflow_backend.engine import LLM
 
 # The server looks once a second whether its models have unloaded; two looks were needed for one model.
 EXIT_TIMEOUT_S = 5
@@ -54,6 +54,6 @@ def demo(server: Callable[..., EmbeddedServer], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def demo_engine() -> Engine:
+def demo_llm() -> LLM:
     """What the demo model says, without a server."""
-    return Engine.from_pretrained(DEMO_MODEL)
+    return LLM.from_pretrained(DEMO_MODEL)

@@ -1,20 +1,24 @@
 """Imports flow one way, as the contracts in pyproject.toml say; tests may import benchmarks, and not the reverse."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 ROOT = Path(__file__).parents[2]
-PYPROJECT = ROOT / "pyproject.toml"
+# In a process of its own: import-linter 2.16 configures logging, which silences every logger that exists by then.
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 # What pytest's pythonpath makes importable by a bare name.
 OF_TESTS = {path.stem for folder in ("tests", "tests/support") for path in (ROOT / folder).iterdir()} | {"tests"}
 
 
 def test_every_contract_is_kept():
-    assert lint_imports(config_filename=str(PYPROJECT), no_cache=True) == EXIT_STATUS_SUCCESS
+    linted = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert linted.returncode == 0, linted.stdout
+    assert "0 broken" in linted.stdout
 
 
 def imported(source: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ from simulated_programs import Programs
 from benchmarks.models import checkpoints
 from benchmarks.overlap import ablation, halves, steady_batches
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import ScheduleFile
@@ -63,7 +63,7 @@ def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     expected, found = (
         [
             completion.token_ids
-            for completion in Engine.from_pretrained(
+            for completion in LLM.from_pretrained(
                 tmp_path, dense_batch_tokens=128, page_tokens=4, **options
             ).generate(prompts, greedy)
         ]
