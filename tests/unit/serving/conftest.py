@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import stub_backend
-import tiny_tokenizers
 from fake_engine import FakeEngine
 
+from benchmarks.models import tiny_tokenizers
+from benchmarks.stress import stub_backend
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 

@@ -1,9 +1,9 @@
 """Messages of a chat become the prompt of a call, or are refused by name."""
 
 import pytest
-import tiny_tokenizers
 from parsed_call import parse
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.tokenizer import Tokenizer
 

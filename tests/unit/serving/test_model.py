@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_engine import FLAG, FakeEngine, last, text
-from stub_backend import ServerRequest
 
+from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.scheduler.batch import Delta
 

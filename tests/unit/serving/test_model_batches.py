@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from fake_engine import FLAG, last
-from stub_backend import ServerRequest
 from waiting import until
 
+from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import Refusal
 from nanoflow_backend.scheduler.batch import Delta

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 from fake_engine import FLAG, last, text
-from stub_backend import ServerRequest
 from waiting import until
 
+from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 

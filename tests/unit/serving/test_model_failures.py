@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 from fake_engine import last, text
-from stub_backend import ServerRequest
 
+from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import Refusal
 from nanoflow_backend.scheduler.batch import Delta, FinishReason

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny_tokenizers import SHAPES, llama3
 
+from benchmarks.models.tiny_tokenizers import SHAPES, llama3
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamed_text import params, stream, text_of
-from tiny_tokenizers import llama2
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from benchmarks.models.tiny_tokenizers import llama2
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.text.text_stream import TextDelta, TextStream
