@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from support.places import ROOT
+
 from nanoflow_backend.__main__ import main
 from nanoflow_backend.process import logs
 
-ROOT = Path(__file__).parents[2]
 COULD_NOT_RUN = 2
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
+from support.places import ROOT
 
-DOCKER = Path(__file__).parents[2] / "docker"
+DOCKER = ROOT / "docker"
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "nanoflow.json"
 PROMETHEUS = DOCKER / "prometheus"
 

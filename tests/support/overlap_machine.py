@@ -16,6 +16,7 @@ from nanoflow_search.predict.predict import Timing
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.points import partition_loads
 from profiled import profiled
+from support.places import ROOT
 
 from benchmarks.overlap import ablation, sensitivity, steady_batches
 from nanoflow_backend.config import ModelConfig
@@ -24,7 +25,7 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.plan import Schedule
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 MODEL = BENCHMARKS / "models" / "llama-3-8b"
 LAYER = build(ModelConfig.from_pretrained(MODEL)).layer
 MIX = Mix(683, 1365, 1280, 512)  # of the profile

@@ -63,9 +63,9 @@ def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     expected, found = (
         [
             completion.token_ids
-            for completion in LLM.from_pretrained(
-                tmp_path, dense_batch_tokens=128, page_tokens=4, **options
-            ).generate(prompts, greedy)
+            for completion in LLM.from_pretrained(tmp_path, dense_batch_tokens=128, page_tokens=4, **options).generate(
+                prompts, greedy
+            )
         ]
         for options in ({}, {"schedule": plan})
     )

@@ -23,8 +23,6 @@ import nanoflow_backend
 from nanoflow_backend.embedded import libpython
 from nanoflow_backend.embedded.server import EmbeddedServer, ServerError
 
-pytestmark = pytest.mark.server
-
 CONFIG = """
 name: "words"
 backend: "python"

@@ -6,10 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-from benchmarks.server import ROOT
-
-pytestmark = pytest.mark.server
+from support.places import ROOT
 
 PYTHON = ".venv/bin/python"
 COMMANDS = re.findall(

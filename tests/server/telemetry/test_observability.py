@@ -11,7 +11,7 @@ import time
 import observability
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
+from support.server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
@@ -19,8 +19,6 @@ from benchmarks.server import add_model
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS
 from nanoflow_backend.telemetry.families import FAMILIES
 from nanoflow_backend.text.tokenizer import Tokenizer
-
-pytestmark = pytest.mark.server
 
 ACCOUNT_FLAGS = {f"return_{name}": True for name in ACCOUNT_OUTPUTS}
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14] * 4

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from server.clients import NUMPY, generate, post
+from support.server.clients import NUMPY, generate, post
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS
-
-pytestmark = pytest.mark.server
 
 WIRE = {"STRING": "BYTES"}  # the protocol's name; the other types have their own
 CONTENTS = {"BYTES": "bytes_contents", "BOOL": "bool_contents", "INT32": "int_contents"}

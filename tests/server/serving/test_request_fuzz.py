@@ -6,8 +6,6 @@ from hypothesis import strategies as st
 
 from benchmarks.stress import fuzz_on_the_wire
 
-pytestmark = pytest.mark.server
-
 FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 

@@ -8,10 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from benchmarks.server import DEMO_MODEL, ROOT
-
-pytestmark = pytest.mark.server
+from support.places import DEMO_MODEL, ROOT
 
 CONFIGS = ROOT / "perf_analyzer_configs"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

@@ -16,16 +16,13 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc
 from packaging.requirements import Requirement
-from server.clients import generate, metrics_page
+from support.places import DEMO_MODEL, ROOT
+from support.server.clients import generate, metrics_page
 from waiting import until
 
 from nanoflow_backend.embedded.server import OWN_PACKAGES
 from nanoflow_backend.engine import LLM, SamplingParams
 
-pytestmark = pytest.mark.server
-
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "demo" / "tiny-llama"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 PROMPTS = [
     f"Return the {word}" for word in ("list", "string", "number of items", "value", "name", "file", "type", "key")
@@ -43,7 +40,7 @@ def add_model(repository, name, config, **engine):
     """All that a model of the backend folder needs: two files."""
     (repository / name / "1").mkdir(parents=True)
     (repository / name / "config.pbtxt").write_text(config)
-    (repository / name / "1" / "engine.json").write_text(json.dumps({"model": str(DEMO), **engine}))
+    (repository / name / "1" / "engine.json").write_text(json.dumps({"model": str(DEMO_MODEL), **engine}))
     return repository
 
 
@@ -57,14 +54,14 @@ def pbtxt(count=1, **parameters):
 
 @pytest.fixture(scope="module")
 def expected():
-    return LLM.from_pretrained(DEMO).generate(PROMPTS, SamplingParams(**GREEDY))
+    return LLM.from_pretrained(DEMO_MODEL).generate(PROMPTS, SamplingParams(**GREEDY))
 
 
 @pytest.fixture(scope="module")
 def twins(server, tmp_path_factory):
     """One model on two engines, and one as the container's entrypoint writes it; both from the backend folder."""
     repository = add_model(tmp_path_factory.mktemp("repository"), "twins", pbtxt(count=2))
-    script("entrypoint").write_model({"MODEL": str(DEMO), "MODEL_NAME": "described"}, repository)
+    script("entrypoint").write_model({"MODEL": str(DEMO_MODEL), "MODEL_NAME": "described"}, repository)
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = ["--model-control-mode=explicit", "--load-model=*", "--rate-limit=execution_count"]
     return server(repository, backends=ROOT / "backends", log=log, exit_timeout_s=30, arguments=arguments)

@@ -1,23 +1,21 @@
 """The server's OpenAI-compatible frontend, its `--backend vllm` format: what it sends, and what it reads back.
 
-The frontend is not in the pip server. tests/support/openai_frontend.json holds, for OpenAI requests, the tensors that
-its request converter makes of them (python/openai/openai_frontend/engine/utils/triton.py of the server's repository,
-2026); `read` below holds what its response code demands, and makes of it.
+The frontend is not in the pip server. tests/support/server/openai_frontend.json holds, for OpenAI requests, the tensors
+that its request converter makes of them (python/openai/openai_frontend/engine/utils/triton.py of the server's
+repository, 2026); `read` below holds what its response code demands, and makes of it.
 """
 
 import json
-from pathlib import Path
 
 import grpc
 import pytest
 import tritonclient.grpc
+from support.places import ROOT
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nanoflow_backend.engine import SamplingParams
 
-pytestmark = pytest.mark.server
-
-CASES = json.loads((Path(__file__).parents[1] / "support" / "openai_frontend.json").read_text())
+CASES = json.loads((ROOT / "tests" / "support" / "server" / "openai_frontend.json").read_text())
 CONTENTS = {"BYTES": "bytes_contents", "BOOL": "bool_contents"}
 
 

@@ -7,13 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from server.clients import GrpcStream, generate, grpc, post
+from support.places import DEMO_MODEL, ROOT
+from support.server.clients import GrpcStream, generate, grpc, post
 from tritonclient.utils import InferenceServerException
 
-pytestmark = pytest.mark.server
-
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "demo" / "tiny-llama"
 SECRET = "xylophonic marmalade"
 WORDS = SECRET.split()
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
@@ -39,7 +36,7 @@ def quiet(server, tmp_path_factory):
     repository = tmp_path_factory.mktemp("repository")
     (repository / "quiet" / "1").mkdir(parents=True)
     (repository / "quiet" / "config.pbtxt").write_text('backend: "nanoflow"\ninstance_group [ { kind: KIND_MODEL } ]\n')
-    (repository / "quiet" / "1" / "engine.json").write_text(json.dumps({"model": str(DEMO)}))
+    (repository / "quiet" / "1" / "engine.json").write_text(json.dumps({"model": str(DEMO_MODEL)}))
     log = tmp_path_factory.mktemp("log") / "server.log"
     return server(repository, backends=ROOT / "backends", log=log)
 

@@ -4,8 +4,6 @@ import pytest
 
 from benchmarks.stress import soak
 
-pytestmark = pytest.mark.server
-
 
 def test_overload_kills_and_reloads_lose_no_request():
     report = soak.soak(duration_s=0, round_s=3, seed=1, say=print)

@@ -5,11 +5,10 @@ import shutil
 import signal
 import subprocess
 
-import pytest
-from command_line import ROOT, assert_one_line, command, environment, run
+from command_line import assert_one_line, command, environment, run
+from support.places import DEMO_MODEL, ROOT
 from waiting import until
 
-pytestmark = pytest.mark.server
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 
 
@@ -22,7 +21,7 @@ def repository(folder, **engine):
 
 
 def test_a_wrong_engine_json_is_one_line(tmp_path):
-    model = ROOT / "demo" / "tiny-llama"
+    model = DEMO_MODEL
     done = run("serve", "--model-repository", repository(tmp_path / "r", model=str(model), max_runing=3), *PORTS)
     assert_one_line(done, "model nanoflow: ")
     assert "r/nanoflow/1/engine.json: Object contains unknown field `max_runing`" in done.stderr
@@ -38,7 +37,7 @@ def test_the_log_goes_on_and_its_warnings_are_shown(tmp_path):
     model, log = tmp_path / "model", tmp_path / "server.log"
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(ROOT / "demo" / "tiny-llama" / name, model)
+        shutil.copy(DEMO_MODEL / name, model)
     log.write_text("of yesterday\n")
     folder = repository(tmp_path / "r", model=str(model), schedule="auto", device="cpu")
     options = ("--model-repository", folder, "--log", log, "--log-format", "json", *PORTS)

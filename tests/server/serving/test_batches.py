@@ -5,13 +5,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
+from support.server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
 from tritonclient.utils import InferenceServerException
 from waiting import until
 
 from nanoflow_backend.engine import SamplingParams
-
-pytestmark = pytest.mark.server
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 PROMPTS = ["Write a string", "Return", "The file is", "Return a list of all the current frames. A", "Raise"]

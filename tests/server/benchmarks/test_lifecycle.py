@@ -4,13 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.server
-
-ROOT = Path(__file__).parents[2]
+from support.places import ROOT
 
 
 def test_loads_reloads_and_unloads_leave_nothing(tmp_path):

@@ -4,19 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.server
-ROOT = Path(__file__).parents[2]
+from support.places import DEMO_MODEL, ROOT
 
 
 def test_every_token_arrives_and_the_engine_alone_is_compared_with(tmp_path):
     alone, output = tmp_path / "alone.json", tmp_path / "served.json"
     alone.write_text(json.dumps({"workload": "7/5", "requests": 9, "total_tokens_per_s": 1e6}))
     sizes = ("--input-tokens", "7", "--output-tokens", "5", "--requests", "9", "--clients", "2")
-    benchmark, model = ("-m", "benchmarks", "serving-offline"), ROOT / "demo" / "tiny-llama"
+    benchmark, model = ("-m", "benchmarks", "serving-offline"), DEMO_MODEL
     done = subprocess.run(
         [sys.executable, *benchmark, "--model", model, *sizes, "--engine-result", alone, "--output", output],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))},
