@@ -126,15 +126,12 @@ def main(
 
 
 def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> LayerPlan:
-    at = setting(case)
-    return find_plans(
-        at.coarse,
-        at.measured,
-        at.chunk_tokens,
-        Effort(turns=turns, time_limit_s=time_limit_s),
-        Run(say=print),
-        part_limits=(cuts,),
-    )[0]
+    """Return the best plan of the two stages with at most so many parts. Raises: ValueError, none was found in time."""
+    at, effort = setting(case), Effort(turns=turns, time_limit_s=time_limit_s)
+    found = find_plans(at.coarse, at.measured, at.chunk_tokens, effort, Run(say=print), part_limits=(cuts,))
+    if not found:
+        raise ValueError(f"no plan of {cuts} parts in {time_limit_s:g} s a program; raise --time-limit-s")
+    return found[0]
 
 
 def annealed(
