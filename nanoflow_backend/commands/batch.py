@@ -49,6 +49,6 @@ def complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
     runner = LocalRunner(config)
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         task = progress.add_task("completions", total=jobs.count(), completed=results.lines)
-        for _ in run(chain([first], lines), runner, results):
+        for _ in run(chain([first], lines), runner, results, config.seed):
             progress.update(task, completed=results.lines)
     runner.close()
