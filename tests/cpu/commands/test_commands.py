@@ -9,11 +9,11 @@ from command_line import ROOT, assert_one_line, run, run_here
 
 from nanoflow_backend.bench import result
 from nanoflow_backend.config import ConfigError
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 
 
 def test_generate_prints_prompt_and_text(model):
-    (alone,) = Engine.from_pretrained(model).generate(["The dog"], SamplingParams(max_tokens=12, temperature=0.0))
+    (alone,) = LLM.from_pretrained(model).generate(["The dog"], SamplingParams(max_tokens=12, temperature=0.0))
     done = run("generate", "--model", model, "--prompt", "The dog", "--max-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"The dog{alone.text}\n"
