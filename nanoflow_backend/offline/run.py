@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from nanoflow_backend.engine.completion import Completion, Job
 from nanoflow_backend.offline.job_file import JobLine
@@ -31,9 +34,16 @@ class Runner(Protocol):
 
 
 def run(
-    lines: Iterable[JobLine], runner: Runner, results: ResultFile, most_early_bytes: int = MOST_EARLY_BYTES
+    lines: Iterable[JobLine],
+    runner: Runner,
+    results: ResultFile,
+    seed: int = 0,
+    most_early_bytes: int = MOST_EARLY_BYTES,
 ) -> Iterator[None]:
     """Put a result for each line; yields after each of the runner's, for those who show progress.
+
+    A job without a seed gets one drawn from `seed` and its line's number, so that results are the same whatever engine
+    has it, and in a run that was stopped and went on.
 
     Memory holds what the runner has taken and `most_early_bytes` of results, however many lines there are.
     """
@@ -50,12 +60,20 @@ def run(
                 continue
             taken[number] = line.number, line.id
             number += 1
-            yield line.job
+            yield seeded(line.job, seed, line.number)
 
     for number, result in runner.complete(jobs()):
         line_number, id = taken.pop(number)
         results.put(line_number, result_line(id, result, runner.tokenizer))
         yield
+
+
+def seeded(job: Job, seed: int, number: int) -> Job:
+    prompt, params = job
+    if params.seed is not None:
+        return job
+    drawn = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return prompt, replace(params, seed=int.from_bytes(drawn) % 2**63)
 
 
 def result_line(id: Any, result: Completion | InvalidRequest, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -457,7 +457,7 @@ BROKEN = {
     misspell: r"engine\.json: .*unknown field `page_size`",
     no_weights: r"/empty: .*safetensors",
     too_large: r"kv_cache_tokens: 10+ tokens take .* GiB beside weights of .* GiB of memory are free on cpu: .* most",
-    no_folder: r"/nowhere/config\.json: No such file or directory",
+    no_folder: r"/nowhere: there is no such folder",
     bad_parameter: r"engine\.json: Expected `int \| null`, got `str` - at `\$\.page_tokens`",
     no_policy: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",
 }
