@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 import triton
@@ -19,6 +18,7 @@ from schedules import plans, random_schedule
 from torch import Tensor
 from triton.language.extra.cuda import smid
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.runtime.binding import Binding

@@ -5,12 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from schedules import random_schedule, save
 from searched import schedule_file, searched
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.memory import GIB

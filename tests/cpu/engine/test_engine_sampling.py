@@ -9,12 +9,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.engine import LLM, Completion, Engine, SamplingParams
 from nanoflow_backend.request.request import Request

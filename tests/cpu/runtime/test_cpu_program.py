@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from batches import forward
@@ -16,6 +15,7 @@ from nanoflow_kernels import reference
 from schedules import interleavings, plans, random_interleaving, random_schedule
 from torch import Tensor
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.collectives import Collectives

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import tiny_tokenizers
 import torch
 from transformers import NoBadWordsLogitsProcessor
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.request.structured_outputs import StructuredOutputs
 from nanoflow_backend.sampling.constraints import Constraints, Masks, bits_of

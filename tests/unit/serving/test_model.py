@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stub_backend
-import tiny_tokenizers
-from stub_backend import ServerRequest
 from waiting import until
 
+from benchmarks.models import tiny_tokenizers
+from benchmarks.stress import stub_backend
+from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Queue, Ready, Refusal

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import SHAPES, deepseek, llama2, llama3, qwen2
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.models.tiny_tokenizers import SHAPES, deepseek, llama2, llama3, qwen2
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.special_tokens import InvalidTokenizer
 from nanoflow_backend.text.tokenizer import Tokenizer

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.trials import refine
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.emit.trials import run_trials
 from nanoflow_search.hardware.plan_timer import DISTINCT_LAYERS, PlanTimer
 from shapes import CONFIGS, config
 from simulated_gpu import IDLE_W
@@ -66,7 +66,7 @@ def test_a_pair_of_plans_is_built_once() -> None:
     made, programs = timer("llama")
     layer = build(config("llama")).layer
     plan = nano_batched(layer, 24, 2)
-    found = refine({"512/1024": made}, sequential(layer, 24), [plan], rounds=3)
+    found = run_trials({"512/1024": made}, sequential(layer, 24), [plan], rounds=3)
     assert len(programs.made) == 2
     assert found.trials[0].gain.mean == pytest.approx(
         len(layer.operations) / len(plan.launches), rel=0.02
