@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 from nanoflow_search import checkpoint as checkpoint_module
+from nanoflow_search.__main__ import On, run_search
 from nanoflow_search.checkpoint import Checkpoint, SearchError
-from nanoflow_search.command import find_schedules as search_command
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.emit.picture import draw_plan
 from nanoflow_search.emit.progress import ProgressDisplay
@@ -223,10 +223,10 @@ def test_a_plan_for_several_workloads_is_predicted_and_timed_on_each(tmp_path: P
 
 
 def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (request_for(), [256], EFFORT, "synthetic", None, tmp_path / "plan.json")
-    search_command(*arguments, Phase.PROFILE)
+    arguments = (request_for(), [256], EFFORT, On.SYNTHETIC, None, tmp_path / "plan.json")
+    run_search(*arguments, Phase.PROFILE)
     assert "profile done" in capsys.readouterr().out
-    search_command(*arguments, Phase.TIMING)
+    run_search(*arguments, Phase.TIMING)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "plan.json", "plan.profile.json", "plan.result.json", "plan.search", "plan.svg",
     ]  # fmt: skip
