@@ -146,6 +146,7 @@ def main() -> None:
     from nanoflow_backend.config import ConfigError
     from nanoflow_backend.embedded.server import ServerError
     from nanoflow_backend.process.child import THREADS_SLEEP
+    from nanoflow_backend.request.internal_error import InternalError
     from nanoflow_backend.request.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
 
@@ -153,7 +154,7 @@ def main() -> None:
         os.environ.setdefault(name, value)  # before torch is imported
     try:
         app()
-    except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
+    except (ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
         sys.exit(f"nanoflow: {error}")
 
 

@@ -16,6 +16,7 @@ from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Completion, Engine, SamplingParams
 from nanoflow_backend.engine.completion import Job
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import InvalidRequest
 
 
@@ -119,8 +120,8 @@ def in_order(engine: Engine, lines: list[Line]) -> Iterator[dict[str, Any]]:
         yield results.pop(number)
 
 
-def describe(id: Any, result: Completion | InvalidRequest) -> dict[str, Any]:
-    if isinstance(result, InvalidRequest):
+def describe(id: Any, result: Completion | RequestError) -> dict[str, Any]:
+    if isinstance(result, RequestError):
         return {"id": id, "error": str(result)}
     return {
         "id": id,

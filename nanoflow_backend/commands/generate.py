@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.commands.settings import make_engine
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 
 
@@ -17,7 +18,7 @@ def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Se
     engine = make_engine(model, settings)
     print(prompt, end="", flush=True)
     for _, progress in engine.stream([(prompt, params)]):
-        if isinstance(progress, InvalidRequest):
+        if isinstance(progress, RequestError):
             raise progress
         print(progress.delta.text, end="", flush=True)
     print()

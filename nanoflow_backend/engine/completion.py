@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from nanoflow_backend.request.internal_error import InternalError, RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
@@ -65,11 +66,12 @@ class _Live:
     texts: list[TextStream]  # of each sequence
     num_input_tokens: int
     unfinished: int  # sequences
+    refused: bool = False  # nothing more of it is told, though its last deltas are still to come
 
 
 def stream(
     engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job]
-) -> Iterator[tuple[int, Progress | InvalidRequest]]:
+) -> Iterator[tuple[int, Progress | RequestError]]:
     """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it).
 
     One stream at a time: the numbers of its jobs are the ids of its requests.
@@ -96,39 +98,38 @@ def stream(
                     break
                 try:
                     live[number] = _submit(engine, tokenizer, number, *job)
-                except InvalidRequest as error:
+                except (InvalidRequest, InternalError) as error:
                     yield number, error
             deltas = engine.step()
-            for number, refusal in engine.refused():
-                if live.pop(number, None) is not None:
-                    yield number, refusal
+            for number, refusal in engine.take_refused():
+                live[number].refused = True
+                yield number, refusal
             for delta in deltas:
-                request = live.get(delta.request_id)
-                if request is None:  # refused
-                    continue
+                request = live[delta.request_id]
                 text = request.texts[delta.index]
-                if not text.finished:
+                if not request.refused and not text.finished:
                     yield delta.request_id, Progress(text.push(delta), request.num_input_tokens, delta.index)
                 if delta.finish_reason:
                     request.unfinished -= 1
                     if not request.unfinished:
                         del live[delta.request_id]
-                elif text.finished:  # at a stop string, which the engine does not see
+                elif text.finished and not request.refused:  # at a stop string, which the engine does not see
                     engine.cancel(delta.request_id, FinishReason.STOP, delta.index)
     except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing of it
         engine.cancel_all()
         while engine.has_work:
             engine.step()
+        engine.take_refused()
         raise
 
 
 def complete(
     engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job]
-) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+) -> Iterator[tuple[int, Completion | RequestError]]:
     """Run `jobs` as `stream` does; yield (number of the job, a result) in order of ending: `n` for each, by index."""
     deltas: defaultdict[tuple[int, int], list[TextDelta]] = defaultdict(list)
     for number, progress in stream(engine, tokenizer, jobs):
-        if isinstance(progress, InvalidRequest):
+        if isinstance(progress, RequestError):
             yield number, progress
             continue
         key = number, progress.sequence

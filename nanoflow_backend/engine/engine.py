@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,18 +17,19 @@ from nanoflow_backend.engine.completion import Completion, Job, Progress, comple
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import Launched, Worker
 from nanoflow_backend.models.model import build
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.runtime.device import find_device, show_only
 from nanoflow_backend.sampling.constraints import Constraints, Masks
-from nanoflow_backend.sampling.grammar import Grammar, Grammars
+from nanoflow_backend.sampling.grammar import Grammars
+from nanoflow_backend.sampling.pending_grammars import PendingGrammars
 from nanoflow_backend.schedule.source import named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-COMPILATION_POLL_S = 0.01  # while there is nothing else to do
 
 
 class Engine:
@@ -75,8 +75,7 @@ class Engine:
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
-        self._compiling: dict[int, Future[Grammar]] = {}  # by request id; they are held meanwhile
-        self._refused: list[tuple[int, InvalidRequest]] = []
+        self._pending = PendingGrammars(self.scheduler)
         self.in_flight: Launched | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
@@ -115,7 +114,10 @@ class Engine:
         return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
 
     def add(self, request: Request) -> None:
-        """Queue a request; one with a grammar waits until that is compiled. Raises: InvalidRequest, QueueFull."""
+        """Queue a request; one with a grammar waits until that is compiled.
+
+        Raises: InvalidRequest, InternalError, QueueFull.
+        """
         params = request.params
         self._check_ids("prompt", request.prompt)
         self._check_ids("logit_bias", params.logit_bias)
@@ -127,7 +129,7 @@ class Engine:
             grammar.result()
         self.scheduler.add(request, held)
         if grammar is not None and held:
-            self._compiling[request.id] = grammar
+            self._pending.hold(request.id, grammar)
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
         """End a request, or one of its sequences, early; the last delta of each gives the reason.
@@ -135,16 +137,15 @@ class Engine:
         What has ended is left alone.
         """
         if index is None:
-            self._compiling.pop(request_id, None)
+            self._pending.forget(request_id)
         self.scheduler.cancel(request_id, reason, index)
 
-    def refused(self) -> list[tuple[int, InvalidRequest]]:
-        """Requests that `add` took and that turned out to be invalid since the last call: grammars, once compiled.
+    def take_refused(self) -> list[tuple[int, RequestError]]:
+        """Requests that `add` took and that cannot be served after all, since the last call: for their grammars.
 
-        Their last deltas, which say "cancelled", are handed over by a later step.
+        Their last deltas, which say "refused", are handed over by a later step.
         """
-        refused, self._refused = self._refused, []
-        return refused
+        return self._pending.take_refused()
 
     def cancel_all(self) -> None:
         """End every request; `step` reports it."""
@@ -157,8 +158,7 @@ class Engine:
         Raises:
             RuntimeError: there is work, but nothing that could run.
         """
-        if self._compiling:
-            self._release_compiled()
+        self._pending.release_compiled()
         batch = self.scheduler.schedule()
         if batch and self.ranks:
             self.ranks.broadcast(batch)
@@ -173,16 +173,16 @@ class Engine:
             deltas += self.scheduler.retire(self._collect(launched))
             self.in_flight = None
         if not (batch or results or deltas) and self.scheduler.has_work:
-            if not self._compiling:  # as after a step that was interrupted
+            if not self._pending:  # as after a step that was interrupted
                 raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
-            wait(self._compiling.values(), COMPILATION_POLL_S, FIRST_COMPLETED)
+            self._pending.wait()
         return deltas
 
-    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | RequestError]]:
         """Run (prompt, params) pairs, read as the queue has room; yields (number, what is new of it)."""
         return stream(self, self.tokenizer, jobs)
 
-    def complete(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+    def complete(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion | RequestError]]:
         """Run (prompt, params) pairs, read as the queue has room; yields (number, result) in order of ending."""
         return complete(self, self.tokenizer, jobs)
 
@@ -194,7 +194,7 @@ class Engine:
         Completions come in order of the prompts, `params.n` for each of them.
 
         Raises:
-            InvalidRequest: a prompt or parameter that cannot be served, with its number; the others are cancelled.
+            InvalidRequest, InternalError: why a prompt has no result, with its number; the others are cancelled.
         """
         if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
             raise InvalidRequest("prompts: expected a list of texts or of lists of token ids, got a single prompt")
@@ -204,8 +204,8 @@ class Engine:
             raise InvalidRequest(f"params: expected one, or one for each of {len(prompts)} prompts; got {len(each)}")
         results: dict[tuple[int, int], Completion] = {}
         for number, result in self.complete(zip(prompts, each, strict=True)):
-            if isinstance(result, InvalidRequest):
-                raise InvalidRequest(f"prompt {number}: {result}")
+            if isinstance(result, RequestError):
+                raise type(result)(f"prompt {number}: {result}")
             results[number, result.index] = result
         return [results[key] for key in sorted(results)]
 
@@ -213,24 +213,6 @@ class Engine:
         vocab_size = self.model_config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise InvalidRequest(f"{field}: expected token ids in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)}")
-
-    def _release_compiled(self) -> None:
-        """Let those requests in whose grammars are compiled now, and refuse those that have none."""
-        for request_id, grammar in list(self._compiling.items()):
-            if not grammar.done():
-                continue
-            del self._compiling[request_id]
-            error = grammar.exception()
-            if error is None:
-                self.scheduler.release(request_id)
-            elif isinstance(error, InvalidRequest):
-                self._refuse(request_id, error)
-            else:
-                raise error
-
-    def _refuse(self, request_id: int, error: InvalidRequest) -> None:
-        self._refused.append((request_id, error))
-        self.scheduler.cancel(request_id)
 
     def _collect(self, launched: Launched) -> Sampled:
         sampled = self.worker.collect(launched)
@@ -250,7 +232,7 @@ class Engine:
         if self.ranks:
             self.ranks.broadcast(masks)
         for slot, why in self.constraints.broken(slots).items():
-            self._refuse(self.scheduler.id_at(slot), InvalidRequest(f"structured_outputs: cannot go on: {why}"))
+            self._pending.refuse(self.scheduler.id_at(slot), why)
         return masks
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         """
         sampling = "sampling_parameters" in tensors
         fields = _merge(
-            ("sampling_parameters", _json(tensors, "sampling_parameters", dict) if sampling else {}),
+            ("sampling_parameters", _json(tensors, "sampling_parameters", dict, exact_json.decode) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
             ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
         )
@@ -141,11 +141,16 @@ def _check_stop(stop: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         raise InvalidRequest(f"stop: expected valid Unicode text: {error}") from None
 
 
-def _json(tensors: Arrays, name: str, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+def _json(
+    tensors: Arrays,
+    name: str,
+    kind: type[dict[str, Any]] | type[list[Any]],
+    decode: Callable[[str], Any] = json.loads,
+) -> Any:
     """The JSON object or list in a text."""
     text = _text(tensors, name)
     try:
-        value = json.loads(text)
+        value = decode(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name}: not valid JSON: {error}") from None
     if not isinstance(value, kind):

@@ -31,7 +31,7 @@ from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call, is_cancellation
-from nanoflow_backend.serving.failure import Failure, without_words
+from nanoflow_backend.serving.failure import Code, Failure, without_words
 from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.prompt_fan_in import Batch
@@ -47,6 +47,7 @@ from nanoflow_backend.text.tokenizer import Tokenizer
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
 JOIN_TIMEOUT_S = 5.0
+CODES: dict[str, Code] = {"invalid": "INVALID_ARG", "queue_full": "UNAVAILABLE", "internal": "INTERNAL"}  # of refusals
 REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": "unavailable", "INTERNAL": "internal"}
 
 
@@ -196,9 +197,8 @@ class TritonPythonModel:
         self._metrics.take(stats)
 
     def _on_refusal(self, refusal: Refusal) -> None:
-        self._metrics.refused("queue_full" if refusal.overloaded else "invalid")
-        failure = Failure("UNAVAILABLE" if refusal.overloaded else "INVALID_ARG", refusal.message)
-        self._senders.fail(refusal.request_id, failure)
+        self._metrics.refused(refusal.reason)
+        self._senders.fail(refusal.request_id, Failure(CODES[refusal.reason], refusal.message))
 
     def _on_death(self, how: str) -> None:
         self._metrics.engine_died()

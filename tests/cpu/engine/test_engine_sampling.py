@@ -242,7 +242,7 @@ def test_a_grammar_that_takes_long_holds_up_nobody_else(model: Path, monkeypatch
     while engine.has_work:
         for delta in engine.step():
             texts.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
-    assert engine.refused() == []
+    assert engine.take_refused() == []
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     said = {key: tokenizer.decode(ids) for key, ids in texts.items()}
