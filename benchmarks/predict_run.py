@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
-from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import best_by_grid
-from nanoflow_search.predict import predict
-from nanoflow_search.profile import Profile
-from nanoflow_search.sizes import TILE
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.batch_sizes import TILE
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.plan.partitions import best_by_grid
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile
 
 from nanoflow_backend.bench import result, workload
 from nanoflow_backend.bench.simulator import EOS, simulate
@@ -33,6 +33,7 @@ from nanoflow_backend.runtime.cuda import bucket
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less take as long
@@ -123,7 +124,7 @@ def main() -> None:
         work = workload.of_trace(asked.trace, asked.requests, most_tokens)
     else:
         work = workload.constant(*map(int, asked.workload.split("/")), asked.requests)
-    scheduler = Scheduler(
+    limits = SchedulerLimits(
         dense_batch_tokens=config.dense_batch_tokens,
         chunk_tokens=config.chunk_tokens,
         prompt_tokens=config.prompt_tokens,
@@ -132,6 +133,9 @@ def main() -> None:
         num_pages=named.kv_cache_tokens // config.page_tokens,
         page_tokens=config.page_tokens,
         max_model_tokens=most_tokens,
+    )
+    scheduler = Scheduler(
+        limits,
         eos_token_ids=[EOS],
         prefix_caching=False,
     )

@@ -19,6 +19,7 @@ from nanoflow_backend.bench import result
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import Sampled
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 RUNNING = 1_000
@@ -28,7 +29,7 @@ WORD, EOS = 7, 2
 
 def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[str, float]:
     draw = random.Random(0)
-    scheduler = Scheduler(
+    limits = SchedulerLimits(
         dense_batch_tokens=2048,
         chunk_tokens=2048,
         prompt_tokens=2048,
@@ -37,6 +38,9 @@ def measure(waiting: int, num_pages: int, max_tokens: tuple[int, int]) -> dict[s
         num_pages=num_pages,
         page_tokens=64,
         max_model_tokens=8192,
+    )
+    scheduler = Scheduler(
+        limits,
         eos_token_ids=[EOS],
     )
     for id in range(RUNNING + waiting):

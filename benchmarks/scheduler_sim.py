@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.bench.simulator import EOS, simulate
 from nanoflow_backend.bench.trace import Trace, read_trace
-from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +46,7 @@ def main() -> None:
     trace = read_trace(options.trace, options.max_model_tokens) if options.trace else lognormal(*options.lognormal)
     arms = {}
     for forecast in (LengthForecast(), ReserveNothing(), ReserveMaxTokens()):
-        scheduler = Scheduler(
+        limits = SchedulerLimits(
             dense_batch_tokens=options.dense_batch_tokens,
             chunk_tokens=options.dense_batch_tokens,
             prompt_tokens=options.dense_batch_tokens,
@@ -53,6 +55,9 @@ def main() -> None:
             num_pages=options.cache_tokens // options.page_tokens,
             page_tokens=options.page_tokens,
             max_model_tokens=options.max_model_tokens,
+        )
+        scheduler = Scheduler(
+            limits,
             eos_token_ids=[EOS],
             prefix_caching=False,  # a trace has no text to share
             forecast=forecast,

@@ -26,6 +26,7 @@ from nanoflow_backend.sampling.grammar import Grammars
 from nanoflow_backend.sampling.pending_grammars import PendingGrammars
 from nanoflow_backend.schedule.source import named_dense_batch_tokens
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.text.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ class Engine:
         except Exception:
             self.close()
             raise
-        self.scheduler = Scheduler(
+        limits = SchedulerLimits(
             dense_batch_tokens=config.dense_batch_tokens,
             chunk_tokens=config.chunk_tokens,
             prompt_tokens=config.prompt_tokens,
@@ -67,6 +68,9 @@ class Engine:
             num_pages=self.worker.num_pages,
             page_tokens=config.page_tokens,
             max_model_tokens=self.max_model_tokens,
+        )
+        self.scheduler = Scheduler(
+            limits,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=config.prefix_caching,
             priority_aging_s=config.priority_aging_s,

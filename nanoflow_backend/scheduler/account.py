@@ -1,4 +1,4 @@
-"""Account: what one request took."""
+"""An Account says what one request took: time in the queue, prefilling and decoding, pages, and energy."""
 
 from __future__ import annotations
 

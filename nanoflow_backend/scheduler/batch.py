@@ -1,4 +1,4 @@
-"""Batch: the frozen decision of one step, in ints. It crosses the socket to every rank as it is.
+"""Batch is the frozen decision of one step, in ints, and crosses the socket to every rank as it is.
 
 Rows of a batch, as it lists them: first one token for each decode, then the tokens of each prefill chunk, request by
 request in ascending position. The rows that are sampled are, in this order, all decodes and the prefills with `sample`.

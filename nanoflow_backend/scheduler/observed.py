@@ -1,4 +1,4 @@
-"""Observed: what a scheduler has measured since it began, as histograms and counts."""
+"""Observed holds what a scheduler has measured since it began, as histograms and counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observer: a scheduler's clock and notebook. It is told what happens, and writes `Observed` and accounts."""
+"""The Observer is told of a scheduler's events, and writes histograms (`Observed`) and requests' accounts."""
 
 from __future__ import annotations
 

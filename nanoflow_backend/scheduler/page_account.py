@@ -1,4 +1,4 @@
-"""PageAccount: the pages that each sequence holds, its own and those it shares."""
+"""PageAccount gives sequences their pages of the KV cache, shares pages of common prefixes, and takes pages back."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ class PageAccount:
         for page in known:
             self.pool.share(page)
         sequence.pages = known + self.pool.allocate(pages - len(known))
-        sequence.room = pages * self.page_tokens
-        sequence.published = len(known)
-        sequence.computed = len(known) * self.page_tokens
+        sequence.capacity_tokens = pages * self.page_tokens
+        sequence.num_published_pages = len(known)
+        sequence.num_computed_tokens = len(known) * self.page_tokens
 
     def grow(self, sequence: Sequence) -> int:
         """Take one more page, the last being full."""
         self.publish(sequence)
         (page,) = self.pool.allocate(1)
         sequence.pages.append(page)
-        sequence.room += self.page_tokens
+        sequence.capacity_tokens += self.page_tokens
         return page
 
     def publish(self, sequence: Sequence) -> None:
         """Let others share the pages that are full of known tokens. The steps that fill them have been launched."""
-        full = min(sequence.computed, len(sequence.tokens)) // self.page_tokens
-        if self._prefix_caching and full > sequence.published:
+        full = min(sequence.num_computed_tokens, len(sequence.tokens)) // self.page_tokens
+        if self._prefix_caching and full > sequence.num_published_pages:
             self._prefix.extend(sequence.digests, sequence.tokens, full)
-            for index in range(sequence.published, full):
+            for index in range(sequence.num_published_pages, full):
                 if self._prefix.publish(sequence.digests[index], sequence.pages[index]):
                     self.pool.retain(sequence.pages[index])
-            sequence.published = full
+            sequence.num_published_pages = full
 
     def close(self, sequence: Sequence) -> None:
         """Give all pages back. The steps that write them have returned."""
@@ -67,7 +67,8 @@ class PageAccount:
         self.pool.release(reversed(sequence.pages))  # a prefix is of use to more requests than what follows it
         sequence.peak_pages = max(sequence.peak_pages, len(sequence.pages))
         sequence.pages = []
-        sequence.computed = sequence.room = sequence.shared_pages = sequence.published = 0
+        sequence.num_computed_tokens = sequence.capacity_tokens = 0
+        sequence.shared_pages = sequence.num_published_pages = 0
 
     def freed_by(self, sequences: Iterable[Sequence]) -> int:
         """Pages that go out of use when these sequences close, at least."""
@@ -81,10 +82,11 @@ class PageAccount:
         for s in sequences:
             name = f"request {s.id}"
             assert len(set(s.pages)) == len(s.pages), f"{name} holds a page twice"
-            assert s.computed <= s.room == len(s.pages) * self.page_tokens, f"{name} has computed beyond its pages"
+            capacity_tokens = len(s.pages) * self.page_tokens
+            assert s.num_computed_tokens <= s.capacity_tokens == capacity_tokens, f"{name} computed beyond its pages"
             for page in s.pages:
                 holders[page] += 1
-            for page in s.pages[s.computed // self.page_tokens :]:
+            for page in s.pages[s.num_computed_tokens // self.page_tokens :]:
                 assert self.pool.references[page] == 1, f"{name} would write page {page}, which others read"
                 assert not self._prefix.holds(page), f"{name} would write page {page}, which others can find"
         assert holders == self.pool.references, "reference counts are not the number of holders"

@@ -1,4 +1,4 @@
-"""Scheduler: requests, from their queue to their last delta. One call of `schedule` decides one step, in ints."""
+"""The Scheduler takes requests from queue to last delta: each call of `schedule` decides one step, in ints."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled, TokenLogprobs
-from nanoflow_backend.scheduler.flight import Flight
-from nanoflow_backend.scheduler.forecast import Forecast, LengthForecast
-from nanoflow_backend.scheduler.intake import Intake
+from nanoflow_backend.scheduler.length_forecast import Forecast, LengthForecast
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
 from nanoflow_backend.scheduler.page_account import PageAccount
-from nanoflow_backend.scheduler.running import Running
 from nanoflow_backend.scheduler.sequence import Sequence, State
+from nanoflow_backend.scheduler.sequence_factory import SequenceFactory
 from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.stats import SchedulerStats
+from nanoflow_backend.scheduler.step_planner import StepPlanner
+from nanoflow_backend.scheduler.steps_in_flight import StepsInFlight
 from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue
 
 
@@ -32,22 +33,15 @@ class Scheduler:
 
     A step takes one token of every decoding request, then prefill chunks, at most `chunk_tokens` of one request and
     `prompt_tokens` of all, until it has `dense_batch_tokens`. A request takes the pages of its whole
-    prompt when it is admitted, so only decodes ever wait for a page. When they do, the request of the highest rank (see
-    Intake) is preempted: it gives its pages back and computes later again what it knows. The lowest rank is never
-    stopped, so all end.
+    prompt when it is admitted, so only decodes ever wait for a page. When they do, the request last in service order is
+    preempted: it gives its pages back, and later computes again what it knows. The request first in order is never
+    preempted, so every request finishes.
     """
 
     def __init__(
         self,
+        limits: SchedulerLimits,
         *,
-        dense_batch_tokens: int,
-        chunk_tokens: int,
-        prompt_tokens: int,
-        max_running: int,
-        max_queue_size: int,
-        num_pages: int,
-        page_tokens: int,
-        max_model_tokens: int,
         eos_token_ids: Iterable[int],
         prefix_caching: bool = True,
         priority_aging_s: float = 60.0,
@@ -55,47 +49,31 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
     ) -> None:
-        for name, value in (
-            ("chunk_tokens", chunk_tokens),
-            ("prompt_tokens", prompt_tokens),
-            ("max_running", max_running),
-            ("max_queue_size", max_queue_size),
-            ("num_pages", num_pages),
-            ("page_tokens", page_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if max_model_tokens < 2:
-            raise ValueError(f"max_model_tokens: expected a prompt token and another, got {max_model_tokens}")
-        if dense_batch_tokens < max_running:
-            raise ValueError(
-                f"dense_batch_tokens: expected at least max_running ({max_running}), got {dense_batch_tokens}"
-            )
-        self._max_queue_size = max_queue_size
+        self._max_queue_size = limits.max_queue_size
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._intake = Intake(max_model_tokens, num_pages * page_tokens, self._eos_token_ids, seed, priority_aging_s)
+        self._factory = SequenceFactory(
+            limits.max_model_tokens, limits.cache_tokens, self._eos_token_ids, seed, priority_aging_s
+        )
         self._clock = clock
         self._forecast = forecast or LengthForecast()
-        account = PageAccount(num_pages, page_tokens, prefix_caching)
+        account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching)
         self._pool = account.pool
-        self.observer = Observer(clock, dense_batch_tokens)
+        self.observer = Observer(clock, limits.dense_batch_tokens)
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
-        self._news: list[Delta] = []  # last deltas of requests that ended between steps
+        self._pending_deltas: list[Delta] = []  # last deltas of requests that ended between steps
         self._waiting = WaitingQueue()
-        self._slots = Slots(max_running)
-        self._flight = Flight()
-        self._running = Running(
+        self._slots = Slots(limits.max_running)
+        self._in_flight = StepsInFlight()
+        self._planner = StepPlanner(
             self._waiting,
             self._slots,
             account,
-            self._flight,
+            self._in_flight,
             self.observer,
             self._forecast,
-            dense_batch_tokens=dense_batch_tokens,
-            chunk_tokens=chunk_tokens,
-            prompt_tokens=prompt_tokens,
+            limits,
         )
         self._finished = 0
         self._overshoot_tokens = 0
@@ -115,7 +93,7 @@ class Scheduler:
         if params.n > self._max_queue_size:
             raise InvalidRequest(f"n: expected at most {self._max_queue_size} (max_queue_size), got {params.n}")
         arrived_s = self._clock() if request.arrived_s is None else request.arrived_s
-        sequences = self._intake.accept(request, arrived_s)
+        sequences = self._factory.make_sequences(request, arrived_s)
         if self.queue_room < len(sequences):
             raise QueueFull(self.waiting)
         for s in sequences:
@@ -142,7 +120,8 @@ class Scheduler:
             if s.finish_reason is None and index in (None, s.index):
                 ended = True
                 account = self._finish(s, reason)
-                self._news.append(Delta(request_id, (), None, reason, None, s.cached_tokens, s.index, account=account))
+                delta = Delta(request_id, (), None, reason, None, s.cached_tokens, s.index, account=account)
+                self._pending_deltas.append(delta)
         return ended
 
     def id_at(self, slot: int) -> int:
@@ -157,7 +136,7 @@ class Scheduler:
     @property
     def queue_room(self) -> int:
         """Sequences that may still come: what the queue has room for and, unless some have to wait, free slots."""
-        spare = 0 if self._running.backlog else len(self._slots.free)
+        spare = 0 if self._planner.backlog else len(self._slots.free)
         return max(0, self._max_queue_size + spare - self.waiting)
 
     @property
@@ -173,19 +152,19 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Decide the next step. None: nothing can run before a request is added or a batch comes back."""
         self._expire()
-        return self._running.form()
+        return self._planner.plan_step()
 
     def retire(self, sampled: Sampled | None) -> list[Delta]:
         """Take what the oldest batch in flight sampled, or None if none has come back. Returns each request's news.
 
         Tokens of a request that has ended in the meantime are dropped: at most one after an EOS or a stop id.
         """
-        deltas, self._news = self._news, []
+        deltas, self._pending_deltas = self._pending_deltas, []
         for delta in deltas:
             self._forget(delta.request_id, delta.index)
         if sampled is not None:
-            deltas += self._take(sampled)
-            self._running.release()
+            deltas += self._collect(sampled)
+            self._planner.free_returned()
         return deltas
 
     @property
@@ -196,24 +175,24 @@ class Scheduler:
             num_pages=self._pool.num_pages,
             used_pages=self._pool.used,
             cached_pages=self._pool.cached,
-            steps=self._flight.formed,
+            steps=self._in_flight.last_launched,
             finished_requests=self._finished,
-            preemptions=self._running.preemptions,
+            preemptions=self._planner.preemptions,
             overshoot_tokens=self._overshoot_tokens,
-            prefix_query_tokens=self._running.prefix_query_tokens,
-            prefix_hit_tokens=self._running.prefix_hit_tokens,
+            prefix_query_tokens=self._planner.prefix_query_tokens,
+            prefix_hit_tokens=self._planner.prefix_hit_tokens,
         )
 
     def check(self) -> None:
         """Raise AssertionError if a request, a slot or a page is lost or in two places, or a clock is wrong."""
-        self._running.check()
+        self._planner.check()
         held = [s for sequences in self._live.values() for s in sequences if s.state is State.HELD]
         self._waiting.check(len(held))
         for s in held:
             leader = self._live[s.id][0]
             assert leader.state is State.HELD or s in leader.siblings, f"nothing will release request {s.id}"
         placed = [s for s in chain(self._waiting, self._slots, held) if s.finish_reason is None]
-        ids = Counter(s.id for s in placed) + Counter(delta.request_id for delta in self._news)
+        ids = Counter(s.id for s in placed) + Counter(delta.request_id for delta in self._pending_deltas)
         live = Counter({id: len(sequences) for id, sequences in self._live.items()})
         assert ids == live, f"requests are lost or in two places: {ids} and {live}"
 
@@ -229,9 +208,9 @@ class Scheduler:
             elif sequences[0].queue_deadline == due and not sequences[0].has_begun:
                 self.cancel(request_id, FinishReason.QUEUE_TIMEOUT)
 
-    def _take(self, sampled: Sampled) -> list[Delta]:
-        """A delta for each token that a step sampled. Most are plain: there are a thousand of them in a step."""
-        sequences = self._flight.land(sampled)
+    def _collect(self, sampled: Sampled) -> list[Delta]:
+        """A delta for each token that a step sampled. Most of a step's thousand tokens take the fast path."""
+        sequences = self._in_flight.returned(sampled)
         self.observer.returned(sampled.step)
         for scores in sampled.prompt_scores:
             known = self._slots.at(scores.slot).prompt_logprobs
@@ -239,17 +218,17 @@ class Scheduler:
                 known[scores.position - 1 :] = scores.tokens
         deltas: list[Delta] = []
         for s, token in zip(sequences, sampled.token_ids, strict=True):
-            if s.plain and token not in s.stop_ids:
+            if s.fast_path and token not in s.stop_ids:
                 s.tokens.append(token)
                 deltas.append(Delta(s.id, (token,)))
             elif s.finish_reason is None:
                 s.tokens.append(token)
-                deltas.append(self._tell(s, token, sampled.logprobs.get(s.slot)))
+                deltas.append(self._deliver(s, token, sampled.logprobs.get(s.slot)))
         self._overshoot_tokens += len(sequences) - len(deltas)
         self.observer.delivered(len(deltas))
         return deltas
 
-    def _tell(self, s: Sequence, token: int, logprobs: TokenLogprobs | None) -> Delta:
+    def _deliver(self, s: Sequence, token: int, logprobs: TokenLogprobs | None) -> Delta:
         """All that a sequence's newest token brings."""
         delta = Delta(s.id, (token,), None if logprobs is None else [logprobs], index=s.index)
         if s.output_tokens == 1:
@@ -265,7 +244,7 @@ class Scheduler:
             self._forget(s.id, s.index)
             delta.account = self._finish(s, delta.finish_reason)
         else:
-            s.plain = s.index == 0 and s.params.logprobs is None and s.state is not State.LEAVING
+            s.fast_path = s.index == 0 and s.params.logprobs is None and s.state is not State.RETIRING
         return delta
 
     def _forget(self, request_id: int, index: int) -> None:
@@ -276,14 +255,14 @@ class Scheduler:
 
     def _finish(self, s: Sequence, reason: FinishReason) -> Account:
         account = self.observer.ended(s, reason)
-        s.finish_reason, s.plain = reason, False
+        s.finish_reason, s.fast_path = reason, False
         self._finished += 1
         if s.output_tokens:  # cancelled ones count: that is how a stop string ends a request
             self._forecast.record(s.output_tokens)
         if s.state in (State.WAITING, State.HELD):
             self._waiting.remove(s)
             s.state = State.ENDED
-        elif s.state is not State.LEAVING:
-            self._running.leave(s)
+        elif s.state is not State.RETIRING:
+            self._planner.retire(s)
         self._waiting.release(s.siblings)  # there will be no prompt to share
         return account

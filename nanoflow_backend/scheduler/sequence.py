@@ -1,4 +1,4 @@
-"""Sequence: a request on its way, with the clock of what was scheduled and the clock of what came back."""
+"""A Sequence is one completion of a request, with a clock of what was scheduled and one of what came back."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ class State(Enum):
     WAITING = auto()  # no slot, no pages
     PREFILLING = auto()  # some of its known tokens are not computed yet
     DECODING = auto()  # one token per step
-    LEAVING = auto()  # gets no further step; slot and pages go when its last step has returned
+    RETIRING = auto()  # gets no further step; slot and pages go when its last step has returned
     ENDED = auto()  # no slot, no pages, nothing to come
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`computed` runs ahead: the positions whose K and V are scheduled. `tokens` follows: the ids that are known, the
-    prompt's and those that came back. While decoding, computed + 1 - len(tokens) samples are in flight.
+    """`num_computed_tokens` runs ahead: the positions whose K and V are scheduled. `tokens` follows: the ids that are
+    known, the prompt's and those that came back. While decoding,
+    num_computed_tokens + 1 - len(tokens) samples are in flight.
     """
 
     id: int  # of its request
     index: int  # among the sequences of its request
     params: SamplingParams  # with a seed
-    turn_s: float  # when it came, in seconds of the scheduler's clock, and later by what its priority costs
-    arrival: int  # a running number
+    effective_arrival_s: float  # of the scheduler's clock: its arrival, later by what its priority costs
+    arrival_number: int  # counts all sequences
     deadline: float | None
     queue_deadline: float | None
     prompt_tokens: int
@@ -40,7 +41,7 @@ class Sequence:
 
     state: State = State.HELD
     finish_reason: FinishReason | None = None
-    plain: bool = False  # its next delta tells a token, and nothing else
+    fast_path: bool = False  # its next delta tells a token, and nothing else
     preemptions: int = 0
     cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
     siblings: tuple[Sequence, ...] = ()  # held until this one's prompt is there for them to share
@@ -49,12 +50,12 @@ class Sequence:
     peak_pages: int = 0  # of those that it gave back
 
     slot: int = -1  # this and all below: of no meaning without a slot
-    computed: int = 0
+    num_computed_tokens: int = 0
     last_step: int = 0  # the last step that writes its pages
     pages: list[int] = field(default_factory=list)
-    room: int = 0  # tokens that its pages can hold
+    capacity_tokens: int = 0  # tokens that its pages can hold
     shared_pages: int = 0  # of its pages, those that another sequence already held when this one was admitted
-    published: int = 0  # its leading pages that the prefix index was offered
+    num_published_pages: int = 0  # its leading pages that the prefix index was offered
     digests: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
 
     @property
@@ -68,6 +69,6 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
 
-def rank(sequence: Sequence) -> tuple[float, int]:
-    """Lower ranks are served first and preempted last."""
-    return sequence.turn_s, sequence.arrival
+def service_order(sequence: Sequence) -> tuple[float, int]:
+    """The key by which sequences are sorted: the lowest is served first and preempted last."""
+    return sequence.effective_arrival_s, sequence.arrival_number

@@ -1,4 +1,4 @@
-"""Slots: who runs. A slot is a request's row in the worker's tables."""
+"""Slots hold the sequences that run: a slot is a sequence's row in the worker's tables."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Slots:
         self.free = list(range(count - 1, -1, -1))  # a stack, the lowest slot on top
         self.prefilling: dict[int, Sequence] = {}
         self.decoding: dict[int, Sequence] = {}
-        self.leaving: dict[int, Sequence] = {}
+        self.retiring: dict[int, Sequence] = {}
 
     def __iter__(self) -> Iterator[Sequence]:
-        return chain(self.prefilling.values(), self.decoding.values(), self.leaving.values())
+        return chain(self.prefilling.values(), self.decoding.values(), self.retiring.values())
 
     def __len__(self) -> int:
         return self.count - len(self.free)
 
     def at(self, slot: int) -> Sequence:
         """Raises: KeyError, the slot is free."""
-        return ChainMap(self.decoding, self.prefilling, self.leaving)[slot]
+        return ChainMap(self.decoding, self.prefilling, self.retiring)[slot]
 
     @property
     def running(self) -> Iterator[Sequence]:
@@ -44,13 +44,13 @@ class Slots:
         s.state = State.DECODING
         self.decoding[s.slot] = s
 
-    def start_leaving(self, s: Sequence) -> None:
+    def start_retiring(self, s: Sequence) -> None:
         del (self.decoding if s.state is State.DECODING else self.prefilling)[s.slot]
-        s.state = State.LEAVING
-        self.leaving[s.slot] = s
+        s.state = State.RETIRING
+        self.retiring[s.slot] = s
 
-    def leave(self, s: Sequence) -> None:
-        del self.leaving[s.slot]
+    def remove(self, s: Sequence) -> None:
+        del self.retiring[s.slot]
         self.free.append(s.slot)
 
     def check(self) -> None:
@@ -59,7 +59,7 @@ class Slots:
         for state, sequences in (
             (State.PREFILLING, self.prefilling),
             (State.DECODING, self.decoding),
-            (State.LEAVING, self.leaving),
+            (State.RETIRING, self.retiring),
         ):
             for slot, s in sequences.items():
                 assert s.state is state, f"request {s.id} is {s.state.name}, among the {state.name}"

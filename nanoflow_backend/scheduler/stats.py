@@ -1,4 +1,4 @@
-"""SchedulerStats: what the metrics of a server are made of."""
+"""SchedulerStats are the numbers from which a server's metrics are made."""
 
 from __future__ import annotations
 

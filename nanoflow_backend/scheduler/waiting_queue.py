@@ -1,4 +1,4 @@
-"""WaitingQueue: requests without a slot, in the order in which they run."""
+"""WaitingQueue keeps the sequences without a slot in the order in which they will be served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from nanoflow_backend.scheduler.sequence import Sequence, State, rank
+from nanoflow_backend.scheduler.sequence import Sequence, State, service_order
 
 
 class QueueFull(RuntimeError):
@@ -49,14 +49,14 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
-        insort(self._sequences, sequence, key=rank)
+        insort(self._sequences, sequence, key=service_order)
 
     def remove(self, sequence: Sequence) -> None:
         """Raises: ValueError, it does not wait."""
         if sequence.state is State.HELD:
             self._held -= 1
             return
-        index = bisect_left(self._sequences, rank(sequence), key=rank)
+        index = bisect_left(self._sequences, service_order(sequence), key=service_order)
         if index == len(self._sequences) or self._sequences[index] is not sequence:
             raise ValueError(f"request {sequence.id} is not waiting")
         del self._sequences[index]
@@ -68,8 +68,8 @@ class WaitingQueue:
             held: sequences whose state says so.
         """
         assert held == self._held, f"{self._held} sequences are said to be held, {held} are"
-        ranks = [rank(s) for s in self._sequences]
-        assert all(a < b for a, b in pairwise(ranks)), "the waiting queue is out of order"
+        orders = [service_order(s) for s in self._sequences]
+        assert all(a < b for a, b in pairwise(orders)), "the waiting queue is out of order"
         waiting = all(s.state is State.WAITING and s.finish_reason is None for s in self._sequences)
         assert waiting, "the ended do not wait"
 

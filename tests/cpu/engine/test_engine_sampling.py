@@ -15,11 +15,11 @@ import tiny_tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
+from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.engine import Completion, Engine, SamplingParams
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
-from nanoflow_backend.scheduler.forecast import ReserveNothing
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 NUMBER = {"regex": "[0-9]{2}(-[0-9]{2}){1,9}"}
@@ -100,7 +100,7 @@ def test_preemption_changes_no_token(
 ) -> None:
     """What was counted and where a grammar was is made again from the tokens."""
     scarce = Engine.from_pretrained(model, kv_cache_tokens=128, page_tokens=4, dense_batch_tokens=32)
-    scarce.scheduler._running._forecast = ReserveNothing()  # it admits too many
+    scarce.scheduler._planner._forecast = ReserveNothing()  # it admits too many
     assert comparable(scarce.generate(prompts, asked)) == comparable(expected)
     assert scarce.scheduler.stats.preemptions >= 10
     scarce.scheduler.check()

@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.bench.simulator import EOS, SimulationResult, simulate
 from nanoflow_backend.bench.trace import Trace, read_trace
-from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -32,7 +34,7 @@ def test_what_is_no_trace_is_named(tmp_path: Path) -> None:
 def simulated(
     forecast: LengthForecast | ReserveMaxTokens | ReserveNothing, trace: Trace, num_pages: int, step_s: float = 0.0
 ) -> SimulationResult:
-    scheduler = Scheduler(
+    limits = SchedulerLimits(
         dense_batch_tokens=64,
         chunk_tokens=64,
         prompt_tokens=64,
@@ -41,6 +43,9 @@ def simulated(
         num_pages=num_pages,
         page_tokens=8,
         max_model_tokens=400,
+    )
+    scheduler = Scheduler(
+        limits,
         eos_token_ids=[EOS],
         prefix_caching=False,
         forecast=forecast,

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Batch, FinishReason, Sampled
-from nanoflow_backend.scheduler.forecast import ReserveNothing
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observed import Histogram
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
@@ -45,7 +46,9 @@ def make(clock: Clock, **changes: Any) -> Scheduler:
         "forecast": ReserveNothing(),
     }
     settings |= changes
-    return Scheduler(**{"prompt_tokens": settings["dense_batch_tokens"]} | settings)
+    settings = {"prompt_tokens": settings["dense_batch_tokens"]} | settings
+    limits = SchedulerLimits(**{name: settings.pop(name) for name in SchedulerLimits.__dataclass_fields__})
+    return Scheduler(limits, **settings)
 
 
 class Diary:

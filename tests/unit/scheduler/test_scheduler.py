@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import pytest
 from msgspec import structs
 
+from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled, TokenLogprobs
-from nanoflow_backend.scheduler.forecast import ReserveNothing
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
@@ -30,7 +31,9 @@ def make(**changes: Any) -> Scheduler:
         "clock": lambda: 0.0,
     }
     settings |= changes
-    return Scheduler(**{"prompt_tokens": settings["dense_batch_tokens"]} | settings)
+    settings = {"prompt_tokens": settings["dense_batch_tokens"]} | settings
+    limits = SchedulerLimits(**{name: settings.pop(name) for name in SchedulerLimits.__dataclass_fields__})
+    return Scheduler(limits, **settings)
 
 
 def request(

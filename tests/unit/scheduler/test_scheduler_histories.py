@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 import pytest
 from ledger_worker import EOS, VOCABULARY, LedgerWorker, Story
 
+from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason
-from nanoflow_backend.scheduler.forecast import LengthForecast, ReserveMaxTokens, ReserveNothing
+from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
@@ -54,7 +56,7 @@ class History:
         self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
         self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
         self.prompt_tokens = rng.choice((self.dense_batch_tokens, rng.randint(1, self.dense_batch_tokens)))
-        self.scheduler = Scheduler(
+        limits = SchedulerLimits(
             dense_batch_tokens=self.dense_batch_tokens,
             chunk_tokens=self.chunk_tokens,
             prompt_tokens=self.prompt_tokens,
@@ -63,6 +65,9 @@ class History:
             num_pages=self.num_pages,
             page_tokens=self.page_tokens,
             max_model_tokens=self.max_model_tokens,
+        )
+        self.scheduler = Scheduler(
+            limits,
             eos_token_ids=[EOS],
             prefix_caching=rng.random() < 0.8,
             priority_aging_s=rng.choice((0, 3, 1000)),
