@@ -48,10 +48,11 @@ class Engine:
         config = find_auto_schedule(config, device)
         config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
         self.config = config = config.settle(device.kind)
-        self.model_config = ModelConfig.from_pretrained(Path(config.model))
+        self.model_config = with_eos_of(self.tokenizer, ModelConfig.from_pretrained(Path(config.model)))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
         build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts
-        self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
+        others = config.tensor_parallel > 1
+        self.ranks = Ranks(config, self.model_config, self.max_model_tokens, on_rank_death) if others else None
         try:
             self.worker = Worker(config, self.model_config, self.max_model_tokens)
             if self.ranks:
@@ -113,9 +114,8 @@ class Engine:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """None where the folder has no tokenizer.json: such a model continues token ids."""
-        folder = Path(self.config.model)
-        return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
+        """None where the folder has no tokenizer: such a model continues token ids."""
+        return Tokenizer.find(self.config.model)
 
     def add(self, request: Request) -> None:
         """Queue a request; one with a grammar waits until that is compiled.
@@ -242,6 +242,17 @@ class Engine:
     def close(self) -> None:
         if self.ranks:
             self.ranks.close()
+
+
+def with_eos_of(tokenizer: Tokenizer | None, model: ModelConfig) -> ModelConfig:
+    """The model that ends at its tokenizer's EOS too, as vLLM has it.
+
+    Chat fine-tunes of base models often name the end of a turn in tokenizer_config.json alone.
+    """
+    eos_id = None if tokenizer is None else tokenizer.eos_id
+    if eos_id is None or eos_id >= model.vocab_size or eos_id in model.eos_token_ids:
+        return model
+    return replace(model, eos_token_ids=(*model.eos_token_ids, eos_id))
 
 
 def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
-from pathlib import Path
 
 import msgspec
 import torch.distributed as dist
@@ -29,6 +28,7 @@ class StartRank(msgspec.Struct, frozen=True):
     """The first message to a rank. Then come batches, each with its masks after it if it has a row to constrain."""
 
     config: SettledConfig
+    model_config: ModelConfig
     max_model_tokens: int
     rank: int
     rendezvous: str  # the file in which the group's members find each other
@@ -42,7 +42,13 @@ class Ranks:
     """Ranks 1 .. tp - 1. Where one dies, `on_death` is called from another thread, so that an idle engine knows too;
     a collective that waits for it fails."""
 
-    def __init__(self, config: SettledConfig, max_model_tokens: int, on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: SettledConfig,
+        model_config: ModelConfig,
+        max_model_tokens: int,
+        on_death: Callable[[str], None],
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
         rendezvous = os.path.join(self._folder.name, "rendezvous")
         self._on_death = on_death
@@ -54,7 +60,7 @@ class Ranks:
             for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
                 threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
                 with contextlib.suppress(ChildDied):  # who watches it says so
-                    child.send(StartRank(config, max_model_tokens, rank, rendezvous))
+                    child.send(StartRank(config, model_config, max_model_tokens, rank, rendezvous))
             self._join(rendezvous, config.tensor_parallel)
         except Exception:
             self._end_children()
@@ -128,8 +134,7 @@ def main() -> None:
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
     try:
         join_group(start.rendezvous, start.rank, start.config.tensor_parallel)
-        model_config = ModelConfig.from_pretrained(Path(start.config.model))
-        worker = Worker(start.config, model_config, start.max_model_tokens, start.rank)
+        worker = Worker(start.config, start.model_config, start.max_model_tokens, start.rank)
     except Exception as error:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))
         raise

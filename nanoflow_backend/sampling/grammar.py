@@ -148,6 +148,8 @@ class Grammars:
                 source = library.grammar_from(kind, text)
             limits = library.LLParserLimits(verbose_errors=False)  # no parts of outputs in messages
             matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=limits)
+        except InvalidRequest:
+            raise
         except ValueError as error:
             raise _invalid(outputs, str(error)) from None
         if matcher.is_error():
@@ -160,7 +162,9 @@ class Grammars:
         if tokenizer is None:
             raise InvalidRequest("structured_outputs: expected none, for the model has no tokenizer.json")
         if not self._eos_token_ids:
-            raise InvalidRequest("structured_outputs: expected none, for neither the model's config nor its tokenizer names an EOS token")
+            raise InvalidRequest(
+                "structured_outputs: expected none, for no EOS token is named by model or tokenizer"
+            )
         try:
             self._num_ids = max(self._vocab_size, tokenizer.vocab_size)
             return library.LLTokenizer(tokenizer.to_json(), n_vocab=self._num_ids, eos_token=self._eos_token_ids)

@@ -7,8 +7,9 @@ first, keyword by keyword, in the sense of draft 2020-12; older drafts' `definit
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -22,17 +23,24 @@ NAMED_SCHEMAS = ("$defs", "definitions", "patternProperties", "properties")
 NUMBERS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
 SIZES = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 VALUES = ("const", "enum")
+BOUNDS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum")
+NESTED = (*SCHEMA, *SCHEMAS, *NAMED_SCHEMAS)
 OTHERS = ("$anchor", "$id", "$ref", "format", "id", "pattern", "required", "type")
 ENFORCED = frozenset((*SCHEMA, *SCHEMAS, *NAMED_SCHEMAS, *NUMBERS, *SIZES, *VALUES, *OTHERS))
 # They say something to people and programs, and nothing about what is valid.
 ANNOTATIONS = frozenset(
-    "$comment default deprecated description discriminator example examples externalDocs readOnly title writeOnly xml"
-    .split()
+    {
+        *("$comment", "default", "deprecated", "description", "discriminator", "example", "examples"),
+        *("externalDocs", "readOnly", "title", "writeOnly", "xml"),
+    }
 )
 FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
+MOST_DIGITS, MOST_DECIMALS = 6, 8  # of multipleOf
 DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 # What strings of the output can spell: the library is told to write no escape with a code (see grammar.OPTIONS).
 UNSPELLED = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+
+Bound = tuple[str, int | float | None]  # a keyword and its number
 
 
 def enforceable(text: str) -> str:
@@ -50,7 +58,7 @@ def enforceable(text: str) -> str:
         draft = schema.pop("$schema", None)
         if draft is not None and not (isinstance(draft, str) and DRAFTS.fullmatch(draft)):
             raise _refusal("$schema", f"expected a draft of json-schema.org from 4 to 2020-12, got {draft!r}")
-        _check(schema, "")
+        _check(schema, "", _conflict(_bounds(schema, NESTED)))
         return exact_json.encode(schema)
     except InexactJson as error:
         raise _refusal("", str(error)) from None
@@ -58,8 +66,12 @@ def enforceable(text: str) -> str:
         raise _refusal("", "nested too deeply") from None
 
 
-def _check(schema: Any, place: str) -> None:
-    """Raise InvalidRequest where a schema says something that would not be enforced."""
+def _check(schema: Any, place: str, conflict: str | None) -> None:
+    """Raise InvalidRequest where a schema says something that would not be enforced.
+
+    Args:
+        conflict: of any two bounds of the whole schema; see `_conflict`.
+    """
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
@@ -68,21 +80,26 @@ def _check(schema: Any, place: str) -> None:
         inner = f"{place}.{keyword}" if place else keyword
         if keyword in SCHEMA:
             for number, item in enumerate(value) if isinstance(value, list) else ():
-                _check(item, f"{inner}[{number}]")
+                _check(item, f"{inner}[{number}]", conflict)
             if not isinstance(value, list):
-                _check(value, inner)
+                _check(value, inner, conflict)
         elif keyword in SCHEMAS:
             for number, item in enumerate(_typed(value, list, inner)):
-                _check(item, f"{inner}[{number}]")
+                _check(item, f"{inner}[{number}]", conflict)
         elif keyword in NAMED_SCHEMAS:
             for name, item in _typed(value, dict, inner).items():
                 _check_text(name, inner)
-                _check(item, f"{inner}.{name}")
+                _check(item, f"{inner}.{name}", conflict)
         elif keyword in (*NUMBERS, *SIZES, *VALUES):
             _check_value(value, inner)
         elif keyword not in ENFORCED and keyword not in ANNOTATIONS and not keyword.startswith("x-"):
             raise _refusal(inner, "this keyword is not enforced; expected none but those that are")
     _check_combinations(schema, place)
+    bounds = list(_bounds(schema, SCHEMAS))
+    if ("$ref", None) not in bounds or len(bounds) == 1:
+        conflict = _conflict(bounds)
+    if conflict is not None:  # with a reference among them, bounds of anywhere may meet here
+        raise _refusal(place, conflict)
 
 
 def _check_combinations(schema: Mapping[str, Any], place: str) -> None:
@@ -108,7 +125,43 @@ def _check_combinations(schema: Mapping[str, Any], place: str) -> None:
             f"minProperties: expected at most as many as are required ({len(set(required))}) unless "
             f"additionalProperties is false, for another key may come twice; got {least}",
         )
+    if not _can_count_by(schema.get("multipleOf", 1)):
+        raise _refusal(
+            place,
+            f"multipleOf: expected a number of at most {MOST_DIGITS} digits, {MOST_DECIMALS} of them decimals, which "
+            f"is as far as the grammar counts, got {schema['multipleOf']}",
+        )
     _check_reference(schema.get("$ref", "#"), place)
+
+
+def _bounds(schema: Any, applicators: tuple[str, ...]) -> Iterator[Bound]:
+    """The bounds of numbers in a schema and in those under its applicators, and `("$ref", None)` for each reference."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _bounds(item, applicators)
+    elif isinstance(schema, Mapping):
+        for keyword, value in schema.items():
+            if keyword == "$ref":
+                yield keyword, None
+            elif keyword in BOUNDS and isinstance(value, int | float):
+                yield keyword, value
+            elif keyword in applicators:
+                named = keyword in NAMED_SCHEMAS and isinstance(value, Mapping)
+                yield from _bounds(list(value.values()) if named else value, applicators)
+
+
+def _conflict(bounds: Iterable[Bound]) -> str | None:
+    """An integer that a bound excludes is let through all the same if the other bound is the fraction next to it."""
+    given = [(keyword, value, keyword.lower().endswith("minimum")) for keyword, value in bounds if value is not None]
+    next_to = {(float(n), low): (k, v) for k, v, low in given if v % 1 for n in (math.floor(v), math.ceil(v))}
+    for keyword, value, low in given:
+        if keyword.startswith("exclusive") and (float(value), not low) in next_to:
+            other, fraction = next_to[float(value), not low]
+            return (
+                f"{keyword}: expected an inclusive bound, or one that is at least 1 away from {other} ({fraction}), "
+                f"for {value} itself would be let through"
+            )
+    return None
 
 
 def _check_reference(reference: Any, place: str) -> None:
@@ -126,6 +179,13 @@ def _check_reference(reference: Any, place: str) -> None:
     else:
         return
     raise _refusal(place, f"$ref: expected the way to a schema, such as #/$defs/NAME, got {reference!r}")
+
+
+def _can_count_by(divisor: Any) -> bool:
+    if isinstance(divisor, bool) or not isinstance(divisor, int | float):
+        return False
+    _, digits, exponent = Decimal(repr(divisor)).normalize().as_tuple()
+    return len(digits) + max(int(exponent), 0) <= MOST_DIGITS and -int(exponent) <= MOST_DECIMALS
 
 
 def _check_value(value: Any, place: str) -> None:
@@ -153,8 +213,8 @@ def _check_text(text: str, place: str) -> None:
 
 def _typed(value: Any, kind: type, place: str) -> Any:
     if not isinstance(value, kind):
-        names = {list: "a list", dict: "an object", str: "a string"}
-        raise _refusal(place, f"expected {names[kind]}, got {str(value)[:80]}")
+        name = "a list" if kind is list else "an object" if kind is dict else "a string"
+        raise _refusal(place, f"expected {name}, got {str(value)[:80]}")
     return value
 
 

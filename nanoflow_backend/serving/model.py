@@ -71,8 +71,7 @@ class TritonPythonModel:
         config = EngineConfig.load(
             Path(args["model_repository"], args["model_version"], "engine.json"), _engine_parameters(model_config)
         )
-        has_tokenizer = Path(config.model, "tokenizer.json").is_file()
-        self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
+        self._tokenizer = Tokenizer.find(config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
         self._max_queue_us = config.queue_timeout_us or 0
