@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 from nanoflow_backend.request.internal_error import INTERRUPTIONS, InternalError, RequestError
 from nanoflow_backend.request.invalid_request import InvalidRequest
 from nanoflow_backend.request.structured_outputs import StructuredOutputs
-from nanoflow_backend.sampling.json_schema import enforceable
+from nanoflow_backend.sampling.json_schema import OPTIONS, enforceable
+from nanoflow_backend.sampling.lark import with_enforceable_schemas
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 CACHED_GRAMMARS = 256
 LONGEST_ERROR = 500  # characters: the library repeats parts of the grammar
 NOTHING_LEFT = "the grammar leaves no token of the model"
 COPYING = "copying a grammar"
-# An escape could spell a key of `properties` in another way, and what the schema says of that key would not hold.
-OPTIONS = {"json_allowed_escapes": 'nrbtf\\"'}  # not "u"
 
 
 class Grammar:
@@ -145,7 +144,7 @@ class Grammars:
                     options["whitespace_pattern"] = outputs.whitespace_pattern
                 source = library.LLMatcher.grammar_from_json_schema(enforceable(text), overrides=OPTIONS | options)
             else:
-                source = library.grammar_from(kind, text)
+                source = library.grammar_from(kind, with_enforceable_schemas(text) if kind == "grammar" else text)
             limits = library.LLParserLimits(verbose_errors=False)  # no parts of outputs in messages
             matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=limits)
         except InvalidRequest:
@@ -162,9 +161,7 @@ class Grammars:
         if tokenizer is None:
             raise InvalidRequest("structured_outputs: expected none, for the model has no tokenizer.json")
         if not self._eos_token_ids:
-            raise InvalidRequest(
-                "structured_outputs: expected none, for no EOS token is named by model or tokenizer"
-            )
+            raise InvalidRequest("structured_outputs: expected none, for no EOS token is named by model or tokenizer")
         try:
             self._num_ids = max(self._vocab_size, tokenizer.vocab_size)
             return library.LLTokenizer(tokenizer.to_json(), n_vocab=self._num_ids, eos_token=self._eos_token_ids)

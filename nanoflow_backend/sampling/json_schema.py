@@ -24,6 +24,7 @@ NUMBERS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multip
 SIZES = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 VALUES = ("const", "enum")
 BOUNDS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum")
+Bound = tuple[str, int | float | None]  # a keyword and its number
 NESTED = (*SCHEMA, *SCHEMAS, *NAMED_SCHEMAS)
 OTHERS = ("$anchor", "$id", "$ref", "format", "id", "pattern", "required", "type")
 ENFORCED = frozenset((*SCHEMA, *SCHEMAS, *NAMED_SCHEMAS, *NUMBERS, *SIZES, *VALUES, *OTHERS))
@@ -35,16 +36,23 @@ ANNOTATIONS = frozenset(
     }
 )
 FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
+# An escape could spell a key of `properties` in another way, and what the schema says of that key would not hold.
+OPTIONS = {"json_allowed_escapes": 'nrbtf\\"'}  # not "u"
 MOST_DIGITS, MOST_DECIMALS = 6, 8  # of multipleOf
 DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
-# What strings of the output can spell: the library is told to write no escape with a code (see grammar.OPTIONS).
+# What strings of the output can spell: the library is told to write no escape with a code (OPTIONS).
 UNSPELLED = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
-Bound = tuple[str, int | float | None]  # a keyword and its number
+
+class _Unenforced(ValueError):
+    """The message names the place in the schema."""
 
 
-def enforceable(text: str) -> str:
+def enforceable(text: str, field: str = "structured_outputs.json") -> str:
     """The schema's text as the grammar library takes it: of the newest draft, all of which it enforces.
+
+    Args:
+        field: where the schema stands in the request, for messages.
 
     Raises:
         InvalidRequest: it is no schema, or has a keyword, a number or a text that would not be enforced.
@@ -61,13 +69,15 @@ def enforceable(text: str) -> str:
         _check(schema, "", _conflict(_bounds(schema, NESTED)))
         return exact_json.encode(schema)
     except InexactJson as error:
-        raise _refusal("", str(error)) from None
+        raise InvalidRequest(f"{field}: {error}") from None
     except RecursionError:
-        raise _refusal("", "nested too deeply") from None
+        raise InvalidRequest(f"{field}: nested too deeply") from None
+    except _Unenforced as error:
+        raise InvalidRequest(f"{field}: {error}") from None
 
 
 def _check(schema: Any, place: str, conflict: str | None) -> None:
-    """Raise InvalidRequest where a schema says something that would not be enforced.
+    """Raise _Unenforced where a schema says something that would not be enforced.
 
     Args:
         conflict: of any two bounds of the whole schema; see `_conflict`.
@@ -218,5 +228,5 @@ def _typed(value: Any, kind: type, place: str) -> Any:
     return value
 
 
-def _refusal(place: str, why: str) -> InvalidRequest:
-    return InvalidRequest(f"structured_outputs.json: {place.strip('.')[:200]}{': ' if place.strip('.') else ''}{why}")
+def _refusal(place: str, why: str) -> _Unenforced:
+    return _Unenforced(f"{place.strip('.')[:200]}{': ' if place.strip('.') else ''}{why}")

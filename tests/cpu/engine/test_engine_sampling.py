@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.engine import Completion, Engine, SamplingParams
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
@@ -258,13 +259,13 @@ def test_a_grammar_that_breaks_down_ends_its_request_with_the_reason(
     forced = SamplingParams.parse({"structured_outputs": NUMBER, "max_tokens": 12})
     real, calls = engine.constraints.broken, []
 
-    def broken(slots: list[int]) -> dict[int, str]:
+    def broken(slots: list[int]) -> dict[int, RequestError]:
         calls.append(slots)
-        return {slots[-1]: "too complex"} if len(calls) == 3 else real(slots)
+        return {slots[-1]: InvalidRequest("too complex")} if len(calls) == 3 else real(slots)
 
     monkeypatch.setattr(engine.constraints, "broken", broken)
     results = dict(engine.complete([([1, 2], plain), ([1, 2, 3], forced)]))
     assert isinstance(results[0], Completion)
     assert len(results[0].token_ids) == 12
-    assert str(results[1]) == "structured_outputs: cannot go on: too complex"
+    assert str(results[1]) == "too complex"
     assert not engine.has_work

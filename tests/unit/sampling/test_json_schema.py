@@ -5,7 +5,7 @@ from __future__ import annotations
 import decimal
 import json
 from decimal import Decimal
-from pathlib import Path
+from itertools import product
 from random import Random
 from typing import Any
 
@@ -164,7 +164,11 @@ def test_what_would_not_be_enforced_is_refused_by_name(grammars: Grammars, schem
         ({"items": [{"type": "null"}], "additionalItems": False}, "[null]", "[null,1]"),
         ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, "2", "1"),
         ({"oneOf": [{"type": "string"}, {"type": "null"}], "discriminator": {"propertyName": "a"}}, "null", "1"),
-        ({"type": "object", "additionalProperties": False, "properties": {"a": {}}, "minProperties": 1}, '{"a":1}', "{}"),
+        (
+            {"type": "object", "additionalProperties": False, "properties": {"a": {}}, "minProperties": 1},
+            '{"a":1}',
+            "{}",
+        ),
         ({"x-note": {"not": {}}, "title": "t", "default": ID, "type": "null"}, "null", "1"),
         ("true", "[1]", "[1"),
     ],
@@ -177,11 +181,32 @@ def test_one_is_let_through_and_the_other_is_not(
     assert not accepts(grammar, tokenizer, bad)
 
 
-def test_whatever_stands_in_a_schema_it_is_refused_or_compiled(grammars: Grammars) -> None:
+def test_whatever_stands_in_a_schema_it_is_refused_by_name_or_compiled(grammars: Grammars) -> None:
     things = [None, True, 0, -1.5, 2**70, "", "#", [], [1], {}, {"a": 1}, ["a", {}], {"$ref": 1}]
-    for keyword in sorted(ENFORCED | ANNOTATIONS | {"$schema", "not", "x-guidance"}):
-        for thing in things:
-            try:
-                compiled(grammars, {keyword: thing})
-            except InvalidRequest as error:
-                assert str(error).startswith("structured_outputs.json: ")
+    for keyword, thing in product(sorted(ENFORCED | ANNOTATIONS | {"$schema", "not", "x-guidance"}), things):
+        future = grammars.compile(StructuredOutputs(json=json.dumps({keyword: thing})))
+        error = future.exception(60)
+        assert error is None or isinstance(error, InvalidRequest), (keyword, thing, error)
+        assert error is None or str(error).startswith("structured_outputs.json: ")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ('start: "<" %json {"not": {}} ">"', "not: this keyword is not enforced"),
+        (f'start: %json {{"const": {ID}}}', "const: expected a number that a double holds"),
+        ('start: %json {"x-guidance": {"lenient": true}}', "x-guidance: expected none"),
+        ("start: %json {", "expected a JSON schema: "),
+    ],
+)
+def test_a_schema_inside_a_grammar_is_held_to_the_same(grammars: Grammars, grammar: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"structured_outputs\.grammar: %json: {message}"):
+        grammars.compile(StructuredOutputs(grammar=grammar)).result(60)
+
+
+def test_a_schema_inside_a_grammar_is_enforced(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    text = r"""// %json {"not": {}}
+start: "%json {" /[%]json/ %json {"properties": {"a": {"type": "null"}}} "\"" %json true"""
+    grammar = grammars.compile(StructuredOutputs(grammar=text)).result(60)
+    assert accepts(grammar, tokenizer, '%json {%json{"a":null}"[1]')
+    assert not accepts(grammar, tokenizer, '%json {%json{"\\u0061":1}"[1]')
