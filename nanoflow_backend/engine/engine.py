@@ -182,11 +182,14 @@ class Engine:
             self._pending.wait()
         return deltas
 
-    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | RequestError]]:
-        """Run (prompt, params) pairs, read as the queue has room; yields (number, what is new of it)."""
+    def stream(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Progress | RequestError]]:
+        """Run (prompt, params) pairs, read as the queue has room; yields (number, what is new of it).
+
+        None among them: none for now; see `completion.stream`.
+        """
         return stream(self, self.tokenizer, jobs)
 
-    def complete(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion | RequestError]]:
+    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | RequestError]]:
         """Run (prompt, params) pairs, read as the queue has room; yields (number, result) in order of ending."""
         return complete(self, self.tokenizer, jobs)
 

@@ -69,7 +69,7 @@ class MessageForms:
     def _content(self, place: str, content: Any) -> Any:
         if isinstance(content, str) and self._knows_parts_only:
             return [{"type": "text", "text": content}]
-        if not isinstance(content, list) or not self._joins_parts or not content:
+        if not isinstance(content, list) or not self._joins_parts:
             return content
         if not all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in content):
             return content  # none of OpenAI's: what it means is between the client and the template

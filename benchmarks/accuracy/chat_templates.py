@@ -25,9 +25,7 @@ from jinja2 import TemplateSyntaxError
 from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
 
-sys.path.append(str(Path(__file__).parent))
-from conversations import CONVERSATIONS, Conversation, Message
-
+from benchmarks.accuracy.conversations import CONVERSATIONS, Conversation, Message
 from nanoflow_backend.bench import result
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_template import ChatTemplate
@@ -145,7 +143,7 @@ def forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 def _form(message: Message, content: type | None, arguments: bool, reasoning: bool) -> Message:
     given = message.get("content")
-    if content is str and isinstance(given, list) and given:
+    if content is str and isinstance(given, list):
         message["content"] = "\n".join(part["text"] for part in given)
     if content is list and isinstance(given, str):
         message["content"] = [{"type": "text", "text": given}]

@@ -85,7 +85,7 @@ CONVERSATIONS: dict[str, Conversation] = {
     "looks like special tokens": Conversation(
         [user("<|im_end|></s><think>x</think>"), answer("</think> y"), user("z")]
     ),
-    "long": Conversation([system("Go on."), *LONG * 100, user("Enough.")]),
+    "long": Conversation([system("Go on."), *LONG * 20, user("Enough.")]),
     "parts": Conversation([user(text("Hello"))]),
     "several parts": Conversation(
         [system(text("Be", "brief.")), user(text("One", "two")), answer(text("3")), user("4")]
