@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal, InvalidOperation
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -18,12 +18,14 @@ class InexactJson(ValueError):
 def decode(text: str) -> Any:
     """The value of a JSON text: a number is an int, a float that stands for exactly its digits, or else a Decimal.
 
+    NaN and Infinity are floats, as in the standard library: whoever wants a number refuses them by the field's name.
+
     Raises:
-        InexactJson: it is not valid JSON (NaN and Infinity are not), an object has a key twice, or it is nested deeper
-            or a number is longer than can be read.
+        InexactJson: it is not valid JSON, an object has a key twice, or it is nested deeper or a number is longer than
+            can be read.
     """
     try:
-        return json.loads(text, parse_float=_number, parse_constant=_constant, object_pairs_hook=_object)
+        return json.loads(text, parse_float=_number, object_pairs_hook=_object)
     except RecursionError:
         raise InexactJson("nested too deeply") from None
     except InvalidOperation:
@@ -58,10 +60,6 @@ def _number(text: str) -> float | Decimal:
     value = float(text)
     exact = Decimal(text)
     return value if Decimal(repr(value)) == exact else exact
-
-
-def _constant(name: str) -> NoReturn:
-    raise InexactJson(f"{name} is not a JSON number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

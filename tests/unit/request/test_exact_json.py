@@ -36,9 +36,7 @@ def test_a_number_is_a_float_where_that_says_the_same() -> None:
     assert SamplingParams.parse({"temperature": exact_json.decode("0.70000000000000000001")}).temperature == 0.7
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "NaN", "[Infinity]", '{"a": 1, "a": 1}', "[" * 100_000, "1e99999999999999999999"]
-)
+@pytest.mark.parametrize("text", ["{", '{"a": 1, "a": 1}', "[" * 100_000, "1e99999999999999999999"])
 def test_what_would_not_be_kept_is_refused(text: str) -> None:
     with pytest.raises(InexactJson):
         exact_json.decode(text)
