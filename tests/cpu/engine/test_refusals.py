@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 import tiny_tokenizers
 
-from nanoflow_backend.engine import Completion, Engine, SamplingParams
+from nanoflow_backend.engine import LLM, Completion, Engine, SamplingParams
 from nanoflow_backend.request.internal_error import InternalError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
@@ -41,15 +41,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_refused_request_is_reported_once_and_the_next_call_works(
     model: Path, outputs: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    engine = Engine.from_pretrained(model, **settings)
+    llm = LLM.from_pretrained(model, **settings)
+    engine = llm.engine
     for n in (1, 3):
         asked = SamplingParams.parse({"max_tokens": 8, "structured_outputs": outputs, "n": n})
         for _ in range(2):  # the second time the compilation is known
-            ((number, error),) = engine.complete([("Hi", asked)])
+            ((number, error),) = llm.complete([("Hi", asked)])
             assert number == 0
             assert isinstance(error, InvalidRequest)
             assert not engine.scheduler.live_ids
-        (found,) = engine.generate(["Hi"], PLAIN)
+        (found,) = llm.generate(["Hi"], PLAIN)
         assert len(found.token_ids) == 4
     ended = engine.scheduler.observer.observed.ended
     assert ended == {FinishReason.LENGTH: 2}, "a refusal is counted by who tells the client"
@@ -69,7 +70,7 @@ def test_a_client_that_gives_up_is_counted_as_before(model: Path) -> None:
 def test_a_fault_of_the_grammar_library_ends_its_request_alone_and_quotes_nobody(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     asked = SamplingParams.parse({"structured_outputs": {"choice": ["secret"]}})
     real = grammar._definition
 
@@ -80,7 +81,7 @@ def test_a_fault_of_the_grammar_library_ends_its_request_alone_and_quotes_nobody
 
     monkeypatch.setattr(grammar, "_definition", definition)
     fine = SamplingParams.parse({"structured_outputs": {"choice": ["yes"]}})
-    results = dict(engine.complete([("Hi", PLAIN), ("Hi", asked), ("Hi", fine)]))
+    results = dict(llm.complete([("Hi", PLAIN), ("Hi", asked), ("Hi", fine)]))
     assert isinstance(results[0], Completion)
     assert isinstance(results[1], InternalError)
     assert isinstance(results[2], Completion)
@@ -88,7 +89,7 @@ def test_a_fault_of_the_grammar_library_ends_its_request_alone_and_quotes_nobody
     assert "SystemError" in caplog.text
     assert "secret" not in caplog.text + str(results[1])
     with pytest.raises(InternalError, match="prompt 0: internal error"):
-        engine.generate(["Hi"], asked)
+        llm.generate(["Hi"], asked)
 
 
 @pytest.mark.parametrize("of_config", [None, 256], ids=["config.json names none", "config.json names another"])
@@ -104,7 +105,7 @@ def test_generation_stops_at_the_tokenizers_eos_too(tmp_path: Path, of_config: i
         {"structured_outputs": {"choice": ["yes"]}},
     ]
     asked = [SamplingParams.parse({"max_tokens": 6, "temperature": 0, **way}) for way in ways]
-    stopped, later, ignoring, base, structured = Engine.from_pretrained(folder).generate(["Hi"] * len(asked), asked)
+    stopped, later, ignoring, base, structured = LLM.from_pretrained(folder).generate(["Hi"] * len(asked), asked)
     assert (stopped.token_ids, stopped.finish_reason, stopped.stop_reason) == ([turn], "stop", None)
     assert turn not in later.token_ids[:3]
     assert (later.token_ids[3:], later.finish_reason) == ([turn], "stop")
@@ -117,9 +118,9 @@ def test_all_ranks_know_the_tokenizers_eos(tmp_path: Path) -> None:
     """Each samples for itself: one that did not would draw another token while EOS is banned."""
     folder = make_model(tmp_path, eos_token_id=None)
     asked = SamplingParams.parse({"max_tokens": 6, "temperature": 0, "logit_bias": {256: 100}, "min_tokens": 3})
-    engines = [Engine.from_pretrained(folder, tensor_parallel=ranks) for ranks in (1, 2)]
-    alone, shared = (engine.generate(["Hi", "Oh"], asked) for engine in engines)
-    engines[1].close()
+    llms = [LLM.from_pretrained(folder, tensor_parallel=ranks) for ranks in (1, 2)]
+    alone, shared = (llm.generate(["Hi", "Oh"], asked) for llm in llms)
+    llms[1].close()
     assert [c.token_ids for c in alone] == [c.token_ids for c in shared]
     assert all(c.token_ids[3:] == [256] for c in alone)
 
@@ -127,13 +128,13 @@ def test_all_ranks_know_the_tokenizers_eos(tmp_path: Path) -> None:
 def test_a_tokenizer_with_ids_beyond_the_models_rows_has_structured_outputs(tmp_path: Path) -> None:
     folder = make_model(tmp_path, eos_token_id=256, vocab_size=257, extra=("<pad>", "<image>"))
     asked = SamplingParams.parse({"max_tokens": 8, "temperature": 0, "structured_outputs": {"choice": ["yes", "no"]}})
-    (found,) = Engine.from_pretrained(folder).generate(["Hi"], asked)
+    (found,) = LLM.from_pretrained(folder).generate(["Hi"], asked)
     assert found.text in ("yes", "no")
 
 
 def test_an_eos_that_the_model_has_no_row_for_is_left_out(tmp_path: Path) -> None:
     folder = make_model(tmp_path, eos_token_id=None, vocab_size=256)
-    engine = Engine.from_pretrained(folder)
-    assert engine.model_config.eos_token_ids == ()
+    llm = LLM.from_pretrained(folder)
+    assert llm.engine.model_config.eos_token_ids == ()
     with pytest.raises(InvalidRequest, match="no EOS token is named by model or tokenizer"):
-        engine.generate(["Hi"], SamplingParams.parse({"structured_outputs": {"choice": ["a"]}}))
+        llm.generate(["Hi"], SamplingParams.parse({"structured_outputs": {"choice": ["a"]}}))
