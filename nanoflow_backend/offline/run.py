@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from nanoflow_backend.engine.completion import Completion, Job
 from nanoflow_backend.offline.job_file import JobLine
 from nanoflow_backend.offline.result_file import ResultFile
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.logprobs_json import of_prompt, of_tokens
 from nanoflow_backend.text.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ class Runner(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None: ...
 
-    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | RequestError]]:
         """Yield (number of the job, from 0; its result) in the order in which jobs end.
 
         Jobs are taken as there is room for them. None among them means that there is none for now: the runner asks
@@ -76,12 +77,12 @@ def seeded(job: Job, seed: int, number: int) -> Job:
     return prompt, replace(params, seed=int.from_bytes(drawn) % 2**63)
 
 
-def result_line(id: Any, result: Completion | InvalidRequest, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def result_line(id: Any, result: Completion | RequestError, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """One line of the output: the id first; then an `error`, or the completion.
 
     `logprobs` and `prompt_logprobs` are there where they were asked for, in the form of the server's outputs.
     """
-    if isinstance(result, InvalidRequest):
+    if isinstance(result, RequestError):
         return {"id": id, "error": str(result)}
     fields = {
         "id": id,

@@ -93,6 +93,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     QUEUE_TIMEOUT = "queue_timeout"  # it never ran
+    REFUSED = "refused"  # it turned out to be invalid: nothing of it is to be shown
 
 
 class Delta(msgspec.Struct, omit_defaults=True, rename={"request_id": "r", "token_ids": "t"}, gc=False):

@@ -110,16 +110,19 @@ class Scheduler:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
         self._waiting.release(self._live.get(request_id, [])[:1])
 
-    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> bool:
         """End a request, or one of its sequences; `retire` hands over the last delta of each.
 
-        What is unknown or has ended is left alone.
+        What is unknown or has ended is left alone. Returns whether there was something to end.
         """
+        ended = False
         for s in self._live.get(request_id, ()):
             if s.finish_reason is None and index in (None, s.index):
+                ended = True
                 account = self._finish(s, reason)
                 delta = Delta(request_id, (), None, reason, None, s.cached_tokens, s.index, account=account)
                 self._pending_deltas.append(delta)
+        return ended
 
     def id_at(self, slot: int) -> int:
         """The request in a slot. Raises: KeyError, there is none."""

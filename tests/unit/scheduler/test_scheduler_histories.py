@@ -25,6 +25,7 @@ from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 HISTORIES_IN_CI = 10_000
 CHUNK = 1_000
+INTERRUPTIONS = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.REFUSED)
 SEEDS_EACH = 3  # the most sequences of a request
 
 
@@ -90,7 +91,9 @@ class History:
             elif action < 0.45 and self.lives:
                 self.scheduler.cancel(self.rng.choice([*self.requests, -1]), index=self.rng.choice((None, 0, 1)))
                 self.scheduler.check()
-            elif action < 0.5 and self.held:
+            elif action < 0.47 and self.lives:
+                self.refuse(self.rng.choice([*self.requests, -1]))
+            elif action < 0.52 and self.held:
                 self.scheduler.release(self.held.pop())
                 self.scheduler.check()
             else:
@@ -197,13 +200,20 @@ class History:
             self.seen["scored"] += life.scored is not None
             self.seen["siblings"] += index
         stopped = self.seen[FinishReason.STOP]
-        interrupted = self.seen[FinishReason.CANCELLED] + self.seen[FinishReason.DEADLINE]
+        interrupted = sum(self.seen[reason] for reason in INTERRUPTIONS)
         # a cancelled request may lose the token in flight
         assert stats.overshoot_tokens <= (stopped + interrupted if self.asynchronous else 0)
         assert stats.finished_requests == len(self.lives)
         self.seen["preemptions"] += stats.preemptions
         self.seen["overshoot"] += stats.overshoot_tokens
         self.seen["steps"] += stats.steps
+
+    def refuse(self, request_id: int) -> None:
+        counted = sum(self.scheduler.observer.observed.ended.values())
+        self.scheduler.cancel(request_id, FinishReason.REFUSED)
+        assert not self.scheduler.cancel(request_id, FinishReason.REFUSED), "there is nothing left to end"
+        assert sum(self.scheduler.observer.observed.ended.values()) == counted
+        self.scheduler.check()
 
     def verify_output(self, life: Life) -> None:
         params, prompt = life.request.params, life.request.prompt
