@@ -23,7 +23,8 @@ from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.gloo import Gloo
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import CudaProgram
 from nanoflow_backend.runtime.device import Device, find_device
@@ -179,18 +180,20 @@ def _program(
         folder = Path(config.model)
         loaded = weights.load(folder, model_config, model, rank=rank, tp=tp, dtype=dtype, device=device.kind)
 
+    collectives = Gloo() if tp > 1 else OneRank()
+
     def program(num_pages: int, *, trial: bool = False) -> Program:
         kv = storage.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
         if kernels is None:
             return CpuProgram(
-                model, schedules, loaded, kv, Collectives(tp), max_tokens=config.dense_batch_tokens, dtype=dtype
+                model, schedules, loaded, kv, collectives, max_tokens=config.dense_batch_tokens, dtype=dtype
             )
         made = CudaProgram(
             model,
             schedules,
             loaded,
             kv,
-            Collectives(tp),
+            collectives,
             max_tokens=config.dense_batch_tokens,
             max_rows=config.max_running,
             kernels=kernels,

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
 from nanoflow_backend.runtime.buffers import BufferPlan, Instance, instance_of, plan_buffers, shared
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
 

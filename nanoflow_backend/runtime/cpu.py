@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 from nanoflow_backend.schedule.plan import Schedule
 

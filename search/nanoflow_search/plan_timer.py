@@ -15,7 +15,7 @@ from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.predict import Timing
@@ -101,7 +101,7 @@ class PlanTimer:
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
-            Collectives(),
+            OneRank(),
             max_tokens=tokens,
             max_rows=1,
             **self._options,

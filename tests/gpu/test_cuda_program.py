@@ -22,7 +22,7 @@ from triton.language.extra.cuda import smid
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.runtime.binding import Binding
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cuda import CudaProgram
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
@@ -59,7 +59,7 @@ def program(
         schedules,
         cast(case.weights, dtype, "cuda"),
         pages,
-        Collectives(),
+        OneRank(),
         **{"max_tokens": tokens, "max_rows": tokens, "kernels": device, "dtype": dtype} | options,
     )
 
@@ -72,7 +72,7 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
     schedule, options = nano_batched(case.model.layer, TOKENS, 3), {"max_tokens": TOKENS, "dtype": dtype}
     pages = storage.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
     cpu = Binding(
-        case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, Collectives(), reference, **options
+        case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, OneRank(), reference, **options
     )  # fmt: skip
     cuda = program(case, [schedule], requests, dtype).binding
     compared = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.runtime.binding import FittedPlan
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
@@ -84,7 +84,7 @@ def test_bfloat16_follows_float32(case: Case) -> None:
     }  # fmt: skip
     schedule = nano_batched(case.model.layer, TOKENS, 3)
     options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16, "checked": True}
-    program = CpuProgram(case.model, [schedule], weights, pages, Collectives(), **options)
+    program = CpuProgram(case.model, [schedule], weights, pages, OneRank(), **options)
     forward(program, case.requests.inputs(BATCHES[0]))
     logits = program.head(torch.arange(TOKENS))
     assert logits.dtype == torch.float32

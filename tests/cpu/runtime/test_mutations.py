@@ -22,7 +22,7 @@ from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
@@ -44,7 +44,7 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
     kv = torch.empty(model.num_layers, 0)
-    return CpuProgram(model, [schedule], weights, kv, Collectives(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
+    return CpuProgram(model, [schedule], weights, kv, OneRank(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
@@ -185,7 +185,7 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    return CpuProgram(attention.model, [schedule], attention.weights, pages, Collectives(), max_tokens=6)
+    return CpuProgram(attention.model, [schedule], attention.weights, pages, OneRank(), max_tokens=6)
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:
