@@ -20,7 +20,7 @@ from torch import Tensor
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
 from nanoflow_backend.engine.memory import GIB, check_room
 from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives.gloo import Gloo
@@ -183,7 +183,7 @@ def _program(
     collectives = Gloo() if tp > 1 else OneRank()
 
     def program(num_pages: int, *, trial: bool = False) -> Program:
-        kv = storage.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
+        kv = KvPages.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
         if kernels is None:
             return CpuProgram(
                 model, schedules, loaded, kv, collectives, max_tokens=config.dense_batch_tokens, dtype=dtype
@@ -209,7 +209,7 @@ def _program(
     num_pages = -(-config.kv_cache_tokens // config.page_tokens) if config.kv_cache_tokens else None
     if num_pages is None:
         tried = program(num_pages=1, trial=True)
-        num_pages = device.free_bytes(config.gpu_memory_utilization) // storage.page_bytes(
+        num_pages = device.free_bytes(config.gpu_memory_utilization) // page_bytes(
             model_config, config.page_tokens, dtype, tp
         )
         del tried

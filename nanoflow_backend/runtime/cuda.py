@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
@@ -39,7 +40,7 @@ class CudaProgram:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         *,
         max_tokens: int,

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
@@ -60,9 +60,8 @@ class PlanTimer:
             f"layers.{i}.{name}": made[f"layers.{i % distinct}.{name}"] for i in range(layers) for name in names
         }
         shape = msgspec.structs.replace(config, num_layers=distinct)
-        pages = storage.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
-        pages.normal_(generator=torch.Generator(device).manual_seed(0))
-        self._kv = [pages[i % distinct] for i in range(layers)]
+        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
+        self._kv.tensor.normal_(generator=torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
@@ -43,7 +44,7 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
-    kv = torch.empty(model.num_layers, 0)
+    kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
     return CpuProgram(model, [schedule], weights, kv, OneRank(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
 
 
@@ -102,7 +103,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
-                for pages in program.kv:
+                for pages in program.kv.tensor:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
@@ -197,7 +198,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         program = program_of(attention, schedule)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
-            program.kv.fill_(torch.nan)
+            program.kv.tensor.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1
