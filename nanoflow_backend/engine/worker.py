@@ -93,6 +93,8 @@ class Worker:
 
     def launch_forward(self, batch: Batch) -> Launched:
         """Embedding and layers on all T tokens."""
+        if batch.transfers:
+            raise ValueError(f"transfers: expected none, as there is no tier below the device, got {batch.transfers}")
         self._sampler.admit(batch.admitted)
         self._scorer.admit(batch.admitted)
         decodes = len(batch.decode_slots)

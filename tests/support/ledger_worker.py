@@ -1,7 +1,8 @@
 """LedgerWorker: a worker whose model is arithmetic and whose KV pages say what was written into them.
 
 The entry of a position is a number made of every token up to there, so a page that was shared wrongly, reused too
-early or never written does not hold what its reader expects. The next token is a function of that number, so a token
+early or never written does not hold what its reader expects. A page that is loaded from a lower tier holds
+nothing until the step that carries its load is collected. The next token is a function of that number, so a token
 that is lost or doubled changes all that follow.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from nanoflow_backend.kvcache.tier import Direction
 from nanoflow_backend.scheduler.batch import Batch, PromptScores, Sampled, TokenLogprobs
 
 VOCABULARY = 12
@@ -55,7 +57,9 @@ class LedgerWorker:
         self._slot_stories: dict[int, Story] = {}
         self._last_sample: dict[int, int] = {}
         self._scored_prompts: dict[int, list[int]] = {}  # by slot
-        self._in_flight: deque[tuple[Sampled, dict[int, int]]] = deque()  # results, and who writes which page
+        # Results, who writes which page, and what is loaded into which page when the results are collected.
+        self._in_flight: deque[tuple[Sampled, dict[int, int], dict[int, list[int]]]] = deque()
+        self._lower: dict[int, list[int]] = {}  # what the slots of the tier below hold
 
     def launch(self, batch: Batch) -> None:
         for admission in batch.admitted:
@@ -69,6 +73,7 @@ class LedgerWorker:
                 self._scored_prompts[admission.slot] = known[: admission.prompt_tokens]
         for slot, index, page in batch.page_table:
             self._tables[slot][index] = page
+        loads = self._transfer(batch)
         rows = [
             (slot, position, [self._last_sample[slot]])
             for slot, position in zip(batch.decode_slots, batch.decode_positions, strict=True)
@@ -78,9 +83,10 @@ class LedgerWorker:
         writers: dict[int, int] = {}
         for slot, start, token_ids in rows:
             self._write(slot, start, token_ids, writers)
-        for _, earlier in self._in_flight:
+        for _, earlier, loading in [*self._in_flight, (None, {}, loads)]:
             for page, slot in writers.items():
                 assert earlier.get(page, slot) == slot, f"page {page} is reused while slot {earlier[page]} may write it"
+                assert page not in loading, f"page {page} is written while it is loaded"
         ends = {slot: start + len(token_ids) for slot, start, token_ids in rows}
         for slot in batch.sampled_slots:
             self._last_sample[slot] = self._slot_stories[slot].tokens[ends[slot]]
@@ -90,14 +96,31 @@ class LedgerWorker:
             if p.start < len(prompt := self._scored_prompts.get(p.slot, [])[: p.start + len(p.token_ids) + 1])
         ]
         results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots], {}, scores)
-        self._in_flight.append((results, writers))
+        self._in_flight.append((results, writers, loads))
 
     def collect(self) -> Sampled:
-        return self._in_flight.popleft()[0]
+        results, _, loads = self._in_flight.popleft()
+        for page, content in loads.items():
+            self._pages[page] = content
+        return results
 
     @property
     def batches_in_flight(self) -> int:
         return len(self._in_flight)
+
+    def _transfer(self, batch: Batch) -> dict[int, list[int]]:
+        """Store at once, and load when the step is collected: until then a page that is loaded holds nothing."""
+        loads: dict[int, list[int]] = {}
+        for transfer in batch.transfers:
+            for _, earlier, loading in [*self._in_flight, (None, {}, loads)]:
+                assert transfer.page not in earlier, f"page {transfer.page} is copied while it may be written"
+                assert transfer.page not in loading, f"page {transfer.page} is copied while it is loaded"
+            if transfer.direction is Direction.STORE:
+                self._lower[transfer.tier_slot] = list(self._pages[transfer.page])
+            else:
+                loads[transfer.page] = list(self._lower[transfer.tier_slot])
+                self._pages[transfer.page] = [-1] * self._page_tokens
+        return loads
 
     def _read(self, slot: int, tokens: int) -> None:
         """Attention reads all earlier positions: they must be this request's."""
