@@ -1,17 +1,19 @@
-"""LedgerWorker: a worker whose model is arithmetic and whose KV pages say what was written into them.
+"""LedgerExecutor is an Executor whose model is arithmetic and whose KV pages say what was written into them.
 
 The entry of a position is a number made of every token up to there, so a page that was shared wrongly, reused too
-early or never written does not hold what its reader expects. A page that is loaded from a lower tier holds
-nothing until the step that carries its load is collected. The next token is a function of that number, so a token
-that is lost or doubled changes all that follow.
+early or never written does not hold what its reader expects. A page that is loaded from a lower tier holds nothing
+until the step that carries its load is collected. The next token is a function of that number, so a token that is lost
+or doubled changes all that follow.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from nanoflow_backend.kvcache.tier import Direction
+from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, PromptScores, Sampled, TokenLogprobs
 
 VOCABULARY = 12
@@ -46,10 +48,22 @@ class Story:
         return cls(tokens, entries)
 
 
-class LedgerWorker:
+@dataclass(frozen=True)
+class LedgerStep:
+    """A step in flight."""
+
+    batch: Batch
+    results: Sampled
+    writers: dict[int, int]  # by page, the slot that writes it
+    loads: dict[int, list[int]]  # by page, what is loaded into it when the step is collected
+
+
+class LedgerExecutor:
     """Runs batches in order; everything that it knows of a request comes from them, and from its story by its seed."""
 
     def __init__(self, num_pages: int, page_tokens: int) -> None:
+        self.num_pages = num_pages
+        self.device = SimpleNamespace(kind="cpu", name="arithmetic", sms=None)
         self.stories: dict[int, Story] = {}
         self._page_tokens = page_tokens
         self._pages = [[-1] * page_tokens for _ in range(num_pages)]
@@ -57,11 +71,10 @@ class LedgerWorker:
         self._slot_stories: dict[int, Story] = {}
         self._last_sample: dict[int, int] = {}
         self._scored_prompts: dict[int, list[int]] = {}  # by slot
-        # Results, who writes which page, and what is loaded into which page when the results are collected.
-        self._in_flight: deque[tuple[Sampled, dict[int, int], dict[int, list[int]]]] = deque()
+        self._in_flight: deque[LedgerStep] = deque()
         self._lower: dict[int, list[int]] = {}  # what the slots of the tier below hold
 
-    def launch(self, batch: Batch) -> None:
+    def launch_forward(self, batch: Batch) -> LedgerStep:
         for admission in batch.admitted:
             self._slot_stories[admission.slot] = self.stories[admission.params.seed]
             self._tables[admission.slot] = {}
@@ -83,10 +96,12 @@ class LedgerWorker:
         writers: dict[int, int] = {}
         for slot, start, token_ids in rows:
             self._write(slot, start, token_ids, writers)
-        for _, earlier, loading in [*self._in_flight, (None, {}, loads)]:
+        for earlier in self._in_flight:
             for page, slot in writers.items():
-                assert earlier.get(page, slot) == slot, f"page {page} is reused while slot {earlier[page]} may write it"
-                assert page not in loading, f"page {page} is written while it is loaded"
+                other = earlier.writers.get(page, slot)
+                assert other == slot, f"page {page} is reused while slot {other} may write it"
+                assert page not in earlier.loads, f"page {page} is written while it is loaded"
+        assert not writers.keys() & loads.keys(), "a page is written in the step that loads it"
         ends = {slot: start + len(token_ids) for slot, start, token_ids in rows}
         for slot in batch.sampled_slots:
             self._last_sample[slot] = self._slot_stories[slot].tokens[ends[slot]]
@@ -96,25 +111,31 @@ class LedgerWorker:
             if p.start < len(prompt := self._scored_prompts.get(p.slot, [])[: p.start + len(p.token_ids) + 1])
         ]
         results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots], {}, scores)
-        self._in_flight.append((results, writers, loads))
+        self._in_flight.append(LedgerStep(batch, results, writers, loads))
+        return self._in_flight[-1]
 
-    def collect(self) -> Sampled:
-        results, _, loads = self._in_flight.popleft()
-        for page, content in loads.items():
+    def launch_tail(self, step: LedgerStep, masks: Masks | None) -> None:
+        assert step is self._in_flight[-1], "the tail is that of the last forward"
+        assert len(self._in_flight) == 1, "the step before was collected"
+        assert masks is None, "stories have no grammar"
+
+    def collect(self, step: LedgerStep) -> Sampled:
+        assert step is self._in_flight.popleft(), "steps are collected in the order of their launches"
+        for page, content in step.loads.items():
             self._pages[page] = content
-        return results
+        return step.results
 
-    @property
-    def batches_in_flight(self) -> int:
-        return len(self._in_flight)
+    def close(self) -> None:
+        assert not self._in_flight
 
     def _transfer(self, batch: Batch) -> dict[int, list[int]]:
         """Store at once, and load when the step is collected: until then a page that is loaded holds nothing."""
         loads: dict[int, list[int]] = {}
         for transfer in batch.transfers:
-            for _, earlier, loading in [*self._in_flight, (None, {}, loads)]:
-                assert transfer.page not in earlier, f"page {transfer.page} is copied while it may be written"
-                assert transfer.page not in loading, f"page {transfer.page} is copied while it is loaded"
+            for earlier in self._in_flight:
+                assert transfer.page not in earlier.writers, f"page {transfer.page} is copied while it may be written"
+                assert transfer.page not in earlier.loads, f"page {transfer.page} is copied while it is loaded"
+            assert transfer.page not in loads, f"page {transfer.page} is copied in the step that loads it"
             if transfer.direction is Direction.STORE:
                 self._lower[transfer.tier_slot] = list(self._pages[transfer.page])
             else:
