@@ -192,6 +192,7 @@ def main() -> None:
     from nanoflow_backend.embedded.server import ServerError
     from nanoflow_backend.process import logs
     from nanoflow_backend.process.child import THREADS_SLEEP
+    from nanoflow_backend.request.internal_error import InternalError
     from nanoflow_backend.request.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
 
@@ -200,7 +201,7 @@ def main() -> None:
     try:
         logs.configure(level="warning")
         app()
-    except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
+    except (ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)
         sys.exit(COULD_NOT_RUN)
 

@@ -117,3 +117,13 @@ def _save(tokenizer: Tokenizer, folder: Path, **config: object) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def bytes_only(folder: Path, extra: Sequence[str] = ()) -> Path:
+    """A token for each byte, then <end>, which is EOS, then `extra` special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<end>", *extra)])
+    return _save(tokenizer, folder, eos_token="<end>")

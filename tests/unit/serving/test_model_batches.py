@@ -49,7 +49,7 @@ def test_a_failure_of_one_prompt_ends_them_all(served, stream):
     request = ServerRequest(prompts=np.array([b"a", b"b", b"c"], np.object_), stream=np.array([stream]))
     model.execute([request])
     ids = [submitted.id for submitted in engine.requests]
-    engine.on_refusal(Refusal(ids[1], "the queue is full", overloaded=True))
+    engine.on_refusal(Refusal(ids[1], "the queue is full", "queue_full"))
     assert request.result().error.code == "UNAVAILABLE"
     until(lambda: {ids[0], ids[2]} <= set(engine.cancelled))
     until(lambda: not model._senders.live())

@@ -40,15 +40,17 @@ def test_messages_that_a_template_refuses_are_the_clients_fault(served):
     assert engine.requests == []
 
 
-@pytest.mark.parametrize(("overloaded", "code"), [(True, "UNAVAILABLE"), (False, "INVALID_ARG")])
-def test_a_refusal_has_its_code(served, overloaded, code):
+@pytest.mark.parametrize(
+    ("reason", "code"), [("queue_full", "UNAVAILABLE"), ("invalid", "INVALID_ARG"), ("internal", "INTERNAL")]
+)
+def test_a_refusal_has_its_code(served, reason, code):
     model, engine = served
     request = ServerRequest(text_input=text("a"))
     model.execute([request])
-    engine.on_refusal(Refusal(engine.requests[0].id, "prompt: too long", overloaded))
+    engine.on_refusal(Refusal(engine.requests[0].id, "prompt: too long", reason))
     error = request.result().error
     assert (error.code, error.message) == (code, "prompt: too long")
-    assert model._metrics.view().refused["queue_full" if overloaded else "invalid"] == 1
+    assert model._metrics.view().refused[reason] == 1
 
 
 @pytest.mark.parametrize(("error", "code"), [(EngineError("gone"), "UNAVAILABLE"), (OverflowError("!"), "INTERNAL")])
