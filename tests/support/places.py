@@ -5,5 +5,5 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "demo" / "tiny-llama"
 DROP_IN_FOLDER = ROOT / "model_repository" / "nanoflow"
-CONFIGS = ROOT / "benchmarks" / "models"
-LLAMA_3_8B = CONFIGS / "llama-3-8b"
+MODELS = ROOT / "benchmarks" / "models"
+LLAMA_3_8B = MODELS / "llama-3-8b"

@@ -6,8 +6,8 @@ import subprocess
 import time
 
 import pytest
-from command_line import assert_one_line, command, environment, run_here
-from json_lines import read_lines, write_lines
+from support.commands.command_line import assert_one_line, command, environment, run_here
+from support.commands.json_lines import read_lines, write_lines
 
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.offline.result_file import ResultFile

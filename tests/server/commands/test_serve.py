@@ -5,9 +5,9 @@ import shutil
 import signal
 import subprocess
 
-from command_line import assert_one_line, command, environment, run
+from support.commands.command_line import assert_one_line, command, environment, run
 from support.places import DEMO_MODEL, ROOT
-from waiting import until
+from support.waiting import until
 
 PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 

@@ -18,7 +18,7 @@ import tritonclient.grpc
 from packaging.requirements import Requirement
 from support.places import DEMO_MODEL, ROOT
 from support.server.clients import generate, metrics_page
-from waiting import until
+from support.waiting import until
 
 from nanoflow_backend.embedded.server import OWN_PACKAGES
 from nanoflow_backend.engine import LLM, SamplingParams

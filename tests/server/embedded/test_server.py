@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc
+from support.waiting import until
 from tritonclient.utils import InferenceServerException
-from waiting import until
 
 import nanoflow_backend
 from nanoflow_backend.embedded import libpython

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
+from support.waiting import until
 from tritonclient.utils import InferenceServerException
-from waiting import until
 
 from nanoflow_backend.engine import SamplingParams
 

@@ -13,8 +13,8 @@ import pytest
 import tritonclient.grpc
 from support.server.clients import GrpcStream, generate, grpc, metrics, post
 from support.server.requests import GREEDY, A, refused
+from support.waiting import until
 from tritonclient.utils import InferenceServerException
-from waiting import until
 
 from benchmarks.server import add_model
 

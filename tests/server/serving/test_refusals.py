@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from support.server.clients import GrpcStream, generate, grpc, metrics, post
 from support.server.requests import GREEDY, A, refused
-from waiting import until
+from support.waiting import until
 
 from nanoflow_backend.engine import SamplingParams
 

@@ -8,11 +8,11 @@ import re
 import threading
 import time
 
-import observability
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from support.server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
-from waiting import until
+from support.telemetry import observability
+from support.waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
 from benchmarks.server import add_model

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc
+from support.waiting import until
 from tritonclient.utils import InferenceServerException
-from waiting import until
 
 from nanoflow_backend.serving.tensors import INPUTS
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from schedules import random_schedule, rotated
-from shapes import config
+from support.models.shapes import config
+from support.schedule.schedules import random_schedule, rotated
 
 from nanoflow_backend.config import EngineConfig, SettledConfig
 from nanoflow_backend.graph.collectives import split_all_reduce

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-from scheduling import EOS, finish, formed, make, request, returned, step, without_accounts
+from support.scheduler.scheduling import EOS, finish, formed, make, request, returned, step, without_accounts
 
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.request.sampling_params import InvalidRequest

@@ -12,8 +12,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
-from host_tier import HostTier
-from ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
+from support.scheduler.host_tier import HostTier
+from support.scheduler.ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.request.request import Request

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduling import finish, formed, make, request, returned, step
+from support.scheduler.scheduling import finish, formed, make, request, returned, step
 
 
 def test_a_prefix_is_shared_from_the_step_after_the_one_that_fills_it() -> None:

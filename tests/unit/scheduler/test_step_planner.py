@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduling import EOS, finish, formed, make, request, returned, step
+from support.scheduler.scheduling import EOS, finish, formed, make, request, returned, step
 
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.request.request import Request

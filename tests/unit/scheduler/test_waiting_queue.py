@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduling import finish, make, request, step
+from support.scheduler.scheduling import finish, make, request, step
 
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import SamplingParams

@@ -26,7 +26,8 @@ from nanoflow_search.profile.load import ProfileError
 from nanoflow_search.request import Effort, Phase, SearchRequest
 from nanoflow_search.search import search
 from rich.console import Console
-from shapes import config
+from support.models.shapes import config
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.schedule.file import Header, ScheduleFile
@@ -36,11 +37,10 @@ from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_t
 
 EFFORT = Effort(plans=2, turns=1, time_limit_s=20.0, rounds=2)
 SIZES = (256, 384)
-MODELS = Path(__file__).parents[3] / "benchmarks" / "models"
 
 
 def request_for(*workloads: str) -> SearchRequest:
-    return SearchRequest.of(MODELS / "llama-3-8b", 1, workloads or ("512/1024",))
+    return SearchRequest.of(LLAMA_3_8B, 1, workloads or ("512/1024",))
 
 
 def run(

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fake_engine import FakeEngine
+from support.serving.fake_engine import FakeEngine
 
 from benchmarks.models import tiny_tokenizers
 from benchmarks.stress import stub_backend

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conversation import ACCOUNT, TEXT, Conversation, deltas
 from msgspec import structs
+from support.serving.conversation import ACCOUNT, TEXT, Conversation, deltas
 
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parsed_call import VOCAB_SIZE, parse, tensor
+from support.serving.parsed_call import VOCAB_SIZE, parse, tensor
 
 from nanoflow_backend.process.messages import Submit
 from nanoflow_backend.request.request import Request

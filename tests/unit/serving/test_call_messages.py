@@ -1,7 +1,7 @@
 """Messages of a chat become the prompt of a call, or are refused by name."""
 
 import pytest
-from parsed_call import parse
+from support.serving.parsed_call import parse
 
 from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.sampling_params import InvalidRequest

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_engine import FLAG, FakeEngine, last, text
+from support.places import DROP_IN_FOLDER
+from support.serving.fake_engine import FLAG, FakeEngine, last, text
 
 from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.scheduler.batch import Delta
-
-FOLDER = Path(__file__).parents[3] / "model_repository" / "nanoflow"
 
 
 def test_engine_json_and_the_parameters_of_config_pbtxt(served, args):
@@ -142,7 +141,7 @@ def test_parameters_of_responses_where_the_server_has_them(module, served, monke
 def test_the_stub_stays_free_of_torch(tmp_path):
     """All that model.py of the drop-in folder imports, in a process of its own, where torch cannot be imported."""
     (tmp_path / "triton_python_backend_utils.py").touch()
-    shutil.copy(FOLDER / "1" / "model.py", tmp_path / "model.py")
+    shutil.copy(DROP_IN_FOLDER / "1" / "model.py", tmp_path / "model.py")
     path = [str(tmp_path), *(entry for entry in sys.path if entry)]
     code = f"import sys; sys.path[:0] = {path!r}; sys.modules['torch'] = None; import model; model.TritonPythonModel"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from fake_engine import FLAG, last
-from waiting import until
+from support.serving.fake_engine import FLAG, last
+from support.waiting import until
 
 from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.process.engine_process import EngineError

@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from fake_engine import FLAG, last, text
-from waiting import until
+from support.serving.fake_engine import FLAG, last, text
+from support.waiting import until
 
 from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.scheduler.waiting_queue import QueueFull

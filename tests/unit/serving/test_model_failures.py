@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_engine import last, text
+from support.serving.fake_engine import last, text
 
 from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.process.engine_process import EngineError

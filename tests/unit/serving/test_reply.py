@@ -1,7 +1,7 @@
 """Replies: deltas in, tensors out, exactly one final response whatever happens."""
 
 import pytest
-from conversation import TEXT, Client, Conversation, deltas
+from support.serving.conversation import TEXT, Client, Conversation, deltas
 
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs
 

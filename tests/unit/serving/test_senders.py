@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from conversation import TEXT, Client, Conversation, deltas
+from support.serving.conversation import TEXT, Client, Conversation, deltas
 
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.serving.failure import Failure

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streamed_text import params, stream, text_of
+from support.text.streamed_text import params, stream, text_of
 
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streamed_text import params, stream, text_of
+from support.text.streamed_text import params, stream, text_of
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 

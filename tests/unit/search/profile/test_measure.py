@@ -9,12 +9,12 @@ from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.profile.data import Profile, ProfileHeader, held_out
 from nanoflow_search.profile.load import Load, ProfileError, SoloLoad
 from nanoflow_search.profile.measure import take_profile
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
 H200 = DEVICES["H200-sustained"]
 HEADER = ProfileHeader(
     model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import Chunk, Requests, decode_kv_tokens, forward
-from comparison import assert_close
+from support.comparison import assert_close
+from support.models.batches import Chunk, Requests, decode_kv_tokens, forward
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.config import ModelConfig

@@ -16,8 +16,8 @@ from nanoflow_search.plan.two_stages import find_plans
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.points import shared_loads
 from nanoflow_search.request import Effort
-from profiled import profiled
-from schedules import random_schedule
+from support.schedule.schedules import random_schedule
+from support.simulated.profiles import profiled
 
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.runtime.device import Device

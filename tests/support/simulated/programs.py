@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from simulated_gpu import SimulatedBurst, SimulatedGpu, SimulatedWork
+from support.simulated.gpu import SimulatedBurst, SimulatedGpu, SimulatedWork
 
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.runtime.cpu import CpuProgram

@@ -15,8 +15,8 @@ from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import Timing
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.points import partition_loads
-from profiled import profiled
 from support.places import ROOT
+from support.simulated.profiles import profiled
 
 from benchmarks.overlap import ablation, sensitivity, steady_batches
 from nanoflow_backend.config import ModelConfig

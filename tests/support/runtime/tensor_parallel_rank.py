@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from batches import Chunk, Requests, forward
 from msgspec.structs import replace
 from support.collectives.checks import TOLERANCE, check_collectives
+from support.models.batches import Chunk, Requests, forward
 from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
