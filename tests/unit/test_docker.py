@@ -84,7 +84,7 @@ def test_a_mounted_repository_is_served_as_it_is(command, tmp_path):
         ({}, "NANOFLOW_MODEL is not set, and .*/mounted has no model folder"),
         ({"NANOFLOW_SEED": "1"}, "NANOFLOW_SEED: expected NANOFLOW_MODEL too"),
         ({"NANOFLOW_PAGE_SIZE": "1"}, "NANOFLOW_PAGE_SIZE: unknown; known are .*NANOFLOW_PAGE_TOKENS"),
-        ({"NANOFLOW_MODEL": "/nowhere"}, "/nowhere/config.json: No such file"),
+        ({"NANOFLOW_MODEL": "/nowhere"}, "/nowhere: there is no such folder"),
         (
             {"NANOFLOW_MODEL": str(DEMO_MODEL), "NANOFLOW_SEED": "x"},
             r"environment: Expected `int`, got `str` - at `\$\.seed`",
