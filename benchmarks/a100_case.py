@@ -16,7 +16,7 @@ from nanoflow_search.piece import Piece, Pieces
 from nanoflow_search.predict import predict
 from nanoflow_search.problem import NanoTask, Problem
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import Model, build
 from nanoflow_backend.schedule.presets import sequential
 
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 @cache
 def setting(case: Case) -> Setting:
     folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
-    model = build(ModelConfig.from_pretrained(MODELS / folder), ranks)
+    model = build(read_model_config(MODELS / folder), ranks)
     performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
     mix = Workload.parse(case.workload).mix(tokens)
     published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)

@@ -43,8 +43,9 @@ from nanoflow_search.sizes import checked, mix_of, natural_tokens
 from nanoflow_search.work import Mix
 from paired import compared, described
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
@@ -236,7 +237,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = arguments()
-    config = ModelConfig.from_pretrained(asked.model)
+    config = read_model_config(asked.model)
     device = find_device("cuda" if asked.benchmark == "ablation" else "auto")
     profile = load_profile(asked.profile, build(config), device)
     layers = asked.layers or config.num_layers

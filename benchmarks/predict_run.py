@@ -26,8 +26,10 @@ from nanoflow_backend.bench import result, workload
 from nanoflow_backend.bench.simulator import EOS, simulate
 from nanoflow_backend.bench.trace import Trace
 from nanoflow_backend.commands import settings
-from nanoflow_backend.config import EngineConfig, ModelConfig
-from nanoflow_backend.graph.operation import Model, Resource
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cuda import bucket
 from nanoflow_backend.schedule.plan import Schedule
@@ -116,7 +118,7 @@ def main() -> None:
     if named.kv_cache_tokens is None:
         parser.error("--set kv_cache_tokens=N: expected how many tokens the KV cache holds, since no GPU says so")
     config = replace(named, dense_batch_tokens=named_dense_batch_tokens(named)).settle("cuda")
-    shape, profile = ModelConfig.from_pretrained(asked.model), Profile.load(asked.profile)
+    shape, profile = read_model_config(asked.model), Profile.load(asked.profile)
     model, of = build(shape), profile.header
     plans = find_schedules(config, model, of.device, of.device_sms)
     most_tokens = config.max_model_tokens or shape.max_model_tokens

@@ -24,8 +24,8 @@ from nanoflow_search.profile import Profile
 from nanoflow_search.sizes import mix_of, natural_tokens
 from paired import compared, described
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.schedule.file import ScheduleFile
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="that are measured, a run")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    config = ModelConfig.from_pretrained(arguments.model)
+    config = read_model_config(arguments.model)
     model, workload = build(config), Workload.parse(arguments.workload)
     natural = natural_tokens(ModelSize.of(config), find_device("cuda").name, 1, workload)
     mix = ramping(workload, mix_of(workload, arguments.tokens, natural), arguments.share)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoflow_backend.commands.settings import make_engine
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Completion, Engine, SamplingParams
 from nanoflow_backend.engine.completion import Job
 from nanoflow_backend.request.sampling_params import InvalidRequest

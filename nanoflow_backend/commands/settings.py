@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 if TYPE_CHECKING:
     from nanoflow_backend.engine import Engine

@@ -12,11 +12,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.engine.completion import Completion, Job, Progress, complete, stream
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import Launched, Worker
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
@@ -48,7 +51,7 @@ class Engine:
         config = find_auto_schedule(config, device)
         config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
         self.config = config = config.settle(device.kind)
-        self.model_config = ModelConfig.from_pretrained(Path(config.model))
+        self.model_config = read_model_config(Path(config.model))
         self.max_model_tokens = _max_model_tokens(config, self.model_config)
         build(self.model_config, config.tensor_parallel)  # says what the ranks cannot share, before any of them starts
         self.ranks = Ranks(config, self.max_model_tokens, on_rank_death) if config.tensor_parallel > 1 else None
@@ -103,7 +106,7 @@ class Engine:
         shape, config = self.model_config, self.config
         paced = f", {config.prompt_tokens} of prompts" if config.prompt_tokens < config.dense_batch_tokens else ""
         return (
-            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.dtype}, "
+            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.precision}, "
             f"TP {config.tensor_parallel} on {self.worker.device.name}; schedule {config.schedule}, "
             f"B_dense {config.dense_batch_tokens}{paced}; {self.worker.num_pages} pages of {config.page_tokens} tokens"
         )

@@ -18,8 +18,9 @@ from pathlib import Path
 import msgspec
 import torch.distributed as dist
 
-from nanoflow_backend.config import ModelConfig, SettledConfig
+from nanoflow_backend.config.engine_config import SettledConfig
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.process.child import Child, ChildDied, Parent
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
@@ -128,7 +129,7 @@ def main() -> None:
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
     try:
         join_group(start.rendezvous, start.rank, start.config.tensor_parallel)
-        model_config = ModelConfig.from_pretrained(Path(start.config.model))
+        model_config = read_model_config(Path(start.config.model))
         worker = Worker(start.config, model_config, start.max_model_tokens, start.rank)
     except Exception as error:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))

@@ -17,9 +17,11 @@ import torch
 from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
-from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
+from nanoflow_backend.config.engine_config import SettledConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.engine.memory import GIB, check_room
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -164,7 +166,8 @@ def _program(
     Raises:
         ConfigError: too little memory.
     """
-    tp, dtype = config.tensor_parallel, getattr(torch, config.dtype)
+    tp, precision = config.tensor_parallel, config.precision
+    kv_dtype = getattr(torch, precision.kv)
     model = build(model_config, tp)
     for line in _implementations(model, kernels) if kernels else ():
         log.info("%s", line)
@@ -172,18 +175,18 @@ def _program(
     if len(schedules) > 1:
         log.info("schedules for batches of up to %s", ", ".join(map(_batches, schedules)))
     free_bytes = device.free_bytes() // (tp if device.kind == "cpu" else 1)
-    check_room(config, model_config, weights.size_bytes(model, dtype), free_bytes, device.name)
+    check_room(config, model_config, weights.size_bytes(model, precision), free_bytes, device.name)
     if config.load_format == "dummy":
-        loaded = weights.dummy(model, dtype=dtype, device=device.kind)
+        loaded = weights.dummy(model, precision=precision, device=device.kind)
     else:
         folder = Path(config.model)
-        loaded = weights.load(folder, model_config, model, rank=rank, tp=tp, dtype=dtype, device=device.kind)
+        loaded = weights.load(folder, model_config, model, rank=rank, tp=tp, precision=precision, device=device.kind)
 
     def program(num_pages: int, *, trial: bool = False) -> Program:
-        kv = storage.allocate(model_config, num_pages, config.page_tokens, dtype, tp, device=device.kind)
+        kv = storage.allocate(model_config, num_pages, config.page_tokens, kv_dtype, tp, device=device.kind)
         if kernels is None:
             return CpuProgram(
-                model, schedules, loaded, kv, Collectives(tp), max_tokens=config.dense_batch_tokens, dtype=dtype
+                model, schedules, loaded, kv, Collectives(tp), max_tokens=config.dense_batch_tokens, precision=precision
             )
         made = CudaProgram(
             model,
@@ -194,7 +197,7 @@ def _program(
             max_tokens=config.dense_batch_tokens,
             max_rows=config.max_running,
             kernels=kernels,
-            dtype=dtype,
+            precision=precision,
             cuda_graphs=config.cuda_graphs,
         )
         if trial:
@@ -207,7 +210,7 @@ def _program(
     if num_pages is None:
         tried = program(num_pages=1, trial=True)
         num_pages = device.free_bytes(config.gpu_memory_utilization) // storage.page_bytes(
-            model_config, config.page_tokens, dtype, tp
+            model_config, config.page_tokens, kv_dtype, tp
         )
         del tried
         torch.cuda.empty_cache()
@@ -215,7 +218,7 @@ def _program(
             raise ConfigError(
                 f"gpu_memory_utilization: {config.gpu_memory_utilization:.0%} of the memory of {device.name}, of which "
                 f"{free_bytes / GIB:.2f} GiB were free, leave no room for KV pages beside weights of "
-                f"{weights.size_bytes(model, dtype) / GIB:.2f} GiB and the workspace of dense_batch_tokens "
+                f"{weights.size_bytes(model, precision) / GIB:.2f} GiB and the workspace of dense_batch_tokens "
                 f"{config.dense_batch_tokens}"
             )
     return program(num_pages), num_pages
@@ -229,7 +232,7 @@ def _batches(schedule: Schedule) -> str:
 def _implementations(model: Model, kernels: ModuleType) -> list[str]:
     """A line for each kernel: what runs it and why, and the operations that use it."""
     users: dict[str, list[str]] = {}
-    for graph in (model.embed, model.layer, model.head):
+    for graph in (model.embed, *model.layers, model.head):
         for operation in graph.operations:
             users.setdefault(operation.kernel, []).append(operation.name)
     notes = kernels.IMPLEMENTATIONS

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
+BFLOAT16 = Precision.of("bfloat16")
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
 
@@ -42,7 +44,7 @@ class CudaProgram:
         max_tokens: int,
         max_rows: int,
         kernels: Kernels,
-        dtype: torch.dtype = torch.bfloat16,
+        precision: Precision = BFLOAT16,
         cuda_graphs: bool = True,
     ) -> None:
         self.max_tokens, self.max_rows = max_tokens, max_rows
@@ -54,7 +56,7 @@ class CudaProgram:
             collectives,
             kernels,
             max_tokens=max_tokens,
-            dtype=dtype,
+            precision=precision,
             device="cuda",
             in_place=True,
             limit_sms=True,
@@ -158,28 +160,29 @@ class CudaProgram:
             stream.wait_event(start)
         ended: dict[int, torch.cuda.Event] = {}
         awaited = {target for targets in waits for target in targets}
-        for step, ((_, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
+        kind_of = self.binding.model.kind_of
+        for step, ((layer, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
             stream = streams[plan.schedule.launches[number].lane]
             for target in waits[step]:
                 stream.wait_event(ended[target])
             if call:
                 with torch.cuda.stream(stream):
-                    call.run(**works.get(number, {}))
+                    call.run(**works.get((kind_of[layer], number), {}))
             if step in awaited:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
 
-    def _works(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
-        """By launch number, what attention has to do: listed once, for it is the same in every layer."""
-        works: dict[int, dict[str, Any]] = {}
-        for (_, number), call in zip(plan.steps, calls, strict=True):
-            launch = plan.schedule.launches[number]
-            if call and number not in works and plan.layer[launch.operation].kernel == "attention":
+    def _works(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[tuple[int, int], dict[str, Any]]:
+        """By kind of layer and launch number, what attention has to do: the same in every layer of a kind."""
+        works: dict[tuple[int, int], dict[str, Any]] = {}
+        for (layer, number), call in zip(plan.steps, calls, strict=True):
+            launch, key = plan.schedule.launches[number], (self.binding.model.kind_of[layer], number)
+            if call and key not in works and plan.layers[layer][launch.operation].kernel == "attention":
                 q, pages, positions, slots, _ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
                 sms = plan.schedule.sms(launch)
-                works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=sms)}
+                works[key] = {"work": self._list_work(positions, slots, pages, heads, num_sms=sms)}
         return works
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor

@@ -11,7 +11,8 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import read_file
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_template import ChatTemplate, Message
 from nanoflow_backend.text.token_bytes import Decoding, TokenBytes, UnsupportedDecoder

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.models.model import build
 from nanoflow_search.devices import Device

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter, GpuReading

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, Value
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.models.model import build

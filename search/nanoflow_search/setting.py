@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.cost_model import ModelSize, Workload
@@ -66,7 +67,7 @@ class Setting:
         """Raises: ConfigError; ValueError, a workload that cannot be read."""
         for workload in workloads:
             Workload.parse(workload)
-        return cls(folder.resolve().name, ModelConfig.from_pretrained(folder), ranks, tuple(dict.fromkeys(workloads)))
+        return cls(folder.resolve().name, read_model_config(folder), ranks, tuple(dict.fromkeys(workloads)))
 
     @cached_property
     def model(self) -> Model:

@@ -28,9 +28,10 @@ from schedules import save
 from shapes import config
 from simulated_programs import Programs
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.file import ScheduleFile
@@ -84,7 +85,7 @@ def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph, profile: Profi
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     checkpoints.save(checkpoints.make("llama"), tmp_path)
-    model = ModelConfig.from_pretrained(tmp_path)
+    model = read_model_config(tmp_path)
     layer, rng = build(model).layer, random.Random(5)
     prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -264,7 +265,7 @@ def test_a_cell_is_one_round_and_its_margin_is_pooled(
     found = run("sensitivity", tmp_path / "map.json", "--tokens", "512", "1024", "--context", "1024")
     one, other = machine.timed[:4], machine.timed[4:]
     for a, b, c, d in (one, other):
-        assert a == d == sequential(build(ModelConfig.from_pretrained(MODEL)).layer, a.tokens)
+        assert a == d == sequential(build(read_model_config(MODEL)).layer, a.tokens)
         assert b == c != a
     logs = [[math.log(gain) for gain in cell["pairs"]] for cell in found["cells"]]
     for cell, both in zip(found["cells"], logs, strict=True):

@@ -18,7 +18,7 @@ from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.work import Mix
 from profiled import profiled
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.presets import overlapped, sequential
@@ -26,7 +26,7 @@ from nanoflow_backend.scheduler.batch import Batch, Prefill
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "benchmarks" / "models" / "llama-3-8b"
-LLAMA = build(ModelConfig.from_pretrained(MODEL))
+LLAMA = build(read_model_config(MODEL))
 sys.path.append(str(ROOT / "benchmarks"))
 
 import predict_run  # noqa: E402

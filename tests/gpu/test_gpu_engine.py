@@ -11,10 +11,11 @@ import torch
 from schedules import random_schedule, save
 from searched import schedule_file, searched
 
-from nanoflow_backend.config import ConfigError, ModelConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.memory import GIB
 from nanoflow_backend.kvcache import storage
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.device import find_device
@@ -51,7 +52,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A plan of two halves: decodes dealt out, attention on SMs of its own."""
-    layer, device = build(ModelConfig.from_pretrained(MODEL)).layer, find_device("cuda")
+    layer, device = build(read_model_config(MODEL)).layer, find_device("cuda")
     assert device.sms is not None
     plan = overlapped(layer, 256, 128, 0.6, 40, device.sms)
     return save(tmp_path_factory.mktemp("plans") / "halves.json", layer, plan, device.name, device.sms)
@@ -67,7 +68,7 @@ def test_greedy_tokens_are_those_of_the_cpu(halves: str) -> None:
 def test_greedy_tokens_are_those_of_sequential_under_every_schedule_file(architecture: str, tmp_path: Path) -> None:
     """Plans that a search finds, and random ones; buckets of 16, 32 and more tokens have plans of their own."""
     folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
-    model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
+    model, rng = build(read_model_config(folder)), random.Random(6)
     prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 90))] for _ in range(12)]
     params = SamplingParams(max_tokens=24, temperature=0.0)
     options = {"kv_cache_tokens": 16384, "device": "cuda", "dtype": "float32"}

@@ -13,7 +13,7 @@ from nanoflow_search.profiler import header_of, take_profile
 from nanoflow_search.work import Mix
 from shapes import CONFIGS, config
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 

@@ -17,8 +17,9 @@ from nanoflow_search.synthetic import SyntheticDevice
 from nanoflow_search.work import Mix
 from profiled import profiled
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.plan import Schedule
@@ -29,7 +30,7 @@ sys.path.append(str(BENCHMARKS))
 import overlap  # noqa: E402
 
 MODEL = BENCHMARKS / "models" / "llama-3-8b"
-LAYER = build(ModelConfig.from_pretrained(MODEL)).layer
+LAYER = build(read_model_config(MODEL)).layer
 MIX = Mix(683, 1365, 1280, 512)  # of the profile
 H200, CPU = Device("cuda", "NVIDIA H200", 132), Device("cpu", "cpu", None)
 SHARES = (12, 28, 36)  # SMs that attention has in the profile

@@ -17,7 +17,7 @@ from nanoflow_search.work import Mix
 from profiled import profiled
 from schedules import random_schedule
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import Schedule

@@ -20,7 +20,7 @@ from nanoflow_search.planner import find_plans, one_after_the_other
 from nanoflow_search.predict import predict
 from nanoflow_search.problem import Dependency, NanoTask, Problem, Task
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
@@ -30,7 +30,7 @@ sys.path.append(str(BENCHMARKS))
 from a100_case import released  # noqa: E402
 
 MODELS = BENCHMARKS / "models"
-LLAMA_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
+LLAMA_70B = build(read_model_config(MODELS / "llama-2-70b"), 8)
 TOKENS, CHUNK = 2048, 256
 MEASURED = a100.Published(
     a100.profile(LLAMA_70B.layer, 8, a100.LLAMA_2_70B_TP8, a100.RELEASE), Workload(512, 512).mix(TOKENS)

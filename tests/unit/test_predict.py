@@ -19,14 +19,14 @@ from nanoflow_search.work import Mix
 from profiled import capped, profiled
 from schedules import plans, random_schedule
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph, Resource
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
 from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 MIX = Mix(1365, 683, 1024, 256)
 TIMES_US = {"gemm": 100.0, "read": 60.0}
 

@@ -11,11 +11,11 @@ from nanoflow_search.profile import Header, Load, Pair, Point, Profile, ProfileE
 from nanoflow_search.profiler import Anchor, take_profile
 from nanoflow_search.synthetic import LAUNCH_US, SyntheticDevice
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 H200 = DEVICES["H200-sustained"]
 HEADER = Header(model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0)
 
@@ -123,7 +123,7 @@ def test_held_out_errors_are_those_of_points_that_were_left_out() -> None:
 
 
 def test_the_papers_table_follows_from_times() -> None:
-    layer = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8).layer
+    layer = build(read_model_config(MODELS / "llama-2-70b"), 8).layer
     profile = a100.profile(layer, 8, a100.LLAMA_2_70B_TP8)
     found = profile.resource_to_performance("attention/decode", 1000 * a100.CONTEXT)
     assert found[round(0.4 * 108) / 108] == pytest.approx(0.8)

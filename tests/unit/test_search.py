@@ -25,7 +25,7 @@ from nanoflow_search.work import Mix
 from rich.console import Console
 from shapes import config
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.schedule.file import Header, ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential

@@ -10,13 +10,13 @@ from nanoflow_search.profiler import Anchor, header_of, take_profile
 from nanoflow_search.sustained import sustain
 from simulated_gpu import IDLE_W, SimulatedGpu, SimulatedWork
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.green_contexts import Shares
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 
 
 def test_back_to_back_leaves_no_gap() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import checkpoints
 import pytest
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, auto_schedule
 from nanoflow_backend.engine.auto_schedule import COMMAND, find_auto_schedule
 from nanoflow_backend.runtime.device import Device

@@ -11,7 +11,8 @@ import pytest
 import tiny_tokenizers
 from waiting import until
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams, ranks
 from nanoflow_backend.process.child import Child
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoflow_backend.config import ConfigError, ModelConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Source
 from nanoflow_backend.models import checkpoint
 from nanoflow_backend.models.checkpoint import WeightsError
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.weights import load, shard
 
@@ -30,7 +31,7 @@ State = dict[str, Tensor]
 
 
 def load_rank(folder: Path, rank: int = 0, tp: int = 1, dtype: torch.dtype = torch.float32) -> State:
-    config = ModelConfig.from_pretrained(folder)
+    config = read_model_config(folder)
     return load(folder, config, build(config, tp), rank=rank, tp=tp, dtype=dtype)
 
 
@@ -341,12 +342,13 @@ def test_a_rank_reads_its_own_slices_only(tmp_path: Path, monkeypatch: pytest.Mo
 MEMORY_PROBE = """
 import resource, sys, torch
 from pathlib import Path
-from nanoflow_backend.config import ConfigError, ModelConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.weights import load
 
 folder, weight_bytes, spare_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-config = ModelConfig.from_pretrained(folder)
+config = read_model_config(folder)
 model = build(config)
 torch.zeros(4) + 1
 now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))

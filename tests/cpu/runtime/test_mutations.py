@@ -17,7 +17,8 @@ from shapes import CONFIGS, config
 from torch import Tensor
 
 from nanoflow_backend.graph.builder import GraphBuilder
-from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding

@@ -6,14 +6,14 @@ import pytest
 import shapes
 
 from nanoflow_backend.bench.model_work import ModelWork
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 from nanoflow_backend.models.model import build
 
 LLAMA_3_8B = Path(__file__).parents[3] / "benchmarks" / "models" / "llama-3-8b"
 
 
 def test_llama_3_8b_has_its_published_size():
-    config = ModelConfig.from_pretrained(LLAMA_3_8B)
+    config = read_model_config(LLAMA_3_8B)
     work = ModelWork.of(build(config), config, element_bytes=2)
     assert work.parameters == 8_030_261_248
     embedding, norms = 128_256 * 4096, 65 * 4096
@@ -24,7 +24,7 @@ def test_llama_3_8b_has_its_published_size():
 
 
 def test_a_mixture_uses_some_of_its_experts():
-    config = ModelConfig.from_hf(
+    config = from_hf(
         {
             "architectures": ["MixtralForCausalLM"],
             "hidden_size": 4096,

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig, RopeConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
+from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 from nanoflow_backend.models.llama import scale_frequency
 
 LLAMA2 = {
@@ -125,7 +128,7 @@ def new_spelling(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(hf: dict[str, Any], **generation: Any) -> ModelConfig:
-    return ModelConfig.from_hf(hf, generation)
+    return from_hf(hf, generation)
 
 
 @pytest.mark.parametrize("model", EXPECTED)
@@ -155,9 +158,9 @@ def test_defaults_of_old_configs() -> None:
 
 def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA31))
-    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (128001, 128008, 128009)
+    assert read_model_config(tmp_path).eos_token_ids == (128001, 128008, 128009)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (5,)
+    assert read_model_config(tmp_path).eos_token_ids == (5,)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_a_folder_without_a_readable_config(text: str | None, tmp_path: Path) ->
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        ModelConfig.from_pretrained(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_llama3_scaling_by_wavelength() -> None:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from schedules import random_schedule, rotated
 from shapes import config
 
-from nanoflow_backend.config import EngineConfig, SettledConfig
+from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint

@@ -17,7 +17,7 @@ import tiny_tokenizers
 from stub_backend import ServerRequest
 from waiting import until
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Queue, Ready, Refusal
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
