@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from nanoflow_kernels import device as kernels
-from nanoflow_search.captured import Captured
-from nanoflow_search.sustained import WARM_S, idle_w, sustain
+from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.sustain import WARM_S, idle_w, sustain
 from sustained import SETS
 
 from kernels import CONTEXT, DECODES, HEADS, HIDDEN, INNER, KV_HEADS, TOKENS, attention, empty, normal

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from msgspec.structs import replace
-from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import partitions_of
-from nanoflow_search.predict import predict
+from nanoflow_search.plan.partitions import partitions_of
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule

@@ -32,15 +32,15 @@ from statistics import mean
 import msgspec
 from cells import Cell, Record, fill
 from halves import nano_batch_only, overlap_memory
-from nanoflow_search.cost_model import ModelSize, Workload
-from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import best_by_grid, partitions_of
-from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import predict
-from nanoflow_search.profile import Profile, ProfileError
-from nanoflow_search.refine import STUDENT, Round, Timer, mean_timing, time_round
-from nanoflow_search.sizes import checked, mix_of, natural_tokens
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.batch_sizes import checked, mix_of, natural_tokens
+from nanoflow_search.cost.model import ModelSize, Workload
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.emit.trials import STUDENT, Round, Timer, mean_timing, time_round
+from nanoflow_search.hardware.plan_timer import PlanTimer
+from nanoflow_search.plan.partitions import best_by_grid, partitions_of
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile, ProfileError
 from paired import compared, described
 
 from nanoflow_backend.config.model_config import ModelConfig

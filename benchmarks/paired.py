@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanoflow_search.predict import Timing
-from nanoflow_search.refine import Timer, Trial, time_round
+from nanoflow_search.emit.trials import Timer, Trial, time_round
+from nanoflow_search.predict.predict import Timing
 
 from nanoflow_backend.schedule.plan import Schedule
 

@@ -3,7 +3,7 @@
     python benchmarks/placement.py --output benchmarks/results/partition_placement_h200.json
 
 `neighbours` is how the engine cuts it (runtime/green_contexts.py); `whole GPCs` is what the driver gives when it is
-asked for a share as it is. How they are measured: search/nanoflow_search/sustained.py.
+asked for a share as it is. How they are measured: search/nanoflow_search/hardware/sustain.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_kernels import device as kernels
-from nanoflow_search.captured import Captured
-from nanoflow_search.sustained import sustain
+from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.sustain import sustain
 
 from kernels import CONTEXT, DECODES, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, SETS, TOKENS, batch, empty, normal
 from nanoflow_backend.bench import result

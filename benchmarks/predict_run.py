@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
-from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import best_by_grid
-from nanoflow_search.predict import predict
-from nanoflow_search.profile import Profile
-from nanoflow_search.sizes import TILE
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.batch_sizes import TILE
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.plan.partitions import best_by_grid
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile
 
 from nanoflow_backend.bench import result, workload
 from nanoflow_backend.bench.simulator import EOS, simulate

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from nanoflow_kernels.grid import device_sms
-from nanoflow_search.captured import Captured
-from nanoflow_search.sustained import sustain
+from nanoflow_search.hardware.cuda_graphs import Captured
+from nanoflow_search.hardware.sustain import sustain
 
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import lane_streams

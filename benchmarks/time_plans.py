@@ -15,13 +15,13 @@ import json
 from pathlib import Path
 
 from cells import Cell, Record, fill
-from nanoflow_search.condition import ramping
-from nanoflow_search.cost_model import ModelSize, Workload
-from nanoflow_search.measured import Measured
-from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import predict
-from nanoflow_search.profile import Profile
-from nanoflow_search.sizes import mix_of, natural_tokens
+from nanoflow_search.cost.batch_sizes import mix_of, natural_tokens
+from nanoflow_search.cost.model import ModelSize, Workload
+from nanoflow_search.emit.threshold import ramping
+from nanoflow_search.hardware.plan_timer import PlanTimer
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile
 from paired import compared, described
 
 from nanoflow_backend.graph.model import Model

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nanoflow_search.setting import Effort, Phase, Setting
+from nanoflow_search.request import Effort, Phase, Setting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
@@ -88,7 +88,7 @@ def analyze(
     dense_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Default: what fills the memory.")] = None,
 ) -> None:
     """What bounds the model's throughput: the paper's cost model (section 3), with power as a fourth resource."""
-    from nanoflow_search.analyze import analyze
+    from nanoflow_search.emit.analyze import analyze
 
     analyze(model, device or [], tp, workload, dense_batch_tokens)
 
@@ -97,7 +97,7 @@ def analyze(
 def explain(schedule: Annotated[Path, typer.Argument(help="A schedule file.")]) -> None:
     """Why a file's plans are what they are: predicted and measured, the next best, the bound that forbids more."""
     from nanoflow_backend.schedule.file import ScheduleFile
-    from nanoflow_search.report import explain
+    from nanoflow_search.emit.tables import explain
 
     explain(ScheduleFile.load(schedule))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from nanoflow_backend.bench import result
-from nanoflow_search.display import Display
-from nanoflow_search.machine import find_machine
-from nanoflow_search.profile import Profile
-from nanoflow_search.report import account, show
+from nanoflow_search.checkpoint import State
+from nanoflow_search.cost.batch_sizes import checked
+from nanoflow_search.emit.progress import Display
+from nanoflow_search.emit.tables import account, show
+from nanoflow_search.hardware.machine import find_machine
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.request import Effort, Phase, Setting
 from nanoflow_search.search import search
-from nanoflow_search.setting import Effort, Phase, Setting
-from nanoflow_search.sizes import checked
-from nanoflow_search.state import State
 
 
 def find_schedules(

@@ -11,15 +11,15 @@ from functools import cache
 from pathlib import Path
 
 from nanoflow_backend.schedule.file import ScheduleFile
-from nanoflow_search.answer import Outcome, Planned, answer
-from nanoflow_search.candidates import Candidate, Prediction, find_candidates, predictions_of
-from nanoflow_search.case import Case
-from nanoflow_search.display import Display
-from nanoflow_search.machine import Machine, measure_profile
-from nanoflow_search.profile import Profile
-from nanoflow_search.refine import Refined, Timer, refine
-from nanoflow_search.setting import Effort, Phase, Setting
-from nanoflow_search.state import SearchError, State
+from nanoflow_search.checkpoint import SearchError, State
+from nanoflow_search.emit.progress import Display
+from nanoflow_search.emit.schedule_file import Outcome, Planned, answer
+from nanoflow_search.emit.trials import Refined, Timer, refine
+from nanoflow_search.hardware.machine import Machine, measure_profile
+from nanoflow_search.plan.batch_case import Case
+from nanoflow_search.plan.candidates import Candidate, Prediction, find_candidates, predictions_of
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.request import Effort, Phase, Setting
 
 
 def search(

@@ -15,14 +15,14 @@ import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
-from nanoflow_search.devices import DEVICES
-from nanoflow_search.measured import Measured
-from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import Timing, predict
-from nanoflow_search.profile import Profile, ProfileError
-from nanoflow_search.refine import STUDENT, Round
-from nanoflow_search.synthetic import SyntheticDevice
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.devices import DEVICES
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.emit.trials import STUDENT, Round
+from nanoflow_search.hardware.plan_timer import PlanTimer
+from nanoflow_search.hardware.synthetic import SyntheticDevice
+from nanoflow_search.predict.predict import Timing, predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Profile, ProfileError
 from overlap_machine import CPU, H200, LAYER, MIX, MODEL, SHARES, Machine, command, profile_of
 from schedules import save
 from shapes import config

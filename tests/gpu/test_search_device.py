@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoflow_search.loads import loads_of, partition_loads_of
-from nanoflow_search.measured import Measured
-from nanoflow_search.partitioned import partitions_of
-from nanoflow_search.predict import predict
-from nanoflow_search.profile import Load
-from nanoflow_search.profiler import header_of, take_profile
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.plan.partitions import partitions_of
+from nanoflow_search.predict.predict import predict
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.data import Load
+from nanoflow_search.profile.measure import header_of, take_profile
+from nanoflow_search.profile.points import loads_of, partition_loads_of
 from shapes import CONFIGS, config
 
 from nanoflow_backend.config.model_config import ModelConfig
@@ -31,7 +31,7 @@ def shape(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_load_of_a_model_runs(name: str, tmp_path: Path) -> None:
-    from nanoflow_search.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuDevice
 
     made = shape(name)
     device, graph = GpuDevice.here(made, MIX, seconds=SECONDS), build(made).layer
@@ -48,8 +48,8 @@ def test_every_load_of_a_model_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_plans_with_sms_of_their_own_are_profiled_predicted_and_timed(tmp_path: Path) -> None:
-    from nanoflow_search.gpu import GpuDevice
-    from nanoflow_search.plan_timer import PlanTimer
+    from nanoflow_search.hardware.gpu import GpuDevice
+    from nanoflow_search.hardware.plan_timer import PlanTimer
 
     made = shape("llama")
     device, layer = GpuDevice.here(made, MIX, seconds=SECONDS), build(made).layer
@@ -66,7 +66,7 @@ def test_plans_with_sms_of_their_own_are_profiled_predicted_and_timed(tmp_path: 
 
 def test_few_sms_take_longer() -> None:
     """A launch keeps to its SMs: decode attention is not as fast on a few as on all."""
-    from nanoflow_search.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuDevice
 
     device = GpuDevice.here(shape("llama"), MIX, seconds=SECONDS)
     few, whole = (device.time([Load("attention/decode", 1_000_000, sms)]).durations_us[0] for sms in (16, None))
@@ -74,7 +74,7 @@ def test_few_sms_take_longer() -> None:
 
 
 def test_a_large_product_takes_longer_than_a_small_one() -> None:
-    from nanoflow_search.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuDevice
 
     device = GpuDevice.here(shape("llama"), MIX, seconds=SECONDS)
     small, large = (device.time([Load("gate_up", n)]).durations_us[0] for n in (1024, 16384))
@@ -82,7 +82,7 @@ def test_a_large_product_takes_longer_than_a_small_one() -> None:
 
 
 def test_plans_are_timed_in_the_engines_program() -> None:
-    from nanoflow_search.plan_timer import PlanTimer
+    from nanoflow_search.hardware.plan_timer import PlanTimer
 
     made = shape("llama")
     timer, layer = PlanTimer.here(made, MIX, seconds=SECONDS), build(made).layer

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from nanoflow_search.devices import DEVICES
-from nanoflow_search.loads import partition_loads_of
-from nanoflow_search.plan_timer import PlanTimer
-from nanoflow_search.predict import Timing
-from nanoflow_search.profile import Profile
-from nanoflow_search.synthetic import SyntheticDevice
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.devices import DEVICES
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.hardware.plan_timer import PlanTimer
+from nanoflow_search.hardware.synthetic import SyntheticDevice
+from nanoflow_search.predict.predict import Timing
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.points import partition_loads_of
 from profiled import profiled
 
 from nanoflow_backend.config.model_config import ModelConfig

@@ -6,11 +6,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from nanoflow_search.devices import DEVICES
-from nanoflow_search.loads import Loads
-from nanoflow_search.profile import Profile
-from nanoflow_search.profiler import header_of, take_profile
-from nanoflow_search.synthetic import SyntheticDevice
+from nanoflow_search.cost.devices import DEVICES
+from nanoflow_search.hardware.synthetic import SyntheticDevice
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.measure import header_of, take_profile
+from nanoflow_search.profile.points import Loads
 
 from nanoflow_backend.graph.operation import Graph
 

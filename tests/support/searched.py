@@ -7,13 +7,13 @@ import random
 from pathlib import Path
 
 from msgspec.structs import replace
-from nanoflow_search.devices import DEVICES
-from nanoflow_search.layer import layer_problem, schedule_of
-from nanoflow_search.loads import loads_of
-from nanoflow_search.measured import Measured
-from nanoflow_search.planner import find_plans
-from nanoflow_search.synthetic import SyntheticDevice
-from nanoflow_search.work import Mix
+from nanoflow_search.cost.devices import DEVICES
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.hardware.synthetic import SyntheticDevice
+from nanoflow_search.plan.op_graph import layer_problem, schedule_of
+from nanoflow_search.plan.two_stages import find_plans
+from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.profile.points import loads_of
 from profiled import profiled
 from schedules import random_schedule
 

@@ -1,0 +1,144 @@
+"""Operands: random data for a model's operations, each launch on several sets of it in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, Value
+from nanoflow_backend.kvcache import storage
+from nanoflow_backend.models.model import build
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests
+from nanoflow_search.profile.data import Load, ProfileError
+
+SETS = 4
+COLD_BYTES = 500e6  # no more sets than take this: by then none is in a cache when its turn comes
+
+
+class Calls(NamedTuple):
+    """call(i) launches on set i of `sets`."""
+
+    call: Callable[[int], Any]
+    sets: int
+
+
+class Operands:
+    """What a launch finds in the cache in an engine, it finds there here: what the operation before has written.
+
+    Decodes have contexts around `mix.decode_context`, tokens of prompts see `mix.prefill_context` on average.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mix: Mix,
+        kernels: ModuleType | SimpleNamespace,
+        *,
+        page_tokens: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cuda",
+    ) -> None:
+        self.graph = build(config).layer
+        self._config, self._mix, self._kernels = config, mix, kernels
+        self._page_tokens, self._device = page_tokens, device
+        self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
+        self._parameters = {p.name: p for p in self.graph.parameters}
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def calls(self, load: Load) -> Calls:
+        """Raises: ProfileError, an operation that the model does not have."""
+        name, _, phase = load.operation.partition("/")
+        if name not in {op.name for op in self.graph.operations}:
+            raise ProfileError(f"{load.operation}: the model has no such operation")
+        operation, batch = self.graph[name], self._batch(phase, load.amount)
+        rows = len(batch.positions)
+        shared = {
+            "positions": batch.positions.to(self._device),
+            "slots": batch.slots.to(self._device),
+            "page_table": batch.page_table.to(self._device),
+        }
+        written = [v for v in operation.outputs if self.graph.values[v].kind is Kind.TOKENS]
+        for value in (*self._written_before(operation), *written):
+            shared[value] = self._random(self.graph.values[value], rows, batch.num_pages, operation)
+        first, cold_bytes = self._bound(operation, shared, batch, load.sms)
+        sets = max(1, min(SETS, math.ceil(COLD_BYTES / max(cold_bytes, 1))))
+        runs = [first, *(self._bound(operation, shared, batch, load.sms)[0] for _ in range(sets - 1))]
+        return Calls(lambda i: runs[i](), sets)
+
+    def _batch(self, phase: str, amount: float) -> SteadyBatch:
+        mix = self._mix
+        match phase:
+            case "decode":
+                count = max(1, round(amount / mix.decode_context))
+                requests = decode_requests(count, amount / count)
+            case "prefill":
+                requests = prompt_requests(max(1, round(amount / mix.prefill_context)), mix.prefill_context)
+            case _:
+                requests = prompt_requests(round(amount), mix.prefill_context)
+        return SteadyBatch.of(requests, self._page_tokens)
+
+    def _bound(
+        self, operation: Operation, shared: dict[str, Tensor], batch: SteadyBatch, sms: int | None
+    ) -> tuple[partial[None], int]:
+        """A launch on a set of its own, and the bytes that are the set's."""
+        rows, own = len(batch.positions), {}
+        for value in (*operation.inputs, *operation.outputs):
+            if value not in shared:
+                own[value] = self._random(self.graph.values[value], rows, batch.num_pages, operation)
+        parameters = [self._parameter(self._parameters[name]) for name in operation.parameters]
+        values = shared | own
+        options: dict[str, Any] = dict(operation.attributes)
+        if sms is not None:
+            options["num_sms"] = sms
+        if operation.kernel == "attention":
+            q, pages, positions, slots, _ = (values[v] for v in operation.inputs)
+            heads = q.shape[1] // pages.shape[-1]
+            options["work"] = self._kernels.list_work(positions, slots, pages, heads, num_sms=sms)
+        out = tuple(values[v] for v in operation.outputs)
+        kernel = getattr(self._kernels, operation.kernel)
+        inputs = (values[v] for v in operation.inputs)
+        run = partial(kernel, *inputs, *parameters, out=out if len(out) > 1 else out[0], **options)
+        return run, sum(tensor.nbytes for tensor in (*own.values(), *parameters))
+
+    def _written_before(self, operation: Operation) -> list[str]:
+        """Its inputs that the launch before it writes; collectives of one rank are no launches."""
+        graph = self.graph
+        same = {op.outputs[0]: op.inputs[0] for op in graph.operations if op.resource is Resource.NETWORK}
+        launched = [op for op in graph.operations if op.resource is not Resource.NETWORK]
+        before = launched[launched.index(operation) - 1] if operation in launched else operation
+        found = []
+        for value in operation.inputs:
+            source = graph.carried.get(value, value)
+            source = same.get(source, source)
+            if source in before.outputs and graph.values[value].kind is Kind.TOKENS:
+                found.append(value)
+        return found
+
+    def _random(self, value: Value, rows: int, num_pages: int, user: Operation) -> Tensor:
+        if value.kind is Kind.PAGES:
+            one_layer = replace(self._config, num_layers=1)
+            dtype = self._dtypes["activation"]
+            pages = storage.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device)[0]
+            return pages.normal_(generator=self._generator)
+        width = -(-value.width // 8) * 8  # rows begin at multiples of 16 bytes, as in the engine
+        tensor = torch.empty(rows, width, dtype=self._dtypes[value.dtype], device=self._device)[:, : value.width]
+        if value.dtype == "int32":  # experts
+            experts = self._parameters[user.parameters[0]].shape[0] if user.parameters else 1
+            return tensor.random_(0, experts, generator=self._generator)
+        return tensor.normal_(generator=self._generator)
+
+    def _parameter(self, parameter: Parameter) -> Tensor:
+        """Of the values that `weights.dummy` gives: they change the power that a GPU draws."""
+        if parameter.constant is not None:
+            return torch.tensor(parameter.constant, dtype=torch.float32, device=self._device)
+        made = torch.ones(parameter.shape, dtype=self._dtypes["activation"], device=self._device)
+        return made if parameter.name.endswith("norm.weight") else made.normal_(0, 0.02, generator=self._generator)

@@ -1,0 +1,83 @@
+"""The timer of plans, with the CPU's program in place of the GPU's and a GPU in simulated time."""
+
+from typing import Any
+
+import pytest
+import torch
+from nanoflow_search.cost.work import Mix
+from nanoflow_search.emit.trials import refine
+from nanoflow_search.hardware.plan_timer import DISTINCT_LAYERS, PlanTimer
+from shapes import CONFIGS, config
+from simulated_gpu import IDLE_W
+from simulated_programs import LAUNCH_S, Programs
+
+from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.layout import deal
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
+
+MIX = Mix(10.0, 14.0, 9.0, 4.0)
+LAYERS = 6
+
+
+def timer(name: str, **options: Any) -> tuple[PlanTimer, Programs]:
+    programs = Programs(LAYERS)
+    shape = config(name, num_layers=LAYERS, dtype="float32")
+    made = PlanTimer(
+        shape, MIX, programs.gpu, programs, programs.burst, page_tokens=4, seconds=0.2, device="cpu",
+        sleep=programs.gpu.sleep, **options
+    )  # fmt: skip
+    return made, programs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
+    made, programs = timer(name)
+    layer = build(config(name)).layer
+    for schedule in (sequential(layer, 24), nano_batched(layer, 24, 2)):
+        found = made(schedule)
+        assert found.layer_us == pytest.approx(len(schedule.launches) * LAUNCH_S * 1e6, rel=0.02)
+        assert found.power_w >= IDLE_W
+        assert found.layer_j == pytest.approx(found.power_w * found.layer_us * 1e-6)
+    one, other = (program.binding for program in programs.made)
+    assert one.weights is other.weights
+    assert [pages.data_ptr() for pages in one.kv] == [pages.data_ptr() for pages in other.kv]
+    assert len({pages.data_ptr() for pages in one.kv}) == DISTINCT_LAYERS < LAYERS == len(one.kv)
+    assert one.weights["layers.5.o.weight"] is one.weights["layers.1.o.weight"]
+    results = [program.binding.results(program.plan) for program in programs.made]
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_lie_in_the_plans_groups() -> None:
+    made, programs = timer("llama", num_layers=2)
+    layer = build(config("llama")).layer
+    halves = overlapped(layer, 24, 12, 0.4, 1, 2)
+    for schedule in (sequential(layer, 24), halves):
+        made(schedule)
+    layout = deal(10, 24, halves.groups)
+    assert layout is not None
+    expected, found = (program.binding.results(program.plan) for program in programs.made)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b[layout.place])
+
+
+def test_a_pair_of_plans_is_built_once() -> None:
+    made, programs = timer("llama")
+    layer = build(config("llama")).layer
+    plan = nano_batched(layer, 24, 2)
+    found = refine({"512/1024": made}, sequential(layer, 24), [plan], rounds=3)
+    assert len(programs.made) == 2
+    assert found.trials[0].gain.mean == pytest.approx(
+        len(layer.operations) / len(plan.launches), rel=0.02
+    )  # fmt: skip
+    assert found.chosen is None
+
+
+def test_fewer_layers_and_other_batches() -> None:
+    made, programs = timer("llama", num_layers=2)
+    layer = build(config("llama")).layer
+    made(sequential(layer, 24))
+    assert programs.made[0].binding.model.num_layers == 2
+    with pytest.raises(ValueError, match="expected one for batches of 24 tokens, got 16"):
+        made(sequential(layer, 16))

@@ -1,0 +1,106 @@
+"""nanoflow-search, the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "search"))
+    command = [sys.executable, "-m", "nanoflow_search", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_analyze_prints_what_bounds_a_model() -> None:
+    done = run("analyze", "--model", "benchmarks/models/llama-3-8b", "--workload", "1024/512", "--device", "A100")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "A100" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == ["A100", "1024/512"]
+    assert cells[6] == "0.68"  # T_R, as in the paper's Fig. 3
+    assert cells[-1] == "compute"
+
+
+def test_a_model_that_does_not_fit_is_said_to() -> None:
+    done = run("analyze", "--model", "benchmarks/models/llama-2-70b", "--workload", "512/512", "--device", "H100")
+    assert "weights do not fit" in done.stdout
+
+
+def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
+    """On the synthetic device, a small size and few rounds; the same command again does nothing again."""
+    out = tmp_path / "schedule.json"
+    effort = ("--dense-batch-tokens", "512", "--turns", "2", "--rounds", "2", "--plans", "2", "--device", "synthetic")
+    search = ("--model", "benchmarks/models/llama-3-8b", "--tp", "1", "--workload", "1024/512", "--out", str(out))
+    done = run(*search, *effort)
+    assert done.returncode == 0, done.stderr
+    assert "qkv 512 on 132 SMs" in done.stderr
+    header, *rows = (line for line in done.stdout.splitlines() if line[:1] in "┃│")
+    columns = [cell.strip() for cell in header.strip("┃").split("┃")]
+    assert columns[:8] == ["B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %"]
+    assert [row.split("│")[3].strip() for row in rows] == ["sequential", "plan 1", "plan 2"]
+    kept = json.loads(out.with_suffix(".result.json").read_text())
+    assert [trial["plan"] for trial in kept["trials"]] == ["sequential", "plan 1", "plan 2"]
+    assert kept["model"] == "llama-3-8b"
+    assert kept["profile"]["hash"] == json.loads(out.read_text())["header"]["profile_hash"]
+    assert "plans" in kept["phases_s"], "programs were solved"
+    assert all(seconds > 0 for seconds in kept["phases_s"].values())
+    written = out.read_bytes()
+    again = run(*search, *effort)
+    assert again.returncode == 0, again.stderr
+    assert "SMs" not in again.stderr
+    assert done.stdout == again.stdout, "the solver has nothing to say"
+    assert out.read_bytes() == written
+    known = json.loads(out.with_suffix(".result.json").read_text())
+    assert "plans" not in known["phases_s"]
+    assert known["trials"] == kept["trials"]
+
+    told = run("explain", str(out))
+    assert told.returncode == 0, told.stderr
+    for words in (
+        "synthetic H200-sustained, 132 SMs, TP 1",
+        "solver HiGHS, gap 0",
+        "..512 tokens: ",
+        "512 tokens, 1024/512: ",
+        "best was plan",
+        "the bound is ",
+    ):
+        assert words in told.stdout
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    model, workload = ("--model", "benchmarks/models/llama-3-8b"), ("--workload", "1/1")
+    out = ("--out", str(tmp_path / "schedule.json"))
+    for arguments, message in {
+        (*model, *workload): "Invalid value for --out",
+        (*workload, *out): "Invalid value for --model",
+        (*model, *out): "Invalid value for --workload",
+        (*out, "analyze", *model, *workload): "Invalid value for --out: stands before analyze",
+        (*model, *workload, *out, "--dense-batch-tokens", "100"): "expected a multiple of 128 from 256 on, got 100",
+        (*model, "--workload", "1", *out): "workload: expected PROMPT/OUTPUT tokens such as 1024/512, got '1'",
+        (*model, *workload, *out, "--until", "plans"): "there is no profile, and no GPU here",
+        ("explain", str(tmp_path / "absent.json")): "absent.json: No such file or directory",
+    }.items():
+        done = run(*arguments)
+        assert done.returncode in (1, 2)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_bad_input_is_named() -> None:
+    model = ("--model", "benchmarks/models/llama-3-8b")
+    for arguments, message in {
+        (*model, "--workload", "1024"): "workload: expected PROMPT/OUTPUT tokens such as 1024/512, got '1024'",
+        (*model, "--workload", "1/1", "--device", "K80"): "device: expected one of A100, H100,",
+        ("--model", "/nowhere", "--workload", "1/1"): "/nowhere/config.json: No such file",
+    }.items():
+        done = run("analyze", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith("nanoflow-search: ")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
