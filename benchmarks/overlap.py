@@ -199,7 +199,7 @@ def load(paths: Sequence[Path], model: Model, profile: Profile) -> dict[str, Sch
     """Raises: ScheduleError, a file for another model or device."""
     files = {path.name: ScheduleFile.load(path) for path in paths}
     for file in files.values():
-        file.check_header(model.layer, profile.header.device, 1, profile.header.device_sms)
+        file.check_header(model, profile.header.precision, profile.header.device, 1, profile.header.device_sms)
     return files
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from nanoflow_search.predict.timing_model import Measured, Running
 from nanoflow_search.profile.data import Header, Pair, Point, Profile
 
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
 
@@ -83,6 +84,7 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
     ]
     header = Header(
         model_fingerprint=fingerprint(graph),
+        precision=BFLOAT16,
         device="A100, from published tables",
         device_sms=SMS,
         tensor_parallel=ranks,

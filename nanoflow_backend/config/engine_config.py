@@ -92,16 +92,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if device == "cuda" and self.tensor_parallel > 1:
             raise ConfigError(f"tensor_parallel: expected 1 on cuda, got {self.tensor_parallel}")
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
-        dtype = DEFAULTS[device].dtype if self.dtype == "auto" else self.dtype
-        kv_cache_dtype = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
-        if device == "cuda" and kv_cache_dtype != dtype:
-            raise ConfigError(f"kv_cache_dtype: expected {dtype} on cuda, as dtype is, got {kv_cache_dtype}")
-        fields |= {"device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+        precision = self.precision_on(device)
+        fields |= {"device": device, "dtype": precision.weights, "kv_cache_dtype": precision.kv}
         defaults = DEFAULTS[device]._asdict()
         dense_batch_tokens = self.dense_batch_tokens or defaults["dense_batch_tokens"]
         defaults |= dict.fromkeys(("chunk_tokens", "prompt_tokens", "max_running"), dense_batch_tokens)
         unset = {name: value for name, value in defaults.items() if fields[name] is None}
         return SettledConfig(**fields | unset)
+
+    def precision_on(self, device: Literal["cpu", "cuda"]) -> Precision:
+        """What weights, activations and KV pages are kept in.
+
+        Raises:
+            ConfigError: KV pages of another dtype than the kernels of this device read.
+        """
+        dtype = DEFAULTS[device].dtype if self.dtype == "auto" else self.dtype
+        kv = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        if device == "cuda" and kv != dtype:
+            raise ConfigError(f"kv_cache_dtype: expected {dtype} on cuda, as dtype is, got {kv}")
+        return Precision(weights=dtype, activations=dtype, kv=kv)
 
     @classmethod
     def load(cls, path: Path, parameters: Mapping[str, Any] | None = None) -> EngineConfig:
@@ -144,7 +153,7 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def precision(self) -> Precision:
         """What weights, activations and KV pages are kept in."""
-        return Precision(weights=self.dtype, activations=self.dtype, kv=self.kv_cache_dtype)
+        return self.precision_on(self.device)
 
 
 class DeviceDefaults(NamedTuple):

@@ -37,3 +37,6 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.weights == self.activations == self.kv:
             return self.weights
         return ", ".join(f"{role} {self.dtype(role)}" for role in ROLES)
+
+
+FLOAT32, BFLOAT16 = Precision.of("float32"), Precision.of("bfloat16")

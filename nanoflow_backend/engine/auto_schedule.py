@@ -55,7 +55,7 @@ def find_auto_schedule(
 
 def _cached(config: EngineConfig, device: Device) -> Path:
     model = build(read_model_config(Path(config.model)), config.tensor_parallel)
-    precision = config.settle(device.kind).precision
+    precision = config.precision_on(device.kind)
     cache = config.schedule_cache or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanoflow", "schedules"
     )
@@ -104,7 +104,7 @@ def _search(config: EngineConfig, device: Device, path: Path, command: Sequence[
         [
             *command,
             *("--model", config.model, "--tp", str(config.tensor_parallel), "--workload", config.schedule_workload),
-            *("--out", str(path), "--dtype", config.settle(device.kind).dtype, *sizes, *EFFORT),
+            *("--out", str(path), "--dtype", config.precision_on(device.kind).weights, *sizes, *EFFORT),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

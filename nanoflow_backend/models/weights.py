@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.precision import FLOAT32, Precision
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph, Parameter, Source
@@ -30,7 +30,6 @@ UNUSED = {  # tensors that some checkpoints have and no model reads, and why
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(cos|sin)_cached": "rotary tables follow from config.json",
 }
 
-FLOAT32 = Precision.of("float32")
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +214,10 @@ def _parameters(
 
 
 def _check(
-    headers: Mapping[str, TensorHeader], sources: Mapping[str, Source], config: ModelConfig, files: Mapping[Path, object]
+    headers: Mapping[str, TensorHeader],
+    sources: Mapping[str, Source],
+    config: ModelConfig,
+    files: Mapping[Path, object],
 ) -> None:
     """Raise WeightsError where the tensors are not those that the model is made of."""
     for name, (path, shape, dtype) in headers.items():

@@ -12,14 +12,13 @@ import torch
 from nanoflow_kernels import reference
 from torch import Tensor
 
-from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.precision import FLOAT32, Precision
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 from nanoflow_backend.schedule.plan import Schedule
 
-FLOAT32 = Precision.of("float32")
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in a model of 4 layers with 3 nano-batches
 
 

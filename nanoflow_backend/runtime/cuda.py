@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
-BFLOAT16 = Precision.of("bfloat16")
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
 

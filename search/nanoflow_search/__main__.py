@@ -15,6 +15,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 DEFAULT = Effort()
 
 
+class InDtype(StrEnum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
 class On(StrEnum):
     AUTO = "auto"
     SYNTHETIC = "synthetic"
@@ -32,6 +38,9 @@ def find(
         Path | None, typer.Option(help="The schedule file. What is done lies beside it, in NAME.search.")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    dtype: Annotated[
+        InDtype, typer.Option(help="Of weights, activations and KV pages, as in engine.json.")
+    ] = InDtype.BFLOAT16,
     profile: Annotated[
         Path | None, typer.Option(help="Taken before, or to be taken; default: NAME.profile.json.")
     ] = None,
@@ -64,7 +73,7 @@ def find(
     from nanoflow_search.command import find_schedules
 
     effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
-    setting = Setting.of(model, tp, workload)
+    setting = Setting.of(model, tp, workload, dtype.value)
     find_schedules(setting, dense_batch_tokens or [], effort, device.value, profile, out, until)
 
 

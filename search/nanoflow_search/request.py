@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Dtype, Precision
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -43,6 +44,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What the files of a search are the answer to."""
 
     model_fingerprint: str
+    precision: Precision
     num_layers: int
     device: str
     device_sms: int
@@ -61,13 +63,15 @@ class Setting:
     config: ModelConfig
     ranks: int
     workloads: tuple[str, ...]
+    precision: Precision = BFLOAT16  # that the engine will run in
 
     @classmethod
-    def of(cls, folder: Path, ranks: int, workloads: Sequence[str]) -> Setting:
+    def of(cls, folder: Path, ranks: int, workloads: Sequence[str], dtype: Dtype = "bfloat16") -> Setting:
         """Raises: ConfigError; ValueError, a workload that cannot be read."""
         for workload in workloads:
             Workload.parse(workload)
-        return cls(folder.resolve().name, read_model_config(folder), ranks, tuple(dict.fromkeys(workloads)))
+        config, precision = read_model_config(folder), Precision.of(dtype)
+        return cls(folder.resolve().name, config, ranks, tuple(dict.fromkeys(workloads)), precision)
 
     @cached_property
     def model(self) -> Model:
@@ -75,7 +79,7 @@ class Setting:
 
     @cached_property
     def size(self) -> ModelSize:
-        return ModelSize.of(self.config)
+        return ModelSize.of(self.config, self.precision)
 
     @property
     def parsed(self) -> tuple[Workload, ...]:
@@ -91,7 +95,8 @@ class Setting:
 
     def request(self, profile: Profile, sizes: Sequence[int], effort: Effort) -> Request:
         return Request(
-            model_fingerprint=fingerprint(self.model.layer),
+            model_fingerprint=fingerprint(*self.model.layers),
+            precision=self.precision,
             num_layers=self.model.num_layers,
             device=profile.header.device,
             device_sms=profile.header.device_sms,

@@ -18,6 +18,7 @@ from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.points import partition_loads_of
 from profiled import profiled
 
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -94,6 +95,7 @@ def test_a_run_is_its_steps(profile: Profile, tmp_path: Path, monkeypatch: pytes
     assert paced["steps"] == 6 + 7
     header = Header(
         model_fingerprint=fingerprint(LLAMA.layer),
+        precision=BFLOAT16,
         device=profile.header.device,
         device_sms=132,
         tensor_parallel=1,

@@ -19,6 +19,7 @@ from schedules import plans, random_schedule
 from torch import Tensor
 from triton.language.extra.cuda import smid
 
+from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache import storage
 from nanoflow_backend.runtime.binding import Binding
@@ -47,6 +48,10 @@ def cast(weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> dict[str
     return {name: w.to(where, torch.float32 if name.endswith("frequencies") else dtype) for name, w in weights.items()}
 
 
+def precision_of(dtype: torch.dtype) -> Precision:
+    return Precision.of(str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+
 def program(
     case: Case, schedules: Sequence[Schedule], requests: Requests, dtype: torch.dtype, **options: Any
 ) -> CudaProgram:
@@ -60,7 +65,7 @@ def program(
         cast(case.weights, dtype, "cuda"),
         pages,
         Collectives(),
-        **{"max_tokens": tokens, "max_rows": tokens, "kernels": device, "dtype": dtype} | options,
+        **{"max_tokens": tokens, "max_rows": tokens, "kernels": device, "precision": precision_of(dtype)} | options,
     )
 
 
@@ -69,7 +74,10 @@ def program(
 def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, dtype: torch.dtype) -> None:
     """What differs is copied over after each launch: the next one starts from the same."""
     requests = Requests(case.config, LENGTHS, page_tokens)
-    schedule, options = nano_batched(case.model.layer, TOKENS, 3), {"max_tokens": TOKENS, "dtype": dtype}
+    schedule, options = (
+        nano_batched(case.model.layer, TOKENS, 3),
+        {"max_tokens": TOKENS, "precision": precision_of(dtype)},
+    )
     pages = storage.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
     cpu = Binding(
         case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, Collectives(), reference, **options
@@ -105,7 +113,7 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
             assert_close(f"pages after {ours.where}", cuda.kv.cpu().nan_to_num(), cpu.kv.nan_to_num(), 1e-2)
             cuda.kv.copy_(cpu.kv)
     assert compared > 300
-    assert any(op.resource is Resource.NETWORK for op in cpu.plans[0].layer.operations)
+    assert any(op.resource is Resource.NETWORK for op in cpu.plans[0].layers[0].operations)
 
 
 @pytest.mark.parametrize("dtype", LOGITS_TOLERANCE, ids=str)

@@ -89,7 +89,8 @@ def answer(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Candidate]:
     best = max(outcomes, key=lambda o: o.case.tokens / mean(t.measured_us for t in won[o.case.tokens]))
     setting, profile, tokens = best.case.setting, best.case.profile, best.case.tokens
     header = Header(
-        model_fingerprint=fingerprint(setting.model.layer),
+        model_fingerprint=fingerprint(*setting.model.layers),
+        precision=setting.precision,
         device=profile.header.device,
         device_sms=profile.header.device_sms,
         tensor_parallel=setting.ranks,

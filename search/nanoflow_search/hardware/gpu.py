@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter, GpuReading
@@ -70,7 +71,14 @@ class GpuDevice:
         self._split, self._sleep = split, sleep
 
     @classmethod
-    def here(cls, config: ModelConfig, mix: Mix, page_tokens: int = 64, seconds: float = SECONDS) -> GpuDevice:
+    def here(
+        cls,
+        config: ModelConfig,
+        mix: Mix,
+        page_tokens: int = 64,
+        seconds: float = SECONDS,
+        precision: Precision = BFLOAT16,
+    ) -> GpuDevice:
         """The first GPU that is visible, for a model's operations in batches of `mix`'s contexts."""
         from nanoflow_kernels import device as kernels
 
@@ -82,7 +90,7 @@ class GpuDevice:
         assert device.sms is not None
         counted = torch.empty(device.sms, dtype=torch.int32, device="cuda")
         nothing = partial(spin, SPIN_ROUNDS, out=counted)
-        operands = Operands(config, mix, kernels, page_tokens=page_tokens, dtype=getattr(torch, config.dtype))
+        operands = Operands(config, mix, kernels, page_tokens=page_tokens, precision=precision)
         calls = Calls(lambda _: nothing(), 1)
         return cls(
             device.name, device.sms, operands, GpuMeter(), lambda c, stream: Captured(*c, stream), lane_streams, calls,

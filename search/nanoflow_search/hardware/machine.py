@@ -40,12 +40,12 @@ class Gpu:
     def device(self, setting: Setting, mix: Mix) -> Device:
         from nanoflow_search.hardware.gpu import GpuDevice
 
-        return GpuDevice.here(setting.config, mix)
+        return GpuDevice.here(setting.config, mix, precision=setting.precision)
 
     def timer(self, setting: Setting, mix: Mix) -> Timer:
         from nanoflow_search.hardware.plan_timer import PlanTimer
 
-        return PlanTimer.here(setting.config, mix)
+        return PlanTimer.here(setting.config, mix, precision=setting.precision)
 
 
 class Synthetic:
@@ -94,7 +94,7 @@ def measure_profile(
     mix = setting.mix(setting.workloads[0], max(sizes), machine.name)
     device = machine.device(setting, mix)
     graph = setting.model.layer
-    header = header_of(device, graph, setting.ranks)
+    header = header_of(device, graph, setting.ranks, setting.precision)
     mixes = [setting.mix(workload, tokens, machine.name) for workload in setting.workloads for tokens in sizes]
     shares = shares_for(graph, device.sms, mixes)
     alone, together = partition_loads_of(graph, device.sms, mix, max(sizes), shares) if setting.ranks == 1 else ((), ())

@@ -17,7 +17,9 @@ from typing import NamedTuple, Protocol
 import msgspec
 from msgspec.structs import replace
 
-FORMAT_VERSION = 2
+from nanoflow_backend.config.precision import Precision
+
+FORMAT_VERSION = 3  # 3: precision
 APART = 0.02  # clocks that differ by less say nothing about how a time depends on them
 
 
@@ -103,11 +105,20 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     format_version: int = FORMAT_VERSION
     model_fingerprint: str
+    precision: Precision
     device: str
     device_sms: int
     tensor_parallel: int
     static_w: float
     power_cap_w: float
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class _Versioned(msgspec.Struct):
+    header: _Version
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,14 +132,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def load(cls, path: Path) -> Profile:
         """Raises: ProfileError, naming the file and the place in it."""
         try:
-            profile = msgspec.json.decode(path.read_bytes(), type=cls)
+            content = path.read_bytes()
+            version = msgspec.json.decode(content, type=_Versioned).header.format_version
+            if version != FORMAT_VERSION:  # before keys that another version may have
+                raise ProfileError(f"{path}: format version {version}, expected {FORMAT_VERSION}: measure it anew")
+            return msgspec.json.decode(content, type=cls)
         except OSError as error:
             raise ProfileError(f"{path}: {error.strerror}") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProfileError(f"{path}: {error}") from None
-        if profile.header.format_version != FORMAT_VERSION:
-            raise ProfileError(f"{path}: format version {profile.header.format_version}, expected {FORMAT_VERSION}")
-        return profile
 
     def save(self, path: Path) -> None:
         """At once or not at all, so that a run that is cut can go on from the file."""

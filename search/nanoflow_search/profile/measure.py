@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.profile.data import Device, Header, Load, Measurement, Pair, Point, Profile, ProfileError
@@ -23,9 +24,10 @@ class Anchor(NamedTuple):
     two_clocks: bool = False
 
 
-def header_of(device: Device, graph: Graph, tensor_parallel: int = 1) -> Header:
+def header_of(device: Device, graph: Graph, tensor_parallel: int = 1, precision: Precision = BFLOAT16) -> Header:
     return Header(
         model_fingerprint=fingerprint(graph),
+        precision=precision,
         device=device.name,
         device_sms=device.sms,
         tensor_parallel=tensor_parallel,

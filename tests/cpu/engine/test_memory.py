@@ -5,10 +5,10 @@ from pathlib import Path
 
 import checkpoints
 import pytest
-import torch
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
 from nanoflow_backend.engine import Engine, worker
 from nanoflow_backend.engine.memory import check_room
 from nanoflow_backend.models import weights
@@ -24,13 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save(checkpoints.make("mixtral"), tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_size_of_the_weights_is_what_loading_allocates(folder: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=str)
+def test_the_size_of_the_weights_is_what_loading_allocates(folder: Path, precision: Precision) -> None:
     config = read_model_config(folder)
     model = build(config)
-    loaded = weights.load(folder, config, model, dtype=dtype)
+    loaded = weights.load(folder, config, model, precision=precision)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in loaded.values()}
-    assert weights.size_bytes(model, dtype) == sum(storages.values())
+    assert weights.size_bytes(model, precision) == sum(storages.values())
 
 
 def test_what_is_proposed_fits_and_a_page_more_does_not(folder: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.precision import Dtype, Precision
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Source
 from nanoflow_backend.models import checkpoint
@@ -30,9 +31,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 State = dict[str, Tensor]
 
 
-def load_rank(folder: Path, rank: int = 0, tp: int = 1, dtype: torch.dtype = torch.float32) -> State:
+def load_rank(folder: Path, rank: int = 0, tp: int = 1, dtype: Dtype = "float32") -> State:
     config = read_model_config(folder)
-    return load(folder, config, build(config, tp), rank=rank, tp=tp, dtype=dtype)
+    return load(folder, config, build(config, tp), rank=rank, tp=tp, precision=Precision.of(dtype))
 
 
 def pieces(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
@@ -99,16 +100,16 @@ def test_every_rank_gets_its_part(architecture: str, tied: bool, tp: int, tmp_pa
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_dtypes_are_converted(stored: torch.dtype, dtype: torch.dtype, sharded: bool, tmp_path: Path) -> None:
+def test_dtypes_are_converted(stored: torch.dtype, dtype: Dtype, sharded: bool, tmp_path: Path) -> None:
     model = make("qwen2")
     save(model, tmp_path, stored, **{"max_shard_size": "60KB"} if sharded else {})
     assert (tmp_path / INDEX).exists() == sharded
     loaded = load_rank(tmp_path, dtype=dtype)
     for name, tensor in expected(model, 0, 1).items():
         assert tensor.dtype == stored
-        assert torch.equal(loaded[name], tensor.to(dtype)), name
+        assert torch.equal(loaded[name], tensor.to(getattr(torch, dtype))), name
     assert loaded["layers.0.rope.frequencies"].dtype == torch.float32
 
 
@@ -354,7 +355,7 @@ torch.zeros(4) + 1
 now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 limit = now + weight_bytes + spare_bytes
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-print(len(load(folder, config, model, dtype=torch.float32)))
+print(len(load(folder, config, model)))
 """
 
 

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from nanoflow_kernels import reference
 from schedules import plans, random_interleaving, random_schedule
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives import Collectives
@@ -40,7 +41,7 @@ def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_
 
 
 def bound(case: Case, *schedules: Schedule) -> Binding:
-    pages, options = case.requests.empty_pages(), {"max_tokens": schedules[-1].tokens, "dtype": torch.float32}
+    pages, options = case.requests.empty_pages(), {"max_tokens": schedules[-1].tokens, "precision": FLOAT32}
     binding = Binding(case.model, schedules, case.weights, pages, Collectives(), reference, in_place=True, **options)
     binding.page_table = case.requests.page_table
     return binding

@@ -14,6 +14,7 @@ import pytest
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
 from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 from nanoflow_backend.models.llama import scale_frequency
 
@@ -350,6 +351,7 @@ def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
         ({"otlp_traces_endpoint": "collector:4317"}, ["otlp_traces_endpoint", "http(s) URL", "collector:4317"]),
         ({"load_format": "pickle"}, ["load_format", "pickle"]),
         ({"dtype": "int8"}, ["int8", "dtype"]),
+        ({"kv_cache_dtype": "int8"}, ["int8", "kv_cache_dtype"]),
         ({"device": "tpu"}, ["tpu", "device"]),
         ({"prefix_caching": "perhaps"}, ["prefix_caching"]),
         ({"model": 3}, ["model", "Expected `str`"]),
@@ -380,7 +382,22 @@ def test_what_is_said_stays_said_on_every_device() -> None:
         assert settled.settle(device) == settled
 
 
+def test_one_dtype_fills_all_roles_that_are_not_named() -> None:
+    config = EngineConfig(model="m")
+    assert (config.settle("cpu").precision, config.settle("cuda").precision) == (FLOAT32, BFLOAT16)
+    half = EngineConfig(model="m", dtype="float16").settle("cuda")
+    assert half.precision == Precision(weights="float16", activations="float16", kv="float16")
+    assert str(half.precision) == "float16"
+    apart = EngineConfig(model="m", kv_cache_dtype="bfloat16").settle("cpu")
+    assert apart.precision == Precision(weights="float32", activations="float32", kv="bfloat16")
+    assert str(apart.precision) == "weights float32, activations float32, kv bfloat16"
+    assert apart.settle("cpu") == apart
+    assert [apart.precision.element_bytes(name) for name in ("weights", "kv", "int32", "float32")] == [4, 2, 4, 4]
+
+
 def test_what_a_device_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype: expected bfloat16 on cuda, as dtype is, got float16"):
+        EngineConfig(model="m", kv_cache_dtype="float16").settle("cuda")
     with pytest.raises(ConfigError, match=r"max_running: expected at most dense_batch_tokens \(512\).*got 600"):
         EngineConfig(model="m", max_running=600).settle("cpu")
     with pytest.raises(ConfigError, match="tensor_parallel: expected 1 on cuda, got 2"):
@@ -396,5 +413,7 @@ def test_an_engine_json_that_is_none(text: str | None, tmp_path: Path) -> None:
 
 
 def test_configs_need_no_torch() -> None:
-    code = "import sys, nanoflow_backend.config, nanoflow_backend.models.model; sys.exit('torch' in sys.modules)"
+    modules = ("config.engine_config", "models.hugging_face", "models.model")
+    imports = ", ".join(f"nanoflow_backend.{module}" for module in modules)
+    code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True)

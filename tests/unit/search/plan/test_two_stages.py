@@ -17,6 +17,7 @@ from nanoflow_search.profile.data import Header, Pair, Point, Profile, ProfileEr
 from shapes import CONFIGS, config
 
 from benchmarks.paper import a100_tables as a100
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -121,7 +122,15 @@ def test_tasks_slow_down_as_their_operations_do() -> None:
         pair("gate_up", "attention/prefill", 32, (1.5, 2.0)),
         pair("down", "attention/decode", 32, (1.3, 1.2)),
     )
-    header = Header(model_fingerprint="f", device="d", device_sms=100, tensor_parallel=1, static_w=0, power_cap_w=1e9)
+    header = Header(
+        model_fingerprint="f",
+        precision=BFLOAT16,
+        device="d",
+        device_sms=100,
+        tensor_parallel=1,
+        static_w=0,
+        power_cap_w=1e9,
+    )
     measured = Measured(Profile(header=header, points=tuple(points), pairs=pairs), Mix(2, 2, 512.0, 512.0))
     problem = layer_problem(layer, 1, 4, 2, measured.times)
     whole = stage_one(problem, {task.name: 1 for task in problem.tasks})

@@ -19,6 +19,7 @@ from nanoflow_search.profile.points import loads_of
 from profiled import capped, profiled
 from schedules import plans, random_schedule
 
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -141,7 +142,7 @@ def test_random_plans_are_walked_as_in_small_steps(seed: int) -> None:
 
 def header(**fields: float) -> Header:
     shape = {"static_w": 200.0, "power_cap_w": 700.0} | fields
-    return Header(model_fingerprint="f", device="d", device_sms=100, tensor_parallel=1, **shape)
+    return Header(model_fingerprint="f", precision=BFLOAT16, device="d", device_sms=100, tensor_parallel=1, **shape)
 
 
 def points(graph: Graph, us: float, watts: float, *, cycles: bool) -> list[Point]:

@@ -11,13 +11,22 @@ from nanoflow_search.profile.data import Header, Load, Pair, Point, Profile, Pro
 from nanoflow_search.profile.measure import Anchor, take_profile
 
 from benchmarks.paper import a100_tables as a100
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
 LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 H200 = DEVICES["H200-sustained"]
-HEADER = Header(model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0)
+HEADER = Header(
+    model_fingerprint="f",
+    precision=BFLOAT16,
+    device="d",
+    device_sms=132,
+    tensor_parallel=1,
+    static_w=185.0,
+    power_cap_w=700.0,
+)
 
 
 def point(amount: float, sms: int, us: float, clock: float = 1980.0, joules: float = 0.0) -> Point:
@@ -154,7 +163,7 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"profile\.json: No such file"):
         Profile.load(path)
     change(SQUARE, header=change(HEADER, format_version=1)).save(path)
-    with pytest.raises(ProfileError, match=r"profile\.json: format version 1, expected 2"):
+    with pytest.raises(ProfileError, match=r"profile\.json: format version 1, expected 3"):
         Profile.load(path)
     path.write_text(path.read_text().replace('"sms"', '"SMs"', 1))
     with pytest.raises(ProfileError, match=r"unknown field `SMs` - at `\$\.points\[0\]`"):
