@@ -75,7 +75,10 @@ class Setting:
 
     @cached_property
     def model(self) -> Model:
-        return build(self.config, self.ranks)
+        model = build(self.config, self.ranks)
+        if len(model.layers) > 1:
+            raise ValueError(f"{self.name}: expected layers of one kind, got {len(model.layers)} kinds")
+        return model
 
     @cached_property
     def size(self) -> ModelSize:

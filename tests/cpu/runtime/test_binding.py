@@ -79,7 +79,7 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
             Collectives(),
             reference,
             max_tokens=TOKENS,
-            dtype=torch.float32,
+            precision=FLOAT32,
             limit_sms=limit_sms,
         )
         binding.page_table = case.requests.page_table
