@@ -17,7 +17,7 @@ from nanoflow_search.profile.points import loads_of
 from profiled import profiled
 from schedules import random_schedule
 
-from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -48,7 +48,7 @@ def schedule_file(path: Path, model: Model, device: Device, tokens: int, plan: S
     assert plan.tokens == tokens
     header = Header(
         model_fingerprint=fingerprint(model.layer),
-        precision=BFLOAT16,
+        precision=FLOAT32,
         device=device.name,
         device_sms=device.sms,
         tensor_parallel=1,

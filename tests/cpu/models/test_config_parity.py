@@ -98,9 +98,7 @@ def swapped(state: State) -> State:
 
 
 @pytest.mark.parametrize("change", [distinct, equal, swapped])
-def test_heads_of_tied_models(
-    change: Callable[[State], State], tmp_path: Path
-) -> None:
+def test_heads_of_tied_models(change: Callable[[State], State], tmp_path: Path) -> None:
     save(make("llama", tie_word_embeddings=True), tmp_path)
     save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
     assert worst_difference(tmp_path) < TOLERANCE
