@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,19 @@ LAYERS = 5
 CONFIG = config("mixtral", num_layers=LAYERS, num_experts=4, vocab_size=37)
 
 
+ALTERNATING = replace(
+    mixtral.MIXTRAL,
+    name="alternating",
+    hf_class="AlternatingForCausalLM",
+    layers=lambda config, tp: (llama.layer(config, tp), *mixtral.layers(config, tp)),
+    kind_of=lambda config: tuple(i % 2 for i in range(config.num_layers)),
+)
+
+
 def alternating() -> Model:
     """Dense in layers 0, 2, 4 ..., experts in the others."""
-    kinds = (llama.layer(CONFIG), *mixtral.layers(CONFIG))
-    kind_of = tuple(i % 2 for i in range(LAYERS))
-    return Model(llama.embed(CONFIG), kinds, kind_of, llama.head(CONFIG))
+    made = ALTERNATING
+    return Model(made.embed(CONFIG), made.layers(CONFIG, 1), made.kind_of(CONFIG), made.head(CONFIG, 1))
 
 
 def logits(weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:

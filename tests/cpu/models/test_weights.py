@@ -243,8 +243,7 @@ def test_a_rank_reads_its_own_slices_only(tmp_path: Path, monkeypatch: pytest.Mo
 MEMORY_PROBE = """
 import resource, sys, torch
 from pathlib import Path
-from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.weights import load
 
