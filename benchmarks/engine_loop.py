@@ -17,7 +17,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import torch
@@ -25,6 +25,7 @@ import typer
 
 from nanoflow_backend.bench import result
 from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.loop import queue
 from nanoflow_backend.process.messages import News
 from nanoflow_backend.request.request import Request
@@ -49,6 +50,10 @@ class NullProgram:
 
     def head(self, rows: torch.Tensor) -> torch.Tensor:
         return self.logits[: len(rows)]
+
+    def fill(self, page_table: torch.Tensor) -> None: ...
+
+    def warm_up(self, page_table: torch.Tensor) -> None: ...
 
 
 def main(
@@ -80,7 +85,8 @@ def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[s
         kv_cache_tokens=running * (prompt_tokens + 2 * steps + 128),  # room for all at their longest
         page_tokens=64,
     )
-    engine.worker.program = NullProgram(engine.worker.program, running + 24)
+    executor = cast(LocalExecutor, engine.executor)
+    executor.worker.program = NullProgram(executor.worker.program, running + 24)
     params = SamplingParams(max_tokens=2 * steps, ignore_eos=True, temperature=0.0)
     for number in range(running):
         engine.add(Request(number, [number % 7] * prompt_tokens, params))
@@ -102,9 +108,9 @@ def measure(model: Path, running: int, prompt_tokens: int, steps: int) -> dict[s
 
     engine.scheduler.schedule = timed("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
     engine.scheduler.retire = timed("retire", engine.scheduler.retire)  # type: ignore[method-assign]
-    engine.worker.launch_forward = timed("launch_forward", engine.worker.launch_forward)  # type: ignore[method-assign]
-    engine.worker.launch_tail = timed("launch_tail", engine.worker.launch_tail)  # type: ignore[method-assign]
-    engine.worker.collect = timed("collect", engine.worker.collect)  # type: ignore[method-assign]
+    executor.launch_forward = timed("launch_forward", executor.launch_forward)  # type: ignore[method-assign]
+    executor.launch_tail = timed("launch_tail", executor.launch_tail)  # type: ignore[method-assign]
+    executor.collect = timed("collect", executor.collect)  # type: ignore[method-assign]
     step = timed("step", engine.step)
     encode = timed("encode_news", msgspec.msgpack.Encoder().encode)
     for _ in range(steps):

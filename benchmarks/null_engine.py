@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from engine_loop import NullProgram
 
-from nanoflow_backend.engine import engine, loop
-from nanoflow_backend.engine.worker import Launched, Worker
-from nanoflow_backend.scheduler.batch import Sampled
+from nanoflow_backend.engine import loop
+from nanoflow_backend.engine.local_executor import LocalExecutor
+from nanoflow_backend.engine.settle import Settled
+from nanoflow_backend.engine.worker import InFlightStep
+from nanoflow_backend.scheduler.batch import Batch, Sampled
 
 CYCLE_MS = 2000  # of the clock that token ids tell; the vocabulary has to be larger
 FIRST_ID = 3  # no special token of the demo model
@@ -33,23 +35,26 @@ def age_ms(token_id: int) -> int:
     return (made_now() - token_id) % CYCLE_MS
 
 
-class NullWorker(Worker):
-    """A real worker on a NullProgram. Steps take `step_us` one after the other, as on a device; `collect` waits."""
+class NullExecutor(LocalExecutor):
+    """An Executor whose worker is real but for its NullProgram.
 
-    def __init__(self, config: Any, *arguments: Any, step_us: int = 0) -> None:
-        super().__init__(config, *arguments)
-        self.program = NullProgram(self.program, config.dense_batch_tokens)
+    Steps take `step_us` one after the other, as on a device; `collect` waits for their end.
+    """
+
+    def __init__(self, settled: Settled, on_rank_death: Callable[[str], None], *, step_us: int) -> None:
+        super().__init__(settled, on_rank_death)
+        self.worker.program = NullProgram(self.worker.program, settled.config.dense_batch_tokens)
         self._step_s = step_us / 1e6
         self._idle_from_s = 0.0  # the device, once all that was launched is done
         self._ends_s: list[float] = []  # of the steps in flight
 
-    def launch_forward(self, batch: Any) -> Launched:
+    def launch_forward(self, batch: Batch) -> InFlightStep:
         self._idle_from_s = max(self._idle_from_s, time.monotonic()) + self._step_s
         self._ends_s.append(self._idle_from_s)
         return super().launch_forward(batch)
 
-    def collect(self, launched: Launched) -> Sampled:
-        sampled = super().collect(launched)
+    def collect(self, step: InFlightStep) -> Sampled:
+        sampled = super().collect(step)
         time.sleep(max(0.0, self._ends_s.pop(0) - time.monotonic()))
         return msgspec.structs.replace(sampled, token_ids=[made_now()] * len(sampled.token_ids))
 
@@ -66,5 +71,4 @@ def write_interpreter(path: Path, step_us: int) -> Path:
 
 def main(step_us: int) -> None:
     sys.argv[1:] = [word for word in sys.argv[1:] if word.isdigit()]  # not "-P -m module"
-    engine.Worker = partial(NullWorker, step_us=step_us)  # type: ignore[assignment,misc]
-    loop.main()
+    loop.main(partial(NullExecutor, step_us=step_us))

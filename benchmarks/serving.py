@@ -21,7 +21,7 @@ import typer
 from nanoflow_backend.bench import result
 from nanoflow_backend.commands.demo import stream_grpc
 from nanoflow_backend.embedded.server import EmbeddedServer
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 
 FOLDER = Path(__file__).parents[1] / "model_repository" / "nanoflow"
 
@@ -34,12 +34,12 @@ def main(
     rounds: int = 5,
 ) -> None:
     prompts = [f"The {number}th statement" for number in range(streams)]
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
     def alone(_: int) -> float:
         start = time.perf_counter()
-        tokens = sum(len(completion.token_ids) for completion in engine.generate(prompts, params))
+        tokens = sum(len(completion.token_ids) for completion in llm.generate(prompts, params))
         return tokens / (time.perf_counter() - start)
 
     def one(url: str, prompt: str) -> tuple[int, int]:

@@ -29,8 +29,9 @@ from grpc_streams import GrpcStreams
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.embedded.server import EmbeddedServer
-from nanoflow_backend.engine import Engine, SamplingParams, engine
+from nanoflow_backend.engine import LLM, Engine, SamplingParams
 
 ROOT = Path(__file__).parents[1]
 PARAMS = {"max_tokens": 512, "temperature": 0, "ignore_eos": True}
@@ -75,8 +76,8 @@ def main(
 
 def engine_tokens_per_s(model: Path, streams: int) -> int:
     """The engine in this process, `streams` requests at once."""
-    engine.Worker = partial(null_engine.NullWorker, step_us=0)  # type: ignore[assignment,misc]
-    alone = Engine.from_pretrained(model, device="cpu", **SETTINGS)
+    config = EngineConfig.resolve({"model": str(model), "device": "cpu", **SETTINGS}, relative_to=Path.cwd())
+    alone = LLM(Engine(config, make_executor=partial(null_engine.NullExecutor, step_us=0)))
     prompts = [[3 + number] * 8 for number in range(streams)]
     params = SamplingParams(**PARAMS)
     alone.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True))

@@ -82,7 +82,7 @@ def summarise(kernels: Sequence[Kernel], steps: int, linears: Sequence[str]) -> 
 
 def linear_operations(engine: Engine) -> list[str]:
     """The names of a full step's products by cuBLAS, in the order in which they run; none if two lanes have some."""
-    config, device = engine.config, engine.worker.device
+    config, device = engine.config, engine.executor.device
     model = build(engine.model_config, config.tensor_parallel)
     schedule = find_schedules(config, model, device.name, device.sms)[-1]
     in_head = [operation.name for operation in model.head.operations if operation.kernel == "linear"]

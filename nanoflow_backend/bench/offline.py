@@ -69,7 +69,7 @@ def bench_offline(
         raise ConfigError("--dataset: expected none beside --trace")
     engine = make_engine(model, settings, max_queue_size=str(requests))
     if breakdown and engine.config.device != "cuda":
-        raise ConfigError(f"--breakdown: expected a GPU, the engine runs on {engine.worker.device.name}")
+        raise ConfigError(f"--breakdown: expected a GPU, the engine runs on {engine.executor.device.name}")
     if trace:
         work = workload.of_trace(trace, requests, engine.max_model_tokens)
     elif dataset:

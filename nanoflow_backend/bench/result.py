@@ -48,7 +48,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     config = engine.config
     settings = {name: getattr(config, name) for name in config.__struct_fields__}
     return {
-        **({"device": engine.worker.device.name} if config.device == "cuda" else {}),
+        **({"device": engine.executor.device.name} if config.device == "cuda" else {}),
         "model": Path(config.model).name,
         "engine": "nanoflow",
         "engine_is": engine.description.replace(config.schedule, _without_folder(config.schedule)),

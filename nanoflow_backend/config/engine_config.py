@@ -131,8 +131,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 or (key == "python" and "/" in str(value))
                 or str(value).endswith(".json")
             )
+            if not is_path or not isinstance(value, str):
+                return value
             # Not resolve(): the python of a virtual environment is a link that must stay one.
-            return os.path.normpath(relative_to / value) if is_path and isinstance(value, str) else value
+            return os.path.normpath(relative_to / Path(value).expanduser())
 
         absolute = {key: rooted(key, value) for key, value in fields.items()}
         return convert(absolute, cls, origin, strict=False)

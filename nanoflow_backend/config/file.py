@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.model_folder import is_lfs_pointer, lfs_hint
 
 MOST_FILE_BYTES = 256 * 2**20  # of JSON; the largest tokenizer.json of today has some 35 MB
 
@@ -26,9 +27,12 @@ def read_file(path: Path) -> bytes:
             raise ConfigError(f"{path}: expected a file, got something else")
         if (size := path.stat().st_size) > MOST_FILE_BYTES:
             raise ConfigError(f"{path}: expected at most {MOST_FILE_BYTES} bytes, got {size}")
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+    if is_lfs_pointer(content):
+        raise ConfigError(lfs_hint(path))
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import convert, read_json
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.model_folder import what_is_wrong
 from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import ConfigJson
 from nanoflow_backend.models.registry import ARCHITECTURES
@@ -21,6 +22,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         ConfigError: a missing file or key, or a feature this engine does not compute.
     """
+    if wrong := what_is_wrong(folder):
+        raise ConfigError(wrong)
     generation = folder / "generation_config.json"
     return from_hf(
         read_json(folder / "config.json"),
@@ -40,7 +43,8 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
     hf.refuse_if(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
     hf.refuse_if(hf["attention_bias"], "attention_bias")
     hf.refuse_if(hf["mlp_bias"], "mlp_bias")
-    hf.refuse_if(hf["quantization_config"], "quantization_config")
+    quantization = hf["quantization_config"]
+    hf.refuse_if(quantization, f"quantization_config{_method(quantization)}")
     kinds = hf["layer_types"]
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         hf.refuse(f"layer_types: expected full_attention for every layer, got {kinds!r}")
@@ -67,6 +71,12 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
         "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
     }
     return convert(fields | architecture.fields(hf), ModelConfig, origin)
+
+
+def _method(quantization: Any) -> str:
+    """The name of a quantization method, for a message."""
+    name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return "" if name is None else f" ({name})"
 
 
 def _architecture(given: Mapping[str, Any], origin: str) -> Architecture:

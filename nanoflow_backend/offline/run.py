@@ -16,7 +16,7 @@ MOST_EARLY_BYTES = 256 * 2**20  # of results that wait for a slow line before th
 
 
 class Runner(Protocol):
-    """Completes jobs. An Engine is one; so is whatever spreads jobs over several engines."""
+    """Completes jobs. An LLM is one; so is whatever spreads jobs over several engines."""
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...

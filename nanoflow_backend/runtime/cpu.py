@@ -119,6 +119,12 @@ class CpuProgram:
             self._ready(call)()
         return values[graph.outputs[0]][:, : self.binding.model.vocab_size]
 
+    def fill(self, page_table: Tensor) -> None:
+        """See Program. Buffers are allocated, and the host pages what else a kernel takes."""
+
+    def warm_up(self, page_table: Tensor) -> None:
+        """See Program. There is nothing to compile."""
+
     def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
         return [self._ready(call) if call else _nothing for call in self.binding.layers(plan)]
 

@@ -53,6 +53,11 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         return len(self.decode_slots) + sum(len(p.token_ids) for p in self.prefills)
 
     @property
+    def decode_kv_tokens(self) -> int:
+        """Tokens of the KV cache that its decodes read: each those before it, and itself."""
+        return sum(self.decode_positions) + len(self.decode_positions)
+
+    @property
     def sampled_slots(self) -> list[int]:
         return self.decode_slots + [p.slot for p in self.prefills if p.sample]
 

@@ -29,7 +29,7 @@ from shapes import config
 from simulated_programs import Programs
 
 from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -95,9 +95,9 @@ def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     expected, found = (
         [
             completion.token_ids
-            for completion in Engine.from_pretrained(
-                tmp_path, dense_batch_tokens=128, page_tokens=4, **options
-            ).generate(prompts, greedy)
+            for completion in LLM.from_pretrained(tmp_path, dense_batch_tokens=128, page_tokens=4, **options).generate(
+                prompts, greedy
+            )
         ]
         for options in ({}, {"schedule": plan})
     )

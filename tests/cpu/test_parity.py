@@ -13,7 +13,7 @@ import torch
 from pairwise import pairwise_rows
 from transformers_parity import MODELS, OUTPUT_TOKENS, RUNS, checkpoint, prompts, run
 
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 
 ROWS = pairwise_rows({**MODELS, **RUNS})
 
@@ -47,9 +47,9 @@ def test_greedy_tokens_are_those_of_generate(architecture: str, folder: Path) ->
         max_new_tokens=OUTPUT_TOKENS,
         min_new_tokens=OUTPUT_TOKENS,
     )
-    engine = Engine.from_pretrained(path, schedule="nano-batched-3", chunk_tokens=20)
+    llm = LLM.from_pretrained(path, schedule="nano-batched-3", chunk_tokens=20)
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    assert engine.generate([prompt], params)[0].token_ids == theirs[0, len(prompt) :].tolist()
+    assert llm.generate([prompt], params)[0].token_ids == theirs[0, len(prompt) :].tolist()
 
 
 def test_the_rows_meet_every_pair_of_choices() -> None:

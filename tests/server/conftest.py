@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanoflow_backend.embedded.server import EmbeddedServer
-from nanoflow_backend.engine import Engine
+from nanoflow_backend.engine import LLM
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "demo" / "tiny-llama"
@@ -63,6 +63,6 @@ def demo(server: Callable[..., EmbeddedServer], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def demo_engine() -> Engine:
+def demo_llm() -> LLM:
     """What the demo model says, without a server."""
-    return Engine.from_pretrained(DEMO_MODEL)
+    return LLM.from_pretrained(DEMO_MODEL)

@@ -21,7 +21,7 @@ from server.clients import GrpcStream, generate, generate_stream, grpc, metrics,
 from tritonclient.utils import InferenceServerException
 from waiting import until
 
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
@@ -67,8 +67,8 @@ def served(server, checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint):
-    return Engine.from_pretrained(checkpoint)
+def llm(checkpoint):
+    return LLM.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def expected(engine, prompts):
-    return engine.generate(prompts, SamplingParams(**GREEDY))
+def expected(llm, prompts):
+    return llm.generate(prompts, SamplingParams(**GREEDY))
 
 
 def loader(served):
@@ -160,7 +160,7 @@ def test_a_request_of_a_vllm_client_works_unchanged(served, prompts, engine):
         return_logprobs=True,
         return_cumulative_logprob=True,
     )
-    (completion,) = engine.generate([prompts[1]], SamplingParams(temperature=0, max_tokens=16, logprobs=0))
+    (completion,) = llm.generate([prompts[1]], SamplingParams(temperature=0, max_tokens=16, logprobs=0))
     assert "".join(r["text_output"] for r in responses) == completion.text
     assert {r["num_input_tokens"] for r in responses} == {completion.num_input_tokens}
     assert sum(r["num_output_tokens"] for r in responses) == 16
@@ -194,7 +194,7 @@ def test_shared_prefixes_are_reported(served):
 
 def test_a_model_without_tokenizer_continues_ids(served, engine):
     prompt = [5, 6, 7, 8]
-    (completion,) = engine.generate([prompt], SamplingParams(**GREEDY))
+    (completion,) = llm.generate([prompt], SamplingParams(**GREEDY))
     answer = generate(served.http_url, "narrow", input_ids=prompt, **GREEDY)
     assert (answer["output_ids"], "text_output" in answer) == (completion.token_ids, False)
     both = generate(served.http_url, "nanoflow", input_ids=prompt, **GREEDY)
@@ -298,7 +298,7 @@ def test_a_crowd_is_refused_while_others_run_and_whoever_comes_again_is_served(s
 
     refusals = []
     crowd = [[5, number] for number in range(20)]
-    expected = engine.generate(crowd, SamplingParams(**GREEDY))
+    expected = llm.generate(crowd, SamplingParams(**GREEDY))
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(come_again, crowd)) == [completion.token_ids for completion in expected]
     assert refusals

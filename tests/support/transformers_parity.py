@@ -20,7 +20,7 @@ from comparison import relative_rms
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoflow_backend.engine import Engine, SamplingParams, worker
+from nanoflow_backend.engine import LLM, SamplingParams, program_builder, worker
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.sampling.sampler import Sampler
@@ -69,13 +69,13 @@ def run(model: dict[str, Any], options: dict[str, Any], folder: Path) -> Outcome
     outcome = Outcome()
     greedy = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     with recorded(outcome) as records:
-        engine = Engine.from_pretrained(
+        llm = LLM.from_pretrained(
             path, dense_batch_tokens=DENSE_BATCH_TOKENS, kv_cache_tokens=8192, max_running=20, **config
         )
         try:
-            completions = engine.generate(given[:1], greedy) + engine.generate(given, greedy)
+            completions = llm.generate(given[:1], greedy) + llm.generate(given, greedy)
         finally:
-            engine.close()
+            llm.close()
     outcome.cached_tokens = sum(c.num_cached_tokens for c in completions)
     for prompt, completion, logits in zip(given[:1] + given, completions, records, strict=True):
         if len(completion.token_ids) != OUTPUT_TOKENS:
@@ -175,8 +175,8 @@ def recorded(outcome: Outcome) -> Iterator[list[dict[int, Tensor]]]:
             outcome.split_chunks += sum(int(slots[start - 1] == slots[start]) for start, _ in ranges if start)
             super().forward(plan, token_ids, positions, slots, page_table)
 
-    worker.Sampler, worker.CpuProgram = RecordingSampler, RecordingProgram
+    worker.Sampler, program_builder.CpuProgram = RecordingSampler, RecordingProgram
     try:
         yield records
     finally:
-        worker.Sampler, worker.CpuProgram = Sampler, CpuProgram
+        worker.Sampler, program_builder.CpuProgram = Sampler, CpuProgram

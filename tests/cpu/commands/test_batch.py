@@ -9,7 +9,7 @@ import pytest
 from command_line import assert_one_line, command, environment, run_here
 from json_lines import read_lines, write_lines
 
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.offline.result_file import ResultFile
 from nanoflow_backend.text.tokenizer import Tokenizer
 
@@ -52,8 +52,8 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
     assert "top_p: expected a number in (0, 1]" in results[9]["error"]
     assert "'utf-8' codec can't decode byte 0xff" in results[10]["error"]
     assert "recursion" in results[11]["error"]
-    engine = Engine.from_pretrained(model)
-    (alone,) = engine.generate(["The quick brown fox"], SamplingParams(max_tokens=30, temperature=0.0))
+    llm = LLM.from_pretrained(model)
+    (alone,) = llm.generate(["The quick brown fox"], SamplingParams(max_tokens=30, temperature=0.0))
     assert results[0] == {
         "id": "long",
         "text": alone.text,
@@ -113,7 +113,7 @@ def test_logprobs_that_were_asked_for_are_in_the_line(model, tmp_path):
     assert done.returncode == 0, done.stderr
     asked, plain = read_lines(output)
     assert {"logprobs", "prompt_logprobs"} & plain.keys() == set()
-    (alone,) = Engine.from_pretrained(model).generate(
+    (alone,) = LLM.from_pretrained(model).generate(
         ["The dog"], SamplingParams(max_tokens=3, temperature=0.0, logprobs=2, prompt_logprobs=0)
     )
     tokenizer = Tokenizer.from_pretrained(model)

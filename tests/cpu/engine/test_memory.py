@@ -9,7 +9,7 @@ import pytest
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
-from nanoflow_backend.engine import Engine, worker
+from nanoflow_backend.engine import Engine, program_builder
 from nanoflow_backend.engine.memory import check_room
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.hugging_face import read_model_config
@@ -51,8 +51,8 @@ def test_what_is_proposed_fits_and_a_page_more_does_not(folder: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_not_even_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.Device, "free_bytes", lambda *_: 10_000)
-    monkeypatch.setattr(worker.weights, "load", lambda *_, **__: 1 // 0)
+    monkeypatch.setattr(program_builder.Device, "free_bytes", lambda *_: 10_000)
+    monkeypatch.setattr(program_builder.weights, "load", lambda *_, **__: 1 // 0)
     with pytest.raises(
         ConfigError, match=r"model: its weights take 0\.\d\d GiB in float32 on each of 1 ranks, but 0\.00 "
     ):

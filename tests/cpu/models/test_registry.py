@@ -14,7 +14,7 @@ from nanoflow_search.request import Setting
 from safetensors.torch import save_file
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.registry import ARCHITECTURES
 
@@ -61,8 +61,8 @@ def test_a_family_that_is_not_registered_is_named(folder: Path) -> None:
 def test_a_registered_family_is_served(folder: Path, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, ALTERNATING.name, ALTERNATING)
     expected = layer_kinds.logits(load_rank(folder), torch.tensor(PROMPT)).log_softmax(-1)
-    engine = Engine.from_pretrained(folder, schedule=schedule, chunk_tokens=16, kv_cache_tokens=512)
-    (ours,) = engine.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+    llm = LLM.from_pretrained(folder, schedule=schedule, chunk_tokens=16, kv_cache_tokens=512)
+    (ours,) = llm.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     for i, token in enumerate(ours.prompt_logprobs):
         assert token.logprobs[0] == pytest.approx(float(expected[i, PROMPT[i + 1]]), abs=1e-4)
     assert ours.token_ids == [int(expected[-1].argmax())]

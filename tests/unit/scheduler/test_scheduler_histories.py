@@ -1,4 +1,4 @@
-"""Random histories of the scheduler, against a worker that notices wrong pages and wrong tokens.
+"""Random histories of the scheduler, against an executor that notices wrong pages and wrong tokens.
 
 The full run: `python tests/unit/scheduler/test_scheduler_histories.py 10000`.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
-from ledger_worker import EOS, VOCABULARY, LedgerWorker, Story
+from ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.request.request import Request
@@ -74,7 +74,8 @@ class History:
             clock=lambda: self.now,
             forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
         )
-        self.worker = LedgerWorker(self.num_pages, self.page_tokens)
+        self.executor = LedgerExecutor(self.num_pages, self.page_tokens)
+        self.in_flight: deque[LedgerStep] = deque()
         self.lives: dict[tuple[int, int], Life] = {}  # by request and sequence
         self.requests: list[int] = []
         self.held: list[int] = []
@@ -143,7 +144,7 @@ class History:
                 assert seed is not None
                 story = Story.of(prompt, seed, max_tokens + 2, masked, params.min_tokens)
                 self.lives[request.id, index] = Life(request, story, most)
-                self.worker.stories[seed] = story
+                self.executor.stories[seed] = story
         self.scheduler.check()
 
     def step(self) -> bool:
@@ -153,9 +154,9 @@ class History:
         self.scheduler.check()
         if batch is not None:
             self.check_batch(batch)
-            self.worker.launch(batch)
-        wait = self.worker.batches_in_flight > (1 if self.asynchronous and batch is not None else 0)
-        deltas = self.scheduler.retire(self.worker.collect() if wait else None)
+            self.in_flight.append(self.executor.launch_forward(batch))
+        wait = len(self.in_flight) > (1 if self.asynchronous and batch is not None else 0)
+        deltas = self.scheduler.retire(self.executor.collect(self.in_flight.popleft()) if wait else None)
         self.scheduler.check()
         for delta in deltas:
             self.take(delta)
@@ -186,7 +187,7 @@ class History:
     def verify(self) -> None:
         stats = self.scheduler.stats
         assert (stats.used_pages, stats.running_requests, stats.waiting_requests) == (0, 0, 0)
-        assert self.worker.batches_in_flight == 0
+        assert not self.in_flight
         for (request_id, index), life in self.lives.items():
             assert len(life.ends) == 1, f"sequence {index} of request {request_id} ended {len(life.ends)} times"
             self.verify_output(life)

@@ -1,4 +1,4 @@
-"""LedgerWorker: a worker whose model is arithmetic and whose KV pages say what was written into them.
+"""LedgerExecutor is an Executor whose model is arithmetic and whose KV pages say what was written into them.
 
 The entry of a position is a number made of every token up to there, so a page that was shared wrongly, reused too
 early or never written does not hold what its reader expects. The next token is a function of that number, so a token
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, PromptScores, Sampled, TokenLogprobs
 
 VOCABULARY = 12
@@ -44,10 +46,21 @@ class Story:
         return cls(tokens, entries)
 
 
-class LedgerWorker:
+@dataclass(frozen=True)
+class LedgerStep:
+    """A step in flight."""
+
+    batch: Batch
+    results: Sampled
+    writers: dict[int, int]  # by page, the slot that writes it
+
+
+class LedgerExecutor:
     """Runs batches in order; everything that it knows of a request comes from them, and from its story by its seed."""
 
     def __init__(self, num_pages: int, page_tokens: int) -> None:
+        self.num_pages = num_pages
+        self.device = SimpleNamespace(kind="cpu", name="arithmetic", sms=None)
         self.stories: dict[int, Story] = {}
         self._page_tokens = page_tokens
         self._pages = [[-1] * page_tokens for _ in range(num_pages)]
@@ -55,9 +68,9 @@ class LedgerWorker:
         self._slot_stories: dict[int, Story] = {}
         self._last_sample: dict[int, int] = {}
         self._scored_prompts: dict[int, list[int]] = {}  # by slot
-        self._in_flight: deque[tuple[Sampled, dict[int, int]]] = deque()  # results, and who writes which page
+        self._in_flight: deque[LedgerStep] = deque()
 
-    def launch(self, batch: Batch) -> None:
+    def launch_forward(self, batch: Batch) -> LedgerStep:
         for admission in batch.admitted:
             self._slot_stories[admission.slot] = self.stories[admission.params.seed]
             self._tables[admission.slot] = {}
@@ -78,9 +91,10 @@ class LedgerWorker:
         writers: dict[int, int] = {}
         for slot, start, token_ids in rows:
             self._write(slot, start, token_ids, writers)
-        for _, earlier in self._in_flight:
+        for earlier in self._in_flight:
             for page, slot in writers.items():
-                assert earlier.get(page, slot) == slot, f"page {page} is reused while slot {earlier[page]} may write it"
+                other = earlier.writers.get(page, slot)
+                assert other == slot, f"page {page} is reused while slot {other} may write it"
         ends = {slot: start + len(token_ids) for slot, start, token_ids in rows}
         for slot in batch.sampled_slots:
             self._last_sample[slot] = self._slot_stories[slot].tokens[ends[slot]]
@@ -90,14 +104,20 @@ class LedgerWorker:
             if p.start < len(prompt := self._scored_prompts.get(p.slot, [])[: p.start + len(p.token_ids) + 1])
         ]
         results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots], {}, scores)
-        self._in_flight.append((results, writers))
+        self._in_flight.append(LedgerStep(batch, results, writers))
+        return self._in_flight[-1]
 
-    def collect(self) -> Sampled:
-        return self._in_flight.popleft()[0]
+    def launch_tail(self, step: LedgerStep, masks: Masks | None) -> None:
+        assert step is self._in_flight[-1], "the tail is that of the last forward"
+        assert len(self._in_flight) == 1, "the step before was collected"
+        assert masks is None, "stories have no grammar"
 
-    @property
-    def batches_in_flight(self) -> int:
-        return len(self._in_flight)
+    def collect(self, step: LedgerStep) -> Sampled:
+        assert step is self._in_flight.popleft(), "steps are collected in the order of their launches"
+        return step.results
+
+    def close(self) -> None:
+        assert not self._in_flight
 
     def _read(self, slot: int, tokens: int) -> None:
         """Attention reads all earlier positions: they must be this request's."""
