@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.buffers import BufferPlan, Instance, instance_of, plan_buffers, shared
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
 
@@ -58,10 +59,10 @@ class Binding:
     """Weights, pages, the batch's ints and activation buffers, and which rows of them each launch works on.
 
     `schedules`: in the order of a schedule file; a batch runs under the first that holds it.
-    weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
-    page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
-    With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
-    launches that have a cap, or are in a lane with SMs of its own, pass it to their kernel as `num_sms`.
+    weights: by parameter name, those of layer i as "layers.{i}.{name}". `positions` and `slots` are int32
+    [max_tokens], and hold the batch's before a call runs. With `in_place`, collectives of a single rank are no calls:
+    their output is their input. With `limit_sms`, launches that have a cap, or are in a lane with SMs of its own, pass
+    it to their kernel as `num_sms`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Binding:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         kernels: Kernels,
         *,
@@ -179,7 +180,7 @@ class Binding:
             assert self.page_table is not None
             return self.page_table
         if plan.layer.values[name].kind is Kind.PAGES:
-            return self.kv[layer]
+            return self.kv.layer(layer)
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
         return self._rows(plan, instance_of(plan.layer, layer, name), start, stop)

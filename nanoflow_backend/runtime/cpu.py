@@ -13,8 +13,9 @@ from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -34,7 +35,7 @@ class CpuProgram:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         *,
         max_tokens: int,

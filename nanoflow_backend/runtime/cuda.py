@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -29,6 +30,9 @@ class CudaProgram:
     a bucket and a schedule runs a kernel at a time, which compiles what is not compiled yet, and is captured; later
     ones replay the capture. With `cuda_graphs` off none is captured.
     The logits of `head` are valid until its next call, on the same stream.
+
+    Raises:
+        ValueError: `cuda_graphs` with collectives that a CUDA graph cannot hold.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class CudaProgram:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         *,
         max_tokens: int,
@@ -45,6 +49,10 @@ class CudaProgram:
         dtype: torch.dtype = torch.bfloat16,
         cuda_graphs: bool = True,
     ) -> None:
+        if cuda_graphs and not collectives.capturable:
+            raise ValueError(
+                f"cuda_graphs: expected collectives that a CUDA graph can hold, got {type(collectives).__name__}"
+            )
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.binding = Binding(
             model,

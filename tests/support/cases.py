@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import torch
 from batches import Chunk, Requests, decode_kv_tokens, forward
 from comparison import assert_close
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -50,7 +50,7 @@ class Case:
     def program(self, *schedules: Schedule, **options: Any) -> CpuProgram:
         options = {"max_tokens": schedules[-1].tokens, "checked": True} | options
         pages = self.requests.empty_pages()
-        return CpuProgram(self.model, schedules, self.weights, pages, Collectives(), **options)
+        return CpuProgram(self.model, schedules, self.weights, pages, OneRank(), **options)
 
     def check(
         self,

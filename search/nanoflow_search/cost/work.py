@@ -48,7 +48,7 @@ def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1,
             chosen = next(v.width for v in values if v.name in operation.inputs and v.dtype == "int32")
         weights = prod(shape) * element_bytes
         return Work(2 * mix.tokens * chosen * shape[-1] * shape[-2], weights + moved)
-    if operation.kernel in ("all_reduce", "reduce_scatter", "all_gather"):
+    if operation.kernel in ("all_reduce", "reduce_scatter_columns", "all_gather_columns"):
         whole = max(graph.values[name].width for name in (*operation.inputs, *operation.outputs))
         passes = 2 if operation.kernel == "all_reduce" else 1
         sent = passes * (ranks - 1) / ranks * mix.tokens * whole * element_bytes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, Value
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.model import build
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests
@@ -133,7 +133,7 @@ class OperationInputs:
         if value.kind is Kind.PAGES:
             one_layer = replace(self._config, num_layers=1)
             dtype = self._dtypes["activation"]
-            pages = storage.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device)[0]
+            pages = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device).layer(0)
             return pages.normal_(generator=self._generator)
         width = -(-value.width // 8) * 8  # rows begin at multiples of 16 bytes, as in the engine
         tensor = torch.empty(rows, width, dtype=self._dtypes[value.dtype], device=self._device)[:, : value.width]

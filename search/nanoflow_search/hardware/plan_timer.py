@@ -12,10 +12,10 @@ import msgspec
 import torch
 
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.cost.workload import Mix
@@ -61,9 +61,8 @@ class PlanTimer:
             f"layers.{i}.{name}": made[f"layers.{i % distinct}.{name}"] for i in range(layers) for name in names
         }
         shape = msgspec.structs.replace(config, num_layers=distinct)
-        pages = storage.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
-        pages.normal_(generator=torch.Generator(device).manual_seed(0))
-        self._kv = [pages[i % distinct] for i in range(layers)]
+        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
+        self._kv.tensor.normal_(generator=torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
@@ -106,7 +105,7 @@ class PlanTimer:
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
-            Collectives(),
+            OneRank(),
             max_tokens=tokens,
             max_rows=1,
             **self._options,

@@ -6,11 +6,10 @@ import signal
 import threading
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 from waiting import until
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config import ConfigError, EngineConfig
 from nanoflow_backend.engine import LLM, Engine, SamplingParams, ranks
 from nanoflow_backend.process.child import Child

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
@@ -43,8 +44,8 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
-    kv = torch.empty(model.num_layers, 0)
-    return CpuProgram(model, [schedule], weights, kv, Collectives(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
+    kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
+    return CpuProgram(model, [schedule], weights, kv, OneRank(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
@@ -102,7 +103,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
-                for pages in program.kv:
+                for pages in program.kv.tensor:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
@@ -185,7 +186,7 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    return CpuProgram(attention.model, [schedule], attention.weights, pages, Collectives(), max_tokens=6)
+    return CpuProgram(attention.model, [schedule], attention.weights, pages, OneRank(), max_tokens=6)
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:
@@ -197,7 +198,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         program = program_of(attention, schedule)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
-            program.kv.fill_(torch.nan)
+            program.kv.tensor.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1

@@ -40,8 +40,8 @@ def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
         assert found.layer_j == pytest.approx(found.power_w * found.layer_us * 1e-6)
     one, other = (program.binding for program in programs.made)
     assert one.weights is other.weights
-    assert [pages.data_ptr() for pages in one.kv] == [pages.data_ptr() for pages in other.kv]
-    assert len({pages.data_ptr() for pages in one.kv}) == DISTINCT_LAYERS < LAYERS == len(one.kv)
+    assert [one.kv.layer(i).data_ptr() for i in range(LAYERS)] == [other.kv.layer(i).data_ptr() for i in range(LAYERS)]
+    assert len({one.kv.layer(i).data_ptr() for i in range(LAYERS)}) == DISTINCT_LAYERS < LAYERS
     assert one.weights["layers.5.o.weight"] is one.weights["layers.1.o.weight"]
     results = [program.binding.results(program.plan) for program in programs.made]
     for a, b in zip(*results, strict=True):
