@@ -2,9 +2,9 @@
 
 It writes benchmarks/results/search_a100_NAME.json and .svg.
 
-    python -m benchmarks.paper.search_a100 --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
-    python -m benchmarks.paper.search_a100 --name 70b --tables release --goals paper --spare qkv
-    python -m benchmarks.paper.search_a100 --name 8b       # Llama-3-8B on one, 1,024 tokens
+    python -m benchmarks search-a100 --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
+    python -m benchmarks search-a100 --name 70b --tables release --goals paper --spare qkv
+    python -m benchmarks search-a100 --name 8b       # Llama-3-8B on one, 1,024 tokens
 
 The two stages plan for some numbers of parts, each task with one share for all of its time. Then the best of their
 plans are annealed with GEMMs that keep what the others leave (`a100_tables.Published`): once with any parts, and once

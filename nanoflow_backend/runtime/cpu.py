@@ -12,7 +12,8 @@ import torch
 from nanoflow_kernels import reference
 from torch import Tensor
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.precision import FLOAT32, Precision
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives.protocol import Collectives
@@ -39,16 +40,16 @@ class CpuProgram:
         collectives: Collectives,
         *,
         max_tokens: int,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = FLOAT32,
         kernels: Kernels = reference,
         checked: bool = False,
     ) -> None:
         self.kv, self.max_tokens, self.checked = kv, max_tokens, checked
         self.binding = Binding(
-            model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, dtype=dtype
+            model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, precision=precision
         )  # fmt: skip
         self.tags_of = {
-            plan: RowTags(plan.layer, plan.schedule, model.num_layers, plan.buffers) for plan in self.binding.plans
+            plan: RowTags(plan.layers, plan.schedule, plan.buffers) for plan in self.binding.plans
         }
         self.plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
         for buffer in self.binding.buffers:

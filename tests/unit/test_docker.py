@@ -10,7 +10,8 @@ import pytest
 import yaml
 from support.places import DEMO_MODEL, ROOT
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 
 DOCKER = ROOT / "docker"
 

@@ -10,7 +10,8 @@ import pytest
 from support.waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, Engine, SamplingParams, ranks
 from nanoflow_backend.process.child import Child
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess

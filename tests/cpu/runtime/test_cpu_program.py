@@ -16,6 +16,7 @@ from support.schedule.schedules import interleavings, plans, random_interleaving
 from torch import Tensor
 
 from benchmarks.models import checkpoints
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
@@ -83,7 +84,7 @@ def test_bfloat16_follows_float32(case: Case) -> None:
         name: w if name.endswith("frequencies") else w.bfloat16() for name, w in case.weights.items()
     }  # fmt: skip
     schedule = nano_batched(case.model.layer, TOKENS, 3)
-    options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16, "checked": True}
+    options: dict[str, Any] = {"max_tokens": TOKENS, "precision": BFLOAT16, "checked": True}
     program = CpuProgram(case.model, [schedule], weights, pages, OneRank(), **options)
     forward(program, case.requests.inputs(BATCHES[0]))
     logits = program.head(torch.arange(TOKENS))

@@ -11,9 +11,9 @@ from support.comparison import assert_close
 from support.models.batches import Chunk, Requests, decode_kv_tokens, forward
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models import weights
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
@@ -37,7 +37,7 @@ class Case:
         reference_model = checkpoints.make(architecture, **fields)
         checkpoints.save(reference_model, folder)
         self.folder = folder
-        self.config = ModelConfig.from_pretrained(folder)
+        self.config = read_model_config(folder)
         self.model: Model = build(self.config)
         self.weights = weights.load(folder, self.config, self.model)
         self.requests = Requests(self.config, lengths)

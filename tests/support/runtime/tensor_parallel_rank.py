@@ -12,10 +12,10 @@ from support.collectives.checks import TOLERANCE, check_collectives
 from support.models.batches import Chunk, Requests, forward
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models import weights
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.collectives.gloo import Gloo
 from nanoflow_backend.runtime.cpu import CpuProgram
@@ -55,7 +55,7 @@ def run(rank: int, work: Work) -> None:
                 check_collectives(collectives, tokens, dtype, num_sms)
     results: dict[tuple[str, str], Tensor] = {}
     for folder in work.checkpoints:
-        config = ModelConfig.from_pretrained(folder)
+        config = read_model_config(folder)
         model = build(config, work.ranks)
         loaded = weights.load(folder, config, model, rank=rank, tp=work.ranks)
         requests = Requests(config, work.lengths)

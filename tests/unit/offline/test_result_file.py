@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from support.commands.json_lines import read_lines, write_lines
 from support.runtime.arithmetic_runner import MADE_WITH, ArithmeticRunner
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile
 from nanoflow_backend.offline.run import run

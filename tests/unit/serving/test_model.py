@@ -15,7 +15,7 @@ from support.places import DROP_IN_FOLDER
 from support.serving.fake_engine import FLAG, FakeEngine, last, text
 
 from benchmarks.stress.stub_backend import ServerRequest
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.scheduler.batch import Delta
 
 

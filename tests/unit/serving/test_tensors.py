@@ -6,7 +6,7 @@ import re
 import pytest
 from support.places import DEMO_MODEL, DROP_IN_FOLDER
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete
 
 ENTRY = re.compile(r'\{ name: "(\w+)", data_type: TYPE_(\w+), dims: \[ ([-\d, ]+) \](, optional: true)? \}')

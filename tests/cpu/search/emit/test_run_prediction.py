@@ -21,14 +21,15 @@ from support.places import LLAMA_3_8B
 from support.simulated.profiles import profiled
 from typer.testing import CliRunner
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cuda import bucket
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.scheduler.batch import Batch, Prefill
 
-LLAMA = build(ModelConfig.from_pretrained(LLAMA_3_8B))
+LLAMA = build(read_model_config(LLAMA_3_8B))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,7 @@ def test_a_run_is_its_steps(profile: Profile, tmp_path: Path) -> None:
     assert paced["steps"] == 6 + 7
     header = Header(
         model_fingerprint=fingerprint(LLAMA.layer),
+        precision=BFLOAT16,
         device=profile.header.device,
         device_sms=132,
         tensor_parallel=1,

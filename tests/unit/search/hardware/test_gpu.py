@@ -10,12 +10,12 @@ from nanoflow_search.profile.measure import profile_header, take_profile
 from support.places import LLAMA_3_8B
 from support.simulated.gpu import IDLE_W, SimulatedGpu, SimulatedWork
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.green_contexts import Shares
 
-LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 
 
 class Cases:

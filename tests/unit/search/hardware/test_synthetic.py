@@ -8,10 +8,10 @@ from nanoflow_search.hardware.synthetic import LAUNCH_US, SyntheticDevice
 from nanoflow_search.profile.load import Load, ProfileError
 from support.places import LLAMA_3_8B
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 H200 = DEVICES["H200-sustained"]
 
 

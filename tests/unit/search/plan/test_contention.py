@@ -10,10 +10,11 @@ from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
 from nanoflow_search.profile.load import Point
 from support.places import LLAMA_3_8B
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODEL_8B = build(ModelConfig.from_pretrained(LLAMA_3_8B))
+MODEL_8B = build(read_model_config(LLAMA_3_8B))
 
 
 def test_tasks_slow_down_as_their_operations_do() -> None:
@@ -36,7 +37,13 @@ def test_tasks_slow_down_as_their_operations_do() -> None:
         pair("down", "attention/decode", 32, (1.3, 1.2)),
     )
     header = ProfileHeader(
-        model_fingerprint="f", device="d", device_sms=100, tensor_parallel=1, static_w=0, power_cap_w=1e9
+        model_fingerprint="f",
+        precision=BFLOAT16,
+        device="d",
+        device_sms=100,
+        tensor_parallel=1,
+        static_w=0,
+        power_cap_w=1e9,
     )
     measured = TimingModel(Profile(header=header, points=tuple(points), pairs=pairs), Mix(2, 2, 512.0, 512.0))
     problem = layer_problem(layer, 1, 4, 2, measured.operations_us)

@@ -19,13 +19,13 @@ from nanoflow_search.request import Effort
 from support.places import LLAMA_3_8B
 from support.simulated.profiles import capped, profiled
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.schedule.validate import validate
 
-LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 MIX = Mix(704, 1344, 1280, 512)
 
 

@@ -8,11 +8,11 @@ from nanoflow_search.predict.simulate import LaunchPhase, Pace, simulate_launche
 from support.places import LLAMA_3_8B
 from support.schedule.schedules import random_schedule
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
 
-LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 TIMES_US = {"gemm": 100.0, "read": 60.0}
 
 

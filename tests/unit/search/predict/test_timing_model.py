@@ -7,10 +7,10 @@ from nanoflow_search.profile.load import ProfileError
 from support.places import LLAMA_3_8B
 
 from benchmarks.paper import a100_tables as a100
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODEL_8B = build(ModelConfig.from_pretrained(LLAMA_3_8B))
+MODEL_8B = build(read_model_config(LLAMA_3_8B))
 PROFILE_8B = a100.profile(MODEL_8B.layer, 1, a100.LLAMA_3_8B)
 
 

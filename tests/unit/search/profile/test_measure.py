@@ -11,13 +11,20 @@ from nanoflow_search.profile.load import Load, ProfileError, SoloLoad
 from nanoflow_search.profile.measure import take_profile
 from support.places import LLAMA_3_8B
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 H200 = DEVICES["H200-sustained"]
 HEADER = ProfileHeader(
-    model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0
+    model_fingerprint="f",
+    precision=BFLOAT16,
+    device="d",
+    device_sms=132,
+    tensor_parallel=1,
+    static_w=185.0,
+    power_cap_w=700.0,
 )
 
 

@@ -4,10 +4,10 @@ from nanoflow_search.cost.workload import Mix
 from nanoflow_search.profile.points import attention_sms, attention_sms_for, partition_loads
 from support.places import LLAMA_3_8B
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-LAYER = build(ModelConfig.from_pretrained(LLAMA_3_8B)).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 MIX = Mix(704, 1344, 1280, 512)
 
 
