@@ -19,7 +19,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-gpu lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-gpu templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -47,6 +47,11 @@ test: setup
 # Where a CUDA build of torch is installed. With pytest-xdist, XDIST="-n 15 --dist worksteal" takes minutes off.
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(XDIST) tests/gpu
+
+# Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json]
+templates: setup
+	@test -d "$(DIR)" || { echo "make templates: expected DIR=, a folder with *.jinja or tokenizer_config.json files" >&2; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy.chat_templates $(DIR) $(if $(OUTPUT),--output $(OUTPUT))
 
 lint: setup
 	$(BIN)/ruff check .

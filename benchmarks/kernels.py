@@ -89,19 +89,21 @@ def attention(name: str, mix: list[tuple[int, int]], page_tokens: int, sms: int 
     kept = max(1, min(SETS, int(60e9 / (num_pages * page_tokens * KV_HEADS * HEAD_DIM * 4))))
     pages = [normal(num_pages, 2, KV_HEADS, page_tokens, HEAD_DIM) for _ in range(kept)]
     q, out = normal(len(positions), HEADS * HEAD_DIM), empty(len(positions), HEADS * HEAD_DIM)
-    work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=sms)
+    plan = kernels.plan_attention(positions, slots, pages[0], HEADS, num_sms=sms)
     kv = sum(past + new for past, new in mix) * KV_HEADS * HEAD_DIM * 2 * BYTES
     pairs = sum(new * past + new * (new + 1) / 2 for past, new in mix)
     yield Case(
         f"attention {name} page {page_tokens}" + (f" on {sms} SMs" if sms else ""),
-        lambda i: kernels.attention(q, pages[i % kept], positions, slots, table, out=out, num_sms=sms, work=work),
+        lambda i: kernels.attention(q, pages[i % kept], positions, slots, table, out=out, num_sms=sms, plan=plan),
         kv + 2 * q.numel() * BYTES,
         4.0 * pairs * HEADS * HEAD_DIM,
         sms,
     )
     if name == "mixed":
         yield Case(
-            "list_work", lambda i: kernels.list_work(positions, slots, pages[0], HEADS), 2 * 4.0 * len(positions)
+            "plan_attention",
+            lambda i: kernels.plan_attention(positions, slots, pages[0], HEADS),
+            2 * 4.0 * len(positions),
         )
         qkv = [normal(len(positions), (HEADS + 2 * KV_HEADS) * HEAD_DIM) for _ in range(SETS)]
         frequencies = torch.rand(HEAD_DIM // 2, device="cuda")

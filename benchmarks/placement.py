@@ -51,10 +51,10 @@ def main() -> None:
     points = []
     for sms in arguments.sms:
         rest = device_sms - sms
-        work = kernels.list_work(positions, slots, pages[0], HEADS, num_sms=sms)
+        plan = kernels.plan_attention(positions, slots, pages[0], HEADS, num_sms=sms)
 
-        def attend(i: int, work: Any = work, sms: int = sms) -> None:
-            kernels.attention(q, pages[i], positions, slots, table, out=attended, num_sms=sms, work=work)
+        def attend(i: int, plan: Any = plan, sms: int = sms) -> None:
+            kernels.attention(q, pages[i], positions, slots, table, out=attended, num_sms=sms, plan=plan)
 
         def multiply(i: int, rest: int = rest) -> None:
             kernels.linear_swiglu(x, weights[i], out=inner, num_sms=rest)

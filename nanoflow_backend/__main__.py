@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+COULD_NOT_RUN = 2  # the exit status, as for an option that does not exist
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Measure the engine.")
 app.add_typer(bench, name="bench")
@@ -19,7 +21,7 @@ Settings = Annotated[
     typer.Option("--set", help="A field of engine.json, e.g. --set dense_batch_tokens=256. Repeatable."),
 ]
 Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/config.pbtxt.")]
-Result = Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")]
+Result = Annotated[Path | None, typer.Option(help="Where the whole result goes, as JSON; shown is a part of it.")]
 InputTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=1)]
 HttpPort = Annotated[int, typer.Option(help="0: any free port.")]
@@ -82,12 +84,12 @@ def batch(
 ) -> None:
     """Complete a file of prompts. After a kill, run it again to go on.
 
-    A bad line becomes an error line of the output; with any of these the exit status is 1.
+    A bad line becomes an error line of the output. Exit status: 0 all lines are done; 1 some are errors; 2 the run
+    could not begin or not go on.
     """
     from nanoflow_backend.commands.batch import batch
 
-    if batch(model, input, output, settings or []):
-        raise typer.Exit(1)
+    raise typer.Exit(batch(model, input, output, settings or []))
 
 
 @bench.command()
@@ -154,7 +156,8 @@ def main() -> None:
     try:
         app()
     except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
-        sys.exit(f"nanoflow: {error}")
+        print(f"nanoflow: {error}", file=sys.stderr)
+        sys.exit(COULD_NOT_RUN)
 
 
 if __name__ == "__main__":

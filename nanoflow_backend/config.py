@@ -21,7 +21,27 @@ ROPE_KEYS = {  # that a scaling cannot do without
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+ROPE_SETTINGS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")  # that every scaling may have
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MixtralForCausalLM": "mixtral"}
+# What a key means that config.json leaves out: the default of the architecture's config class in transformers (4.57 and
+# 5.23 agree). Sizes of matrices are not here, since nobody leaves them to a default. None: heads share nothing, hidden
+# size over heads, no window, no end.
+CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "hidden_act": "silu", "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 2,
+    },
+    "qwen2": {
+        "hidden_act": "silu", "num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": None,
+        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+    },
+    "mixtral": {
+        "hidden_act": "silu", "num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "tie_word_embeddings": False, "eos_token_id": 2,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -37,6 +57,19 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
+        if self.scaling == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ConfigError(
+                f"expected 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor}, {self.high_freq_factor}"
+            )
+        if self.original_max_positions < 1:
+            raise ConfigError(
+                f"original_max_position_embeddings: expected an integer >= 1, got {self.original_max_positions}"
+            )
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,13 +108,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
-        def need(key: str) -> Any:
-            if hf.get(key) is None:
-                raise ConfigError(f"{origin}: key {key!r} is missing")
-            return hf[key]
+        """Read what the two files hold. A key that is absent means what transformers' class means by that."""
+        names = hf.get("architectures")
+        if names is None:
+            raise ConfigError(f"{origin}: key 'architectures' is missing")
+        if not isinstance(names, list) or not names or names[0] not in list(ARCHITECTURES):
+            raise ConfigError(f"{origin}: architectures: expected one of {', '.join(ARCHITECTURES)}, got {names!r}")
+        architecture = ARCHITECTURES[names[0]]
+        given, hf = hf, {**CLASS_DEFAULTS[architecture], **hf}
 
         def size(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-            value = need(key) if default is None else hf.get(key) or default
+            if (value := hf.get(key)) is None:
+                value = default
+            if value is None:
+                raise ConfigError(f"{origin}: key {key!r} is missing")
             if type(value) is not int or not 1 <= value <= most:
                 raise ConfigError(f"{origin}: {key}: expected an integer in 1..{most}, got {value!r}")
             return value
@@ -90,38 +130,37 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             if used:
                 raise ConfigError(f"{origin}: {what} is not supported")
 
-        names = need("architectures")
-        if not isinstance(names, list) or not names or names[0] not in ARCHITECTURES:
-            raise ConfigError(f"{origin}: architectures: expected one of {', '.join(ARCHITECTURES)}, got {names!r}")
-        architecture = ARCHITECTURES[names[0]]
-        refuse(hf.get("hidden_act", "silu") != "silu", f"hidden_act {hf.get('hidden_act')!r} (only silu)")
+        refuse(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
         refuse(hf.get("attention_bias"), "attention_bias")
         refuse(hf.get("mlp_bias"), "mlp_bias")
         refuse(hf.get("quantization_config"), "quantization_config")
-        sliding = hf.get("use_sliding_window", architecture != "qwen2") and hf.get("sliding_window")
-        refuse(sliding, f"sliding_window {hf.get('sliding_window')!r}")
         hidden, heads = size("hidden_size"), size("num_attention_heads")
-        refuse(not hf.get("head_dim") and hidden % heads, f"hidden_size {hidden} without head_dim, over {heads} heads")
-        refuse(size("head_dim", hidden // heads) % 2, f"an odd head_dim, {hf.get('head_dim') or hidden // heads},")
-        eos = generation.get("eos_token_id", hf.get("eos_token_id"))
+        layers = size("num_hidden_layers", most=MOST_REPEATS)
+        _refuse_windows(hf, architecture, layers, origin)
+        refuse(hf["head_dim"] is None and hidden % heads, f"hidden_size {hidden} without head_dim, over {heads} heads")
+        head_dim = size("head_dim", hidden // heads)
+        refuse(head_dim % 2, f"an odd head_dim, {head_dim},")
+        eos = generation.get("eos_token_id", hf["eos_token_id"])
         moe = architecture == "mixtral"
+        if moe and (experts := _agreed(given, ("num_local_experts", "num_experts"), origin)) is not None:
+            hf["num_local_experts"] = experts  # transformers reads both names
         fields = {
             "architecture": architecture,
             "vocab_size": size("vocab_size"),
             "hidden_size": hidden,
             "intermediate_size": size("intermediate_size"),
-            "num_layers": size("num_hidden_layers", most=MOST_REPEATS),
+            "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": size("num_key_value_heads", heads),
-            "head_dim": size("head_dim", hidden // heads),
-            "rms_norm_eps": need("rms_norm_eps"),
-            "rope": _rope(hf, origin),
+            "head_dim": head_dim,
+            "rms_norm_eps": hf["rms_norm_eps"],
+            "rope": _rope(given, CLASS_DEFAULTS[architecture]["rope_theta"], origin),
             "max_model_tokens": size("max_position_embeddings"),
-            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            "tie_word_embeddings": hf["tie_word_embeddings"],
             "qkv_bias": architecture == "qwen2",
             "num_experts": size("num_local_experts", most=MOST_REPEATS) if moe else 0,
             "experts_per_token": size("num_experts_per_tok") if moe else 0,
-            "dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32",  # what transformers assumes
+            "dtype": _agreed(hf, ("dtype", "torch_dtype"), origin) or "float32",  # what transformers assumes
             "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
         }
         config = _convert(fields, cls, origin)
@@ -276,27 +315,89 @@ DEFAULTS = {
 }
 
 
-def _rope(hf: Mapping[str, Any], origin: str) -> RopeConfig:
-    """`rope_parameters` since transformers 5; before, `rope_theta` beside `rope_scaling` (whose `type` was renamed)."""
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rotated = scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
-    if rotated != 1:
+def _agreed(hf: Mapping[str, Any], names: tuple[str, ...], origin: str) -> Any:
+    """The value of a setting that has several names; None where all are absent or null.
+
+    Raises:
+        ConfigError: two of them differ.
+    """
+    given = {name: hf[name] for name in names if hf.get(name) is not None}
+    for name, value in given.items():
+        first = next(iter(given))
+        if value != given[first]:
+            raise ConfigError(f"{origin}: {first} {given[first]!r} and {name} {value!r} say two things: keep one")
+    return next(iter(given.values()), None)
+
+
+def _refuse_windows(hf: Mapping[str, Any], architecture: str, layers: int, origin: str) -> None:
+    """Refuse a model of which any layer sees a window of the context alone."""
+    window, kinds = hf.get("sliding_window"), hf.get("layer_types")
+    if architecture == "qwen2":  # the first max_window_layers layers have none, unless layer_types says otherwise
+        used = hf["use_sliding_window"] and window is not None and kinds is None
+        if type(first := hf["max_window_layers"]) is not int:
+            raise ConfigError(f"{origin}: max_window_layers: expected an integer, got {first!r}")
+        used = used and first < layers
+    else:
+        used = window is not None
+    if used:
+        raise ConfigError(f"{origin}: sliding_window {window!r} is not supported")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f"{origin}: layer_types: expected full_attention for every layer, got {kinds!r}")
+
+
+def _rope(hf: Mapping[str, Any], default_theta: float, origin: str) -> RopeConfig:
+    """`rope_parameters` since transformers 5; before, `rope_theta` beside `rope_scaling` (whose `type` was renamed).
+
+    Raises:
+        ConfigError: they say different things, or what this engine does not compute.
+    """
+    objects: dict[str, Mapping[str, Any]] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = hf.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {name}: expected an object or null, got {value!r}")
+        if value and (kinds := [key for key, inner in value.items() if isinstance(inner, dict)]):
+            raise ConfigError(
+                f"{origin}: {name} with an object for each kind of layer ({', '.join(kinds)}) is not supported; "
+                "expected one for all layers"
+            )
+        if value:
+            objects[name] = value
+    everywhere = {**hf, **{f"{name}.{key}": value for name in objects for key, value in objects[name].items()}}
+
+    def setting(key: str) -> Any:
+        return _agreed(everywhere, (*(f"{name}.{key}" for name in objects), key), origin)
+
+    rotated = setting("partial_rotary_factor")
+    if rotated not in (None, 1):
         raise ConfigError(f"{origin}: partial_rotary_factor {rotated} is not supported")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
+    theta = setting("rope_theta")
+    theta = default_theta if theta is None else theta
+    readings = {name: _read_rope(scaling, theta, name, origin) for name, scaling in objects.items()}
+    if len(set(readings.values())) > 1:
+        raise ConfigError(
+            f"{origin}: rope_parameters {hf['rope_parameters']} and rope_scaling {hf['rope_scaling']} say two things: "
+            "keep one (the scaling belongs into rope_parameters since transformers 5)"
+        )
+    return next(iter(readings.values()), None) or _convert({"theta": theta}, RopeConfig, f"{origin}: rope")
+
+
+def _read_rope(scaling: Mapping[str, Any], theta: Any, name: str, origin: str) -> RopeConfig:
+    kind = _agreed(scaling, ("rope_type", "type"), f"{origin}: {name}") or "default"
+    if kind not in list(ROPE_KEYS):
         raise ConfigError(f"{origin}: rope scaling {kind!r} is not supported (default, linear and llama3 are)")
     for key in ROPE_KEYS[kind]:
         if scaling.get(key) is None:
             raise ConfigError(f"{origin}: rope scaling {kind!r}: key {key!r} is missing")
-    fields = {
-        "theta": scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0,
-        "scaling": kind,
-        "factor": scaling.get("factor", 1.0),
-        "low_freq_factor": scaling.get("low_freq_factor", 1.0),
-        "high_freq_factor": scaling.get("high_freq_factor", 4.0),
-        "original_max_positions": scaling.get("original_max_position_embeddings", 8192),
-    }
-    return _convert(fields, RopeConfig, f"{origin}: rope")
+    for key, value in scaling.items():
+        if value is not None and key not in (*ROPE_KEYS[kind], *ROPE_SETTINGS):
+            raise ConfigError(
+                f"{origin}: {name}: rope scaling {kind!r} has no key {key!r}; expected "
+                f"{', '.join((*ROPE_SETTINGS, *ROPE_KEYS[kind]))}"
+            )
+    renamed = {"original_max_position_embeddings": "original_max_positions"}
+    fields = {renamed.get(key, key): scaling[key] for key in ROPE_KEYS[kind]}
+    return _convert({"theta": theta, "scaling": kind, **fields}, RopeConfig, f"{origin}: rope")
 
 
 def read_file(path: Path) -> bytes:

@@ -1,1 +1,1 @@
-"""The kernels of the engine and their torch reference (`reference.py`)."""
+"""This package holds the kernels of the engine and their definition in torch (`reference.py`)."""

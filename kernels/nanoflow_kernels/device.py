@@ -1,21 +1,22 @@
-"""The device's kernels, under the names and signatures of reference.py and reference_sampling.py.
+"""This module collects the GPU's kernels, under the names and signatures of reference.py and reference_sampling.py.
 
-`kernel(*inputs, *parameters, out=outputs, **attributes)`, and on each an optional `num_sms`: how many SMs the launch
-may fill (None: all). All can be captured in a CUDA graph: grids depend on shapes alone, nothing waits for the device,
-and what workspace they need comes from torch's allocator. The first call of a kind compiles: run it before a capture.
+A kernel is called as `kernel(*inputs, *parameters, out=outputs, **attributes)`; each operation of the graph also takes
+`num_sms`: how many SMs the launch may fill (None: all). All can be captured in a CUDA graph: grids depend on shapes
+alone, nothing waits for the device, and what workspace they need comes from torch's allocator. The first call of a
+kind compiles: run it before a capture.
 
 A batch may be padded: a row at position -1 (of any slot that exists) appends nothing to pages and attends to nothing;
 its outputs are finite where its inputs are, and no other row sees them.
 
-`attention` lists its work on the device from positions and slots. `list_work` does that once for all layers, and its
-result is passed as `work`.
+`attention` plans its work on the device from positions and slots. `plan_attention` does that once for all layers, and
+its result is passed as `plan`.
 
-Kernels on few rows start while the kernel before them on their stream ends (chain.py). So positions, slots, page table
-and `work` must be written by no kernel that runs directly before one that reads them.
+Kernels on few rows start while the kernel before them on their stream ends (pdl.py). So no kernel that runs directly
+before one that reads positions, slots, page table or `plan` may write them.
 """
 
-from nanoflow_kernels.attention import attention
-from nanoflow_kernels.attention_work import AttentionWork, list_work
+from nanoflow_kernels.attention.paged import attention
+from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
 from nanoflow_kernels.embed import embed
 from nanoflow_kernels.gemm import linear, linear_swiglu
 from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route
@@ -45,7 +46,7 @@ IMPLEMENTATIONS = {
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "AttentionWork",
+    "AttentionPlan",
     "add_rms_norm",
     "attention",
     "embed",
@@ -54,10 +55,10 @@ __all__ = [
     "grouped_linear_swiglu",
     "linear",
     "linear_swiglu",
-    "list_work",
     "logprobs",
     "mask",
     "penalise",
+    "plan_attention",
     "rope_append",
     "route",
     "sample",

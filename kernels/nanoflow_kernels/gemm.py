@@ -1,4 +1,6 @@
-"""Dense products: x weight^T + bias, by cuBLAS on all SMs, by our own kernels on few SMs or few tokens; and SwiGLU's.
+"""Dense products, alone and with SwiGLU; by shapes and SMs each goes to cuBLAS or to one of our kernels.
+
+A few tokens go to gemm_small_m, products on few SMs and those with SwiGLU to gemm_persistent, all others to cuBLAS.
 
 Shape legend: T tokens, F columns of SwiGLU's result.
 """
@@ -13,17 +15,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nanoflow_kernels.few_tokens import few_tokens, is_few
-from nanoflow_kernels.operands import are_bulk, check_bulk, check_dtype, check_rows, check_shape
-from nanoflow_kernels.persistent import persistent
+from nanoflow_kernels.checks import are_bulk, check_bulk, check_dtype, check_rows, check_shape
+from nanoflow_kernels.gemm_persistent import gemm_persistent
+from nanoflow_kernels.gemm_small_m import gemm_small_m, is_small_m
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor, num_sms: int | None = None) -> None:
-    """x weight^T + bias; an fp32 `out` of narrower operands gets the unrounded sums.
+    """Compute x weight^T + bias; an fp32 `out` of narrower operands gets the unrounded sums.
 
-    On few SMs cuBLAS loses more than its share, so it has only what bulk copies do not take: rows that begin at other
-    places than multiples of 16 bytes.
-    x [T, in], weight [out, in], bias [out] -> [T, out], of x's dtype or fp32.
+    On few SMs cuBLAS loses more than its share of speed, so there it only gets operands that bulk copies do not take:
+    those whose rows begin at other places than multiples of 16 bytes.
+
+    x [T, in], weight [out, in], bias [out] of one floating dtype -> [T, out], of x's dtype or fp32.
+
+    Raises:
+        ValueError: names the operand whose strides, dtype or device is not so, or num_sms if not positive.
     """
     check_rows("linear", x=x, weight=weight, out=out)
     if len(x) == 0:
@@ -31,10 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     wider = out.dtype != x.dtype
     if wider and (out.dtype != torch.float32 or x.device.type == "cpu"):
         raise ValueError(f"linear: out: expected {x.dtype}, or on a GPU float32, got {out.dtype} on {out.device}")
-    if bias is None and not wider and is_few(x, weight):
-        few_tokens(x, weight, gated=False, out=out, num_sms=num_sms)
+    if bias is None and not wider and is_small_m(x, weight):
+        gemm_small_m(x, weight, swiglu=False, out=out, num_sms=num_sms)
     elif num_sms is not None and not wider and are_bulk(x, weight, out):
-        persistent(x, weight, bias, gated=False, out=out, num_sms=num_sms)
+        gemm_persistent(x, weight, bias, swiglu=False, out=out, num_sms=num_sms)
     else:
         with _sm_target(num_sms):
             _cublas(x, weight, bias, out)
@@ -53,7 +59,7 @@ def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 @contextmanager
 def _sm_target(num_sms: int | None) -> Iterator[None]:
-    """The SMs that cuBLAS plans its tiles for: a wish."""
+    """Tell cuBLAS for how many SMs to choose its tiles. It may use more."""
     if num_sms is None or not torch.cuda.is_available():
         yield
         return
@@ -73,9 +79,12 @@ def _library() -> ctypes.CDLL:
 
 
 def linear_swiglu(x: Tensor, weight: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
-    """silu(x gate^T) * (x up^T), where row 2 i of the weight is gate i and row 2 i + 1 is up i.
+    """Compute silu(x gate^T) * (x up^T), where row 2 i of the weight is gate i and row 2 i + 1 is up i.
 
     x [T, in], weight [2 F, in] -> [T, F], of one floating dtype, whose rows begin at multiples of 16 bytes.
+
+    Raises:
+        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
     """
     check_rows("linear_swiglu", x=x, weight=weight, out=out)
     check_dtype("linear_swiglu", x.dtype, weight=weight, out=out)
@@ -84,7 +93,7 @@ def linear_swiglu(x: Tensor, weight: Tensor, *, out: Tensor, num_sms: int | None
     check_bulk("linear_swiglu", x=x, weight=weight, out=out)
     if len(x) == 0:
         return
-    if is_few(x, weight):
-        few_tokens(x, weight, gated=True, out=out, num_sms=num_sms)
+    if is_small_m(x, weight):
+        gemm_small_m(x, weight, swiglu=True, out=out, num_sms=num_sms)
     else:
-        persistent(x, weight, gated=True, out=out, num_sms=num_sms)
+        gemm_persistent(x, weight, swiglu=True, out=out, num_sms=num_sms)

@@ -1,4 +1,4 @@
-"""How many programs a kernel launches: a number that depends on shapes and granted SMs, never on data."""
+"""The size of a kernel's grid, which depends on shapes and granted SMs and never on data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INTERPRETED_SMS = 3  # of the interpreter's "device": few, and not a divisor of 
 
 
 def programs(work: int, num_sms: int | None, device: torch.device, *, per_sm: int) -> int:
-    """`per_sm` programs for each granted SM, and no more than there are pieces of `work`.
+    """Count the programs of a launch: `per_sm` for each granted SM, and no more than there are pieces of `work`.
 
     num_sms: SMs that this launch may fill; None, or more than the device has: all of them.
 
@@ -25,6 +25,7 @@ def programs(work: int, num_sms: int | None, device: torch.device, *, per_sm: in
 
 @cache
 def device_sms(device: torch.device) -> int:
+    """Streaming multiprocessors (SMs) of a CUDA device; of the CPU, those that the interpreter pretends to have."""
     if device.type == "cpu":
         return INTERPRETED_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,9 @@
-"""What every kernel computes, in plain torch: the CPU runtime's kernels, and the oracle of the GPU's.
+"""This module defines what every kernel computes, in plain torch. The CPU program runs it; the GPU's kernels are
+compared with it.
 
-Called as `kernel(*inputs, *parameters, out=outputs, **attributes)` in the order of the graph's Operation. Inputs and
-outputs are rows of a nano-batch; outputs never overlap inputs. Math is fp32 and rounded once, to the output's dtype.
+A kernel is called as `kernel(*inputs, *parameters, out=outputs, **attributes)`, in the order of the graph's Operation.
+Inputs and outputs are rows of a nano-batch; outputs never overlap inputs. Math is fp32 and rounded once, to the
+output's dtype. Operands are not checked: the graph has made them.
 
 Shape legend: T tokens (rows), D hidden, H query heads, K kv heads, d head_dim, V vocabulary, E experts, k chosen
 experts a token, S slots, N pages of a slot, P tokens a page. `pages` is one layer's KV: [pages, 2 (K, V), K, P, d].
@@ -23,7 +25,7 @@ GATHERED_TOKENS = 2048
 
 
 def embed(token_ids: Tensor, table: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
-    """The residual stream starts at zero, and the embedding is its first update: (0, table[token_ids]).
+    """Compute (0, table[token_ids]): the residual stream starts at zero, and the embedding is its first update.
 
     token_ids [T], table [V, D] -> residual [T, D], update [T, D].
     """
@@ -33,7 +35,7 @@ def embed(token_ids: Tensor, table: Tensor, *, out: tuple[Tensor, Tensor]) -> No
 
 
 def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float, out: tuple[Tensor, Tensor]) -> None:
-    """(s, s / sqrt(mean(s^2) + eps) * weight) with s = residual + update, rounded as it is kept.
+    """Compute (s, s / sqrt(mean(s^2) + eps) * weight) with s = residual + update, rounded as it is kept.
 
     residual [T, D], update [T, D], weight [D] -> [T, D], [T, D].
     """
@@ -44,7 +46,7 @@ def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, *, eps: float
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
-    """x weight^T + bias; a wider `out` gets the unrounded sums.
+    """Compute x weight^T + bias; a wider `out` gets the unrounded sums.
 
     x [T, in], weight [out, in], bias [out] -> [T, out], of x's dtype or fp32.
     """
@@ -87,7 +89,7 @@ def rope_append(
 
 
 def attention(q: Tensor, pages: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, *, out: Tensor) -> None:
-    """softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
+    """Compute softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
 
     Rows of one slot are consecutive and ascending. Nothing beyond a request's last row enters the result: it may be
     NaN.
@@ -134,7 +136,7 @@ def _gather(pages: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
 
 
 def linear_swiglu(x: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """silu(x gate^T) * (x up^T), where row 2 i of the weight is gate i and row 2 i + 1 is up i.
+    """Compute silu(x gate^T) * (x up^T), where row 2 i of the weight is gate i and row 2 i + 1 is up i.
 
     x [T, in], weight [2 F, in] -> [T, F].
     """
@@ -149,7 +151,7 @@ def _gated(pairs: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
-    """The k experts with the largest softmax over all of them, best first (the lower id where equal), and their
+    """Choose the k experts with the largest softmax over all of them, best first (the lower id where equal), and their
     weights, which sum to 1.
 
     logits [T, E] -> experts [T, k] int32, weights [T, k] fp32.
@@ -162,7 +164,7 @@ def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
 
 
 def grouped_linear_swiglu(x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """linear_swiglu of each token with the matrices of its chosen experts, side by side in its row.
+    """Compute linear_swiglu of each token with the matrices of its chosen experts, side by side in its row.
 
     x [T, in], experts [T, k], weight [E, 2 F, in] -> [T, k F].
     """
@@ -173,7 +175,7 @@ def grouped_linear_swiglu(x: Tensor, experts: Tensor, weight: Tensor, *, out: Te
 
 
 def grouped_combine(x: Tensor, experts: Tensor, weights: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """The sum over a token's choices of its weight times (that part of the row times the expert's matrix).
+    """Compute the sum over a token's choices of its weight times (that part of the row times the expert's matrix).
 
     x [T, k in], experts [T, k], weights [T, k], weight [E, out, in] -> [T, out].
     """

@@ -1,4 +1,4 @@
-"""Sampling in plain torch, the same on every device: logits to token ids and log-probabilities.
+"""This module defines sampling in plain torch: how logits become token ids and log-probabilities, on every device.
 
 A row's token depends on that row alone: its logits, its parameters, its seed and its position; never on the batch.
 
@@ -19,7 +19,7 @@ IN_PROMPT = 1 << 30  # in a count of outputs: the token is in the prompt, too
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
 ) -> Tensor:
-    """One token id for each row: the most likely one where the temperature is 0 (the lowest id where equal).
+    """Draw one token id for each row: the most likely one where the temperature is 0 (the lowest id where equal).
 
     Elsewhere one uniform u = uniform(seed, position) picks from softmax(logits / temperature), restricted first to
     tokens at least min_p times as likely as the most likely one, then to the top_k most likely of these (0: all), then
@@ -48,14 +48,14 @@ def sample(
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most likely token of each row, the lowest id where equal. logits [R, V] fp32 -> [R]."""
+    """Find the most likely token of each row, the lowest id where equal. logits [R, V] fp32 -> [R]."""
     return logits.argmax(-1)
 
 
 def penalise(
     logits: Tensor, rows: Tensor, seen: Tensor, entries: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
 ) -> None:
-    """Change `rows` of logits in place, by what each has seen (transformers' and OpenAI's penalties, in this order):
+    """Change `rows` of logits in place by what each has seen, by transformers' and then OpenAI's penalties:
 
     of seen tokens, x / repetition where x > 0, else x * repetition; then, of those that the output has c times,
     x - frequency c - presence.
@@ -71,7 +71,7 @@ def penalise(
 
 
 def mask(logits: Tensor, rows: Tensor, allowed: Tensor) -> None:
-    """Make -inf, in `rows` of logits, of the tokens that are not allowed.
+    """Set the logits of tokens that are not allowed to -inf, in `rows` of logits and in place.
 
     logits [R, V] fp32, rows [P], allowed [P, at least V / 32] int32: bit i % 32 of word i / 32 is token i's.
     """
@@ -91,7 +91,8 @@ def _restrict(probabilities: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax of each row's token, then of its n most likely ones, best first; and the token's rank, from 1.
+    """Compute the log softmax of each row's token, then of its n most likely ones, best first; and the token's rank,
+    which counts from 1.
 
     logits [R, V], token_ids [R] -> ids [R, 1 + n], log-probabilities [R, 1 + n] fp32, rank [R].
     """
@@ -102,7 +103,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, n: int) -> tuple[Tensor, Tensor,
 
 
 def uniform(seed: Tensor, offset: Tensor) -> Tensor:
-    """A number in [0, 1) of 2^31 equally spaced ones: the kernel language's `rand(seed, offset)`, bit for bit.
+    """Draw a number in [0, 1), of 2^31 equally spaced ones: the kernel language's `rand(seed, offset)`, bit for bit.
 
     seed [R], offset [R] -> [R] fp32.
     """
@@ -115,7 +116,7 @@ def uniform(seed: Tensor, offset: Tensor) -> Tensor:
 def philox(
     key_0: Tensor, key_1: Tensor, c_0: Tensor, c_1: Tensor, c_2: Tensor, c_3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 in 10 rounds: a counter to 128 random bits. All are 32-bit words held in int64."""
+    """Turn a counter into 128 random bits by Philox4x32 in 10 rounds. All are 32-bit words held in int64."""
     for _ in range(10):
         # Products wrap at 64 bits, of which all are kept: >> is arithmetic, hence the mask.
         product_0, product_2 = ROUND[0] * c_0, ROUND[1] * c_2

@@ -1,4 +1,4 @@
-"""Rotary positions, and the append of K and V to their pages: (a cos w - b sin w, b cos w + a sin w), w = position f.
+"""Rotary positions (RoPE) of queries and keys, and the append of keys and values to their pages, in one pass.
 
 Shape legend: T tokens, H query heads, K kv heads, d head_dim, S slots, N pages of a slot, P tokens a page.
 """
@@ -10,47 +10,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.chain import await_earlier, is_chained, release_next
+from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
 from nanoflow_kernels.grid import programs
-from nanoflow_kernels.operands import check_dtype, check_rows, check_shape
+from nanoflow_kernels.pdl import launch_dependents, uses_pdl, wait_for_earlier
 
 
 @triton.jit
 def _rope_append(
-    qkv, positions, slots, page_table, frequencies, q, pages, T, qkv_stride, q_stride, table_stride, page_tokens,
+    qkv_ptr, positions_ptr, slots_ptr, page_table_ptr, frequencies_ptr, q_ptr, pages_ptr, T,
+    qkv_stride, q_stride, page_table_stride, page_tokens,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    CHAINED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    release_next(CHAINED)
-    lane = tl.arange(0, HALF)
+    """(a cos w - b sin w, b cos w + a sin w) with w = position * frequency, of each head's halves (a, b) of q and k.
+
+    V is not rotated. Rotated K, and V, go to place position % P of the page that the page table has for position / P.
+    Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    """
+    launch_dependents(PDL)
+    dim = tl.arange(0, HALF)
     head = tl.arange(0, HEADS)
     is_q = (head < H)[:, None]
     is_kv = ((head >= H) & (head < H + 2 * K))[:, None]
     is_v = (head >= H + K)[:, None]
-    column = head[:, None] * (2 * HALF) + lane[None, :]
-    frequency = tl.load(frequencies + lane).to(tl.float32)
+    column = head[:, None] * (2 * HALF) + dim[None, :]
+    frequency = tl.load(frequencies_ptr + dim).to(tl.float32)
     for item in range(tl.program_id(0), T, tl.num_programs(0)):
         row = tl.cast(item, tl.int64)
-        position = tl.load(positions + row)
-        slot = tl.load(slots + row).to(tl.int64)
+        position = tl.load(positions_ptr + row)
+        slot = tl.load(slots_ptr + row).to(tl.int64)
         angle = position.to(tl.float32) * frequency
         cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
-        real = position >= 0
-        page = tl.load(page_table + slot * table_stride + position // page_tokens, mask=real, other=0).to(tl.int64)
-        await_earlier(CHAINED)
-        a = tl.load(qkv + row * qkv_stride + column, mask=is_q | is_kv, other=0)
-        b = tl.load(qkv + row * qkv_stride + column + HALF, mask=is_q | is_kv, other=0)
+        is_real = position >= 0
+        page = tl.load(
+            page_table_ptr + slot * page_table_stride + position // page_tokens, mask=is_real, other=0
+        ).to(tl.int64)  # fmt: skip
+        wait_for_earlier(PDL)
+        a = tl.load(qkv_ptr + row * qkv_stride + column, mask=is_q | is_kv, other=0)
+        b = tl.load(qkv_ptr + row * qkv_stride + column + HALF, mask=is_q | is_kv, other=0)
         a32, b32 = a.to(tl.float32), b.to(tl.float32)
-        turned_a = tl.where(is_v, a32, a32 * cos - b32 * sin).to(q.dtype.element_ty)
-        turned_b = tl.where(is_v, b32, b32 * cos + a32 * sin).to(q.dtype.element_ty)
-        tl.store(q + row * q_stride + column, turned_a, mask=is_q)
-        tl.store(q + row * q_stride + column + HALF, turned_b, mask=is_q)
+        rotated_a = tl.where(is_v, a32, a32 * cos - b32 * sin).to(q_ptr.dtype.element_ty)
+        rotated_b = tl.where(is_v, b32, b32 * cos + a32 * sin).to(q_ptr.dtype.element_ty)
+        tl.store(q_ptr + row * q_stride + column, rotated_a, mask=is_q)
+        tl.store(q_ptr + row * q_stride + column + HALF, rotated_b, mask=is_q)
 
         # kv heads lie in one page as K's, then V's: 2 K tiles of [P, d].
-        place = ((page * 2 * K + head - H) * page_tokens + position % page_tokens) * (2 * HALF)
-        kv = place[:, None] + lane[None, :]
-        tl.store(pages + kv, turned_a, mask=is_kv & real)
-        tl.store(pages + kv + HALF, turned_b, mask=is_kv & real)
+        page_offset = ((page * 2 * K + head - H) * page_tokens + position % page_tokens) * (2 * HALF)
+        offset = page_offset[:, None] + dim[None, :]
+        tl.store(pages_ptr + offset, rotated_a, mask=is_kv & is_real)
+        tl.store(pages_ptr + offset + HALF, rotated_b, mask=is_kv & is_real)
 
 
 def rope_append(
@@ -68,7 +76,10 @@ def rope_append(
     A head's halves are (a, b), as in Hugging Face's layout of the weights; the angles are fp32.
 
     qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [d / 2] -> q [T, H d], pages
-    [pages, 2, K, P, d]; all int32 and of one floating dtype, frequencies of any.
+    [pages, 2, K, P, d]; ints are int32, the others of one floating dtype, frequencies of any.
+
+    Raises:
+        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
     """
     q, pages = out
     kv_heads, page_tokens, head_dim = pages.shape[2:]
@@ -84,10 +95,10 @@ def rope_append(
         )
     if tokens == 0:
         return
-    chained = is_chained(tokens, q.device)
+    pdl = uses_pdl(tokens, q.device)
     _rope_append[(programs(tokens, num_sms, q.device, per_sm=16),)](
         qkv, positions, slots, page_table, frequencies, q, pages, tokens,
         qkv.stride(0), q.stride(0), page_table.stride(0), page_tokens,
-        heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads), chained,
-        num_warps=8, launch_pdl=chained,
+        heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads), pdl,
+        num_warps=8, launch_pdl=pdl,
     )  # fmt: skip

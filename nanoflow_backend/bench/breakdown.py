@@ -20,7 +20,7 @@ STEPS = 10
 PRODUCTS = ("nvjet", "gemm", "cutlass")  # in the names of cuBLAS's kernels
 OPERATIONS = {  # by the names of our kernels
     "_decode": "attention of decodes",
-    "_join": "attention of decodes",
+    "_merge": "attention of decodes",
     "_prefill": "attention of prefills",
 }
 

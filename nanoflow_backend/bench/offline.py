@@ -12,6 +12,7 @@ import msgspec
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from nanoflow_backend.bench import result, workload
 from nanoflow_backend.bench.breakdown import break_down
@@ -23,9 +24,21 @@ from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
+from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
+SHOWN = {
+    "wall_s": ("seconds", "{:,.2f}"),
+    "total_tokens_per_s": ("tokens/s, prompts and outputs", "{:,.0f}"),
+    "output_tokens_per_s": ("output tokens/s", "{:,.0f}"),
+    "share_of_eq5": ("share of the optimum (Eq. 5)", "{:.1%}"),
+    "dense_batch_fill": ("fill of the batches", "{:.1%}"),
+    "kv_use_mean": ("KV cache in use, mean", "{:.1%}"),
+    "preemptions": ("preemptions", "{:,}"),
+    "mean_power_w": ("power, W", "{:,.0f}"),
+    "mj_per_token": ("mJ/token", "{:,.1f}"),
+}
 SAMPLE_S = 1.0  # between two samples of the timeline
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -49,8 +62,10 @@ def bench_offline(
     """Total and output tokens per second of the whole run, ramp-up and tail included, and of its stationary part.
 
     Raises:
-        ConfigError: both a trace and a dataset, or a breakdown without a GPU.
+        ConfigError: both a trace and a dataset, a breakdown without a GPU, or an output that cannot be written.
     """
+    if output:
+        check_output(output)
     if trace and dataset:
         raise ConfigError("--dataset: expected none beside --trace")
     engine = make_engine(model, settings, max_queue_size=str(requests))
@@ -64,8 +79,28 @@ def bench_offline(
         work = workload.constant(input_tokens, output_tokens, requests)
     run = OfflineRun(engine, work, breakdown)
     run.to_the_end()
-    result.write({"workload": work.name, **work.facts, **result.engine_facts(engine), **run.measured()}, output)
+    measured = {"workload": work.name, **work.facts, **result.engine_facts(engine), **run.measured()}
+    show(measured)
+    if output:
+        result.write(measured, output)
     engine.close()
+
+
+def show(measured: dict[str, Any]) -> None:
+    """The figures that people ask for, of the whole run and of its stationary part. The result has all of them."""
+    steady = measured["steady"]
+    parts = {"whole run": measured, **({"steady": steady} if isinstance(steady, dict) else {})}
+    table = Table("", *parts, title=f"{measured['requests']} requests of {measured['workload']}, {measured['model']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, (label, form) in SHOWN.items():
+        if name in measured:
+            table.add_row(label, *(form.format(part[name]) for part in parts.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"on {measured['engine_is']}", markup=False, soft_wrap=True)
+    if isinstance(steady, str):
+        console.print(f"steady part: {steady}", markup=False, soft_wrap=True)
 
 
 class OfflineRun:

@@ -21,6 +21,7 @@ from nanoflow_backend.bench.roofs import memory_bytes_per_s
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
+from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.request.request import Request
 
 PERCENTILES = (50, 90, 99)
@@ -36,15 +37,22 @@ def bench_online(
     settings: Sequence[str],
 ) -> None:
     """Time to the first token and between tokens, by how many requests are in flight. Text, sockets and the server
-    are not in these times: the engine runs in this process."""
+    are not in these times: the engine runs in this process.
+
+    Raises:
+        ConfigError: the output cannot be written.
+    """
+    if output:
+        check_output(output)
     engine = make_engine(model, settings, max_queue_size=str(max(concurrency)))
     prompts = workload.random_prompts(itertools.repeat(input_tokens), engine.model_config.vocab_size)
     levels = [run_level(engine, clients, prompts, output_tokens, requests) for clients in concurrency]
     found: dict[str, Any] = {"levels": [level.summary() for level in levels]}
     if alone := next((level for level in levels if level.clients == 1), None):
         found["single_stream"] = single_stream(engine, alone)
-    result.write({"workload": f"{input_tokens}/{output_tokens}", **result.engine_facts(engine), **found}, output)
     show(found)
+    if output:
+        result.write({"workload": f"{input_tokens}/{output_tokens}", **result.engine_facts(engine), **found}, output)
     engine.close()
 
 
@@ -134,7 +142,7 @@ def show(found: dict[str, Any]) -> None:
     for level in found["levels"]:
         times = (*level["first_token_ms"].values(), *level["between_tokens_ms"].values())
         table.add_row(str(level["concurrency"]), *(f"{ms:,.1f}" for ms in times))
-    console = Console(stderr=True)
+    console = Console(highlight=False)
     console.print(table)
     if alone := found.get("single_stream"):
         rate, share = alone["tokens_per_s"], alone["share_of_bound"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nanoflow_backend.config import ConfigError
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 if TYPE_CHECKING:
@@ -73,9 +74,17 @@ def _without_folder(word: str) -> str:
 
 
 def write(result: dict[str, Any], output: Path | None) -> None:
-    """To a file, or to standard output."""
-    text = msgspec.json.format(msgspec.json.encode({**header(), **result}), indent=2)
+    """To a file, or to standard output.
+
+    Raises:
+        ConfigError: the file cannot be written; then the result is on standard output.
+    """
+    text = msgspec.json.format(msgspec.json.encode({**header(), **result}), indent=2).decode()
     if output is None:
-        print(text.decode())
-    else:
-        output.write_bytes(text + b"\n")
+        print(text)
+        return
+    try:
+        output.write_text(text + "\n")
+    except OSError as error:
+        print(text)
+        raise ConfigError(f"{output}: {error.strerror}; the result is on the standard output") from None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config import ConfigError, EngineConfig
 
 if TYPE_CHECKING:
     from nanoflow_backend.engine import Engine
@@ -25,8 +25,13 @@ def parse(settings: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def make_engine(model: Path, settings: Sequence[str], **defaults: Any) -> Engine:
+def engine_config(model: Path, settings: Sequence[str], **defaults: Any) -> EngineConfig:
     """Raises: ConfigError as `parse` does, for an unknown field or a bad value."""
+    return EngineConfig.resolve({"model": str(model), **defaults, **parse(settings)}, relative_to=Path.cwd())
+
+
+def make_engine(model: Path, settings: Sequence[str], **defaults: Any) -> Engine:
+    """Raises: ConfigError as `engine_config` does, and for what is wrong in the model's folder."""
     from nanoflow_backend.engine import Engine
 
-    return Engine.from_pretrained(model, **{**defaults, **parse(settings)})
+    return Engine(engine_config(model, settings, **defaults))

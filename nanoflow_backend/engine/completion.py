@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -68,9 +69,11 @@ class _Live:
 
 
 def stream(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job]
+    engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job | None]
 ) -> Iterator[tuple[int, Progress | InvalidRequest]]:
     """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it).
+
+    None among the jobs means that there is none for now: the next step comes first. It has no number.
 
     One stream at a time: the numbers of its jobs are the ids of its requests.
 
@@ -79,21 +82,25 @@ def stream(
     """
     if engine.scheduler.live_ids:
         raise RuntimeError("the engine runs other requests: expected their stream to be exhausted or closed first")
-    numbered = enumerate(jobs)
+    unread = iter(jobs)
+    numbers = itertools.count()
     live: dict[int, _Live] = {}
     exhausted = False
-    read_ahead: tuple[int, Job] | None = None  # has more sequences than there was room for
+    read_ahead: Job | None = None  # has more sequences than there was room for
     try:
         while not exhausted or live:
             while not exhausted and engine.has_room():
-                number, job = read_ahead or next(numbered, (-1, None))
-                read_ahead = None
-                if job is None:
+                try:
+                    job = read_ahead or next(unread)
+                except StopIteration:
                     exhausted = True
                     break
-                if live and not engine.has_room(job[1].n):
-                    read_ahead = number, job
+                if job is None:
                     break
+                if live and not engine.has_room(job[1].n):
+                    read_ahead = job
+                    break
+                read_ahead, number = None, next(numbers)
                 try:
                     live[number] = _submit(engine, tokenizer, number, *job)
                 except InvalidRequest as error:
@@ -123,7 +130,7 @@ def stream(
 
 
 def complete(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job]
+    engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job | None]
 ) -> Iterator[tuple[int, Completion | InvalidRequest]]:
     """Run `jobs` as `stream` does; yield (number of the job, a result) in order of ending: `n` for each, by index."""
     deltas: defaultdict[tuple[int, int], list[TextDelta]] = defaultdict(list)

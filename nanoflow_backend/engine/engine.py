@@ -182,11 +182,14 @@ class Engine:
             wait(self._compiling.values(), COMPILATION_POLL_S, FIRST_COMPLETED)
         return deltas
 
-    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
-        """Run (prompt, params) pairs, read as the queue has room; yields (number, what is new of it)."""
+    def stream(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
+        """Run (prompt, params) pairs, read as the queue has room; yields (number, what is new of it).
+
+        None among them: none for now; see `completion.stream`.
+        """
         return stream(self, self.tokenizer, jobs)
 
-    def complete(self, jobs: Iterable[Job]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
         """Run (prompt, params) pairs, read as the queue has room; yields (number, result) in order of ending."""
         return complete(self, self.tokenizer, jobs)
 

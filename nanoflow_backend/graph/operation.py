@@ -39,12 +39,14 @@ class Source:
 
     `shard` is the dimension that tensor parallelism cuts (None: a copy on every rank); it holds `units` whole
     pieces (heads, for one) that are never cut, and that ranks share where there are fewer units than ranks.
+    `tied_to` names a tensor of the same shape that is read where the checkpoint has none of this name, or an equal one.
     """
 
     tensor: str  # with {layer} where it has one
     shape: tuple[int, ...]  # in the checkpoint
     shard: int | None = None
     units: int = 0  # 0: single rows or columns
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)

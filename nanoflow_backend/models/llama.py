@@ -12,6 +12,8 @@ from nanoflow_backend.config import ModelConfig, RopeConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
 
+EMBEDDINGS = "model.embed_tokens.weight"
+
 Mlp = Callable[[GraphBuilder, ModelConfig, str], str]
 
 
@@ -48,7 +50,7 @@ def dense_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
 def embed(config: ModelConfig) -> Graph:
     """Token ids to the residual stream. Every rank holds the whole table: a gather costs less than its all-reduce."""
     g = GraphBuilder()
-    table = g.weight("embed.weight", Source("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)))
+    table = g.weight("embed.weight", Source(EMBEDDINGS, (config.vocab_size, config.hidden_size)))
     return g.build(*g.embed("embed", g.input("token_ids", dtype="int32"), table))
 
 
@@ -57,8 +59,8 @@ def head(config: ModelConfig, tp: int = 1) -> Graph:
     g = GraphBuilder(tp)
     residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
     final_norm = g.weight("norm.weight", Source("model.norm.weight", (config.hidden_size,)))
-    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    lm_head = g.weight("lm_head.weight", Source(name, (config.vocab_size, config.hidden_size), shard=0))
+    shape, tied_to = (config.vocab_size, config.hidden_size), EMBEDDINGS if config.tie_word_embeddings else None
+    lm_head = g.weight("lm_head.weight", Source("lm_head.weight", shape, shard=0, tied_to=tied_to))
     _, x = g.add_rms_norm("final_norm", residual, update, final_norm, config.rms_norm_eps)
     logits = g.linear("lm_head", x, lm_head, dtype="float32")
     return g.build(g.all_gather("logits", logits))

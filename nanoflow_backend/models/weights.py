@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanoflow_backend.config import ConfigError, ModelConfig, read_file
+from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.builder import local_shape
-from nanoflow_backend.graph.operation import Model, Parameter, Source
+from nanoflow_backend.graph.operation import Graph, Model, Parameter, Source
+from nanoflow_backend.models import checkpoint
+from nanoflow_backend.models.checkpoint import INDEX, Header, WeightsError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
+UNUSED = {  # tensors that some checkpoints have and no model reads, and why
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq": "rotary frequencies follow from config.json",
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(cos|sin)_cached": "rotary tables follow from config.json",
+}
 
-
-class WeightsError(ConfigError):
-    """A checkpoint that is not this model's: the message names the file, the tensor and what was expected."""
+log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -50,11 +53,16 @@ def load(
 
     Memory peaks at the weights and one mapped file, of which a rank touches its own slices only. The headers of all
     files are checked before anything is allocated. Rank 0 shows a progress bar where stderr is a terminal.
+    An LM head that is tied by the config but has weights of its own keeps them, with a warning, as in transformers 5.
 
     Raises:
         WeightsError: a missing or broken file; a missing, unknown, mis-shaped or non-float tensor.
     """
-    parameters, aliases = _parameters(model)
+    files = checkpoint.find_files(folder)
+    headers = checkpoint.read_headers(files)
+    sources = _sources(model)
+    _check(headers, sources, config, files)
+    parameters, aliases = _parameters(model, _stand_ins(headers, sources))
     places: dict[str, list[Place]] = {}
     for name, parameter in parameters.items():
         row, turns = 0, parameter.interleave
@@ -62,9 +70,6 @@ def load(
             height, turn = local_shape(source, tp)[0] * turns, number % turns
             places.setdefault(source.tensor, []).append(Place(name, source, slice(row + turn, row + height, turns)))
             row += height if turn == turns - 1 else 0
-    files = _find_files(folder)
-    _check(files, places, config)
-
     weights = {
         name: torch.zeros(parameter.shape, dtype=dtype, device=device)  # zeros: what no checkpoint row fills is padding
         if parameter.constant is None
@@ -75,7 +80,7 @@ def load(
     with Progress(console=Console(stderr=True), disable=quiet) as bar:
         task = bar.add_task("Loading weights", total=len(places))
         for path in files:
-            with _open(path) as file:
+            with checkpoint.open_file(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     for parameter_name, source, rows in places.get(name, ()):
                         matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
@@ -137,94 +142,88 @@ def _cut(source: Source, rank: int, tp: int) -> tuple[slice, ...]:
     return *whole[: source.shard], slice(first * size, last * size), *whole[source.shard + 1 :]
 
 
-def _parameters(model: Model) -> tuple[dict[str, Parameter], dict[str, str]]:
-    """All parameters by full name; and, apart, those that are another one under a second name (tied embeddings)."""
-    graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
-    named = [(f"{prefix}{p.name}", p, prefix) for prefix, graph in graphs.items() for p in graph.parameters]
-    named += [(p.name, p, "") for p in model.head.parameters]
+def _sources(model: Model) -> dict[str, Source]:
+    """The checkpoint tensors that the model can be made of, by name: of two that are tied, both."""
+    named = {
+        source.tensor.replace("{layer}", layer): source
+        for layer, graph in _graphs(model)
+        for parameter in graph.parameters
+        for source in parameter.sources
+    }
+    return named | {s.tied_to: replace(s, tied_to=None) for s in named.values() if s.tied_to and s.tied_to not in named}
+
+
+def _graphs(model: Model) -> list[tuple[str, Graph]]:
+    """The graphs that have parameters, in order, each with the number of its layer ("" where it is none)."""
+    return [("", model.embed), *((str(i), model.layer) for i in range(model.num_layers)), ("", model.head)]
+
+
+def _tied(sources: Mapping[str, Source]) -> dict[str, str]:
+    return {name: source.tied_to for name, source in sources.items() if source.tied_to is not None}
+
+
+def _stand_ins(headers: Mapping[str, Header], sources: Mapping[str, Source]) -> dict[str, str]:
+    """Which tensor is read in the place of a tied one: the one of the two that the checkpoint has, or that is equal."""
+    stand_ins = {}
+    for name, twin in _tied(sources).items():
+        if twin not in headers:
+            stand_ins[twin] = name
+        elif name not in headers or checkpoint.equal(headers[name].path, name, headers[twin].path, twin):
+            stand_ins[name] = twin
+        else:
+            log.warning(
+                "%s: tensor %s differs from %s, to which config.json ties it (tie_word_embeddings): both are kept. "
+                "Set tie_word_embeddings to false to load them without this warning.",
+                headers[name].path, name, twin,
+            )  # fmt: skip
+    return stand_ins
+
+
+def _parameters(
+    model: Model, stand_ins: Mapping[str, str] | None = None
+) -> tuple[dict[str, Parameter], dict[str, str]]:
+    """All parameters by full name; and, apart, those that are another one under a second name (tied embeddings).
+
+    `stand_ins` are the tensors that are read in the place of others; by default every tied one has a stand-in.
+    """
+    stand_ins = _tied(_sources(model)) if stand_ins is None else stand_ins
     parameters: dict[str, Parameter] = {}
     aliases: dict[str, str] = {}
     by_content: dict[object, str] = {}
-    for name, parameter, prefix in named:
-        layer = prefix.removeprefix("layers.").rstrip(".")
-        sources = tuple(
-            Source(s.tensor.replace("{layer}", layer), s.shape, s.shard, s.units) for s in parameter.sources
-        )
-        content = (parameter.shape, tuple(s.tensor for s in sources), parameter.interleave, parameter.constant)
-        if content in by_content:
-            aliases[name] = by_content[content]
-        else:
-            by_content[content] = name
-            parameters[name] = replace(parameter, name=name, sources=sources)
+    for layer, graph in _graphs(model):
+        for parameter in graph.parameters:
+            name = f"layers.{layer}.{parameter.name}" if layer else parameter.name
+            tensors = [source.tensor.replace("{layer}", layer) for source in parameter.sources]
+            sources = tuple(
+                replace(source, tensor=stand_ins.get(tensor, tensor), tied_to=None)
+                for tensor, source in zip(tensors, parameter.sources, strict=True)
+            )
+            content = (parameter.shape, tuple(s.tensor for s in sources), parameter.interleave, parameter.constant)
+            if content in by_content:
+                aliases[name] = by_content[content]
+            else:
+                by_content[content] = name
+                parameters[name] = replace(parameter, name=name, sources=sources)
     return parameters, aliases
 
 
-def _find_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The folder's safetensors files, with the tensors that the index expects in each (None: no index)."""
-    index = folder / INDEX
-    if not index.exists():
-        if not (folder / SINGLE).exists():
-            raise WeightsError(f"{folder}: expected {SINGLE} or {INDEX}, found neither")
-        return {folder / SINGLE: None}
-    try:
-        weight_map = msgspec.json.decode(read_file(index), type=_Index).weight_map
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WeightsError(f"{index}: {error}") from None
-    if not weight_map:
-        raise WeightsError(f"{index}: weight_map is empty")
-    files: dict[Path, set[str] | None] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise WeightsError(f"{index}: expected names of files in this folder, got {name!r}")
-        files[folder / name] = {tensor for tensor, file in weight_map.items() if file == name}
-    return files
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def _check(files: dict[Path, set[str] | None], places: dict[str, list[Place]], config: ModelConfig) -> None:
-    found: set[str] = set()
-    for path, indexed in files.items():
-        with _open(path) as file:
-            names = set(file.keys())
-            if indexed is not None and (absent := sorted(indexed - names)):
-                raise WeightsError(f"{path}: tensor {absent[0]} is missing, {INDEX} says that it is here")
-            for name in sorted(names):
-                if name not in places:
-                    if not _may_be_extra(name, config):
-                        raise WeightsError(f"{path}: tensor {name} is not part of this {config.architecture} model")
-                    continue
-                if name in found:
-                    raise WeightsError(f"{path}: tensor {name} is in another file too")
-                found.add(name)
-                tensor, expected = file.get_slice(name), places[name][0].source.shape
-                if tuple(tensor.get_shape()) != expected:
-                    raise WeightsError(
-                        f"{path}: tensor {name}: expected shape {list(expected)}, got {tensor.get_shape()}"
-                    )
-                if tensor.get_dtype() not in DTYPES:
-                    raise WeightsError(
-                        f"{path}: tensor {name}: expected dtype {', '.join(DTYPES)}, got {tensor.get_dtype()}"
-                    )
-    if missing := sorted(places.keys() - found):
+def _check(
+    headers: Mapping[str, Header], sources: Mapping[str, Source], config: ModelConfig, files: Mapping[Path, object]
+) -> None:
+    """Raise WeightsError where the tensors are not those that the model is made of."""
+    for name, (path, shape, dtype) in headers.items():
+        if name not in sources:
+            if not any(re.fullmatch(pattern, name) for pattern in UNUSED):
+                raise WeightsError(f"{path}: tensor {name} is not part of this {config.architecture} model")
+            continue
+        if shape != sources[name].shape:
+            raise WeightsError(f"{path}: tensor {name}: expected shape {list(sources[name].shape)}, got {list(shape)}")
+        if dtype not in DTYPES:
+            raise WeightsError(f"{path}: tensor {name}: expected dtype {', '.join(DTYPES)}, got {dtype}")
+    tied = _tied(sources)
+    enough = headers.keys() | {a for pair in tied.items() for a in pair if headers.keys() & set(pair)}
+    if missing := sorted(sources.keys() - tied.keys() - enough):
+        path = next(iter(files))
         where = path if len(files) == 1 else path.parent / INDEX
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise WeightsError(f"{where}: tensor {missing[0]} is missing{more}")
-
-
-def _may_be_extra(name: str, config: ModelConfig) -> bool:
-    """Old checkpoints carry the rotary frequencies, and some tied ones the LM head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-
-
-def _open(path: Path) -> Any:
-    if path.exists() and not path.is_file():
-        raise WeightsError(f"{path}: expected a file, got something else")
-    try:
-        return safe_open(path, framework="pt")
-    except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None

@@ -68,7 +68,7 @@ class CudaProgram:
             name: self.binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
             for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
         }
-        self._list_work = kernels.list_work
+        self._plan_attention = kernels.plan_attention
         shared = [torch.cuda.Stream() for _ in range(max(len(s.lanes) for s in schedules) - 1)]
         self._lanes = {plan: _streams(plan.schedule, shared) for plan in self.binding.plans}
         self._waits = {plan: _waits(plan.schedule, model.num_layers) for plan in self.binding.plans}
@@ -152,7 +152,7 @@ class CudaProgram:
         for embedding in self.binding.embed(fitted, self._token_ids[:tokens]):
             embedding.run()
         calls = self.binding.layers(fitted)
-        works = self._works(plan, calls)
+        attention_plans = self._attention_plans(plan, calls)
         start = main.record_event()
         for stream in streams.values():
             stream.wait_event(start)
@@ -164,23 +164,23 @@ class CudaProgram:
                 stream.wait_event(ended[target])
             if call:
                 with torch.cuda.stream(stream):
-                    call.run(**works.get(number, {}))
+                    call.run(**attention_plans.get(number, {}))
             if step in awaited:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
 
-    def _works(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
-        """By launch number, what attention has to do: listed once, for it is the same in every layer."""
-        works: dict[int, dict[str, Any]] = {}
+    def _attention_plans(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
+        """By launch number, the keyword with attention's plan: made once, because it is the same in every layer."""
+        found: dict[int, dict[str, Any]] = {}
         for (_, number), call in zip(plan.steps, calls, strict=True):
             launch = plan.schedule.launches[number]
-            if call and number not in works and plan.layer[launch.operation].kernel == "attention":
+            if call and number not in found and plan.layer[launch.operation].kernel == "attention":
                 q, pages, positions, slots, _ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
                 sms = plan.schedule.sms(launch)
-                works[number] = {"work": self._list_work(positions, slots, pages, heads, num_sms=sms)}
-        return works
+                found[number] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}
+        return found
 
 
 @contextmanager

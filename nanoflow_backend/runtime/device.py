@@ -44,11 +44,16 @@ def show_only(gpus: Sequence[int]) -> None:
         raise ConfigError(f"gpus: torch does not see {list(gpus)}; it sees {torch.cuda.device_count()} of them")
 
 
-def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+def find_kind(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
     """Raises: ConfigError, where a GPU is wanted and torch sees none."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: expected cpu or auto, got cuda: torch sees no CUDA device")
-    if wanted == "cpu" or not torch.cuda.is_available():
+    return "cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+def find_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """Raises: ConfigError, as `find_kind` does."""
+    if find_kind(wanted) == "cpu":
         return Device("cpu", "cpu", None)
     properties = torch.cuda.get_device_properties()
     return Device("cuda", properties.name, properties.multi_processor_count)

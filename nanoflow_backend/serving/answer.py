@@ -14,6 +14,7 @@ from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 from nanoflow_backend.serving.call import Call
 from nanoflow_backend.serving.tensors import Arrays, Parameters
+from nanoflow_backend.text.logprobs_json import of_prompt, of_tokens
 from nanoflow_backend.text.text_stream import TextDelta
 from nanoflow_backend.text.tokenizer import Tokenizer
 
@@ -123,21 +124,10 @@ class Answer:
     def _prompt_logprobs(self, delta: TextDelta) -> NDArray[Any] | None:
         if delta.prompt_logprobs is None:
             return None
-        return _strings([msgspec.json.encode([None, *map(self._of_token, delta.prompt_logprobs)]).decode()])
+        return _strings([msgspec.json.encode(of_prompt(delta.prompt_logprobs, self._tokenizer)).decode()])
 
     def _logprobs_json(self, entries: Sequence[TokenLogprobs]) -> str:
-        return msgspec.json.encode([self._of_token(entry) for entry in entries]).decode()
-
-    def _of_token(self, entry: TokenLogprobs) -> dict[int, dict[str, Any]]:
-        """The sampled token, which the entry has first, then the most likely ones by rank; one of them may be it."""
-        ranks = [entry.sampled_rank, *range(1, len(entry.token_ids))]
-        return {
-            token_id: {"logprob": logprob, "rank": rank, "decoded_token": self._token_text(token_id)}
-            for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True)
-        }
-
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+        return msgspec.json.encode(of_tokens(entries, self._tokenizer)).decode()
 
 
 def _strings(texts: Iterable[str]) -> NDArray[Any]:

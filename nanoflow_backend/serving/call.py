@@ -219,11 +219,10 @@ def _refuse_chat_inputs(tensors: Arrays) -> None:
 
 def _chat(tensors: Arrays, tokenizer: Tokenizer) -> str:
     """The text of a conversation, by the model's chat template."""
-    generation_prompt = _flag(tensors, "add_generation_prompt")
     return tokenizer.apply_chat_template(
         _json(tensors, "messages", list),
         _json(tensors, "tools", list) if "tools" in tensors else None,
-        generation_prompt is None or generation_prompt,
+        _flag(tensors, "add_generation_prompt"),
         _json(tensors, "chat_template_kwargs", dict) if "chat_template_kwargs" in tensors else {},
     )
 

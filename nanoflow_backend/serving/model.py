@@ -1,6 +1,6 @@
 """TritonPythonModel: the model that the server's Python backend loads. Imported in its stub only, and torch-free.
 
-A request's way in, on the server's thread: tensors -> Call -> engine process.
+A request's way in, on the server's thread: tensors -> Call -> engine process. Chats become Calls on other threads.
 Its way out: news of the engine process (reader thread) -> Senders (a few threads) -> Reply -> client.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call, is_cancellation
+from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
 from nanoflow_backend.serving.failure import Failure, without_words
 from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
@@ -89,6 +90,7 @@ class TritonPythonModel:
         self._limits = Limits.of(self._ready.max_model_tokens, self._tokenizer)
         self._metrics = Metrics(self._ready)
         self._senders = Senders()
+        self._chats = ChatThreads()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
             # Equal labels are one metric on the server's page: instances would overwrite each other's values.
@@ -103,9 +105,7 @@ class TritonPythonModel:
             try:
                 self._submit(request, channel)
             except Exception as error:
-                failure = _failure(error)
-                self._metrics.refused("queue_full" if isinstance(error, QueueFull) else REFUSED[failure.code])
-                channel.fail(failure)
+                self._refuse(channel, error)
 
     def is_ready(self) -> bool:
         """Servers since 26.03 ask this for the readiness of the model; older ones do not, and say that it is ready."""
@@ -115,8 +115,10 @@ class TritonPythonModel:
         """The server calls this when no request is in flight, or none will be waited for any longer."""
         for ticker in self._tickers:
             ticker.stop(JOIN_TIMEOUT_S)
+        unloaded = Failure("UNAVAILABLE", "the model is being unloaded")
+        self._chats.close(unloaded, JOIN_TIMEOUT_S)
         self._engine.stop()
-        self._senders.close(Failure("UNAVAILABLE", "the model is being unloaded"))
+        self._senders.close(unloaded)
         self._senders.stop(JOIN_TIMEOUT_S)
         if self._tracer is not None:
             self._tracer.close()
@@ -129,14 +131,16 @@ class TritonPythonModel:
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
         self._engine.check_room()  # before any work for it: under overload most requests end here
-        calls = self._parse(request, tensors)
-        is_batch = calls[0].batch_index is not None
-        channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
+        parse = self._parser(request, tensors)
         context = request.trace().get_context() if self._tracer else None
-        for call, own_channel in zip(calls, channels, strict=True):
-            self._start(call, own_channel, came_s, context)
+        start = functools.partial(self._start_all, channel, came_s, context)
+        if "messages" in tensors:
+            self._chats.add(Chat(channel, parse, start, functools.partial(self._refuse, channel)))
+        else:
+            start(parse())
 
-    def _parse(self, request: Any, tensors: Arrays) -> list[Call]:
+    def _parser(self, request: Any, tensors: Arrays) -> Callable[[], list[Call]]:
+        """What understands a request without looking at the server's objects again, which this has read."""
         self._limits.check(tensors)
         own = request.parameters() or "{}"
         check_parameters(own)
@@ -144,11 +148,27 @@ class TritonPythonModel:
         if request.timeout():
             parameters["timeout"] = request.timeout()
         outputs = request.requested_output_names()
+        if "messages" in tensors:  # understood later, when the server's memory may be another request's
+            tensors = {name: array.copy() for name, array in tensors.items()}
+        return functools.partial(self._parse, tensors, parameters, outputs)
+
+    def _parse(self, tensors: Arrays, parameters: Mapping[str, Any], outputs: Collection[str]) -> list[Call]:
         vocab_size = self._ready.vocab_size
         calls = Call.parse(tensors, parameters, outputs, self._tokenizer, vocab_size, self._max_queue_us)
         if calls[0].stream and not self._streams:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
         return calls
+
+    def _refuse(self, channel: ServerChannel, error: Exception) -> None:
+        failure = _failure(error)
+        self._metrics.refused("queue_full" if isinstance(error, QueueFull) else REFUSED[failure.code])
+        channel.fail(failure)
+
+    def _start_all(self, channel: ServerChannel, came_s: float, context: str | None, calls: list[Call]) -> None:
+        is_batch = calls[0].batch_index is not None
+        channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
+        for call, own_channel in zip(calls, channels, strict=True):
+            self._start(call, own_channel, came_s, context)
 
     def _start(self, call: Call, channel: Channel, came_s: float, context: str | None) -> None:
         """Never raises: what fails here is answered. `context`: of the server's trace."""
@@ -175,10 +195,11 @@ class TritonPythonModel:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
         if not client_id:
             raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
+        chats = self._chats.cancel(client_id)
         replies = [reply for reply in self._senders.live() if reply.channel.request_id == client_id]
         for reply in replies:
             reply.cancel()
-        return len(replies)
+        return len(replies) + sum(chat not in [reply.channel for reply in replies] for chat in chats)
 
     def _cancel(self, request_id: int, reason: FinishReason, index: int | None) -> None:
         with contextlib.suppress(EngineError):  # a dead engine runs nothing

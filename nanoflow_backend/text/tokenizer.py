@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.config import read_file
 from nanoflow_backend.request.sampling_params import InvalidRequest
-from nanoflow_backend.text.chat_template import ChatTemplate, Message
+from nanoflow_backend.text.chat_messages import Message
+from nanoflow_backend.text.chat_template import ChatTemplate
+from nanoflow_backend.text.special_tokens import InvalidTokenizer, SpecialTokens, Token, read_json
 from nanoflow_backend.text.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
-
-T = TypeVar("T")
-
-
-class InvalidTokenizer(ConfigError):
-    """A tokenizer file is broken: the message names the file and what is wrong with it."""
 
 
 class Tokenizer:
@@ -32,12 +28,19 @@ class Tokenizer:
         bos_id, eos_id: None where the checkpoint names none.
     """
 
-    def __init__(self, backend: Backend, decoding: Decoding, config: _Config, templates: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        decoding: Decoding,
+        config: _Config,
+        tokens: SpecialTokens,
+        templates: Mapping[str, str],
+    ) -> None:
         backend.no_truncation()  # a tokenizer.json may carry its training's
         backend.no_padding()
-        _add_tokens(backend, config)
+        _add_tokens(backend, config, tokens)
         self._backend = backend
-        self.special_tokens = config.named_tokens()
+        self.special_tokens = tokens.named
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -68,10 +71,9 @@ class Tokenizer:
             raise InvalidTokenizer(f"{file}: {error}") from error
         except Exception as error:  # the library raises bare Exceptions
             raise InvalidTokenizer(f"{file}: not a valid tokenizer: {error}") from error
-        config = _read(folder / "tokenizer_config.json", _Config) or _Config()
-        config = config.completed_by(_read(folder / "special_tokens_map.json", _Config) or _Config())
+        config = read_json(folder / "tokenizer_config.json", _Config) or _Config()
         try:
-            return cls(backend, decoding, config, _chat_templates(folder, config))
+            return cls(backend, decoding, config, SpecialTokens.read(folder), _chat_templates(folder, config))
         except TemplateSyntaxError as error:
             raise InvalidTokenizer(f"{folder}: chat template, line {error.lineno}: {error.message}") from error
 
@@ -132,7 +134,7 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation. Encode it with `add_special_tokens=False`: templates write their BOS.
@@ -156,64 +158,26 @@ class _File(msgspec.Struct):
     decoder: dict[str, Any] | None = None
 
 
-class _Token(msgspec.Struct, frozen=True):
-    content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = False
-    special: bool = False
-
-
 class _NamedTemplate(msgspec.Struct):
     name: str
     template: str
 
 
 class _Config(msgspec.Struct):
-    """What matters here of tokenizer_config.json and of special_tokens_map.json."""
+    """What matters here of tokenizer_config.json, beside the tokens that it names."""
 
-    bos_token: str | _Token | None = None
-    eos_token: str | _Token | None = None
-    unk_token: str | _Token | None = None
-    sep_token: str | _Token | None = None
-    pad_token: str | _Token | None = None
-    cls_token: str | _Token | None = None
-    mask_token: str | _Token | None = None
-    additional_special_tokens: list[str | _Token] | None = None
-    extra_special_tokens: list[str | _Token] | dict[str, str | _Token] | None = None  # their name in transformers 5
-    added_tokens_decoder: dict[int, _Token] | None = None
+    added_tokens_decoder: dict[int, Token] | None = None
     add_bos_token: bool | None = None
     chat_template: str | list[_NamedTemplate] | None = None
 
-    def completed_by(self, other: _Config) -> _Config:
-        """These settings, and the other's where these say nothing."""
-        return _Config(
-            *[getattr(other if getattr(self, field) is None else self, field) for field in self.__struct_fields__]
-        )
 
-    def named_tokens(self) -> dict[str, str]:
-        tokens = {field: getattr(self, field) for field in self.__struct_fields__ if field.endswith("_token")}
-        if isinstance(self.extra_special_tokens, dict):
-            tokens |= self.extra_special_tokens
-        return {name: _content(token) for name, token in tokens.items() if isinstance(token, str | _Token)}
-
-    def unnamed_tokens(self) -> list[str]:
-        extra = self.extra_special_tokens if isinstance(self.extra_special_tokens, list) else []
-        return [_content(token) for token in [*(self.additional_special_tokens or []), *extra]]
-
-
-def _content(token: str | _Token) -> str:
-    return token if isinstance(token, str) else token.content
-
-
-def _add_tokens(backend: Backend, config: _Config) -> None:
+def _add_tokens(backend: Backend, config: _Config, tokens: SpecialTokens) -> None:
     """Make the tokens of the config known, and those with a name special, where tokenizer.json says less."""
     for _, token in sorted((config.added_tokens_decoder or {}).items()):
         backend.add_tokens([AddedToken(**msgspec.structs.asdict(token))])
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    unknown = [content for content in config.unnamed_tokens() if content not in known]
-    for content in [*config.named_tokens().values(), *unknown]:
+    unknown = [content for content in tokens.unnamed if content not in known]
+    for content in [*tokens.named.values(), *unknown]:
         backend.add_special_tokens([known.get(content) or AddedToken(content, normalized=False)])
 
 
@@ -227,12 +191,3 @@ def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:
     if isinstance(config.chat_template, str):
         return {"default": config.chat_template}
     return {named.name: named.template for named in config.chat_template or []}
-
-
-def _read(path: Path, kind: type[T]) -> T | None:
-    if not path.is_file():
-        return None
-    try:
-        return msgspec.json.decode(read_file(path), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidTokenizer(f"{path}: {error}") from error

@@ -14,7 +14,7 @@ from batches import Requests, decode_kv_tokens, forward
 from cases import BATCHES, LENGTHS, TOKENS, Case
 from comparison import assert_close, relative_rms
 from msgspec.structs import replace
-from nanoflow_kernels import chain, device, reference
+from nanoflow_kernels import device, pdl, reference
 from schedules import plans, random_schedule
 from torch import Tensor
 from triton.language.extra.cuda import smid
@@ -131,8 +131,8 @@ def test_logits_are_those_of_transformers(case: Case, cuda_graphs: bool, dtype: 
 def test_kernels_that_start_early_give_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replayed back to back, so that one step's first kernels come right behind the last ones of the step before."""
     requests, results = Requests(case.config, LENGTHS, 64), []
-    for rows in (0, chain.ROWS):
-        monkeypatch.setattr(chain, "ROWS", rows)
+    for rows in (0, pdl.MAX_PDL_ROWS):
+        monkeypatch.setattr(pdl, "MAX_PDL_ROWS", rows)
         made = program(case, [sequential(case.model.layer, TOKENS)], requests, torch.bfloat16)
         page_table, logits = requests.page_table.cuda(), []
         inputs = [[x.cuda() for x in requests.inputs(batch)[:3]] for batch in BATCHES]

@@ -102,7 +102,7 @@ class Operands:
         if operation.kernel == "attention":
             q, pages, positions, slots, _ = (values[v] for v in operation.inputs)
             heads = q.shape[1] // pages.shape[-1]
-            options["work"] = self._kernels.list_work(positions, slots, pages, heads, num_sms=sms)
+            options["plan"] = self._kernels.plan_attention(positions, slots, pages, heads, num_sms=sms)
         out = tuple(values[v] for v in operation.outputs)
         kernel = getattr(self._kernels, operation.kernel)
         inputs = (values[v] for v in operation.inputs)

@@ -15,7 +15,7 @@ def kernels(per_product: int = 1) -> list[Kernel]:
         for name, duration_us, gap_us in (
             ("nvjet_sm90_a", 30.0, 0.0),
             ("_decode", 50.0, 0.0),
-            ("_join", 2.0, 0.0),
+            ("_merge", 2.0, 0.0),
             ("nvjet_sm90_a", 8.0, 0.0),
             ("Memset (Device)", 4.0, -4.0),  # beside the product: busy once
             ("nvjet_sm90_b", 6.0, 10.0),

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Source
-from nanoflow_backend.models import weights
+from nanoflow_backend.models import checkpoint
+from nanoflow_backend.models.checkpoint import WeightsError
 from nanoflow_backend.models.model import build
-from nanoflow_backend.models.weights import WeightsError, load, shard
+from nanoflow_backend.models.weights import load, shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 State = dict[str, Tensor]
@@ -116,13 +117,84 @@ def test_tied_embeddings_share_memory_on_one_rank(tmp_path: Path) -> None:
     assert loaded["lm_head.weight"].data_ptr() == loaded["embed.weight"].data_ptr()
 
 
-@pytest.mark.parametrize("extra", ["model.layers.1.self_attn.rotary_emb.inv_freq", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.self_attn.rotary_emb.sin_cached",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    ],
+)
 def test_harmless_extras_are_passed_over(extra: str, tmp_path: Path) -> None:
     save(make("llama", tie_word_embeddings=True), tmp_path)
     before = load_rank(tmp_path)
     save_file(load_file(tmp_path / SINGLE) | {extra: torch.full((3,), torch.nan)}, tmp_path / SINGLE)
     after = load_rank(tmp_path)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_equal_head_beside_tied_embeddings_is_passed_over(
+    tp: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(make("llama", tie_word_embeddings=True), tmp_path)
+    before = load_rank(tmp_path, tp - 1, tp)
+    state = load_file(tmp_path / SINGLE)
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / SINGLE)
+    after = load_rank(tmp_path, tp - 1, tp)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert tp > 1 or after["lm_head.weight"].data_ptr() == after["embed.weight"].data_ptr()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_tied_head_with_weights_of_its_own_keeps_them(
+    tp: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(make("llama", tie_word_embeddings=True), tmp_path)
+    state = load_file(tmp_path / SINGLE)
+    head = state["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1  # in the last rows that are compared
+    save_file(state | {"lm_head.weight": head}, tmp_path / SINGLE)
+    for rank in range(tp):
+        loaded = load_rank(tmp_path, rank, tp)
+        assert torch.equal(loaded["embed.weight"], state["model.embed_tokens.weight"])
+        assert torch.equal(loaded["lm_head.weight"], pieces(head, tp, 0)[rank])
+    warning = caplog.records[0].getMessage()
+    assert all(word in warning for word in [SINGLE, "lm_head.weight differs", "tie_word_embeddings", "both are kept"])
+
+
+def test_a_tied_head_stands_in_for_embeddings_that_are_not_there(tmp_path: Path) -> None:
+    save(make("llama", tie_word_embeddings=True), tmp_path)
+    before = load_rank(tmp_path)
+    state = load_file(tmp_path / SINGLE)
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, tmp_path / SINGLE)
+    after = load_rank(tmp_path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_of_another_shape_and_absent_embeddings_are_named(tied: bool, tmp_path: Path) -> None:
+    save(make("llama", tie_word_embeddings=tied), tmp_path)
+    state = load_file(tmp_path / SINGLE)
+    save_file(state | {"lm_head.weight": torch.zeros(3)}, tmp_path / SINGLE)
+    with pytest.raises(WeightsError, match=r"lm_head\.weight: expected shape \[331, 64\], got \[3\]"):
+        load_rank(tmp_path)
+    del state["model.embed_tokens.weight"]
+    save_file(state, tmp_path / SINGLE)
+    with pytest.raises(WeightsError, match=r"model\.embed_tokens\.weight is missing"):
+        load_rank(tmp_path)
+
+
+def test_an_index_beside_a_whole_file_is_refused(tmp_path: Path) -> None:
+    save(make("llama"), tmp_path, max_shard_size="60KB")
+    save(make("llama"), tmp_path / "whole")
+    (tmp_path / "whole" / SINGLE).rename(tmp_path / SINGLE)
+    with pytest.raises(WeightsError, match=r"names other files than model\.safetensors, which is here too"):
+        load_rank(tmp_path)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -259,8 +331,8 @@ def test_a_rank_reads_its_own_slices_only(tmp_path: Path, monkeypatch: pytest.Mo
         def get_slice(self, name: str) -> CountingSlice:
             return CountingSlice(self.entered.get_slice(name))
 
-    safe_open = weights.safe_open
-    monkeypatch.setattr(weights, "safe_open", CountingFile)
+    safe_open = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", CountingFile)
     loaded = load_rank(tmp_path, rank=1, tp=4)
     held = sum(tensor.numel() for name, tensor in loaded.items() if "rope" not in name)
     assert 0.9 * held < read["elements"] <= held

@@ -149,7 +149,8 @@ def test_defaults_of_old_configs() -> None:
     assert (config.num_kv_heads, config.dtype) == (32, "float32")
     assert read(old | {"head_dim": 64}).head_dim == 64
     assert read(old | {"head_dim": None}).head_dim == 128
-    assert read({name: value for name, value in old.items() if name != "eos_token_id"}).eos_token_ids == ()
+    assert read(old | {"eos_token_id": None}).eos_token_ids == ()
+    assert read({name: value for name, value in old.items() if name != "eos_token_id"}).eos_token_ids == (2,)
 
 
 def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
@@ -175,6 +176,22 @@ def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": "8"}}, ["rope", "Expected `float`, got `str`", "factor"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope scaling 'linear'", "key 'factor' is missing"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "key 'low_freq_factor' is missing"]),
+        ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "'default' has no key 'factor'", "rope_type"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, ["'linear' has no key 'beta_fast'"]),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, ["rope_type 'llama3' and type 'linear'"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling: expected an object or null, got 'linear'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, ["rope", "factor", "> 0", "got 0.0"]),
+        ({"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}}, ["low_freq_factor <", "got 4.0, 4.0"]),
+        ({"rope_theta": -1}, ["rope", "theta", "> 0", "got -1.0"]),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, ["rope_parameters.rope_theta 1", "500000.0"]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            ["rope_parameters", "each kind of layer (full_attention)", "one for all layers"],
+        ),
+        ({"dtype": "bfloat16"}, ["dtype 'bfloat16' and torch_dtype 'float16'"]),
+        ({"num_key_value_heads": 0}, ["num_key_value_heads: expected an integer in 1..2147483647, got 0"]),
+        ({"head_dim": 0}, ["head_dim: expected an integer in 1..2147483647, got 0"]),
+        ({"architectures": [["LlamaForCausalLM"]]}, ["architectures: expected one of"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
         ({"num_key_value_heads": 5}, ["num_attention_heads 32", "num_key_value_heads 5"]),
         ({"head_dim": 63}, ["odd head_dim, 63"]),
@@ -193,11 +210,19 @@ def test_what_cannot_be_used_is_named(change: dict[str, Any], words: list[str]) 
     ("hf", "refused"),
     [
         (QWEN2, False),
-        (QWEN2 | {"use_sliding_window": True}, True),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 0}, True),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": None}, False),
         ({name: value for name, value in QWEN2.items() if name != "use_sliding_window"}, False),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 23}, True),
+        ({name: value for name, value in QWEN2.items() if "window" not in name} | {"use_sliding_window": True}, False),
+        (
+            {name: value for name, value in QWEN2.items() if "window" not in name}
+            | {"use_sliding_window": True, "num_hidden_layers": 29},  # 4096 and 28 are the class's
+            True,
+        ),
         (MIXTRAL, False),
         (MIXTRAL | {"sliding_window": 4096}, True),
+        (MIXTRAL | {"sliding_window": 4096, "use_sliding_window": False}, True),  # its class has no such key
     ],
 )
 def test_sliding_windows_are_refused_only_where_they_are_used(hf: dict[str, Any], refused: bool) -> None:
@@ -206,6 +231,39 @@ def test_sliding_windows_are_refused_only_where_they_are_used(hf: dict[str, Any]
         return
     with pytest.raises(ConfigError, match="sliding_window"):
         read(hf)
+
+
+def test_layers_of_other_kinds_are_refused() -> None:
+    assert read(QWEN2 | {"layer_types": ["full_attention"] * 24}).num_layers == 24
+    with pytest.raises(ConfigError, match="layer_types: expected full_attention for every layer"):
+        read(QWEN2 | {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]})
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, LLAMA3_SCALING, {"type": "yarn", "factor": 4}])
+def test_a_scaling_beside_another_one_is_refused(scaling: dict[str, Any]) -> None:
+    """As model cards have it: `rope_scaling` added to what transformers 5 saved."""
+    with pytest.raises(ConfigError, match="rope"):
+        read(new_spelling(LLAMA2) | {"rope_scaling": scaling})
+
+
+def test_two_spellings_of_a_scaling_may_agree() -> None:
+    config = read(LLAMA31)
+    both = new_spelling(LLAMA31) | {"rope_scaling": LLAMA3_SCALING}
+    assert read(both) == config
+    assert read(both | {"rope_theta": 500000.0}) == config
+    for neither in (None, {}):
+        assert read(new_spelling(LLAMA31) | {"rope_scaling": neither}) == config
+        assert read(LLAMA31 | {"rope_parameters": neither}) == config
+    with pytest.raises(ConfigError, match=r"rope_parameters .*8\.0.* and rope_scaling .*16\.0.* say two things"):
+        read(both | {"rope_scaling": LLAMA3_SCALING | {"factor": 16.0}})
+
+
+def test_either_name_of_the_number_of_experts() -> None:
+    other = {name: value for name, value in MIXTRAL.items() if name != "num_local_experts"}
+    assert read(other | {"num_experts": 4}).num_experts == 4
+    assert read(MIXTRAL | {"num_experts": 8}).num_experts == 8
+    with pytest.raises(ConfigError, match="num_local_experts 8 and num_experts 4 say two things"):
+        read(MIXTRAL | {"num_experts": 4})
 
 
 def test_more_experts_a_token_than_experts() -> None:

@@ -141,6 +141,7 @@ def test_priority_and_timeout(tokenizer):
 
 
 CHAT = '[{"role": "user", "content": "the dog"}]'
+CONTINUED = '{"bos_token": "", "continue_final_message": true}'
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,11 @@ def chatty(tmp_path_factory):
         "{{ tools | tojson }} {{ mood }}{% if add_generation_prompt %} assistant:{% endif %}"
     )
     return Tokenizer.from_pretrained(folder)
+
+
+def test_chat_template_kwargs_go_before_special_tokens_and_may_continue_the_final_message(chatty):
+    call = parse(chatty, messages=CHAT, chat_template_kwargs=CONTINUED)
+    assert chatty.decode(call.prompt, skip_special_tokens=False) == "user: the dog"
 
 
 @pytest.mark.parametrize(
@@ -183,9 +189,10 @@ def test_messages_go_through_the_chat_template(chatty, inputs, end):
         ({"messages": CHAT, "tools": '["f"]'}, r"tools\[0\]: expected an object, got 'f'"),
         ({"messages": CHAT, "chat_template_kwargs": "[]"}, "chat_template_kwargs: expected a JSON object"),
         ({"messages": CHAT, "chat_template_kwargs": '{"messages": []}'}, "chat_template_kwargs: expected no messages"),
+        ({"messages": CHAT, "chat_template_kwargs": '{"tokenize": false}'}, "kwargs: expected no tokenize"),
         (
-            {"messages": CHAT, "chat_template_kwargs": '{"bos_token": ""}'},
-            "chat_template_kwargs: expected no bos_token",
+            {"messages": CHAT, "add_generation_prompt": True, "chat_template_kwargs": CONTINUED},
+            "continue_final_message: expected add_generation_prompt to be false with it",
         ),
         ({"messages": CHAT, "exclude_input_in_output": False}, "exclude_input_in_output: expected true, or nothing"),
     ],

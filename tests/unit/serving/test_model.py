@@ -228,6 +228,40 @@ def test_cancel_by_request_id(served):
     assert again.result().outputs["num_cancelled"].tolist() == [0]
 
 
+def test_other_requests_come_in_while_a_chat_is_rendered(served, monkeypatch):
+    model, engine = served
+    begun, released = threading.Event(), threading.Event()
+
+    def render(*_):
+        begun.set()
+        assert released.wait(30)
+        return "the dog"
+
+    monkeypatch.setattr(model._tokenizer, "apply_chat_template", render)
+    messages = text('[{"role": "user", "content": "dog"}]')
+    chat, given_up = (ServerRequest(request_id=name, messages=messages) for name in ("chat", "given up"))
+    model.execute([chat, given_up])
+    assert begun.wait(30)
+    model.execute([ServerRequest(text_input=text("quick"))])
+    assert [engine.requests[0].prompt] == [model._tokenizer.encode("quick")]
+    cancel = ServerRequest(request_id="given up", cancel=FLAG)
+    model.execute([cancel])
+    assert cancel.result().outputs["num_cancelled"].tolist() == [1]
+    released.set()
+    assert given_up.result().error.code == "CANCELLED"
+    until(lambda: len(engine.requests) == 2)
+    engine.say(last(engine.requests[1].id))
+    assert chat.result().error is None
+
+
+def test_messages_that_a_template_refuses_are_the_clients_fault(served):
+    model, engine = served
+    request = ServerRequest(messages=text('[{"role": "user"}]'))
+    model.execute([request])
+    assert request.result().error.code == "INVALID_ARG"
+    assert engine.requests == []
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

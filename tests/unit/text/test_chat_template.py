@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_templates import TEMPLATES
 from tiny_tokenizers import llama3
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.accuracy.chat_templates import BAD, TOKENS, compare, generation_prompts
+from benchmarks.accuracy.conversations import CONVERSATIONS, Conversation
 from nanoflow_backend.request.sampling_params import InvalidRequest
-from nanoflow_backend.text import template_sandbox
+from nanoflow_backend.text.chat_template import ChatTemplate
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 LLAMA3 = """{%- set loop_messages = messages %}
@@ -182,38 +185,99 @@ def test_bad_messages(tmp_path: Path, messages: Any, complaint: str) -> None:
         tokenizer.apply_chat_template(messages)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_kind_of_template_renders_each_kind_of_conversation_as_transformers(name: str) -> None:
+    template, outcomes = ChatTemplate(TEMPLATES[name], TOKENS), set()
+    for title, conversation in CONVERSATIONS.items():
+        for generation in generation_prompts(conversation):
+            outcome, why = compare(template, TEMPLATES[name], conversation, generation)
+            assert outcome not in BAD, (title, why)
+            outcomes.add(outcome)
+    assert "equal" in outcomes
+
+
+def test_what_the_comparison_calls_bad_is_bad() -> None:
+    conversation = Conversation([{"role": "user", "content": "Hello"}])
+    other = ChatTemplate("{{ messages[0].content }}!", TOKENS)
+    assert compare(other, "{{ messages[0].content }}", conversation, False)[0] == "different"
+    refusing = ChatTemplate("{{ raise_exception('no') }}", TOKENS)
+    assert compare(refusing, "{{ messages[0].content }}", conversation, False)[0] == "the engine refuses"
+    assert compare(other, "{{ raise_exception('no') }}", conversation, False)[0] == "transformers refuses"
+    assert compare(refusing, "{{ raise_exception('no') }}", conversation, False)[0] == "both refuse"
+
+
+def test_variables_go_before_special_tokens() -> None:
+    template = ChatTemplate(
+        "{{ bos_token }}|{{ eos_token }}|{{ image_token }}", {"bos_token": "<s>", "image_token": "<i>"}
+    )
+    assert template.render(CHAT) == "<s>||<i>"
+    assert template.render(CHAT, variables={"bos_token": "", "eos_token": "<e>"}) == "|<e>|<i>"
+
+
 @pytest.mark.parametrize(
-    "escape",
+    ("final", "field"),
     [
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ cycler.__init__.__globals__ }}",
-        "{{ range(10**9) | list }}",
-        "{{ 'a' * 10**9 }}",
-        "{{ [0] * 10**9 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{% set x = namespace(n=2) %}{% for _ in range(99) %}{% set x.n = x.n * x.n %}{% endfor %}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '%*d' % (10**9, 1) }}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ '{:1000000000}'.format(1) }}",
-        "{{ '{:{}}'.format(1, '1000000000') }}",
-        "{{ 'a' | center(10**9) }}",
-        "{{ 'a' | indent(width=10**9, first=true) }}",
-        "{{ 'a'.ljust(10**9) }}",
-        "{{ [1] | slice(10**9) | list }}",
-        "{{ lipsum(n=1000) }}",
-        "{% set r = range(100000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{{ f(n + 1) if n < 50 }}{{ f(n + 1) if n < 50 }}{% endmacro %}{{ f(0) }}",
-        "{% for _ in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
+        ({"content": "Hi"}, True),
+        ({"content": " Hi, \n "}, True),
+        ({"content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there "}]}, "content"),
+        ({"content": "2", "reasoning_content": "Add "}, "reasoning_content"),
+        ({"content": "2", "thinking": "Add "}, "thinking"),
     ],
 )
-def test_templates_are_in_a_sandbox(tmp_path: Path, escape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "MOST_S", 0.05)
-    tokenizer, _ = _load(tmp_path, escape)
-    with pytest.raises(InvalidRequest, match="refuses them"):
-        tokenizer.apply_chat_template(CHAT)
+@pytest.mark.parametrize("name", ["text, trimmed", "a text or parts", "reasoning_content", "thinking"])
+def test_a_final_message_is_continued_as_in_transformers(name: str, final: dict[str, Any], field: Any) -> None:
+    conversation = Conversation([CHAT[1], {"role": "assistant", **final}], None, {"continue_final_message": field})
+    outcome, why = compare(ChatTemplate(TEMPLATES[name], TOKENS), TEMPLATES[name], conversation, False)
+    assert outcome not in BAD, why
+
+
+def test_a_continued_message_needs_no_generation_prompt() -> None:
+    template = ChatTemplate(TEMPLATES["text, joined"], TOKENS)
+    messages = [CHAT[1], {"role": "assistant", "content": "Hi"}]
+    assert template.render(messages, variables={"continue_final_message": True}).endswith("<assistant>(Hi")
+    assert template.render(messages, variables={"continue_final_message": False}).endswith(
+        "<assistant>(Hi)</s><assistant>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"messages": []}, "chat_template_kwargs: expected no messages"),
+        ({"tools": []}, "chat_template_kwargs: expected no tools: there is an input of that name"),
+        ({"tokenize": False}, "chat_template_kwargs: expected no tokenize"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template_kwargs: expected no chat_template: the model's own is used"),
+        ({"max_length": 9}, "chat_template_kwargs: expected no max_length: a conversation is never cut"),
+        ({"documents": "x"}, "chat_template_kwargs: documents: expected a list of objects, got 'x'"),
+        ({"documents": ["x"]}, r"chat_template_kwargs: documents\[0\]: expected an object, got 'x'"),
+        ({"continue_final_message": 2}, "continue_final_message: expected a boolean or a field's name, got 2"),
+        (
+            {"continue_final_message": "thinking"},
+            "continue_final_message: expected a text in the final message's thinking",
+        ),
+        ({"continue_final_message": "role"}, "continue_final_message: the model's chat template does not show"),
+    ],
+)
+def test_orders_are_obeyed_or_refused_by_name(variables: dict[str, Any], complaint: str) -> None:
+    template = ChatTemplate("{{ messages[0].content }}{{ tokenize }}{{ max_length }}", {})
+    with pytest.raises(InvalidRequest, match=complaint):
+        template.render(CHAT[1:2], variables=variables)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for k, v in messages[1].content | dictsort %}{% endfor %}",  # AttributeError
+        "{{ messages[1].content.nothing.more }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[9].content }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages | groupby('missing') }}{{ {} | first + 1 }}",
+    ],
+)
+def test_whatever_a_template_raises_is_about_the_messages(source: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"messages: the model's chat template refuses them: ."):
+        ChatTemplate(source, {}).render(CHAT)
 
 
 def test_no_template(tmp_path: Path) -> None:

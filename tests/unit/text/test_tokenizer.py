@@ -15,7 +15,8 @@ from tiny_tokenizers import SHAPES, deepseek, llama2, llama3, qwen2
 from transformers import PreTrainedTokenizerFast
 
 from nanoflow_backend.request.sampling_params import InvalidRequest
-from nanoflow_backend.text.tokenizer import InvalidTokenizer, Tokenizer
+from nanoflow_backend.text.special_tokens import InvalidTokenizer
+from nanoflow_backend.text.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -106,7 +107,7 @@ def test_truncation_of_the_file_is_not_applied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("list_name", ["additional_special_tokens", "extra_special_tokens"])
 def test_tokens_of_the_config(tmp_path: Path, list_name: str) -> None:
-    """One that only its name makes special, two that only the config knows, one of a special_tokens_map.json."""
+    """One that only its name makes special, two that only the config knows; special_tokens_map.json is not read."""
     file = qwen2(tmp_path) / "tokenizer_config.json"
     end = Tokenizer.from_pretrained(tmp_path).vocab_size
     token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -116,15 +117,15 @@ def test_tokens_of_the_config(tmp_path: Path, list_name: str) -> None:
         list_name: ["<|im_start|>", "<extra>"],
     }
     file.write_text(json.dumps(settings))
-    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {**token, "content": "<|im_start|>"}}))
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     text = "a<tool_call>b<new>c<extra>d"
     ids = tokenizer.encode(text)
     assert ids == reference(text).input_ids
     assert {end, end + 1} <= set(ids)
     assert tokenizer.decode(ids) == "ab<new>cd"
-    assert tokenizer.special_tokens == {"eos_token": "<tool_call>", "bos_token": "<|im_start|>"}
+    assert tokenizer.special_tokens == {"eos_token": "<tool_call>"}
 
 
 @pytest.mark.parametrize(

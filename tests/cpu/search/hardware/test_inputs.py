@@ -25,13 +25,13 @@ class Recorded:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         names = {op.kernel for name in CONFIGS for op in build(config(name)).layer.operations}
         self.kernels = SimpleNamespace(
-            list_work=lambda *arguments, num_sms: f"work on {num_sms}",
+            plan_attention=lambda *arguments, num_sms: f"plan on {num_sms}",
             **{name: self._recorded(name) for name in names if hasattr(reference, name)},
         )
 
     def _recorded(self, name: str) -> Any:
-        def run(*arguments: Any, out: Any, num_sms: int | None = None, work: Any = None, **attributes: Any) -> None:
-            self.calls.append((name, arguments, {"out": out, "num_sms": num_sms, "work": work}))
+        def run(*arguments: Any, out: Any, num_sms: int | None = None, plan: Any = None, **attributes: Any) -> None:
+            self.calls.append((name, arguments, {"out": out, "num_sms": num_sms, "plan": plan}))
             getattr(reference, name)(*arguments, out=out, **attributes)
 
         return run
@@ -60,7 +60,7 @@ def test_every_operation_runs_on_every_set(name: str) -> None:
                 outputs = options["out"] if isinstance(options["out"], tuple) else (options["out"],)
                 assert all(out.isfinite().all() for out in outputs)
                 assert options["num_sms"] == 3
-                assert options["work"] == ("work on 3" if op.kernel == "attention" else None)
+                assert options["plan"] == ("plan on 3" if op.kernel == "attention" else None)
 
 
 def test_only_what_the_launch_before_wrote_is_the_same_in_every_set() -> None:

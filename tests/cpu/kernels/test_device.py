@@ -1,4 +1,4 @@
-"""Every device kernel in the kernel language's interpreter, against its reference (see kernel_checks).
+"""Every device kernel in the kernel language's interpreter, against its reference (see support.kernels.checks).
 
 bf16 products are wrong in the interpreter, hence fp16 and fp32; bf16 is checked on the device (tests/gpu).
 """
@@ -11,9 +11,9 @@ import torch
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here: see tests/gpu", allow_module_level=True)
 
-from kernel_checks import Checks
 from nanoflow_kernels import device as kernels
 from shapes import config
+from support.kernels.checks import Checks
 
 from nanoflow_backend.engine.worker import _implementations
 from nanoflow_backend.graph.operation import Resource

@@ -1,4 +1,4 @@
-"""Every kernel on the device, in bf16 and fp16, against its reference in fp32 (see kernel_checks)."""
+"""Every kernel on the device, in bf16 and fp16, against its reference in fp32 (see support.kernels.checks)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 import torch
-from kernel_checks import Checks, paged_batch
 from nanoflow_kernels import device as kernels
+from support.kernels.checks import Checks, paged_batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,8 +122,8 @@ def test_a_captured_graph_serves_every_mix() -> None:
     kernels.attention(q, pages, *inputs, out=expected)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work = kernels.list_work(inputs[0], inputs[1], pages, heads)
-        kernels.attention(q, pages, *inputs, out=out, work=work)
+        plan = kernels.plan_attention(inputs[0], inputs[1], pages, heads)
+        kernels.attention(q, pages, *inputs, out=out, plan=plan)
     for batch in batches:
         for tensor, new in zip(inputs, batch, strict=True):
             tensor.copy_(new)

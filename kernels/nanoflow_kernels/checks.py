@@ -1,4 +1,4 @@
-"""What every kernel asks of its operands, checked on the host before a launch."""
+"""Checks of a kernel's operands on the host, before a launch; every error names the kernel and the operand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_rows(kernel: str, **operands: Tensor) -> None:
-    """Matrices whose rows are contiguous (a row may be part of a wider one), all on one device.
+    """Check that operands are matrices whose rows are contiguous (a row may be part of a wider one), on one device.
 
     Raises:
         ValueError: names the operand.
@@ -24,8 +24,10 @@ def check_rows(kernel: str, **operands: Tensor) -> None:
 
 
 def check_dtype(kernel: str, dtype: torch.dtype, **operands: Tensor) -> None:
-    """Raises:
-    ValueError: names the operand that is of another dtype.
+    """Check that operands are of this dtype.
+
+    Raises:
+        ValueError: names the operand that is of another one.
     """
     for name, tensor in operands.items():
         if tensor.dtype != dtype:
@@ -38,8 +40,10 @@ def are_bulk(*operands: Tensor) -> bool:
 
 
 def check_bulk(kernel: str, **operands: Tensor) -> None:
-    """Raises:
-    ValueError: names the operand that bulk copies do not take.
+    """Check that bulk copies take these matrices.
+
+    Raises:
+        ValueError: names the operand that they do not take.
     """
     for name, tensor in operands.items():
         if not are_bulk(tensor):
@@ -48,8 +52,10 @@ def check_bulk(kernel: str, **operands: Tensor) -> None:
 
 
 def check_shape(kernel: str, name: str, tensor: Tensor, *shape: int) -> None:
-    """Raises:
-    ValueError: names the operand and both shapes.
+    """Check an operand's shape.
+
+    Raises:
+        ValueError: names the operand and both shapes.
     """
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{kernel}: {name}: expected shape {shape}, got {tuple(tensor.shape)}")

@@ -1,0 +1,219 @@
+"""Attention of single tokens (decodes), with the keys of a request split over programs (split-KV).
+
+The tiles of keys of all (row, kv head) pairs, one pair after the other, are dealt out to the programs in equal work
+items. A pair that a work item cuts leaves partial results (m, l and acc) in a workspace, and a second kernel merges
+them. Both kernels are launched with PDL (pdl.py) where the batch is small.
+
+In the tensor cores' tile the keys are rows and the query heads of a group are columns: a tile may have 8 columns, but
+no fewer than 16 rows, so a group of few heads leaves less of it empty. A program is one warp: maxima and sums are found
+within it and nothing waits for another warp. Six programs an SM, each with two tiles of keys on their way, keep the
+memory busy even where few SMs may be used.
+
+Shape legend: T tokens, H query heads, K kv heads, G = H / K query heads of a group (GP: padded to the tile's columns),
+d (D) head_dim, P (PAGE) tokens a page, W work items.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoflow_kernels.attention.tile import LOWEST, gathered_tile, kv_pages_descriptor
+from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, wait_for_earlier
+
+FEWEST_COLUMNS = 8  # of the tensor cores' tile
+# Of those tried on H200 these were as fast as any, on 32 of its SMs and on all. Prefetching tiles into the L2 cache
+# further ahead, or one loop over all pairs of a work item, was slower.
+# A tile's page is looked up two iterations before its copy is waited for, and the copy begins two before its use.
+DECODE_KEYS = 32  # of a tile
+DECODE_PER_SM = 6  # programs
+DECODE_WARPS, DECODE_STAGES = 1, 5
+DECODE_REGISTERS = 255  # of a thread, at most: an SM has them for six programs; the assembler's default of 128 spills
+MERGED_AT_ONCE = 64  # partial results of a query head
+
+
+@dataclass(frozen=True)
+class DecodeWork:
+    """How the keys that the decode rows of a batch read are dealt out. Tensors are int32, on the device.
+
+    tile_prefix_sum [T]: the inclusive prefix sum of the rows' key tiles (0 tiles in rows of prompt chunks).
+    work_items [W, 4]: the row, kv head and tile at which a work item begins, and how many tiles it has.
+    merges [.., 4]: the row and kv head of each pair that is cut, the work item in which it begins, and in how many it
+    lies; only the first counts[2] are set.
+    counts [3]: key tiles, query tiles, merges.
+    """
+
+    tile_prefix_sum: Tensor
+    work_items: Tensor
+    merges: Tensor
+    counts: Tensor
+
+
+@triton.jit
+def _decode(
+    q_ptr, pages_ptr, kv_desc, positions_ptr, slots_ptr, page_table_ptr, tile_prefix_sum_ptr, work_items_ptr,
+    partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
+    q_stride, out_stride, page_table_stride, scale_log2,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    BULK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(q k^T / sqrt(d)) v over a work item's tiles of keys, by the recurrences of the online softmax:
+
+        m' = max(m, max_j s_j),  alpha = 2^(m - m'),  p_j = 2^(s_j - m')
+        l' = alpha l + sum_j p_j,  acc' = alpha acc + sum_j p_j v_j,  o = acc / l
+
+    where s = k q^T log2(e) / sqrt(d) is transposed: keys are rows, query heads are columns.
+
+    References: Dao et al., "FlashAttention", NeurIPS 2022 (m, l, acc); Dao et al., "Flash-Decoding", 2023 (split KV);
+    Osama et al., "Stream-K", PPoPP 2023 (equal work items, wherever their ends fall).
+    """
+    launch_dependents(PDL)
+    program = tl.program_id(0)
+    item_ptr = work_items_ptr + 4 * program
+    row, head, first_tile = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 1), tl.load(item_ptr + 2)
+    tiles_left = tl.load(item_ptr + 3)
+    length = tl.load(positions_ptr + row) + 1
+    table_ptr = page_table_ptr + tl.load(slots_ptr + row).to(tl.int64) * page_table_stride
+    group, dim = tl.arange(0, GP), tl.arange(0, D)
+    in_group = (group < G)[None, :]
+    offset = group[None, :] * D + dim[:, None]
+    # Only programs with work wait: as long as one of them waits, the kernel has not ended, so the dependent kernel's
+    # own wait holds it back as well.
+    if tiles_left > 0:
+        if PDL and BULK:
+            page = tl.load(table_ptr + first_tile * KEYS // PAGE, mask=first_tile * KEYS < length, other=0).to(tl.int64)
+            kv_row = (page * 2 * K + head) * PAGE + first_tile * KEYS % PAGE + tl.arange(0, KEYS)
+            prefetch_l2(pages_ptr + kv_row * D, 2 * D)
+            prefetch_l2(pages_ptr + (kv_row + K * PAGE) * D, 2 * D)
+        wait_for_earlier(PDL)
+    queries = tl.load(q_ptr + row * q_stride + head * G * D + offset, mask=in_group & (tiles_left > 0), other=0.0)
+    while tiles_left > 0:
+        num_tiles = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
+        stop_tile = tl.minimum(num_tiles, first_tile + tiles_left)
+        m_i = tl.full([GP], LOWEST, tl.float32)
+        l_i = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
+        acc = tl.zeros([D, GP], tl.float32)
+        for tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
+            # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
+            begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
+            key = begin + tl.arange(0, KEYS)
+            is_new = key >= tile * KEYS
+            if BULK:
+                page_number = tile * KEYS // PAGE
+                kv_page = tl.load(table_ptr + page_number, mask=tile * KEYS < length, other=0) * 2 * K + head
+                k = tl.reshape(kv_desc.load([kv_page, begin - page_number * PAGE, 0]), (KEYS, D))
+                v = tl.reshape(kv_desc.load([kv_page + K, begin - page_number * PAGE, 0]), (KEYS, D))
+            else:
+                k, v = gathered_tile(pages_ptr, table_ptr, head, key, is_new, K, D, PAGE)
+            s = tl.dot(k, queries, input_precision="ieee")
+            s = tl.where(is_new[:, None], s, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 0) * scale_log2)
+            p = tl.exp2(s * scale_log2 - m_new[None, :])
+            alpha = tl.exp2(m_i - m_new)
+            acc = tl.dot(v.T, p.to(v.dtype), acc * alpha[None, :], input_precision="ieee")
+            l_i = l_i * alpha[None, :] + p
+            m_i = m_new
+        l_i = tl.sum(l_i, 0)
+
+        # A work item has at most one pair that began before it, and one that begins in it and goes on behind it.
+        is_whole, partial = stop_tile - first_tile == num_tiles, (2 * program + (first_tile == 0).to(tl.int32)) * G
+        out_row_ptr = out_ptr + row * out_stride + head * G * D
+        tiles_left -= stop_tile - first_tile
+        first_tile = 0
+        head += 1
+        if (head == K) & (tiles_left > 0):
+            head = 0
+            row += 1
+            while tl.load(tile_prefix_sum_ptr + row) == tl.load(tile_prefix_sum_ptr + row - 1):  # a row of a chunk
+                row += 1
+            length = tl.load(positions_ptr + row) + 1
+            table_ptr = page_table_ptr + tl.load(slots_ptr + row).to(tl.int64) * page_table_stride
+        queries = tl.load(q_ptr + row * q_stride + head * G * D + offset, mask=in_group & (tiles_left > 0), other=0.0)
+        if is_whole:
+            o = acc / tl.maximum(l_i, 1e-30)[None, :]
+            tl.store(out_row_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=in_group)
+        else:
+            tl.store(partial_m_ptr + partial + group, m_i, mask=group < G)
+            tl.store(partial_l_ptr + partial + group, l_i, mask=group < G)
+            tl.store(partial_acc_ptr + partial * D + offset, acc, mask=in_group)
+
+
+@triton.jit
+def _merge(
+    merges_ptr, counts_ptr, partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr, out_stride,
+    G: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """o = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i over the partial results i of a pair, with m = max_i m_i.
+
+    Program (n, g) merges query head g of pair n of those that are cut, if there are so many.
+    Reference: Dao et al., "Flash-Decoding", 2023.
+    """
+    launch_dependents(PDL)
+    merge_ptr = merges_ptr + 4 * tl.program_id(0)
+    exists = tl.program_id(0) < tl.load(counts_ptr + 2)
+    row, head = tl.load(merge_ptr, mask=exists, other=0).to(tl.int64), tl.load(merge_ptr + 1, mask=exists, other=0)
+    first_item, num_parts = tl.load(merge_ptr + 2, mask=exists, other=0), tl.load(merge_ptr + 3, mask=exists, other=0)
+    wait_for_earlier(PDL)
+    if exists:
+        group, dim = tl.program_id(1), tl.arange(0, D)
+        m_i = tl.cast(LOWEST, tl.float32)
+        l_i = tl.cast(0, tl.float32)
+        acc = tl.zeros([D], tl.float32)
+        for begin in range(0, num_parts, PARTS):
+            part = begin + tl.arange(0, PARTS)
+            is_part = part < num_parts
+            # A work item has two places: 0 for a pair that began before it, 1 for one that begins in it and goes on.
+            partial = 2 * (first_item + part) + (part == 0).to(tl.int32)
+            offset = partial * G + group
+            part_m = tl.load(partial_m_ptr + offset, mask=is_part, other=LOWEST)
+            part_l = tl.load(partial_l_ptr + offset, mask=is_part, other=0.0)
+            part_acc = tl.load(partial_acc_ptr + offset[:, None] * D + dim[None, :], mask=is_part[:, None], other=0.0)
+            m_new = tl.maximum(m_i, tl.max(part_m, 0))
+            alpha, part_alpha = tl.exp2(m_i - m_new), tl.exp2(part_m - m_new)
+            l_i = l_i * alpha + tl.sum(part_l * part_alpha, 0)
+            acc = acc * alpha + tl.sum(part_acc * part_alpha[:, None], 0)
+            m_i = m_new
+        o = acc / tl.maximum(l_i, 1e-30)
+        tl.store(out_ptr + row * out_stride + (head * G + group) * D + dim, o.to(out_ptr.dtype.element_ty))
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    work: DecodeWork,
+    *,
+    pdl: bool,
+    out: Tensor,
+) -> None:
+    """Compute the decode rows of a batch, and zeros where it is padded; `attention` has checked the operands.
+
+    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; int32, and one
+    floating dtype. `pdl`: launch with PDL, so that `work` and the ints must be older than the kernel before.
+    """
+    kv_desc = kv_pages_descriptor(pages, DECODE_KEYS)
+    _, _, kv_heads, page_tokens, head_dim = pages.shape
+    group = q.shape[1] // head_dim // kv_heads
+    columns = max(FEWEST_COLUMNS, triton.next_power_of_2(group))
+    items = len(work.work_items)
+    partial_m, partial_l = q.new_empty((2, 2 * items, group), dtype=torch.float32).unbind()
+    partial_acc = q.new_empty((2 * items, group, head_dim), dtype=torch.float32)
+    _decode[(items,)](
+        q, pages, kv_desc, positions, slots, page_table, work.tile_prefix_sum, work.work_items,
+        partial_m, partial_l, partial_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
+        head_dim**-0.5 * math.log2(math.e),
+        kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, kv_desc is not None,
+        1 if q.dtype == torch.float32 else DECODE_STAGES, pdl,
+        num_warps=DECODE_WARPS, maxnreg=DECODE_REGISTERS, launch_pdl=pdl,
+    )  # fmt: skip
+    _merge[(len(work.merges), group)](
+        work.merges, work.counts, partial_m, partial_l, partial_acc, out, out.stride(0),
+        group, head_dim, MERGED_AT_ONCE, pdl, launch_pdl=pdl,
+    )  # fmt: skip

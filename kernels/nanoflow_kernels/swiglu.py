@@ -1,0 +1,17 @@
+"""SwiGLU on a tile in registers: the epilogue that the products with a gate share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swiglu(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """silu(gate) * up, with silu(z) = z / (1 + exp(-z)).
+
+    pairs [ROWS, COLUMNS] fp32, whose columns alternate gate and up -> [ROWS, COLUMNS / 2].
+    Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    gate, up = tl.split(pairs.reshape(ROWS, COLUMNS // 2, 2))
+    return gate / (1 + tl.exp(-gate)) * up

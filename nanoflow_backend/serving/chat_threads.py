@@ -1,0 +1,98 @@
+"""ChatThreads: where chats are rendered and tokenised, beside the server's thread.
+
+A chat template is a program, and a long chat may keep it busy for seconds. All other requests come in by the server's
+one thread meanwhile, so that chats wait for each other only.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
+from nanoflow_backend.serving.failure import Failure, without_words
+from nanoflow_backend.serving.reply import Channel
+
+log = logging.getLogger(__name__)
+
+THREADS = 2  # a second one, for chats that take a millisecond to pass one that takes seconds
+MOST_WAITING = 256  # chats, of at most 4 MiB each
+
+
+class Chat(msgspec.Struct, eq=False):
+    """One request with messages: `prepare` makes of it what `start` takes. Whatever they raise goes to `refuse`."""
+
+    channel: Channel
+    prepare: Callable[[], object]
+    start: Callable[..., None]
+    refuse: Callable[[Exception], None]
+    cancelled: bool = False
+
+    def run(self) -> None:
+        try:
+            if self.cancelled or self.channel.is_cancelled():
+                raise Failure("CANCELLED", "the request was cancelled before its messages were rendered")
+            prepared = self.prepare()
+            if self.cancelled:
+                raise Failure("CANCELLED", "the request was cancelled while its messages were rendered")
+            self.start(prepared)
+        except Exception as error:
+            try:
+                self.refuse(error)
+            except Exception as broken:  # the server is gone; the thread has other chats
+                log.error("a refusal broke: %s", without_words(broken))
+
+
+class ChatThreads:
+    """Thread-safe. Each chat that `add` takes is started, or refused once."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[Chat | None] = queue.Queue(MOST_WAITING)
+        self._lock = threading.Lock()
+        self._live: set[Chat] = set()
+        self._closed: Failure | None = None
+        self._threads = [threading.Thread(target=self._run, name=f"chat-{n}", daemon=True) for n in range(THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, chat: Chat) -> None:
+        """Raises: QueueFull, where as many wait as may; the Failure of `close` after it."""
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            try:
+                self._waiting.put_nowait(chat)
+            except queue.Full:
+                raise QueueFull(MOST_WAITING) from None
+            self._live.add(chat)
+
+    def cancel(self, client_id: str) -> list[Channel]:
+        """Refuse the chats of a client's id that are not started; their channels."""
+        with self._lock:
+            chats = [chat for chat in self._live if chat.channel.request_id == client_id]
+        for chat in chats:
+            chat.cancelled = True
+        return [chat.channel for chat in chats]
+
+    def close(self, failure: Failure, timeout_s: float) -> None:
+        """Refuse every chat that waits, and every later one; give up on those that are being rendered."""
+        with self._lock:
+            self._closed = failure
+        try:
+            while (chat := self._waiting.get_nowait()) is not None:
+                chat.refuse(failure)
+        except queue.Empty:
+            for _ in self._threads:
+                self._waiting.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (chat := self._waiting.get()) is not None:
+            chat.run()
+            with self._lock:
+                self._live.discard(chat)

@@ -1,0 +1,116 @@
+"""A key that config.json leaves out means the default of the architecture's own config class in transformers."""
+
+from __future__ import annotations
+
+import inspect
+from copy import deepcopy
+from random import Random
+from typing import Any
+
+import pytest
+from checkpoints import CONFIGS
+
+from nanoflow_backend.config import ConfigError, ModelConfig
+
+NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it is any class's default
+    "num_key_value_heads": (2, 4, None),
+    "head_dim": (16, 32, None),
+    "max_position_embeddings": (512, 4096),
+    "rms_norm_eps": (1e-4, 3e-5),
+    "tie_word_embeddings": (True,),
+    "rope_theta": (5e5, 123.0),
+    "rope_scaling": (None, {"type": "linear", "factor": 2.0}),
+    "eos_token_id": (7, [5, 9], None),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None, 64),
+    "use_sliding_window": (False, True),
+    "max_window_layers": (0, 1, 4),
+    "layer_types": (None, ["full_attention"] * 4),
+    "num_local_experts": (4, 16),
+    "num_experts_per_tok": (1, 3),
+}
+
+
+def keys(architecture: str) -> list[str]:
+    """Those of CHOICES that the architecture's class knows."""
+    known = {*inspect.signature(CONFIGS[architecture]).parameters, "rope_theta", "rope_scaling"}
+    return [key for key in CHOICES if key in known]
+
+
+def config_json(architecture: str, rng: Random) -> dict[str, Any]:
+    said = {key: rng.choice(CHOICES[key]) for key in keys(architecture)}
+    if architecture == "mixtral":  # transformers 5.23 has no null for it; 4.57 has, as we do: all heads
+        said["num_key_value_heads"] = rng.choice((2, 4))
+    sizes = dict(zip(SIZES, (331, 512, 96, 4, 32), strict=True))
+    return {"architectures": [NAMES[architecture]], **sizes, **said}
+
+
+def has_windows(theirs: Any) -> bool:
+    if theirs.model_type == "qwen2":
+        return "sliding_attention" in theirs.layer_types
+    return getattr(theirs, "sliding_window", None) is not None
+
+
+def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
+    theirs = CONFIGS[architecture].from_dict(deepcopy(hf))  # it writes into what it is given
+    if has_windows(theirs):
+        with pytest.raises(ConfigError, match="sliding_window"):
+            ModelConfig.from_hf(hf, {})
+        return
+    ours = ModelConfig.from_hf(hf, {})
+    eos = theirs.eos_token_id
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.max_model_tokens == theirs.max_position_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.scaling == theirs.rope_parameters["rope_type"]
+    assert ours.rope.factor == theirs.rope_parameters.get("factor", 1.0)
+    assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
+    assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
+
+
+@pytest.mark.parametrize(("architecture", "key"), [(name, key) for name in CONFIGS for key in keys(name)])
+def test_one_key_left_out(architecture: str, key: str) -> None:
+    for seed in range(5):
+        hf = config_json(architecture, Random(seed))
+        del hf[key]
+        assert_same_reading(hf, architecture)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_any_number_of_keys_left_out(architecture: str) -> None:
+    rng = Random(0)
+    for _ in range(200):
+        hf = config_json(architecture, rng)
+        for key in keys(architecture):
+            if rng.random() < 0.5:
+                del hf[key]
+        assert_same_reading(hf, architecture)
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_sizes_of_matrices_must_be_given(architecture: str, key: str) -> None:
+    hf = config_json(architecture, Random(0)) | {"sliding_window": None}
+    del hf[key]
+    with pytest.raises(ConfigError, match=f"'{key}' is missing"):
+        ModelConfig.from_hf(hf, {})
+
+
+def test_every_key_of_the_classes_is_read_or_without_effect() -> None:
+    """A key that a future transformers adds shows up here."""
+    without_effect = {
+        "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+        "pretraining_tp", "use_cache", "bos_token_id", "pad_token_id",
+    }  # fmt: skip
+    read = {*CHOICES, *SIZES, "rope_parameters"}
+    inherited = set(inspect.signature(CONFIGS["llama"].__mro__[1]).parameters)
+    for kind in CONFIGS.values():
+        assert set(inspect.signature(kind).parameters) - inherited <= read | without_effect

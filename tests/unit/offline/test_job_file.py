@@ -1,0 +1,88 @@
+"""JobFile: what counts as a line, and what is wrong with one."""
+
+import os
+import threading
+
+import pytest
+from json_lines import write_lines
+
+from nanoflow_backend.config import ConfigError
+from nanoflow_backend.offline.job_file import JobFile
+from nanoflow_backend.request.invalid_request import InvalidRequest
+
+
+def prompts(path):
+    return [line.job[0] for line in JobFile(path).lines()]
+
+
+def test_blank_lines_have_no_number_but_a_place(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\n{"prompt": "a"}\r\n  \t\r\n\n{"prompt": "b", "id": "x"}\n{"prompt": "c"}')
+    assert [(line.number, line.place, line.id, line.job[0]) for line in JobFile(path).lines()] == [
+        (0, 2, 0, "a"),
+        (1, 5, "x", "b"),
+        (2, 6, 2, "c"),
+    ]
+    assert JobFile(path).count() == 3
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert prompts(path) == ["a", "b"]
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    assert (prompts(path), JobFile(path).count()) == ([], 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_before_work_begins(tmp_path, encoding):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a"}\n'.encode(encoding))
+    with pytest.raises(ConfigError, match=r"in\.jsonl: expected UTF-8, got UTF-16"):
+        JobFile(path)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.jsonl: No such file or directory"):
+        JobFile(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        JobFile(tmp_path)
+
+
+def test_a_pipe_is_read_once_and_not_counted(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}\n'))
+    file = JobFile(path)
+    assert file.count() is None
+    writer.start()
+    assert prompts(path) == ["a", "b"]
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{not json", "expected a JSON object"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"prompt": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
+        (b'{"prompt": ' * 20_000, "recursion"),
+        ({"max_tokens": 3}, "expected either prompt or prompt_token_ids"),
+        ({"prompt": "a", "prompt_token_ids": [1]}, "expected either prompt or prompt_token_ids"),
+        ({"prompt": 7}, "prompt: Expected `str`, got `int`"),
+        ({"prompt_token_ids": ["x"]}, "prompt_token_ids: Expected `int`, got `str`"),
+        ({"prompt": "a", "temprature": 1}, "temprature: unknown sampling parameter"),
+        ({"prompt": "a", "n": 2}, "n: expected 1, for every line has one result, got 2"),
+    ],
+)
+def test_a_bad_line_says_what_is_wrong(tmp_path, line, message):
+    (read,) = JobFile(write_lines(tmp_path / "in.jsonl", [line])).lines()
+    assert isinstance(read.job, InvalidRequest)
+    assert message in str(read.job)
+
+
+def test_the_digest_is_that_of_the_line_without_the_space_around_it(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n  {"prompt": "a"}\r\n{"prompt": "a" }\n')
+    same, also, other = (line.digest for line in JobFile(path).lines())
+    assert same == also != other
