@@ -15,6 +15,8 @@ Kernels on few rows start while the kernel before them on their stream ends (pdl
 before one that reads positions, slots, page table or `plan` may write them.
 """
 
+from collections.abc import Iterable
+
 from nanoflow_kernels.attention.paged import attention
 from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
 from nanoflow_kernels.embed import embed
@@ -44,11 +46,28 @@ IMPLEMENTATIONS = {
     "grouped_combine": "our grouped product: rows are sorted by expert on the device",
 }
 
+
+def describe_implementations(uses: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each kernel that has a note above: its operations, what runs them and why.
+
+    uses: (name of a kernel, name of an operation that uses it), in the order in which lines are wanted.
+    """
+    operations: dict[str, list[str]] = {}
+    for kernel, operation in uses:
+        operations.setdefault(kernel, []).append(operation)
+    return [
+        f"{kernel} ({', '.join(names)}): {IMPLEMENTATIONS[kernel]}"
+        for kernel, names in operations.items()
+        if kernel in IMPLEMENTATIONS
+    ]
+
+
 __all__ = [
     "IMPLEMENTATIONS",
     "AttentionPlan",
     "add_rms_norm",
     "attention",
+    "describe_implementations",
     "embed",
     "greedy",
     "grouped_combine",

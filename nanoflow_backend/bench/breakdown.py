@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     name: str
 
 
-def break_down(engine: Engine, step: Callable[[], None], steps: int = STEPS) -> dict[str, Any]:
+def break_down(engine: Engine, step: Callable[[], object], steps: int = STEPS) -> dict[str, Any]:
     """Profile `steps` calls of `step`, each a step of `engine` on a GPU.
 
     What the profile itself costs is outside of the steps' times, but not outside of the caller's: `took_s`.
@@ -82,13 +82,16 @@ def summarise(kernels: Sequence[Kernel], steps: int, linears: Sequence[str]) -> 
 
 def linear_operations(engine: Engine) -> list[str]:
     """The names of a full step's products by cuBLAS, in the order in which they run; none if two lanes have some."""
-    config, device = engine.config, engine.worker.device
+    config, device = engine.config, engine.executor.device
     model = build(engine.model_config, config.tensor_parallel)
     schedule = find_schedules(config, model, device.name, device.sms)[-1]
-    in_layer = {operation.name for operation in model.layer.operations if operation.kernel == "linear"}
     in_head = [operation.name for operation in model.head.operations if operation.kernel == "linear"]
-    order = [schedule.launches[number] for _, number in schedule.unroll(model.num_layers)]
-    products = [launch for launch in order if launch.operation in in_layer]
+    order = [(model.in_order[layer], schedule.launches[number]) for layer, number in schedule.unroll(model.num_layers)]
+    products = [
+        launch
+        for graph, launch in order
+        if launch.operation in graph and graph[launch.operation].kernel == "linear"
+    ]
     one_lane = len({launch.lane for launch in products}) == 1
     return [launch.operation for launch in products] + in_head if one_lane else []
 

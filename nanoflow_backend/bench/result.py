@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def header() -> dict[str, Any]:
     meter = find_gpu_meter()
     host = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
-        "command": shlex.join([_program(), *map(_without_folder, sys.argv[1:])]),
+        "command": f"{_program()} {shlex.join(map(_without_folder, sys.argv[1:]))}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": host,  # what runs on a GPU says so instead
         "host": host,
@@ -48,7 +48,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     config = engine.config
     settings = {name: getattr(config, name) for name in config.__struct_fields__}
     return {
-        **({"device": engine.worker.device.name} if config.device == "cuda" else {}),
+        **({"device": engine.executor.device.name} if config.device == "cuda" else {}),
         "model": Path(config.model).name,
         "engine": "nanoflow",
         "engine_is": engine.description.replace(config.schedule, _without_folder(config.schedule)),
@@ -59,7 +59,8 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
 
 def _program() -> str:
     path = Path(sys.argv[0])
-    return PROGRAMS.get(path.parent.name, path.name) if path.name == "__main__.py" else path.name
+    package = path.parent.name
+    return PROGRAMS.get(package, f"python -m {package}") if path.name == "__main__.py" else path.name
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoflow_backend.commands.settings import engine_config
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_file import ResultFile
@@ -39,16 +39,17 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> in
 
 def complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
     """Bring the results to the end of the jobs; the model is loaded only if there is something to do."""
-    from nanoflow_backend.offline.local import LocalRunner, settled_here  # what is wrong with a file is told first
+    from nanoflow_backend.engine import LLM, Engine  # torch comes with them: what is wrong with a file is told first
+    from nanoflow_backend.engine.settle import settled_here
     from nanoflow_backend.offline.run import run
 
     lines = results.resume(jobs.lines(), MadeWith.of(settled_here(config)))
     first = next(lines, None)
     if first is None:
         return
-    runner = LocalRunner(config)
+    llm = LLM(Engine(config))
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         task = progress.add_task("completions", total=jobs.count(), completed=results.lines)
-        for _ in run(chain([first], lines), runner, results):
+        for _ in run(chain([first], lines), llm, results, config.seed):
             progress.update(task, completed=results.lines)
-    runner.close()
+    llm.close()

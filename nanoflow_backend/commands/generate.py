@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.commands.settings import make_engine
+from nanoflow_backend.engine import LLM
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 
 
@@ -14,11 +16,12 @@ def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Se
     params = SamplingParams.parse(sampling)
     if params.n != 1:
         raise InvalidRequest(f"n: expected 1, for one text is shown, got {params.n}")
-    engine = make_engine(model, settings)
-    print(prompt, end="", flush=True)
-    for _, progress in engine.stream([(prompt, params)]):
-        if isinstance(progress, InvalidRequest):
+    llm = LLM(make_engine(model, settings))
+    shown = prompt  # until the engine has taken it
+    for _, progress in llm.stream([(prompt, params)]):
+        if isinstance(progress, RequestError):
             raise progress
-        print(progress.delta.text, end="", flush=True)
+        print(shown + progress.delta.text, end="", flush=True)
+        shown = ""
     print()
-    engine.close()
+    llm.close()

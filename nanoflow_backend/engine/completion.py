@@ -1,24 +1,14 @@
-"""Completion: what became of one prompt; and the loop that drives an engine from prompts to completions."""
+"""Completion is the whole answer to one prompt; Progress is what one step adds to it; a Job asks for it."""
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from nanoflow_backend.request.request import Request
-from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
-from nanoflow_backend.text.bad_words import encode_bad_words
-from nanoflow_backend.text.text_stream import TextDelta, TextStream, merge
-from nanoflow_backend.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from nanoflow_backend.engine.engine import Engine
+from nanoflow_backend.text.text_stream import TextDelta, merge
 
 Job = tuple[str | list[int], SamplingParams]  # a prompt, as text or as token ids, and how to continue it
 
@@ -38,6 +28,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, deltas: list[TextDelta], num_input_tokens: int, index: int) -> Completion:
+        """Put together all deltas of one sequence, in order."""
         whole = merge(*deltas)
         assert whole.finish_reason is not None, "a request that ended says why"
         return cls(
@@ -59,99 +50,3 @@ class Progress(NamedTuple):
     delta: TextDelta
     num_input_tokens: int
     sequence: int  # among the `n` of the prompt
-
-
-@dataclass
-class _Live:
-    texts: list[TextStream]  # of each sequence
-    num_input_tokens: int
-    unfinished: int  # sequences
-
-
-def stream(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job | None]
-) -> Iterator[tuple[int, Progress | InvalidRequest]]:
-    """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it).
-
-    None among the jobs means that there is none for now: the next step comes first. It has no number.
-
-    One stream at a time: the numbers of its jobs are the ids of its requests.
-
-    Raises:
-        RuntimeError: the engine runs other requests.
-    """
-    if engine.scheduler.live_ids:
-        raise RuntimeError("the engine runs other requests: expected their stream to be exhausted or closed first")
-    unread = iter(jobs)
-    numbers = itertools.count()
-    live: dict[int, _Live] = {}
-    exhausted = False
-    read_ahead: Job | None = None  # has more sequences than there was room for
-    try:
-        while not exhausted or live:
-            while not exhausted and engine.has_room():
-                try:
-                    job = read_ahead or next(unread)
-                except StopIteration:
-                    exhausted = True
-                    break
-                if job is None:
-                    break
-                if live and not engine.has_room(job[1].n):
-                    read_ahead = job
-                    break
-                read_ahead, number = None, next(numbers)
-                try:
-                    live[number] = _submit(engine, tokenizer, number, *job)
-                except InvalidRequest as error:
-                    yield number, error
-            deltas = engine.step()
-            for number, refusal in engine.refused():
-                if live.pop(number, None) is not None:
-                    yield number, refusal
-            for delta in deltas:
-                request = live.get(delta.request_id)
-                if request is None:  # refused
-                    continue
-                text = request.texts[delta.index]
-                if not text.finished:
-                    yield delta.request_id, Progress(text.push(delta), request.num_input_tokens, delta.index)
-                if delta.finish_reason:
-                    request.unfinished -= 1
-                    if not request.unfinished:
-                        del live[delta.request_id]
-                elif text.finished:  # at a stop string, which the engine does not see
-                    engine.cancel(delta.request_id, FinishReason.STOP, delta.index)
-    except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing of it
-        engine.cancel_all()
-        while engine.has_work:
-            engine.step()
-        raise
-
-
-def complete(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: Iterable[Job | None]
-) -> Iterator[tuple[int, Completion | InvalidRequest]]:
-    """Run `jobs` as `stream` does; yield (number of the job, a result) in order of ending: `n` for each, by index."""
-    deltas: defaultdict[tuple[int, int], list[TextDelta]] = defaultdict(list)
-    for number, progress in stream(engine, tokenizer, jobs):
-        if isinstance(progress, InvalidRequest):
-            yield number, progress
-            continue
-        key = number, progress.sequence
-        deltas[key].append(progress.delta)
-        if progress.delta.finish_reason:
-            yield number, Completion.of(deltas.pop(key), progress.num_input_tokens, progress.sequence)
-
-
-def _submit(
-    engine: Engine, tokenizer: Tokenizer | None, number: int, prompt: str | list[int], params: SamplingParams
-) -> _Live:
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise InvalidRequest("prompt: expected token ids, for the model has no tokenizer")
-        prompt = tokenizer.encode(prompt)
-    params = encode_bad_words(params, tokenizer)
-    texts = [TextStream(tokenizer, params, prompt) for _ in range(params.n)]
-    engine.add(Request(number, prompt, params))
-    return _Live(texts, len(prompt), params.n)

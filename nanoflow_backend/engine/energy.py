@@ -42,7 +42,7 @@ class TokenEnergy:
 def measure_energy(engine: Engine) -> Ticker | None:
     """From now on tell the engine's observer, from a thread of its own. None where no GPU tells us."""
     try:
-        meter = find_gpu_meter() if engine.worker.device.kind == "cuda" else None
+        meter = find_gpu_meter() if engine.executor.device.kind == "cuda" else None
         if meter is None:
             return None
         energy = TokenEnergy(lambda: meter.read().energy_j, lambda: engine.scheduler.observer.observed.computed_tokens)

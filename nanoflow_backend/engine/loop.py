@@ -1,4 +1,7 @@
-"""The engine process: take messages, step, send news. Started by EngineProcess as `python -m`."""
+"""This module is the engine process: it takes messages, steps the engine, and sends what each step brought.
+
+EngineProcess starts it as `python -m`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import traceback
 
 import msgspec
 
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.energy import measure_energy
-from nanoflow_backend.engine.engine import Engine
+from nanoflow_backend.engine.engine import Engine, MakeExecutor
+from nanoflow_backend.engine.local_executor import LocalExecutor
+from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Parent
 from nanoflow_backend.process.messages import (
     STATS_PERIOD_S,
@@ -27,24 +33,32 @@ from nanoflow_backend.process.messages import (
     Submit,
     ToEngine,
 )
+from nanoflow_backend.request.internal_error import InternalError
 from nanoflow_backend.request.sampling_params import InvalidRequest
+from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
+log = logging.getLogger("nanoflow_backend.engine.loop")  # as a program it has another name
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+def main(make_executor: MakeExecutor = LocalExecutor) -> None:
+    """Run until told to stop, or until the process that started this one ends. It never returns."""
+    logs.configure()
     parent = Parent()
     decoder = msgspec.msgpack.Decoder(ToEngine)
     try:
         start: Start = parent.receive(decoder)
-        engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how))
+        engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how), make_executor=make_executor)
         measure_energy(engine)
         gc.collect()
         gc.freeze()  # what lives from here on is small: a full collection took 12 ms every hundred steps before
         parent.send(ready(engine))
         run(engine, parent, decoder)
+    except (ConfigError, ScheduleError) as error:  # it names what is wrong, and where
+        log.error("%s", error)
+        fail(parent, f"{type(error).__name__}: {error}")
     except Exception as error:
-        logging.getLogger(__name__).error("%s", traceback.format_exc())
+        log.error("%s", traceback.format_exc())
         fail(parent, f"{type(error).__name__}: {error}")
     os._exit(0)  # all is closed: taking torch and the interpreter apart is 0.3 s of work, on a loaded host 1.7 s
 
@@ -59,7 +73,7 @@ def ready(engine: Engine) -> Ready:
     return Ready(
         vocab_size=engine.model_config.vocab_size,
         max_model_tokens=engine.max_model_tokens,
-        num_pages=engine.worker.num_pages,
+        num_pages=engine.executor.num_pages,
         page_tokens=engine.config.page_tokens,
         description=engine.description,
         queue_room=engine.scheduler.queue_room,
@@ -78,8 +92,8 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                     received += request.params.n
                     try:
                         engine.add(request)
-                    except (InvalidRequest, QueueFull) as error:
-                        parent.send(Refusal(request.id, str(error), overloaded=isinstance(error, QueueFull)))
+                    except (InvalidRequest, InternalError, QueueFull) as error:
+                        parent.send(refusal(request.id, error))
                         parent.send(News([], queue(engine, received)))  # with nothing else to do no step brings it
                 case Cancel(request_id, reason, index):
                     engine.cancel(request_id, reason, index)
@@ -88,14 +102,23 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                     engine.cancel_all()
                     break
         deltas = engine.step()
-        for request_id, why in engine.refused():
-            parent.send(Refusal(request_id, str(why), overloaded=False))
+        for request_id, why in engine.take_refused():
+            parent.send(refusal(request_id, why))
         if deltas or not engine.has_work:
             parent.send(News(deltas, queue(engine, received)))
         if (now_s := time.monotonic()) >= stats_due_s or not engine.has_work:  # pages come free after the last delta
             parent.send(Stats(engine.scheduler.stats, engine.scheduler.observer.observed))
             stats_due_s = now_s + STATS_PERIOD_S
     engine.close()
+
+
+def refusal(request_id: int, error: InvalidRequest | InternalError | QueueFull) -> Refusal:
+    match error:
+        case QueueFull():
+            return Refusal(request_id, str(error), "queue_full")
+        case InternalError():
+            return Refusal(request_id, str(error), "internal")
+    return Refusal(request_id, str(error), "invalid")
 
 
 def queue(engine: Engine, received: int) -> Queue:

@@ -1,7 +1,7 @@
-"""Ranks: the processes of a tensor-parallel group beside rank 0, and their side of the conversation.
+"""Ranks starts the processes of a tensor-parallel group beside rank 0; `main` is what each of them runs.
 
-Rank 0 lives in the engine process. The others get every batch that it launches and answer nothing: sampling is
-deterministic, so all ranks draw the same ids.
+Rank 0 lives in the engine process. The others get every batch that it launches and then the masks of its tail, and
+answer nothing: sampling is deterministic, so all ranks draw the same ids.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
-from pathlib import Path
 
 import msgspec
 import torch.distributed as dist
 
-from nanoflow_backend.config import ModelConfig, SettledConfig
+from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Child, ChildDied, Parent
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
 
 
 class StartRank(msgspec.Struct, frozen=True):
-    """The first message to a rank. Then come batches, each with its masks after it if it has a row to constrain."""
+    """The first message to a rank. Then come, for each step, a Batch and its Masks (None: nothing is forbidden)."""
 
-    config: SettledConfig
-    max_model_tokens: int
+    settled: Settled
     rank: int
     rendezvous: str  # the file in which the group's members find each other
 
@@ -39,23 +38,27 @@ class RankReady(msgspec.Struct, frozen=True):
 
 
 class Ranks:
-    """Ranks 1 .. tp - 1. Where one dies, `on_death` is called from another thread, so that an idle engine knows too;
-    a collective that waits for it fails."""
+    """Ranks 1 .. tp - 1.
 
-    def __init__(self, config: SettledConfig, max_model_tokens: int, on_death: Callable[[str], None]) -> None:
+    When one dies, `on_death` is called from another thread, so that an idle engine knows too; a collective that waits
+    for the rank fails.
+    """
+
+    def __init__(self, settled: Settled, on_death: Callable[[str], None]) -> None:
+        size = settled.config.tensor_parallel
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
         rendezvous = os.path.join(self._folder.name, "rendezvous")
         self._on_death = on_death
         self._closing = False
         self._encoder = msgspec.msgpack.Encoder()
-        self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, config.tensor_parallel)]
+        self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, size)]
         self._ready: list[Future[None]] = [Future() for _ in self._children]
         try:
             for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
                 threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
                 with contextlib.suppress(ChildDied):  # who watches it says so
-                    child.send(StartRank(config, max_model_tokens, rank, rendezvous))
-            self._join(rendezvous, config.tensor_parallel)
+                    child.send(StartRank(settled, rank, rendezvous))
+            self._join(rendezvous, size)
         except Exception:
             self._end_children()
             raise
@@ -65,7 +68,8 @@ class Ranks:
         for ready in self._ready:
             ready.result()
 
-    def broadcast(self, message: Batch | Masks) -> None:
+    def broadcast(self, message: Batch | Masks | None) -> None:
+        """Send one message to every rank, each in order."""
         encoded = self._encoder.encode(message)
         for child in self._children:
             child.send_bytes(encoded)
@@ -124,25 +128,20 @@ def join_group(rendezvous: str, rank: int, size: int) -> None:
 
 def main() -> None:
     """A rank's process: launch what rank 0 launches, until it closes the socket."""
+    logs.configure()
     parent = Parent()
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
     try:
-        join_group(start.rendezvous, start.rank, start.config.tensor_parallel)
-        model_config = ModelConfig.from_pretrained(Path(start.config.model))
-        worker = Worker(start.config, model_config, start.max_model_tokens, start.rank)
+        join_group(start.rendezvous, start.rank, start.settled.config.tensor_parallel)
+        worker = Worker(start.settled, start.rank)
     except Exception as error:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))
         raise
     parent.send(RankReady())
-    batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks)
-    constrained: set[int] = set()  # slots, as in rank 0's Constraints
+    batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks | None)
     while True:
-        batch = parent.receive(batches)
-        launched = worker.launch_forward(batch)
-        for admission in batch.admitted:
-            (constrained.add if admission.params.is_constrained else constrained.discard)(admission.slot)
-        masked = not constrained.isdisjoint(batch.sampled_slots)
-        worker.launch_tail(launched, parent.receive(masks) if masked else None)
+        step = worker.launch_forward(parent.receive(batches))
+        worker.launch_tail(step, parent.receive(masks))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process.child import Child, ChildDied
 from nanoflow_backend.process.messages import (
     Cancel,

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
 from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
 from nanoflow_backend.request.request import Request

@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.collectives import split_all_reduce
-from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.buffers import BufferPlan, Instance, instance_of, plan_buffers, shared
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
 
@@ -37,7 +40,7 @@ class BoundPlan:
     """A schedule of a model's layers, and where its values lie. Each is equal to itself alone."""
 
     schedule: Schedule
-    layer: Graph  # its all-reduces in the schedule's form
+    layers: Sequence[Graph]  # of all layers in order, their all-reduces in the schedule's form
     steps: Sequence[tuple[int, int]]  # (layer, launch number), in the order of issue
     buffers: BufferPlan
 
@@ -58,10 +61,10 @@ class Binding:
     """Weights, pages, the batch's ints and activation buffers, and which rows of them each launch works on.
 
     `schedules`: in the order of a schedule file; a batch runs under the first that holds it.
-    weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
-    page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
-    With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
-    launches that have a cap, or are in a lane with SMs of its own, pass it to their kernel as `num_sms`.
+    weights: by parameter name, those of layer i as "layers.{i}.{name}". `positions` and `slots` are int32
+    [max_tokens], and hold the batch's before a call runs. With `in_place`, collectives of a single rank are no calls:
+    their output is their input. With `limit_sms`, launches that have a cap, or are in a lane with SMs of its own, pass
+    it to their kernel as `num_sms`.
     """
 
     def __init__(
@@ -69,12 +72,12 @@ class Binding:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         kernels: Kernels,
         *,
         max_tokens: int,
-        dtype: torch.dtype,
+        precision: Precision,
         device: torch.device | str = "cpu",
         in_place: bool = False,
         limit_sms: bool = False,
@@ -85,17 +88,17 @@ class Binding:
         self.device = torch.device(device)
         self._collectives, self._kernels, self._limit_sms = collectives, kernels, limit_sms
         self._in_place = in_place and collectives.ranks == 1
-        self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
-        layers = [split_all_reduce(model.layer, s.split_all_reduces, collectives.ranks) for s in schedules]
+        self._precision = precision
+        layers = [_split(model, schedule, collectives.ranks) for schedule in schedules]
         buffers = shared(
             [
-                plan_buffers(layer, schedule, model.num_layers, self._same(layer))
-                for layer, schedule in zip(layers, schedules, strict=True)
+                plan_buffers(graphs, schedule, self._same(*graphs))
+                for graphs, schedule in zip(layers, schedules, strict=True)
             ]
         )
         self.plans = [
-            BoundPlan(schedule, layer, schedule.unroll(model.num_layers), plan)
-            for schedule, layer, plan in zip(schedules, layers, buffers, strict=True)
+            BoundPlan(schedule, graphs, schedule.unroll(model.num_layers), plan)
+            for schedule, graphs, plan in zip(schedules, layers, buffers, strict=True)
         ]
         # Rows begin at multiples of 16 bytes, which bulk copies ask for; _rows cuts what a value has.
         self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in buffers[0].buffers]
@@ -105,7 +108,7 @@ class Binding:
 
     def empty(self, *shape: int, dtype: str) -> Tensor:
         """`dtype` as in Value."""
-        return torch.empty(shape, dtype=self._dtypes[dtype], device=self.device)
+        return torch.empty(shape, dtype=getattr(torch, self._precision.dtype(dtype)), device=self.device)
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """The plan under which a batch of `tokens` runs, whose decodes read so many tokens of the KV cache.
@@ -122,7 +125,7 @@ class Binding:
         plan, tokens = fitted
         embedded = {
             name: self._rows(plan, Instance(-1, value), 0, tokens)
-            for name, value in zip(self.model.embed.outputs, plan.layer.outputs, strict=True)
+            for name, value in zip(self.model.embed.outputs, plan.layers[0].outputs, strict=True)
         }
         return self._all(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
 
@@ -133,21 +136,24 @@ class Binding:
         calls: list[Call | None] = []
         for layer, number in plan.steps:
             start, stop = ranges[number]
-            launch = plan.schedule.launches[number]
-            operation = plan.layer[launch.operation]
-            if start == stop or (self._in_place and operation.resource is Resource.NETWORK):
+            launch, graph = plan.schedule.launches[number], plan.layers[layer]
+            if start == stop or launch.operation not in graph:
+                calls.append(None)
+                continue
+            operation = graph[launch.operation]
+            if self._in_place and operation.resource is Resource.NETWORK:
                 calls.append(None)
                 continue
             value = partial(self._value, plan, layer, start=start, stop=stop)
             where = f"{describe(number, launch)} in layer {layer}"
             sms = plan.schedule.sms(launch) if self._limit_sms else None
-            calls.append(self._call(plan.layer, operation, value, where, f"layers.{layer}.", sms))
+            calls.append(self._call(graph, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
     def results(self, fitted: FittedPlan) -> tuple[Tensor, ...]:
         """The last layer's outputs [T, D]."""
         (plan, tokens), last = fitted, self.model.num_layers - 1
-        return tuple(self._rows(plan, Instance(last, value), 0, tokens) for value in plan.layer.outputs)
+        return tuple(self._rows(plan, Instance(last, value), 0, tokens) for value in plan.layers[last].outputs)
 
     def head(self, values: dict[str, Tensor]) -> list[Call]:
         """Rows of the results to logits; `values` has the head's inputs, and gets all that it computes."""
@@ -168,9 +174,10 @@ class Binding:
                 calls.append(self._call(graph, operation, values.__getitem__, operation.name))
         return calls
 
-    def _same(self, graph: Graph) -> dict[str, str]:
+    def _same(self, *graphs: Graph) -> dict[str, str]:
         """Output -> input of the collectives that have nothing to do."""
-        idle = (op for op in graph.operations if self._in_place and op.resource is Resource.NETWORK)
+        operations = (op for graph in graphs for op in graph.operations)
+        idle = (op for op in operations if self._in_place and op.resource is Resource.NETWORK)
         return {op.outputs[0]: op.inputs[0] for op in idle}
 
     def _value(self, plan: BoundPlan, layer: int, name: str, start: int, stop: int) -> Tensor:
@@ -178,14 +185,14 @@ class Binding:
         if name == "page_table":
             assert self.page_table is not None
             return self.page_table
-        if plan.layer.values[name].kind is Kind.PAGES:
-            return self.kv[layer]
+        if plan.layers[layer].values[name].kind is Kind.PAGES:
+            return self.kv.layer(layer)
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
-        return self._rows(plan, instance_of(plan.layer, layer, name), start, stop)
+        return self._rows(plan, instance_of(plan.layers[layer], layer, name), start, stop)
 
     def _rows(self, plan: BoundPlan, instance: Instance, start: int, stop: int) -> Tensor:
-        width = plan.layer.values[instance.value].width
+        width = plan.layers[max(instance.layer, 0)].values[instance.value].width
         return self.buffers[plan.buffers.holder[instance]][start:stop, :width]
 
     def _call(
@@ -209,3 +216,12 @@ class Binding:
         )
         rows = tuple(value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS)
         return Call(where, run, rows)
+
+
+def _split(model: Model, schedule: Schedule, ranks: int) -> tuple[Graph, ...]:
+    """The graph of each layer, all-reduces in the schedule's form."""
+    kinds = [
+        split_all_reduce(graph, [name for name in schedule.split_all_reduces if name in graph], ranks)
+        for graph in model.layers
+    ]
+    return tuple(kinds[kind] for kind in model.kind_of)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.nano_batch import rows_read
 from nanoflow_backend.graph.operation import Graph, Kind
 from nanoflow_backend.schedule.order import PartialOrder
@@ -56,9 +57,9 @@ class BufferPlan:
     buffers: tuple[Buffer, ...]
     holder: Mapping[Instance, int]  # the buffer of each instance that has rows
 
-    def row_bytes(self, dtype_bytes: Mapping[str, int]) -> int:
-        """Bytes a token of all buffers, given the bytes of an element of each of Value's dtypes."""
-        return sum(buffer.width * dtype_bytes[buffer.dtype] for buffer in self.buffers)
+    def row_bytes(self, precision: Precision) -> int:
+        """Bytes a token of all buffers."""
+        return sum(buffer.width * precision.element_bytes(buffer.dtype) for buffer in self.buffers)
 
 
 def instance_of(graph: Graph, layer: int, value: str) -> Instance:
@@ -66,19 +67,27 @@ def instance_of(graph: Graph, layer: int, value: str) -> Instance:
     return Instance(layer - 1, graph.carried[value]) if value in graph.carried else Instance(layer, value)
 
 
-def uses(graph: Graph, schedule: Schedule, steps: list[tuple[int, int]]) -> Uses:
-    """The reads and writes of `steps` (layer, launch number), without the inputs that are the same for every layer."""
+def uses(layers: Sequence[Graph], schedule: Schedule, steps: list[tuple[int, int]]) -> Uses:
+    """The reads and writes of `steps` (layer, launch number), without the inputs that are the same for every layer.
+
+    `layers` are the graphs of all layers in order. A launch whose operation the layer does not have touches nothing.
+    """
     ends = {end for launch in schedule.launches for end in (launch.start, launch.stop)}
     boundaries = tuple(sorted(ends | {0, schedule.tokens}))
     segment = {boundary: i for i, boundary in enumerate(boundaries)}
-    outside = set(graph.inputs) - graph.carried.keys()
+    outside = set(layers[0].inputs) - layers[0].carried.keys()
 
     def use(layer: int, value: str, start: int, stop: int) -> Use:
-        return Use(instance_of(graph, layer, value), segment[start], segment[stop])
+        return Use(instance_of(layers[layer], layer, value), segment[start], segment[stop])
 
-    reads, writes = [], []
+    reads: list[tuple[Use, ...]] = []
+    writes: list[tuple[Use, ...]] = []
     for layer, number in steps:
-        nano = schedule.launches[number].nano
+        nano, graph = schedule.launches[number].nano, layers[layer]
+        if nano.operation not in graph:
+            reads.append(())
+            writes.append(())
+            continue
         operation = graph[nano.operation]
         reads.append(tuple(use(layer, v, *rows_read(graph, v, nano)) for v in operation.inputs if v not in outside))
         writes.append(tuple(use(layer, v, nano.start, nano.stop) for v in operation.outputs))
@@ -86,9 +95,9 @@ def uses(graph: Graph, schedule: Schedule, steps: list[tuple[int, int]]) -> Uses
 
 
 def plan_buffers(
-    graph: Graph, schedule: Schedule, num_layers: int, same: Mapping[str, str] | None = None
+    layers: Sequence[Graph], schedule: Schedule, same: Mapping[str, str] | None = None
 ) -> BufferPlan:
-    """Give every instance a buffer, in the order in which they are first touched.
+    """Give every instance a buffer, in the order in which they are first touched. `layers`: the graphs in order.
 
     An instance may move into a buffer when each of its writes is certain to follow whatever touched the same
     segment of that buffer before. The embedding precedes every launch, and the head follows them all. `same` names
@@ -102,17 +111,18 @@ def plan_buffers(
             value = same[value]
         return Instance(instance.layer, value)
 
+    num_layers, carried = len(layers), layers[0].carried.values()
     order = PartialOrder(schedule, num_layers)
-    used = uses(graph, schedule, order.steps)
+    used = uses(layers, schedule, order.steps)
     segments = len(used.boundaries) - 1
-    lives = {home(Instance(-1, name)): _Life(segments) for name in graph.carried.values()}
+    lives = {home(Instance(-1, name)): _Life(segments) for name in carried}
     for k in range(len(order.steps)):
         for use in used.reads[k] + used.writes[k]:
             lives.setdefault(home(use.instance), _Life(segments)).touch(use, 1 << k)
         for use in used.writes[k]:
             if use.instance.value not in same:
                 lives[use.instance].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)
-    for name in graph.carried.values():
+    for name in carried:
         result = Instance(num_layers - 1, name)
         lives[home(result)].touch(Use(result, 0, segments), 1 << len(order.steps))  # a step that nothing follows
 
@@ -120,7 +130,7 @@ def plan_buffers(
     contents: list[_Life] = []
     holder: dict[Instance, int] = {}
     for instance, life in lives.items():
-        value = graph.values[instance.value]
+        value = layers[max(instance.layer, 0)].values[instance.value]
         if value.kind is not Kind.TOKENS:
             continue
         free = [b for b, buffer in enumerate(buffers) if buffer.dtype == value.dtype and life.follows(contents[b])]

@@ -12,9 +12,11 @@ import torch
 from nanoflow_kernels import reference
 from torch import Tensor
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.precision import FLOAT32, Precision
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -34,20 +36,20 @@ class CpuProgram:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         *,
         max_tokens: int,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = FLOAT32,
         kernels: Kernels = reference,
         checked: bool = False,
     ) -> None:
         self.kv, self.max_tokens, self.checked = kv, max_tokens, checked
         self.binding = Binding(
-            model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, dtype=dtype
+            model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, precision=precision
         )  # fmt: skip
         self.tags_of = {
-            plan: RowTags(plan.layer, plan.schedule, model.num_layers, plan.buffers) for plan in self.binding.plans
+            plan: RowTags(plan.layers, plan.schedule, plan.buffers) for plan in self.binding.plans
         }
         self.plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
         for buffer in self.binding.buffers:
@@ -117,6 +119,12 @@ class CpuProgram:
         for call in self.binding.head(values):
             self._ready(call)()
         return values[graph.outputs[0]][:, : self.binding.model.vocab_size]
+
+    def fill(self, page_table: Tensor) -> None:
+        """See Program. Buffers are allocated, and the host pages what else a kernel takes."""
+
+    def warm_up(self, page_table: Tensor) -> None:
+        """See Program. There is nothing to compile."""
 
     def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
         return [self._ready(call) if call else _nothing for call in self.binding.layers(plan)]

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -29,6 +31,9 @@ class CudaProgram:
     a bucket and a schedule runs a kernel at a time, which compiles what is not compiled yet, and is captured; later
     ones replay the capture. With `cuda_graphs` off none is captured.
     The logits of `head` are valid until its next call, on the same stream.
+
+    Raises:
+        ValueError: `cuda_graphs` with collectives that a CUDA graph cannot hold.
     """
 
     def __init__(
@@ -36,15 +41,19 @@ class CudaProgram:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         *,
         max_tokens: int,
         max_rows: int,
         kernels: Kernels,
-        dtype: torch.dtype = torch.bfloat16,
+        precision: Precision = BFLOAT16,
         cuda_graphs: bool = True,
     ) -> None:
+        if cuda_graphs and not collectives.capturable:
+            raise ValueError(
+                f"cuda_graphs: expected collectives that a CUDA graph can hold, got {type(collectives).__name__}"
+            )
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.binding = Binding(
             model,
@@ -54,7 +63,7 @@ class CudaProgram:
             collectives,
             kernels,
             max_tokens=max_tokens,
-            dtype=dtype,
+            precision=precision,
             device="cuda",
             in_place=True,
             limit_sms=True,
@@ -158,28 +167,31 @@ class CudaProgram:
             stream.wait_event(start)
         ended: dict[int, torch.cuda.Event] = {}
         awaited = {target for targets in waits for target in targets}
-        for step, ((_, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
+        kind_of = self.binding.model.kind_of
+        for step, ((layer, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
             stream = streams[plan.schedule.launches[number].lane]
             for target in waits[step]:
                 stream.wait_event(ended[target])
             if call:
                 with torch.cuda.stream(stream):
-                    call.run(**attention_plans.get(number, {}))
+                    call.run(**attention_plans.get((kind_of[layer], number), {}))
             if step in awaited:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
 
-    def _attention_plans(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
-        """By launch number, the keyword with attention's plan: made once, because it is the same in every layer."""
-        found: dict[int, dict[str, Any]] = {}
-        for (_, number), call in zip(plan.steps, calls, strict=True):
-            launch = plan.schedule.launches[number]
-            if call and number not in found and plan.layer[launch.operation].kernel == "attention":
+    def _attention_plans(
+        self, plan: BoundPlan, calls: Sequence[Call | None]
+    ) -> dict[tuple[int, int], dict[str, Any]]:
+        """By kind of layer and launch number, the keyword with attention's plan: the same in every layer of a kind."""
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for (layer, number), call in zip(plan.steps, calls, strict=True):
+            launch, key = plan.schedule.launches[number], (self.binding.model.kind_of[layer], number)
+            if call and key not in found and plan.layers[layer][launch.operation].kernel == "attention":
                 q, pages, positions, slots, _ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
                 sms = plan.schedule.sms(launch)
-                found[number] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}
+                found[key] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}
         return found
 
 

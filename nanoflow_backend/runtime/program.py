@@ -1,4 +1,4 @@
-"""Program: a schedule compiled for a device."""
+"""Program is the interface of a schedule compiled for a device: what the worker calls in every step."""
 
 from __future__ import annotations
 
@@ -32,4 +32,12 @@ class Program(Protocol):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits, fp32 [R, vocabulary], of these rows (int64 [R]) of the last forward's batch."""
+        ...
+
+    def fill(self, page_table: Tensor) -> None:
+        """Take all the memory that any batch will need. The pages may hold anything afterwards."""
+        ...
+
+    def warm_up(self, page_table: Tensor) -> None:
+        """Compile and capture whatever batches will run, so that none of them waits for it."""
         ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 from nanoflow_backend.text.bad_words import encode_bad_words
@@ -67,7 +68,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         """
         sampling = "sampling_parameters" in tensors
         fields = _merge(
-            ("sampling_parameters", _json(tensors, "sampling_parameters", dict) if sampling else {}),
+            ("sampling_parameters", _json(tensors, "sampling_parameters", dict, exact_json.decode) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
             ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
         )
@@ -141,11 +142,16 @@ def _check_stop(stop: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         raise InvalidRequest(f"stop: expected valid Unicode text: {error}") from None
 
 
-def _json(tensors: Arrays, name: str, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
+def _json(
+    tensors: Arrays,
+    name: str,
+    kind: type[dict[str, Any]] | type[list[Any]],
+    decode: Callable[[str], Any] = json.loads,
+) -> Any:
     """The JSON object or list in a text."""
     text = _text(tensors, name)
     try:
-        value = json.loads(text)
+        value = decode(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name}: not valid JSON: {error}") from None
     if not isinstance(value, kind):

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -20,7 +21,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.model_folder import what_is_wrong
+from nanoflow_backend.process import logs
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor
@@ -32,22 +36,26 @@ from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call, is_cancellation
 from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
-from nanoflow_backend.serving.failure import Failure, without_words
+from nanoflow_backend.serving.failure import Code, Failure, without_words
 from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.prompt_fan_in import Batch
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
+from nanoflow_backend.serving.server_log import ServerLog
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
 from nanoflow_backend.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
 JOIN_TIMEOUT_S = 5.0
+CODES: dict[str, Code] = {"invalid": "INVALID_ARG", "queue_full": "UNAVAILABLE", "internal": "INTERNAL"}  # of refusals
 REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": "unavailable", "INTERNAL": "internal"}
 
 
@@ -62,16 +70,21 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
         _check_numpy()
+        logs.name_origin(args["model_name"], args["model_instance_name"])
+        logs.configure(ServerLog())
         shared_memory.make_private()
         model_config = json.loads(args["model_config"])
         if "model_transaction_policy" not in model_config:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
-        config = EngineConfig.load(
-            Path(args["model_repository"], args["model_version"], "engine.json"), _engine_parameters(model_config)
-        )
-        has_tokenizer = Path(config.model, "tokenizer.json").is_file()
-        self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
+        path = Path(args["model_repository"], args["model_version"], "engine.json")
+        config = EngineConfig.load(path, _engine_parameters(model_config))
+        if not Path(config.model).exists():
+            wrong = what_is_wrong(Path(config.model))
+            raise ConfigError(f"{path}: model (a relative path starts at this file's folder): {wrong}")
+        self._tokenizer = Tokenizer.find(config.model)
+        if self._tokenizer is None:
+            log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
         self._max_queue_us = config.queue_timeout_us or 0
@@ -97,7 +110,7 @@ class TritonPythonModel:
             engine = args["model_instance_name"]
             server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"], "engine": engine})
             self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
-        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {self._ready.description}")
+        log.info("%s", self._ready.description)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -195,11 +208,11 @@ class TritonPythonModel:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
         if not client_id:
             raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
-        chats = self._chats.cancel(client_id)
+        chats = self._chats.cancel(client_id)  # those that are not in the engine yet
         replies = [reply for reply in self._senders.live() if reply.channel.request_id == client_id]
         for reply in replies:
             reply.cancel()
-        return len(replies) + sum(chat not in [reply.channel for reply in replies] for chat in chats)
+        return len(chats) + len(replies)
 
     def _cancel(self, request_id: int, reason: FinishReason, index: int | None) -> None:
         with contextlib.suppress(EngineError):  # a dead engine runs nothing
@@ -217,15 +230,14 @@ class TritonPythonModel:
         self._metrics.take(stats)
 
     def _on_refusal(self, refusal: Refusal) -> None:
-        self._metrics.refused("queue_full" if refusal.overloaded else "invalid")
-        failure = Failure("UNAVAILABLE" if refusal.overloaded else "INVALID_ARG", refusal.message)
-        self._senders.fail(refusal.request_id, failure)
+        self._metrics.refused(refusal.reason)
+        self._senders.fail(refusal.request_id, Failure(CODES[refusal.reason], refusal.message))
 
     def _on_death(self, how: str) -> None:
         self._metrics.engine_died()
         self._metrics.refused("engine_failure", len(self._senders.live()))
         self._senders.fail_all(Failure("UNAVAILABLE", how))
-        pb_utils.Logger.log_error(how)
+        log.error("%s", how)
 
     def _on_restart(self, ready: Ready) -> None:
         self._metrics.engine_restarted(ready)
@@ -244,7 +256,7 @@ def _failure(error: Exception) -> Failure:
             return Failure("INVALID_ARG", str(error))
         case EngineError() | QueueFull():
             return Failure("UNAVAILABLE", str(error))
-    pb_utils.Logger.log_error(f"a request broke: {without_words(error)}")
+    log.error("a request broke: %s", without_words(error))
     pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
 

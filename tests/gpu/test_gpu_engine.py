@@ -5,16 +5,18 @@ import random
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from schedules import random_schedule, save
 from searched import schedule_file, searched
 
-from nanoflow_backend.config import ConfigError, ModelConfig
-from nanoflow_backend.engine import Engine, SamplingParams
+from benchmarks.models import checkpoints
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.memory import GIB
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import page_bytes
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.device import find_device
@@ -29,16 +31,16 @@ PROMPTS = ("Return a list of", "The with statement", "This module provides", "Ra
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 
-def engine(**options: Any) -> Engine:
-    return Engine.from_pretrained(
+def llm(**options: Any) -> LLM:
+    return LLM.from_pretrained(
         MODEL, **{"device": "cuda", "dense_batch_tokens": 256, "kv_cache_tokens": 65536} | options
     )
 
 
-def token_ids(made: Engine, prompts: list[Any], params: Any) -> list[list[int]]:
+def token_ids(made: LLM, prompts: list[Any], params: Any) -> list[list[int]]:
     ids = [completion.token_ids for completion in made.generate(prompts, params)]
-    made.scheduler.check()
-    assert made.scheduler.stats.used_pages == 0
+    made.engine.scheduler.check()
+    assert made.engine.scheduler.stats.used_pages == 0
     return ids
 
 
@@ -48,42 +50,51 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(24)]
 
 
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_halves(path: Path, precision: Precision) -> str:
     """A plan of two halves: decodes dealt out, attention on SMs of its own."""
-    layer, device = build(ModelConfig.from_pretrained(MODEL)).layer, find_device("cuda")
+    layer, device = build(read_model_config(MODEL)).layer, find_device("cuda")
     assert device.sms is not None
     plan = overlapped(layer, 256, 128, 0.6, 40, device.sms)
-    return save(tmp_path_factory.mktemp("plans") / "halves.json", layer, plan, device.name, device.sms)
+    return save(path, layer, plan, device.name, device.sms, precision)
 
 
-def test_greedy_tokens_are_those_of_the_cpu(halves: str) -> None:
-    expected = token_ids(engine(device="cpu"), list(PROMPTS), GREEDY)
-    for schedule in ("sequential", "nano-batched-3", halves):
-        assert token_ids(engine(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_halves(tmp_path_factory.mktemp("plans") / "halves.json", BFLOAT16)
+
+
+@pytest.fixture(scope="module")
+def exact_halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_halves(tmp_path_factory.mktemp("plans") / "exact_halves.json", FLOAT32)
+
+
+def test_greedy_tokens_are_those_of_the_cpu(exact_halves: str) -> None:
+    expected = token_ids(llm(device="cpu"), list(PROMPTS), GREEDY)
+    for schedule in ("sequential", "nano-batched-3", exact_halves):
+        assert token_ids(llm(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
 
 
 @pytest.mark.parametrize("architecture", checkpoints.CONFIGS)
 def test_greedy_tokens_are_those_of_sequential_under_every_schedule_file(architecture: str, tmp_path: Path) -> None:
     """Plans that a search finds, and random ones; buckets of 16, 32 and more tokens have plans of their own."""
     folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
-    model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
+    model, rng = build(read_model_config(folder)), random.Random(6)
     prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 90))] for _ in range(12)]
     params = SamplingParams(max_tokens=24, temperature=0.0)
     options = {"kv_cache_tokens": 16384, "device": "cuda", "dtype": "float32"}
-    expected = token_ids(Engine.from_pretrained(folder, dense_batch_tokens=64, **options), prompts, params)
+    expected = token_ids(LLM.from_pretrained(folder, dense_batch_tokens=64, **options), prompts, params)
     found = searched(model, 64)
     for seed, plan in enumerate([found[0], found[-1], *(random_schedule(model.layer, 64, rng) for _ in range(3))]):
         path = schedule_file(tmp_path / f"{seed}.json", model, find_device("cuda"), 64, plan, seed)
-        made = Engine.from_pretrained(folder, schedule=str(path), **options)
-        assert made.config.dense_batch_tokens == 64, "the file's"
+        made = LLM.from_pretrained(folder, schedule=str(path), **options)
+        assert made.engine.config.dense_batch_tokens == 64, "the file's"
         assert token_ids(made, prompts, params) == expected
 
 
 def test_greedy_tokens_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
-    made = engine(dtype="float32")
+    made = llm(dtype="float32")
     ours = token_ids(made, list(PROMPTS), SamplingParams(max_tokens=64, min_tokens=64, temperature=0.0))
     for prompt, tokens in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([made.tokenizer.encode(prompt)], device="cuda")
@@ -101,7 +112,7 @@ def test_graphs_and_what_runs_ahead_change_no_token(prompts: list[list[int]], sc
         for n in range(len(prompts))
     ]
     arms = [
-        token_ids(engine(schedule=schedule, chunk_tokens=32, **arm), prompts, params)
+        token_ids(llm(schedule=schedule, chunk_tokens=32, **arm), prompts, params)
         for arm in ({}, {"cuda_graphs": False}, {"async_scheduling": False})
     ]
     assert arms[0] == arms[1] == arms[2]
@@ -121,25 +132,25 @@ def in_turns(count: int, **fields: Any) -> list[SamplingParams]:
     return [SamplingParams.parse({"max_tokens": 40, "seed": k, **WAYS[k % len(WAYS)], **fields}) for k in range(count)]
 
 
-def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]], halves: str) -> None:
+def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]], exact_halves: str) -> None:
     params = in_turns(len(prompts))
     arms = [
-        token_ids(engine(dtype="float32", **arm), prompts, params)
+        token_ids(llm(dtype="float32", **arm), prompts, params)
         for arm in (
             {},
             {"async_scheduling": False},
             {"schedule": "nano-batched-3", "chunk_tokens": 32},
-            {"schedule": halves, "chunk_tokens": 32},
+            {"schedule": exact_halves, "chunk_tokens": 32},
         )
     ]
     assert arms[0] == arms[1] == arms[2] == arms[3]
     greedy = in_turns(len(prompts), temperature=0, n=1)
-    assert token_ids(engine(dtype="float32"), prompts, greedy) == token_ids(engine(device="cpu"), prompts, greedy)
+    assert token_ids(llm(dtype="float32"), prompts, greedy) == token_ids(llm(device="cpu"), prompts, greedy)
 
 
 def test_prompt_logprobs_are_those_of_the_cpu(prompts: list[list[int]]) -> None:
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-    found, expected = (engine(**on).generate(prompts, params) for on in ({"dtype": "float32"}, {"device": "cpu"}))
+    found, expected = (llm(**on).generate(prompts, params) for on in ({"dtype": "float32"}, {"device": "cpu"}))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.prompt_logprobs is not None
         assert theirs.prompt_logprobs is not None
@@ -150,7 +161,7 @@ def test_prompt_logprobs_are_those_of_the_cpu(prompts: list[list[int]]) -> None:
 
 def test_logprobs_come_with_their_tokens(prompts: list[list[int]]) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2, ignore_eos=True)
-    for completion in engine(dtype="float32").generate(prompts, params):
+    for completion in llm(dtype="float32").generate(prompts, params):
         for token, found in zip(completion.token_ids, completion.logprobs, strict=True):
             assert found.token_ids[:2] == [token, token]
             assert found.sampled_rank == 1
@@ -158,7 +169,7 @@ def test_logprobs_come_with_their_tokens(prompts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]], halves: str, overlaps: bool) -> None:
-    made, rounds = engine(schedule=halves if overlaps else "sequential"), 2
+    made, rounds = llm(schedule=halves if overlaps else "sequential").engine, 2
     for attempt in range(rounds):  # in the first round buckets are captured, which waits
         torch.cuda.set_sync_debug_mode("error" if attempt == rounds - 1 else "default")
         try:
@@ -182,7 +193,7 @@ def test_nothing_but_collect_waits_for_the_device(prompts: list[list[int]], halv
 )
 def test_pages_that_do_not_fit_are_refused_with_numbers(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        engine(**options)
+        llm(**options)
 
 
 def test_pages_fill_the_share_of_memory_that_is_ours() -> None:
@@ -192,9 +203,9 @@ def test_pages_fill_the_share_of_memory_that_is_ours() -> None:
     if (elsewhere := total - free - torch.cuda.memory_reserved()) > 2 * GIB:  # more than this process' own context
         pytest.skip(f"others use {elsewhere / GIB:.1f} GiB of the GPU, and how much changes: run it alone")
     share = 1 - free / total + 0.05  # what is in use, and 5 % more
-    made = engine(kv_cache_tokens=None, gpu_memory_utilization=share, dense_batch_tokens=64)
-    page_bytes = storage.page_bytes(made.model_config, made.config.page_tokens, torch.bfloat16)
-    kv_share = made.worker.num_pages * page_bytes / total
+    made = llm(kv_cache_tokens=None, gpu_memory_utilization=share, dense_batch_tokens=64).engine
+    bytes_a_page = page_bytes(made.model_config, made.config.page_tokens, torch.bfloat16)
+    kv_share = made.executor.num_pages * bytes_a_page / total
     assert 0.03 < kv_share < 0.05
     free, total = torch.cuda.mem_get_info()
     assert share - 0.01 < 1 - free / total < share + 0.005

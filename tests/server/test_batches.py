@@ -20,8 +20,8 @@ LONG = {"stream": True, "sampling_parameters": json.dumps({"max_tokens": 1500, "
 
 
 @pytest.fixture(scope="module")
-def expected(demo_engine):
-    return demo_engine.generate(PROMPTS, SamplingParams(**GREEDY))
+def expected(demo_llm):
+    return demo_llm.generate(PROMPTS, SamplingParams(**GREEDY))
 
 
 def test_prompts_come_back_in_their_order(demo, expected):
@@ -54,9 +54,9 @@ def test_prompts_share_a_stream(demo, expected, over):
         assert own[-1]["total_output_tokens"] == sum(response["num_output_tokens"] for response in own)
 
 
-def test_each_prompt_has_its_n_sequences(demo, demo_engine):
+def test_each_prompt_has_its_n_sequences(demo, demo_llm):
     params = {"max_tokens": 8, "seed": 5, "n": 2}
-    expected = demo_engine.generate(PROMPTS[:3], SamplingParams(**params))
+    expected = demo_llm.generate(PROMPTS[:3], SamplingParams(**params))
     request = {"prompts": PROMPTS[:3], "exclude_input_in_output": True, "return_num_output_tokens": True, **params}
     answer = generate(demo.http_url, "nanoflow", **request)
     assert len(answer["text_output"]) == len(answer["num_output_tokens"]) == 6
@@ -64,9 +64,9 @@ def test_each_prompt_has_its_n_sequences(demo, demo_engine):
     assert answer["text_output"] == [completion.text for completion in expected]
 
 
-def test_ids_of_several_prompts(demo, demo_engine):
+def test_ids_of_several_prompts(demo, demo_llm):
     prompts = [[5, 6, 7], [8], [9, 10]]
-    expected = demo_engine.generate(prompts, SamplingParams(**GREEDY))
+    expected = demo_llm.generate(prompts, SamplingParams(**GREEDY))
     request = {"input_ids": list(itertools.chain(*prompts)), "input_lengths": [len(prompt) for prompt in prompts]}
     answer = generate(demo.http_url, "nanoflow", **request, **GREEDY)
     assert answer["output_ids"] == list(itertools.chain(*(completion.token_ids for completion in expected)))

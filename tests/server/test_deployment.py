@@ -20,7 +20,7 @@ from server.clients import generate, metrics_page
 from waiting import until
 
 from nanoflow_backend.embedded.server import OWN_PACKAGES
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 
 pytestmark = pytest.mark.server
 
@@ -57,7 +57,7 @@ def pbtxt(count=1, **parameters):
 
 @pytest.fixture(scope="module")
 def expected():
-    return Engine.from_pretrained(DEMO).generate(PROMPTS, SamplingParams(**GREEDY))
+    return LLM.from_pretrained(DEMO).generate(PROMPTS, SamplingParams(**GREEDY))
 
 
 @pytest.fixture(scope="module")

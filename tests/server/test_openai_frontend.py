@@ -70,11 +70,11 @@ REFUSED = {case["name"]: case for case in CASES if "error" in case}
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_what_the_frontend_reads_is_what_the_engine_says(demo, demo_engine, name):
+def test_what_the_frontend_reads_is_what_the_engine_says(demo, demo_llm, name):
     case = ANSWERED[name]
     prompt = case["inputs"]["text_input"][1][0]
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in case["engine"].items()}
-    (completion,) = demo_engine.generate([case.get("engine_prompt", prompt)], SamplingParams(**params))
+    (completion,) = demo_llm.generate([case.get("engine_prompt", prompt)], SamplingParams(**params))
     stream = case["inputs"]["stream"][1][0]
     text, prompt_tokens, completion_tokens, logprobs = read(infer(demo.grpc_url, case["inputs"]), stream)
     assert text == (prompt if case.get("echoes") else "") + completion.text

@@ -10,7 +10,7 @@ import pytest
 from server.clients import generate, grpc, post
 
 from nanoflow_backend.embedded.server import EmbeddedServer
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, SamplingParams
 
 pytestmark = pytest.mark.server
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -60,7 +60,7 @@ def test_errors_name_the_field(served: EmbeddedServer, fields: dict[str, Any], m
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_sequences_are_those_of_the_engine(served: EmbeddedServer, stream: bool) -> None:
     params = {"n": 3, "seed": 5, "max_tokens": 12, "frequency_penalty": 0.5, "bad_words": ["list"]}
-    expected = Engine.from_pretrained(DEMO).generate([PROMPT], SamplingParams.parse(params))
+    expected = LLM.from_pretrained(DEMO).generate([PROMPT], SamplingParams.parse(params))
     counts = {"return_num_output_tokens": True, "return_output_ids": True}
     arguments = {"text_input": PROMPT, "stream": stream, "exclude_input_in_output": True}
     texts, ids = [""] * 3, [[], [], []]  # type: tuple[list[str], list[list[int]]]
@@ -84,10 +84,10 @@ def test_messages_and_the_logprobs_of_their_prompt(served: EmbeddedServer) -> No
         return_prompt_logprobs=True,
         return_num_input_tokens=True,
     )
-    engine = Engine.from_pretrained(DEMO)
-    assert engine.tokenizer is not None
-    prompt = engine.tokenizer.encode(engine.tokenizer.apply_chat_template(messages), add_special_tokens=False)
-    (expected,) = engine.generate([prompt], SamplingParams(max_tokens=8, temperature=0.0, prompt_logprobs=1))
+    llm = LLM.from_pretrained(DEMO)
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+    (expected,) = llm.generate([prompt], SamplingParams(max_tokens=8, temperature=0.0, prompt_logprobs=1))
     assert answer["num_input_tokens"] == len(prompt)
     assert answer["text_output"] == expected.text
     nothing, *scores = json.loads(answer["prompt_logprobs"])

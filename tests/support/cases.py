@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import torch
 from batches import Chunk, Requests, decode_kv_tokens, forward
 from comparison import assert_close
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from benchmarks.models import checkpoints
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models import weights
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -37,7 +37,7 @@ class Case:
         reference_model = checkpoints.make(architecture, **fields)
         checkpoints.save(reference_model, folder)
         self.folder = folder
-        self.config = ModelConfig.from_pretrained(folder)
+        self.config = read_model_config(folder)
         self.model: Model = build(self.config)
         self.weights = weights.load(folder, self.config, self.model)
         self.requests = Requests(self.config, lengths)
@@ -50,7 +50,7 @@ class Case:
     def program(self, *schedules: Schedule, **options: Any) -> CpuProgram:
         options = {"max_tokens": schedules[-1].tokens, "checked": True} | options
         pages = self.requests.empty_pages()
-        return CpuProgram(self.model, schedules, self.weights, pages, Collectives(), **options)
+        return CpuProgram(self.model, schedules, self.weights, pages, OneRank(), **options)
 
     def check(
         self,

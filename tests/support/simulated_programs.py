@@ -7,7 +7,7 @@ from typing import Any
 
 from simulated_gpu import SimulatedBurst, SimulatedGpu, SimulatedWork
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS
 

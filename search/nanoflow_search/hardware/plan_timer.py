@@ -1,79 +1,81 @@
-"""PlanTimer: a schedule on the GPU, in the engine's own program, on a batch of a steady state."""
+"""The plan timer measures schedules on the GPU, in the engine's own program, on a batch of a steady state."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 import torch
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.hardware.interface import Burst, PowerMeter
 from nanoflow_search.hardware.steady_batch import SteadyBatch, requests_of
-from nanoflow_search.hardware.sustain import WARM_S, Burst, Meter, sustain
+from nanoflow_search.hardware.sustain import WARM_UP_S, sustain
 from nanoflow_search.predict.predict import Timing
 
-DISTINCT_LAYERS = 4  # their weights and pages are far larger than any cache; further layers are these again
-PROGRAMS = 4  # that are kept: plans that are timed in turns
+DISTINCT_LAYERS = 4  # with weights and pages of their own, far larger than any cache; further layers are these again
+KEPT_PROGRAMS = 4  # compiled programs that are kept, for plans that are timed in turns
 
 
 class PlanTimer:
-    """A Timer of schedules for batches of `mix`, on random weights and pages that all programs share.
+    """A `Timer` of schedules for batches of `mix`, on random weights and pages that all programs share.
 
-    Times are of the layers alone, ramps at the first and the last one included; the LM head is not run.
+    Times are those of the layers alone, ramps at the first and the last layer included; the LM head is not run.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         mix: Mix,
-        meter: Meter,
+        meter: PowerMeter,
         make_program: Callable[..., Any],
         burst: Callable[[Callable[[], None]], Burst],
         *,
         num_layers: int | None = None,
+        precision: Precision = BFLOAT16,
         page_tokens: int = 64,
         seconds: float = 1.0,
-        warm_s: float = WARM_S,
+        warm_s: float = WARM_UP_S,
         sleep: Callable[[float], None] = time.sleep,
         device: str = "cuda",
         **options: Any,
     ) -> None:
         layers = num_layers or config.num_layers
         distinct = min(layers, DISTINCT_LAYERS)
-        dtype = getattr(torch, config.dtype)
         batch = SteadyBatch.of(requests_of(mix), page_tokens)
-        self._model = replace(build(config), num_layers=layers)
-        made = weights.dummy(replace(self._model, num_layers=distinct), dtype=dtype, device=device)
-        names = [p.name for p in self._model.layer.parameters]
+        self._model = build(config).with_layers(layers)
+        made = weights.dummy(self._model.with_layers(distinct), precision=precision, device=device)
         self._weights = made | {
-            f"layers.{i}.{name}": made[f"layers.{i % distinct}.{name}"] for i in range(layers) for name in names
+            f"layers.{i}.{parameter.name}": made[f"layers.{i % distinct}.{parameter.name}"]
+            for i, graph in enumerate(self._model.in_order)
+            for parameter in graph.parameters
         }
         shape = msgspec.structs.replace(config, num_layers=distinct)
-        pages = storage.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
-        pages.normal_(generator=torch.Generator(device).manual_seed(0))
-        self._kv = [pages[i % distinct] for i in range(layers)]
+        kv_dtype: torch.dtype = getattr(torch, precision.kv)
+        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, kv_dtype, device=device)
+        self._kv.tensor.normal_(generator=torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
         self._seconds, self._warm_s, self._sleep = seconds, warm_s, sleep
-        self._options = {"dtype": dtype, **options}
-        self._forward = lru_cache(PROGRAMS)(self._make_forward)
+        self._options = {"precision": precision, **options}
+        self._forward = lru_cache(KEPT_PROGRAMS)(self._make_forward)
 
     @classmethod
     def here(cls, config: ModelConfig, mix: Mix, **options: Any) -> PlanTimer:
-        """On the first GPU that is visible. `options`: num_layers, page_tokens, seconds, warm_s."""
+        """Return a timer on the first visible GPU; `options` are those of the constructor, such as num_layers."""
         from nanoflow_kernels import device as kernels
 
         from nanoflow_backend.runtime.cuda import CudaProgram
@@ -86,7 +88,11 @@ class PlanTimer:
         return cls(config, mix, GpuMeter(), CudaProgram, burst, kernels=kernels, **options)
 
     def __call__(self, schedule: Schedule) -> Timing:
-        """Raises: ValueError, a schedule for other batches."""
+        """Return the measured timing of a layer.
+
+        Raises:
+            ValueError: the schedule is for batches of another size.
+        """
         tokens = len(self._inputs[0])
         if schedule.tokens != tokens:
             raise ValueError(f"schedule: expected one for batches of {tokens} tokens, got {schedule.tokens}")
@@ -101,7 +107,7 @@ class PlanTimer:
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
-            Collectives(),
+            OneRank(),
             max_tokens=tokens,
             max_rows=1,
             **self._options,
@@ -121,12 +127,13 @@ class PlanTimer:
 
 
 class _Forwards:
-    """A Repeated whose calls are layers."""
+    """A `RepeatedWork` of whole forward passes, whose calls are layers."""
 
     def __init__(self, forward: Callable[[], None], burst: Callable[[Callable[[], None]], Burst], layers: int) -> None:
         self._forward, self._burst, self.calls = forward, burst, layers
 
     def launch(self, after: Burst | None = None) -> Burst:
+        """See RepeatedWork."""
         if after:
             after.took_s()
         return self._burst(self._forward)

@@ -22,7 +22,7 @@ class Meter:
 
 def engine(meter, kind="cuda"):
     return SimpleNamespace(
-        worker=SimpleNamespace(device=SimpleNamespace(kind=kind)),
+        executor=SimpleNamespace(device=SimpleNamespace(kind=kind)),
         scheduler=SimpleNamespace(observer=Observer(lambda: 0.0, 8)),
     )
 

@@ -6,13 +6,13 @@ import signal
 import threading
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 from waiting import until
 
-from nanoflow_backend.config import ConfigError, EngineConfig
-from nanoflow_backend.engine import Engine, SamplingParams, ranks
+from benchmarks.models import checkpoints, tiny_tokenizers
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.engine import LLM, Engine, SamplingParams, ranks
 from nanoflow_backend.process.child import Child
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
 from nanoflow_backend.process.messages import Stats
@@ -45,7 +45,7 @@ def test_async_scheduling_changes_no_token(model, prompts):
     ]
     options = {"dense_batch_tokens": 48, "chunk_tokens": 16, "page_tokens": 8}
     arms = [
-        Engine.from_pretrained(model, async_scheduling=on, **options).generate(prompts, params) for on in (True, False)
+        LLM.from_pretrained(model, async_scheduling=on, **options).generate(prompts, params) for on in (True, False)
     ]
     assert [c.token_ids for c in arms[0]] == [c.token_ids for c in arms[1]]
 
@@ -53,71 +53,71 @@ def test_async_scheduling_changes_no_token(model, prompts):
 def test_scarce_pages_change_no_token(model, prompts):
     """Preempted requests compute again and draw the same tokens."""
     params = [SamplingParams(max_tokens=48, temperature=1.0, seed=number) for number in range(len(prompts))]
-    ample = Engine.from_pretrained(model).generate(prompts, params)
-    scarce = Engine.from_pretrained(model, kv_cache_tokens=192, page_tokens=4, dense_batch_tokens=32)
+    ample = LLM.from_pretrained(model).generate(prompts, params)
+    scarce = LLM.from_pretrained(model, kv_cache_tokens=192, page_tokens=4, dense_batch_tokens=32)
     scarce.generate(prompts * 2, SamplingParams(max_tokens=2))  # it learns to expect short outputs, and admits too many
     assert [c.token_ids for c in scarce.generate(prompts, params)] == [c.token_ids for c in ample]
-    assert scarce.scheduler.stats.preemptions > 0
-    scarce.scheduler.check()
-    assert scarce.scheduler.stats.used_pages == 0
+    assert scarce.engine.scheduler.stats.preemptions > 0
+    scarce.engine.scheduler.check()
+    assert scarce.engine.scheduler.stats.used_pages == 0
 
 
 def test_tokens_without_a_seed_repeat_with_the_engine_seed(model, prompts):
     hot = SamplingParams(max_tokens=16, temperature=1.0)
-    runs = [[c.token_ids for c in Engine.from_pretrained(model, seed=s).generate(prompts, hot)] for s in (1, 1, 2)]
+    runs = [[c.token_ids for c in LLM.from_pretrained(model, seed=s).generate(prompts, hot)] for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_stop_token_ids_stop_and_overshoot_is_one_token_at_most(model, prompts):
-    engine = Engine.from_pretrained(model)
-    plain = engine.generate(prompts, GREEDY)
+    llm = LLM.from_pretrained(model)
+    plain = llm.generate(prompts, GREEDY)
     stops = [completion.token_ids[11] for completion in plain]
-    before = engine.scheduler.stats.overshoot_tokens
+    before = llm.engine.scheduler.stats.overshoot_tokens
     params = [SamplingParams(max_tokens=32, temperature=0.0, stop_token_ids=(stop,)) for stop in stops]
-    for stopped, whole, stop in zip(engine.generate(prompts, params), plain, stops, strict=True):
+    for stopped, whole, stop in zip(llm.generate(prompts, params), plain, stops, strict=True):
         assert stopped.token_ids == whole.token_ids[: whole.token_ids.index(stop) + 1]
         assert (stopped.finish_reason, stopped.stop_reason) == (FinishReason.STOP, stop)
-    assert 0 < engine.scheduler.stats.overshoot_tokens - before <= len(prompts)
+    assert 0 < llm.engine.scheduler.stats.overshoot_tokens - before <= len(prompts)
 
 
 def test_stop_strings_end_the_text_and_free_the_pages(model):
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     prompt = "The quick brown fox"
-    (whole,) = engine.generate([prompt], GREEDY)
+    (whole,) = llm.generate([prompt], GREEDY)
     stop = whole.text[8:11]
     params = SamplingParams(max_tokens=32, temperature=0.0, stop=(stop,))
-    (stopped,) = engine.generate([prompt], params)
+    (stopped,) = llm.generate([prompt], params)
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert (stopped.finish_reason, stopped.stop_reason) == (FinishReason.STOP, stop)
-    assert engine.scheduler.stats.used_pages == 0
+    assert llm.engine.scheduler.stats.used_pages == 0
 
 
 def test_a_bad_prompt_is_named_and_leaves_the_engine_usable(model, prompts):
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     with pytest.raises(InvalidRequest, match=r"prompt 1: prompt: expected token ids in 0\.\."):
-        engine.generate([prompts[0], [10**6], prompts[1]], GREEDY)
-    assert not engine.has_work
-    assert engine.generate(prompts[:1], GREEDY)[0].finish_reason is FinishReason.LENGTH
+        llm.generate([prompts[0], [10**6], prompts[1]], GREEDY)
+    assert not llm.engine.has_work
+    assert llm.generate(prompts[:1], GREEDY)[0].finish_reason is FinishReason.LENGTH
 
 
 def test_a_stream_that_is_given_up_leaves_the_engine_usable(model, prompts):
-    engine = Engine.from_pretrained(model)
-    expected = [completion.token_ids for completion in engine.generate(prompts[:2], GREEDY)]
-    stream = engine.stream([(prompt, GREEDY) for prompt in prompts])
+    llm = LLM.from_pretrained(model)
+    expected = [completion.token_ids for completion in llm.generate(prompts[:2], GREEDY)]
+    stream = llm.stream([(prompt, GREEDY) for prompt in prompts])
     next(stream)
     with pytest.raises(RuntimeError, match="runs other requests"):
-        engine.generate(prompts[:2], GREEDY)
+        llm.generate(prompts[:2], GREEDY)
     stream.close()
-    assert not engine.has_work
+    assert not llm.engine.has_work
     with pytest.raises(ZeroDivisionError):
-        list(engine.stream((prompts[1 // left], GREEDY) for left in (2, 2, 0)))
-    assert [completion.token_ids for completion in engine.generate(prompts[:2], GREEDY)] == expected
-    assert engine.scheduler.stats.used_pages == 0
+        list(llm.stream((prompts[1 // left], GREEDY) for left in (2, 2, 0)))
+    assert [completion.token_ids for completion in llm.generate(prompts[:2], GREEDY)] == expected
+    assert llm.engine.scheduler.stats.used_pages == 0
 
 
 def test_an_interrupted_step_is_an_error_and_no_endless_loop(model, prompts, monkeypatch):
     engine = Engine.from_pretrained(model)
-    monkeypatch.setattr(engine.worker, "launch_forward", lambda batch: 1 // 0)
+    monkeypatch.setattr(engine.executor, "launch_forward", lambda batch: 1 // 0)
     engine.add(Request(0, prompts[0], GREEDY))
     with pytest.raises(ZeroDivisionError):
         engine.step()
@@ -137,9 +137,9 @@ def test_an_interrupted_step_is_an_error_and_no_endless_loop(model, prompts, mon
     ],
 )
 def test_prompts_and_params_that_do_not_match_are_refused(model, prompts, params, message):
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     with pytest.raises(InvalidRequest, match=message):
-        engine.generate(prompts, params)
+        llm.generate(prompts, params)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_bad_configuration_is_refused_by_name(model, fields, message):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere/config\.json: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere: there is no such folder"):
         Engine.from_pretrained(tmp_path / "nowhere")
 
 
@@ -211,7 +211,7 @@ def config(model: Path, **fields) -> EngineConfig:
 
 
 def test_the_engine_process_answers_as_the_engine_does(model, prompts):
-    expected = Engine.from_pretrained(model).generate(prompts, GREEDY)
+    expected = LLM.from_pretrained(model).generate(prompts, GREEDY)
     client = Client(config(model, max_queue_size=len(prompts)))
     ready = client.process.start()
     assert (ready.page_tokens, ready.max_model_tokens) == (16, 512)

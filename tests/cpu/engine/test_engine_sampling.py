@@ -9,14 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.bench.reservation import ReserveNothing
-from nanoflow_backend.engine import Completion, Engine, SamplingParams
+from nanoflow_backend.engine import LLM, Completion, Engine, SamplingParams
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
@@ -63,7 +63,7 @@ def asked() -> list[SamplingParams]:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, prompts: list[list[int]], asked: list[SamplingParams]) -> list[Completion]:
-    return Engine.from_pretrained(model).generate(prompts, asked)
+    return LLM.from_pretrained(model).generate(prompts, asked)
 
 
 def comparable(completions: list[Completion]) -> list[Any]:
@@ -89,9 +89,9 @@ def test_scheduling_changes_no_token(
     expected: list[Completion],
     settings: dict[str, Any],
 ) -> None:
-    engine = Engine.from_pretrained(model, **settings)
-    found = engine.generate(prompts, asked)
-    engine.close()
+    llm = LLM.from_pretrained(model, **settings)
+    found = llm.generate(prompts, asked)
+    llm.close()
     assert comparable(found) == comparable(expected)
 
 
@@ -99,11 +99,11 @@ def test_preemption_changes_no_token(
     model: Path, prompts: list[list[int]], asked: list[SamplingParams], expected: list[Completion]
 ) -> None:
     """What was counted and where a grammar was is made again from the tokens."""
-    scarce = Engine.from_pretrained(model, kv_cache_tokens=128, page_tokens=4, dense_batch_tokens=32)
-    scarce.scheduler._planner._forecast = ReserveNothing()  # it admits too many
+    scarce = LLM.from_pretrained(model, kv_cache_tokens=128, page_tokens=4, dense_batch_tokens=32)
+    scarce.engine.scheduler._planner._forecast = ReserveNothing()  # it admits too many
     assert comparable(scarce.generate(prompts, asked)) == comparable(expected)
-    assert scarce.scheduler.stats.preemptions >= 10
-    scarce.scheduler.check()
+    assert scarce.engine.scheduler.stats.preemptions >= 10
+    scarce.engine.scheduler.check()
 
 
 def test_outputs_have_their_form(expected: list[Completion], asked: list[SamplingParams], prompts: Any) -> None:
@@ -135,7 +135,7 @@ def test_greedy_penalties_are_those_of_transformers(model: Path, prompts: list[l
         ({"logit_bias": {"3": 2.5, "4": -50.0}}, {"sequence_bias": [[[3], 2.5], [[4], -50.0]]}),
     ]
     params = [SamplingParams.parse({"max_tokens": 24, "temperature": 0, **ways[k % 3][0]}) for k in range(len(prompts))]
-    found = Engine.from_pretrained(model).generate(prompts, params)
+    found = LLM.from_pretrained(model).generate(prompts, params)
     for number, (prompt, completion) in enumerate(zip(prompts, found, strict=True)):
         ids = torch.tensor([prompt])
         output = reference.generate(
@@ -146,22 +146,22 @@ def test_greedy_penalties_are_those_of_transformers(model: Path, prompts: list[l
 
 def test_sequences_of_a_request_share_its_prompt_and_have_seeds_of_their_own(model: Path) -> None:
     prompt = list(range(60))
-    engine = Engine.from_pretrained(model, page_tokens=8)
-    together = engine.generate([prompt], SamplingParams(n=4, seed=7, max_tokens=20))
+    llm = LLM.from_pretrained(model, page_tokens=8)
+    together = llm.generate([prompt], SamplingParams(n=4, seed=7, max_tokens=20))
     assert [c.num_cached_tokens for c in together] == [0, 56, 56, 56]
-    alone = engine.generate([prompt] * 4, [SamplingParams(seed=7 + k, max_tokens=20) for k in range(4)])
+    alone = llm.generate([prompt] * 4, [SamplingParams(seed=7 + k, max_tokens=20) for k in range(4)])
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-    drawn = engine.generate([prompt], SamplingParams(n=4, max_tokens=20))
+    drawn = llm.generate([prompt], SamplingParams(n=4, max_tokens=20))
     assert len({tuple(c.token_ids) for c in drawn}) == 4
-    assert engine.scheduler.stats.used_pages == 0
+    assert llm.engine.scheduler.stats.used_pages == 0
 
 
 def test_more_sequences_than_the_queue_has_room_for_wait_for_it(model: Path) -> None:
-    engine = Engine.from_pretrained(model, max_queue_size=4, max_running=2)
-    found = engine.generate([[1, 2]] * 5, SamplingParams(n=3, max_tokens=4, seed=1))
+    llm = LLM.from_pretrained(model, max_queue_size=4, max_running=2)
+    found = llm.generate([[1, 2]] * 5, SamplingParams(n=3, max_tokens=4, seed=1))
     assert [c.index for c in found] == [0, 1, 2] * 5
     with pytest.raises(InvalidRequest, match=r"prompt 0: n: expected at most 4 \(max_queue_size\), got 5"):
-        engine.generate([[1, 2]], SamplingParams(n=5))
+        llm.generate([[1, 2]], SamplingParams(n=5))
 
 
 @pytest.mark.parametrize("settings", [{}, {"chunk_tokens": 7}, {"dense_batch_tokens": 300, "max_running": 4}], ids=str)
@@ -169,9 +169,9 @@ def test_prompt_logprobs_are_those_of_transformers(model: Path, settings: dict[s
     rng = random.Random(1)
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 2, 40, 41, 290)]
     reference = AutoModelForCausalLM.from_pretrained(model)
-    engine = Engine.from_pretrained(model, page_tokens=8, **settings)
-    engine.generate(prompts, SamplingParams(max_tokens=1))  # a cached prefix must hide nothing
-    found = engine.generate(prompts, SamplingParams(max_tokens=2, prompt_logprobs=3, n=2, seed=1))
+    llm = LLM.from_pretrained(model, page_tokens=8, **settings)
+    llm.generate(prompts, SamplingParams(max_tokens=1))  # a cached prefix must hide nothing
+    found = llm.generate(prompts, SamplingParams(max_tokens=2, prompt_logprobs=3, n=2, seed=1))
     for number, prompt in enumerate(prompts):
         first, second = found[2 * number : 2 * number + 2]
         assert second.prompt_logprobs is None
@@ -197,15 +197,15 @@ def test_prompt_logprobs_are_those_of_transformers(model: Path, settings: dict[s
     ],
 )
 def test_what_cannot_be_is_refused_and_disturbs_nobody(model: Path, fields: dict[str, Any], message: str) -> None:
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     plain = SamplingParams(max_tokens=8, temperature=0.0)
     for _ in range(2):  # the second time the answer is known at once
-        results = dict(engine.complete([([1, 2], plain), ([1, 2], SamplingParams.parse(fields)), ([3], plain)]))
+        results = dict(llm.complete([([1, 2], plain), ([1, 2], SamplingParams.parse(fields)), ([3], plain)]))
         error = results.pop(1)
         assert isinstance(error, InvalidRequest)
         assert re.match(f"(?s){message}", str(error))
         assert [len(c.token_ids) for c in results.values() if isinstance(c, Completion)] == [8, 8]
-    assert not engine.has_work
+    assert not llm.engine.has_work
 
 
 class Compilation:
@@ -242,7 +242,7 @@ def test_a_grammar_that_takes_long_holds_up_nobody_else(model: Path, monkeypatch
     while engine.has_work:
         for delta in engine.step():
             texts.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
-    assert engine.refused() == []
+    assert engine.take_refused() == []
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     said = {key: tokenizer.decode(ids) for key, ids in texts.items()}
@@ -253,18 +253,18 @@ def test_a_grammar_that_takes_long_holds_up_nobody_else(model: Path, monkeypatch
 def test_a_grammar_that_breaks_down_ends_its_request_with_the_reason(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine.from_pretrained(model)
+    llm = LLM.from_pretrained(model)
     plain = SamplingParams(max_tokens=12)
     forced = SamplingParams.parse({"structured_outputs": NUMBER, "max_tokens": 12})
-    real, calls = engine.constraints.broken, []
+    real, calls = llm.engine.constraints.broken, []
 
-    def broken(slots: list[int]) -> dict[int, str]:
+    def broken(slots: list[int]) -> dict[int, RequestError]:
         calls.append(slots)
-        return {slots[-1]: "too complex"} if len(calls) == 3 else real(slots)
+        return {slots[-1]: InvalidRequest("too complex")} if len(calls) == 3 else real(slots)
 
-    monkeypatch.setattr(engine.constraints, "broken", broken)
-    results = dict(engine.complete([([1, 2], plain), ([1, 2, 3], forced)]))
+    monkeypatch.setattr(llm.engine.constraints, "broken", broken)
+    results = dict(llm.complete([([1, 2], plain), ([1, 2, 3], forced)]))
     assert isinstance(results[0], Completion)
     assert len(results[0].token_ids) == 12
-    assert str(results[1]) == "structured_outputs: cannot go on: too complex"
-    assert not engine.has_work
+    assert str(results[1]) == "too complex"
+    assert not llm.engine.has_work

@@ -4,17 +4,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from msgspec.structs import replace
 from schedules import save
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.engine import Engine, SamplingParams
+from benchmarks.models import checkpoints
+from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.completion import Completion
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.presets import overlapped, sequential, synchronise
@@ -37,11 +37,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[Completion]:
-    return Engine.from_pretrained(folder, dense_batch_tokens=TOKENS).generate(prompts(folder), ASKED)
+    return LLM.from_pretrained(folder, dense_batch_tokens=TOKENS).generate(prompts(folder), ASKED)
 
 
 def prompts(folder: Path) -> list[list[int]]:
-    vocab_size, rng = ModelConfig.from_pretrained(folder).vocab_size, random.Random(3)
+    vocab_size, rng = read_model_config(folder).vocab_size, random.Random(3)
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, 70))] for _ in ASKED]
 
 
@@ -69,10 +69,10 @@ def test_groups_change_no_token(
     folder: Path, expected: list[Completion], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = watch(monkeypatch)
-    layer = build(ModelConfig.from_pretrained(folder)).layer
+    layer = build(read_model_config(folder)).layer
     path = save(tmp_path / "plan.json", layer, plan(layer, name))
-    engine = Engine.from_pretrained(folder, schedule=path, dense_batch_tokens=TOKENS, chunk_tokens=30, page_tokens=4)
-    found = engine.generate(prompts(folder), ASKED)
+    llm = LLM.from_pretrained(folder, schedule=path, dense_batch_tokens=TOKENS, chunk_tokens=30, page_tokens=4)
+    found = llm.generate(prompts(folder), ASKED)
     assert comparable(found) == comparable(expected)
     for ours, theirs in zip(found, expected, strict=True):
         logprobs = [torch.tensor([entry.logprobs for entry in c.prompt_logprobs or ()]) for c in (ours, theirs)]
@@ -87,10 +87,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def launch_forward(worker: Worker, batch: Batch) -> Any:
         launched = launch(worker, batch)
-        if launched.layout:
+        if launched.inputs.layout:
             first = len(batch.decode_slots)
             for prefill in batch.prefills:
-                rows = launched.layout.place[first : first + len(prefill.token_ids)]
+                rows = launched.inputs.layout.place[first : first + len(prefill.token_ids)]
                 if rows[-1] - rows[0] >= len(rows):
                     cut.append(prefill.slot)
                 first += len(rows)

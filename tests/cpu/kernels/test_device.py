@@ -15,7 +15,6 @@ from nanoflow_kernels import device as kernels
 from shapes import config
 from support.kernels.checks import Checks
 
-from nanoflow_backend.engine.worker import _implementations
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build
 
@@ -116,8 +115,8 @@ def test_errors_name_the_operand() -> None:
 def test_the_engine_can_say_what_runs_every_operation() -> None:
     for architecture in ("llama", "qwen2", "mixtral"):
         model = build(config(architecture))
-        lines = _implementations(model, kernels)
-        for graph in (model.embed, model.layer, model.head):
-            for operation in graph.operations:
-                if operation.resource is not Resource.NETWORK:
-                    assert any(x.startswith(f"{operation.kernel} (") and operation.name in x for x in lines), operation
+        operations = [op for graph in (model.embed, model.layer, model.head) for op in graph.operations]
+        lines = kernels.describe_implementations((op.kernel, op.name) for op in operations)
+        for operation in operations:
+            if operation.resource is not Resource.NETWORK:
+                assert any(x.startswith(f"{operation.kernel} (") and operation.name in x for x in lines), operation

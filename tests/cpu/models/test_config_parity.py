@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import make, save
 from safetensors.torch import load_file, save_file
 
-from nanoflow_backend.engine import Engine, SamplingParams
+from benchmarks.models.checkpoints import make, save
+from nanoflow_backend.engine import LLM, SamplingParams
 
 State = dict[str, torch.Tensor]
 PROMPT = [(7 * i * i + 3 * i) % 331 for i in range(40)]
@@ -25,11 +25,11 @@ def worst_difference(folder: Path) -> float:
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         theirs = reference(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
-    engine = Engine.from_pretrained(folder, kv_cache_tokens=512)
+    llm = LLM.from_pretrained(folder, kv_cache_tokens=512)
     try:
-        (ours,) = engine.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+        (ours,) = llm.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     finally:
-        engine.close()
+        llm.close()
     tokens = ours.prompt_logprobs
     assert len(tokens) == len(PROMPT) - 1
     return max(abs(float(theirs[i, PROMPT[i + 1]]) - token.logprobs[0]) for i, token in enumerate(tokens))
@@ -98,9 +98,7 @@ def swapped(state: State) -> State:
 
 
 @pytest.mark.parametrize("change", [distinct, equal, swapped])
-def test_heads_of_tied_models(
-    change: Callable[[State], State], tmp_path: Path
-) -> None:
+def test_heads_of_tied_models(change: Callable[[State], State], tmp_path: Path) -> None:
     save(make("llama", tie_word_embeddings=True), tmp_path)
     save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
     assert worst_difference(tmp_path) < TOLERANCE

@@ -22,12 +22,12 @@ with open(os.environ["WATCHED"], "a") as file:
 RUN = """
 import os, sys
 os.umask(0)
-from nanoflow_backend.engine import Engine, SamplingParams
-engine = Engine.from_pretrained(sys.argv[1], tensor_parallel=2, kv_cache_tokens=1024, dense_batch_tokens=64)
-folder = engine.ranks._folder.name
+from nanoflow_backend.engine import LLM, SamplingParams
+llm = LLM.from_pretrained(sys.argv[1], tensor_parallel=2, kv_cache_tokens=1024, dense_batch_tokens=64)
+folder = llm.engine.executor._ranks._folder.name
 print(oct(os.stat(folder).st_mode & 0o777))
-print(engine.generate(["Return the"], SamplingParams(max_tokens=8, temperature=0))[0].text)
-engine.close()
+print(llm.generate(["Return the"], SamplingParams(max_tokens=8, temperature=0))[0].text)
+llm.close()
 """
 
 

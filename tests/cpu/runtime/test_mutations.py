@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +16,14 @@ from shapes import CONFIGS, config
 from torch import Tensor
 
 from nanoflow_backend.graph.builder import GraphBuilder
-from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
@@ -40,11 +41,11 @@ NO_KERNELS = SimpleNamespace(**{name: nothing for name in vars(reference) if not
 
 def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     """The program without its arithmetic."""
-    graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
+    graphs = {"": model.embed} | {f"layers.{i}.": graph for i, graph in enumerate(model.in_order)}
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
-    kv = torch.empty(model.num_layers, 0)
-    return CpuProgram(model, [schedule], weights, kv, Collectives(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
+    kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
+    return CpuProgram(model, [schedule], weights, kv, OneRank(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
@@ -102,7 +103,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
-                for pages in program.kv:
+                for pages in program.kv.tensor:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
@@ -136,7 +137,7 @@ def attention_model(num_layers: int) -> Model:
     q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2)
     attended = g.attention("attention", q, pages, batch)
     layer = g.build(residual, g.linear("o", attended, llama.o_parameter(g, shape)))
-    return Model(llama.embed(shape), layer, llama.head(shape), num_layers)
+    return Model(llama.embed(shape), (layer,), (0,) * num_layers, llama.head(shape))
 
 
 def attention_schedules(graph: Graph) -> dict[str, Schedule]:
@@ -185,7 +186,7 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    return CpuProgram(attention.model, [schedule], attention.weights, pages, Collectives(), max_tokens=6)
+    return CpuProgram(attention.model, [schedule], attention.weights, pages, OneRank(), max_tokens=6)
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:
@@ -197,7 +198,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         program = program_of(attention, schedule)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
-            program.kv.fill_(torch.nan)
+            program.kv.tensor.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1
@@ -241,12 +242,12 @@ def moved(plan: BufferPlan, instance: Instance, buffer: int, width: int) -> Buff
 
 def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value moved into every other buffer: tags refuse some interleaving just where rows conflict."""
-    model = replace(build(config("llama")), num_layers=2)
+    model = build(config("llama")).with_layers(2)
     graph = model.layer
     caught = harmless = 0
     for name in ("sequential", "two", "append in the network lane", "ahead"):
         schedule = plans(graph, 8)[name]
-        plan, order = plan_buffers(graph, schedule, 2), PartialOrder(schedule, 2)
+        plan, order = plan_buffers((graph,) * 2, schedule), PartialOrder(schedule, 2)
         for instance, home in plan.holder.items():
             for buffer in set(range(len(plan.buffers))) - {home}:
                 wrong = moved(plan, instance, buffer, graph.values[instance.value].width)

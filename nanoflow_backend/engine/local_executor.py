@@ -1,0 +1,59 @@
+"""LocalExecutor computes batches on the ranks of this host: rank 0 in this process, the others in theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nanoflow_backend.engine.ranks import Ranks
+from nanoflow_backend.engine.settle import Settled
+from nanoflow_backend.engine.worker import InFlightStep, Worker
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.sampling.constraints import Masks
+from nanoflow_backend.scheduler.batch import Batch, Sampled
+
+
+class LocalExecutor:
+    """An Executor (see there). Every batch, and the masks of its tail, go to all ranks; rank 0 alone is collected.
+
+    Args:
+        on_rank_death: called from another thread when a rank has ended, with what is known of its end.
+
+    Raises:
+        ConfigError: the model, its KV cache or its workspace does not fit.
+        RuntimeError: another rank could not start, with its number and what it said.
+    """
+
+    def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
+        self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
+        try:
+            self.worker = Worker(settled)
+            if self._ranks:
+                self._ranks.wait_until_ready()
+        except Exception:
+            self.close()
+            raise
+
+    @property
+    def device(self) -> Device:
+        return self.worker.device
+
+    @property
+    def num_pages(self) -> int:
+        return self.worker.num_pages
+
+    def launch_forward(self, batch: Batch) -> InFlightStep:
+        if self._ranks:
+            self._ranks.broadcast(batch)
+        return self.worker.launch_forward(batch)
+
+    def launch_tail(self, step: InFlightStep, masks: Masks | None) -> None:
+        if self._ranks:
+            self._ranks.broadcast(masks)
+        self.worker.launch_tail(step, masks)
+
+    def collect(self, step: InFlightStep) -> Sampled:
+        return self.worker.collect(step)
+
+    def close(self) -> None:
+        if self._ranks:
+            self._ranks.close()

@@ -1,0 +1,154 @@
+"""ProgramBuilder makes the program of one rank in three steps: load weights, size the KV cache, make the program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.engine.memory import GIB, check_room
+from nanoflow_backend.engine.settle import Settled
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
+from nanoflow_backend.models import weights
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.collectives.gloo import Gloo
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
+from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.runtime.cuda import CudaProgram
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.runtime.program import Program
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.source import find_schedules
+
+log = logging.getLogger(__name__)
+
+
+class ProgramBuilder:
+    """What a program is made of before there is memory for it: the model's graphs, schedules and kernels.
+
+    Raises:
+        ScheduleError: the schedule does not fit the model or the device.
+    """
+
+    def __init__(self, settled: Settled, device: Device, rank: int = 0) -> None:
+        self.config, self.model_config, self.device, self.rank = settled.config, settled.model_config, device, rank
+        self.tp, self.precision = self.config.tensor_parallel, self.config.precision
+        self.kv_dtype = getattr(torch, self.precision.kv)
+        self.model = build(self.model_config, self.tp)
+        self.weights_bytes = weights.size_bytes(self.model, self.precision)
+        self.kernels = find_kernels(device)
+        if self.kernels is not None:
+            _log_implementations(self.model, self.kernels)
+        self.schedules = find_schedules(self.config, self.model, device.name, device.sms)
+        if len(self.schedules) > 1:
+            log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
+        self.free_bytes = device.free_bytes() // (self.tp if device.kind == "cpu" else 1)  # before anything is loaded
+
+    def build(self, page_table: Tensor) -> tuple[Program, int]:
+        """The program, ready to run, and the size of its KV cache in pages.
+
+        page_table: int32 [slots, pages of a request], on the device, where the program will read it in every step.
+
+        Raises:
+            ConfigError: too little memory, with the numbers and the settings to change.
+        """
+        try:
+            loaded = self.load_weights()
+            num_pages = self.size_kv_cache(loaded, page_table)
+            program = self.make_program(loaded, num_pages)
+            program.warm_up(page_table)
+        except torch.OutOfMemoryError as error:  # of the workspace: the rest was reckoned before
+            config = self.config
+            raise ConfigError(
+                f"out of memory: lower dense_batch_tokens ({config.dense_batch_tokens}), kv_cache_tokens "
+                f"({config.kv_cache_tokens}) or gpu_memory_utilization ({config.gpu_memory_utilization}): {error}"
+            ) from None
+        return program, num_pages
+
+    def load_weights(self) -> Mapping[str, Tensor]:
+        """This rank's part of every parameter of the model, by name (see Binding), on the device.
+
+        Nothing is read before it is known that weights fit, and beside them the KV cache if its size is given.
+        """
+        check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, self.device.name)
+        model, precision, device = self.model, self.precision, self.device.kind
+        if self.config.load_format == "dummy":
+            return weights.dummy(model, precision=precision, device=device)
+        folder = Path(self.config.model)
+        return weights.load(
+            folder, self.model_config, model, rank=self.rank, tp=self.tp, precision=precision, device=device
+        )
+
+    def size_kv_cache(self, loaded: Mapping[str, Tensor], page_table: Tensor) -> int:
+        """The number of pages: as configured, or as many as fit beside weights and workspace.
+
+        What the workspace takes is measured: a program with a single page runs the largest batch.
+        """
+        config = self.config
+        if config.kv_cache_tokens is not None:
+            return -(-config.kv_cache_tokens // config.page_tokens)
+        trial = self.make_program(loaded, num_pages=1)
+        trial.fill(page_table)
+        bytes_a_page = page_bytes(self.model_config, config.page_tokens, self.kv_dtype, self.tp)
+        num_pages = self.device.free_bytes(config.gpu_memory_utilization) // bytes_a_page
+        del trial
+        torch.cuda.empty_cache()
+        if num_pages < 1:
+            raise ConfigError(
+                f"gpu_memory_utilization: {config.gpu_memory_utilization:.0%} of the memory of {self.device.name}, of "
+                f"which {self.free_bytes / GIB:.2f} GiB were free, leave no room for KV pages beside weights of "
+                f"{self.weights_bytes / GIB:.2f} GiB and the workspace of dense_batch_tokens "
+                f"{config.dense_batch_tokens}"
+            )
+        return num_pages
+
+    def make_program(self, loaded: Mapping[str, Tensor], num_pages: int) -> Program:
+        """A program on these weights and on `num_pages` pages of the KV cache, which it allocates."""
+        config, device = self.config, self.device.kind
+        kv = KvPages.allocate(self.model_config, num_pages, config.page_tokens, self.kv_dtype, self.tp, device=device)
+        collectives = Gloo() if self.tp > 1 else OneRank()
+        if self.kernels is None:
+            return CpuProgram(
+                self.model,
+                self.schedules,
+                loaded,
+                kv,
+                collectives,
+                max_tokens=config.dense_batch_tokens,
+                precision=self.precision,
+            )
+        return CudaProgram(
+            self.model,
+            self.schedules,
+            loaded,
+            kv,
+            collectives,
+            max_tokens=config.dense_batch_tokens,
+            max_rows=config.max_running,
+            kernels=self.kernels,
+            precision=self.precision,
+            cuda_graphs=config.cuda_graphs,
+        )
+
+
+def find_kernels(device: Device) -> ModuleType | None:
+    """The device's own kernels; None on a CPU, which runs the reference. The kernel language is there with a GPU."""
+    return import_module("nanoflow_kernels.device") if device.kind == "cuda" else None
+
+
+def _batches(schedule: Schedule) -> str:
+    asked = schedule.least_decode_kv_tokens
+    return f"{schedule.tokens} tokens" + (f" whose decodes read {asked} or more of the KV cache" if asked else "")
+
+
+def _log_implementations(model: Model, kernels: ModuleType) -> None:
+    operations = [operation for graph in (model.embed, *model.layers, model.head) for operation in graph.operations]
+    for line in kernels.describe_implementations((operation.kernel, operation.name) for operation in operations):
+        log.info("%s", line)

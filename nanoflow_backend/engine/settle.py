@@ -1,0 +1,78 @@
+"""settle turns a configuration into what an engine runs on this machine, with everything decided that it left open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
+
+from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.engine.auto_schedule import find_auto_schedule
+from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.device import find_device, find_kind, show_only
+from nanoflow_backend.schedule.source import named_dense_batch_tokens
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """A configuration and the model that it names. Every rank of an engine gets the same one.
+
+    Only `config.kv_cache_tokens` may still be None: the worker measures what memory is left for the KV cache of a GPU.
+    """
+
+    config: SettledConfig
+    model_config: ModelConfig
+    max_model_tokens: int  # prompt + output of one request
+
+
+def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
+    """Choose GPUs, device, schedule, batch size and context length, in this order.
+
+    `config.gpus` decides which GPUs this process and its children see from now on, so nothing may have touched a GPU
+    before. With the schedule "auto" it may search for one, which takes minutes.
+
+    Args:
+        eos_id: the tokenizer's. Generation ends there too, as vLLM has it: chat fine-tunes of base models often name
+            the end of a turn in tokenizer_config.json alone.
+
+    Raises:
+        ConfigError: naming the field, or the file of the model's folder, and what was expected.
+        ScheduleError: the schedule file cannot be read.
+    """
+    if config.gpus is not None:
+        show_only(config.gpus)
+    device = find_device(config.device)
+    config = find_auto_schedule(config, device)
+    config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
+    settled = config.settle(device.kind)
+    model_config = read_model_config(Path(config.model))
+    if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
+        model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
+    max_model_tokens = _max_model_tokens(settled, model_config)
+    build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
+    return Settled(settled, model_config, max_model_tokens)
+
+
+def settled_here(config: EngineConfig) -> SettledConfig:
+    """The configuration as an engine of this machine will have it, but for its schedule: found without making one.
+
+    Raises:
+        ConfigError: what can be seen to be wrong with it, or with the model's config.json.
+    """
+    read_model_config(Path(config.model))
+    # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
+    return config.settle("cuda" if config.gpus is not None else find_kind(config.device))
+
+
+def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_tokens is None:
+        return model.max_model_tokens
+    if config.max_model_tokens > model.max_model_tokens:
+        raise ConfigError(
+            f"max_model_tokens: expected at most {model.max_model_tokens} (the model's max_position_embeddings), "
+            f"got {config.max_model_tokens}"
+        )
+    return config.max_model_tokens

@@ -1,0 +1,94 @@
+"""The three steps to a program, each on its own; how many pages fit is measured on a device of simulated memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.engine.program_builder import ProgramBuilder
+from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.kvcache.kv_pages import page_bytes
+from nanoflow_backend.kvcache.tier import Direction, Transfer
+from nanoflow_backend.models import weights
+from nanoflow_backend.runtime.cpu import CpuProgram
+from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.scheduler.batch import Batch
+
+DEMO = Path(__file__).parents[3] / "demo" / "tiny-llama"
+WORKSPACE_BYTES = 100_000_000
+
+
+@pytest.fixture
+def settled() -> Settled:
+    return settle(EngineConfig(model=str(DEMO), device="cpu", dense_batch_tokens=32))
+
+
+@dataclass(frozen=True)
+class SimulatedDevice(Device):
+    """A CPU of so much memory, of which the largest batch takes a part as soon as it has run once."""
+
+    total_bytes: int = 0
+
+    def free_bytes(self, utilization: float = 1.0) -> int:
+        return int(utilization * self.total_bytes) - (WORKSPACE_BYTES if RUN else 0)
+
+
+RUN: list[int] = []  # pages of the programs that ran a batch for a trial
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    RUN.clear()
+    monkeypatch.setattr(CpuProgram, "fill", lambda self, _: RUN.append(self.kv.num_pages))
+    return RUN
+
+
+def builder(settled: Settled, total_bytes: int) -> ProgramBuilder:
+    measured = Settled(replace(settled.config, kv_cache_tokens=None), settled.model_config, settled.max_model_tokens)
+    return ProgramBuilder(measured, SimulatedDevice("cpu", "simulated", None, total_bytes))
+
+
+def test_pages_fill_what_weights_and_workspace_leave(settled: Settled, trials: list[int]) -> None:
+    made = builder(settled, 10**9)
+    loaded = made.load_weights()
+    pages = made.size_kv_cache(loaded, torch.zeros(4, 4, dtype=torch.int32))
+    assert trials == [1], "one program, of one page, ran the largest batch"
+    bytes_a_page = page_bytes(settled.model_config, settled.config.page_tokens, torch.float32)
+    left = 10**9 * settled.config.gpu_memory_utilization - WORKSPACE_BYTES
+    assert pages * bytes_a_page <= left < (pages + 1) * bytes_a_page
+
+
+def test_no_room_for_a_page_is_refused_with_the_setting_to_change(settled: Settled, trials: list[int]) -> None:
+    made = builder(settled, WORKSPACE_BYTES)
+    with pytest.raises(
+        ConfigError, match=r"gpu_memory_utilization: 92% of the memory of simulated, .* dense_batch_tok"
+    ):
+        made.size_kv_cache(made.load_weights(), torch.zeros(4, 4, dtype=torch.int32))
+
+
+def test_a_given_size_is_rounded_up_to_pages_and_tries_nothing(settled: Settled, trials: list[int]) -> None:
+    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config, settled.max_model_tokens)
+    program, pages = ProgramBuilder(given, Device("cpu", "cpu", None)).build(torch.zeros(4, 4, dtype=torch.int32))
+    assert (pages, trials) == (3, [])
+    assert isinstance(program, CpuProgram)
+    assert program.kv.num_pages == 3
+
+
+def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ProgramBuilder(settled, Device("cpu", "cpu", None)).load_weights()
+    monkeypatch.setattr(weights, "load", lambda *_, **__: 1 // 0)
+    dummy = Settled(replace(settled.config, load_format="dummy"), settled.model_config, settled.max_model_tokens)
+    made = ProgramBuilder(dummy, Device("cpu", "cpu", None)).load_weights()
+    assert {name: t.shape for name, t in made.items()} == {name: t.shape for name, t in loaded.items()}
+
+
+def test_a_worker_without_a_tier_below_the_device_refuses_to_move_pages(settled: Settled) -> None:
+    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config, settled.max_model_tokens)
+    batch = Batch(1, [], [], [], [], [], [Transfer(2, 0, Direction.LOAD)])
+    with pytest.raises(ValueError, match="transfers: expected none, as there is no tier below the device, got"):
+        Worker(given).launch_forward(batch)
