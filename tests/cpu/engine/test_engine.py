@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from waiting import until
+from support.waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config.engine_config import EngineConfig

@@ -4,17 +4,14 @@ import inspect
 import random
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from ledger_executor import LedgerExecutor, Story
+from support.places import DEMO_MODEL, ROOT
+from support.scheduler.ledger_executor import LedgerExecutor, Story
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 from nanoflow_backend.engine.settle import Settled
-
-ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "demo" / "tiny-llama"
 
 
 def ledger(settled: Settled, on_rank_death: Callable[[str], None]) -> LedgerExecutor:
@@ -28,7 +25,7 @@ def test_an_engine_on_arithmetic_tells_every_story(on: bool) -> None:
     """Prompts that share beginnings, in chunks, on few pages: the executor notices wrong pages and wrong tokens."""
     rng = random.Random(4)
     fields = {"page_tokens": 4, "kv_cache_tokens": 160, "dense_batch_tokens": 24, "chunk_tokens": 7}
-    config = EngineConfig.resolve({"model": str(DEMO), "async_scheduling": on, **fields}, relative_to=ROOT)
+    config = EngineConfig.resolve({"model": str(DEMO_MODEL), "async_scheduling": on, **fields}, relative_to=ROOT)
     engine = Engine(config, make_executor=ledger)
     prompts = [[rng.randrange(12) for _ in range(rng.randint(1, 20))] for _ in range(30)]
     prompts = [begun for prompt in prompts for begun in (prompt, [*prompt[: rng.randint(1, len(prompt))], 1])]

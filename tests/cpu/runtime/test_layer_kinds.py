@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 
-import layer_kinds
 import pytest
 import torch
-from batches import Requests, decode_kv_tokens, forward
-from cases import BATCHES, LENGTHS, TOKENS
-from comparison import assert_close
-from layer_kinds import CONFIG, LAYERS, alternating
-from schedules import plans, random_interleaving, random_schedule
+from support.comparison import assert_close
+from support.models import layer_kinds
+from support.models.batches import Requests, decode_kv_tokens, forward
+from support.models.cases import BATCHES, LENGTHS, TOKENS
+from support.models.layer_kinds import CONFIG, LAYERS, alternating
+from support.schedule.schedules import plans, random_interleaving, random_schedule
 from torch import Tensor
 
 from nanoflow_backend.models import weights
@@ -38,9 +38,7 @@ def values() -> dict[str, Tensor]:
 
 def check(schedule: Schedule, values: dict[str, Tensor], rng: random.Random | None = None) -> None:
     validate(schedule, MODEL.layer, LAYERS)
-    program = CpuProgram(
-        MODEL, [schedule], values, REQUESTS.empty_pages(), OneRank(), max_tokens=TOKENS, checked=True
-    )
+    program = CpuProgram(MODEL, [schedule], values, REQUESTS.empty_pages(), OneRank(), max_tokens=TOKENS, checked=True)
     expected = [layer_kinds.logits(values, ids) for ids in REQUESTS.ids]
     for batch in BATCHES:
         order = random_interleaving(PartialOrder(schedule, LAYERS), rng) if rng else None

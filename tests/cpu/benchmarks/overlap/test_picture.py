@@ -7,16 +7,14 @@ from statistics import median
 from typing import Any
 
 import pytest
-from overlap_machine import CPU, H200, Machine, map_of
+from support.simulated.overlap_machine import CPU, H200, Machine, map_of
 
 from benchmarks.overlap.picture import main as draw
 from benchmarks.tables import result_files
 from benchmarks.tables.full_table import ResultRow, groups
 
 
-def test_pictures_name_what_they_show(
-    machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_pictures_name_what_they_show(machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     small = {
         "ablation": ("--batch", "512/2:512", "--batch", "512/512:512"),
         "sensitivity": map_of((512, 768), (512, 8192)),
