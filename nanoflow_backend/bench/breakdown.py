@@ -1,4 +1,4 @@
-"""Breakdown: where the time of a step goes on a GPU, by torch's profiler."""
+"""break_down says where the time of a step goes on a GPU, by torch's profiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Binding: the kernel calls of schedules on one device's tensors; what all programs have in common.
+"""Binding turns the launches of schedules into kernel calls on one device's tensors. All programs have one.
 
 T tokens of a batch, R rows that are sampled.
 """

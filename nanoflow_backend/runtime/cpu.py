@@ -1,4 +1,4 @@
-"""CpuProgram: schedules, launch by launch, in plain torch: the development default, and the oracle of other programs.
+"""CpuProgram runs schedules launch by launch in plain torch: the default of laptops, and the oracle of other programs.
 
 T tokens of a batch, R rows that are sampled, V vocabulary.
 """

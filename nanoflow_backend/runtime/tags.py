@@ -1,4 +1,4 @@
-"""RowTags: which value the rows of each buffer hold, so that no launch reads another one's."""
+"""RowTags knows which value the rows of each buffer hold, so that no launch reads another one's."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from waiting import until
 
 from nanoflow_backend.config import ConfigError, EngineConfig
 from nanoflow_backend.engine import LLM, Engine, SamplingParams, ranks
+from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.child import Child
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
 from nanoflow_backend.process.messages import Stats
@@ -174,7 +175,8 @@ class Client:
         self.finished: dict[int, FinishReason] = {}
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
-        self.process = EngineProcess(config, self.on_news, self.on_stats, self.on_refusal, self.on_death)
+        told = Callbacks(self.on_news, self.on_stats, self.on_refusal, self.on_death, on_restart=lambda ready: None)
+        self.process = EngineProcess(config, told)
         self.stats: Stats | None = None
 
     def on_news(self, news):
