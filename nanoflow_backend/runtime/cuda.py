@@ -1,4 +1,15 @@
-"""CudaProgram: schedules on one GPU: lanes are streams, waits are events, and an iteration is one CUDA graph.
+"""CudaProgram runs schedules on one GPU: lanes become streams, waits become events, an iteration one CUDA graph.
+
+    lane     launches of a layer        stream    what _issue puts on it, for every layer
+    compute  qkv   .     o              A         qkv, record e0 ----------------- wait e1, o
+    memory   .     attn  .              B         wait e0, attn, record e1 -----------------
+    network  .     .     .   reduce     C         wait e2 (after o), reduce ...
+
+    _issue runs directly at first; under capture its kernels are the nodes of a CUDA graph, and order in a stream and
+    events are the edges. There is a graph for each plan and bucket; replay() launches an iteration at once.
+
+Streams of lanes with SMs of their own belong to green contexts. All begin behind the stream of the caller, and that one
+waits for all of them at the end.
 
 T tokens of a batch, R rows that are sampled, V vocabulary.
 """
@@ -74,8 +85,8 @@ class CudaProgram:
         self._waits = {plan: _waits(plan.schedule, model.num_layers) for plan in self.binding.plans}
         self._cuda_graphs = cuda_graphs
         self._graphs: dict[FittedPlan, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
-        self._plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
+        self._graph_pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
+        self._last_plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """See Program."""
@@ -97,14 +108,14 @@ class CudaProgram:
         binding.slots[:tokens].copy_(slots)
         binding.positions[:tokens].copy_(positions)
         binding.positions[tokens:padded].fill_(PAD)
-        self._plan = plan
+        self._last_plan = plan
         if plan in self._graphs:
             self._graphs[plan].replay()
             return
         self._issue(plan)
         if self._cuda_graphs:
             graph = torch.cuda.CUDAGraph()
-            with _uncollected(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 self._issue(plan)
             self._graphs[plan] = graph
 
@@ -118,27 +129,25 @@ class CudaProgram:
             raise ValueError(f"rows: expected at most {self.max_rows}, got {len(rows)}")
         head = self.binding.model.head
         values = {name: value[: len(rows)] for name, value in self._head_values.items()}
-        for name, result in zip(head.inputs, self.binding.results(self._plan), strict=True):
+        for name, result in zip(head.inputs, self.binding.results(self._last_plan), strict=True):
             torch.index_select(result, 0, rows, out=values[name])
         for call in self.binding.head(values):
             call.run()
         return values[head.outputs[0]][:, : self.binding.model.vocab_size]
 
     def fill(self, page_table: Tensor) -> None:
-        """Run the largest batch under each of its plans, and the tail, of padding: this takes all the memory that any
-        batch will need."""
+        """See Program. Runs the largest batch, of padding, under each of its plans, and the LM head on most rows."""
         self._pad(self.max_tokens, page_table)
         self.head(torch.zeros(self.max_rows, dtype=torch.int32, device="cuda"))
 
     def warm_up(self, page_table: Tensor) -> None:
-        """Run every bucket under every plan, the largest first, of padding: then nothing is left to be compiled or
-        captured."""
+        """See Program. Runs every bucket, of padding, under every plan, the largest first."""
         self.fill(page_table)
         for tokens in sorted({bucket(tokens) for tokens in range(1, self.max_tokens)}, reverse=True):
             self._pad(min(tokens, self.max_tokens), page_table)
 
     def _pad(self, tokens: int, page_table: Tensor) -> None:
-        """A batch of padding, under each plan that batches of `tokens` may have."""
+        """Run a batch of padding under each plan that batches of `tokens` may have."""
         ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
         asked = [plan.schedule.least_decode_kv_tokens for plan in self.binding.plans]
         for plan in dict.fromkeys(self.plan_for(tokens, least) for least in asked):
@@ -185,7 +194,7 @@ class CudaProgram:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection: a capture does not survive that the graphs of another program are destroyed."""
+    """Without garbage collection: it could destroy another program's graphs and so invalidate the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

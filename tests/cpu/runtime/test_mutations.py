@@ -21,7 +21,7 @@ from nanoflow_backend.graph.operation import Graph, Model
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
-from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers
+from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, plan_buffers
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
@@ -233,10 +233,10 @@ def test_without_a_wait_one_of_all_interleavings_is_refused(attention: SimpleNam
 # the buffer plan
 
 
-def moved(plan: BufferPlan, instance: Instance, buffer: int, width: int) -> BufferPlan:
+def moved(plan: BufferPlan, value: LayerValue, buffer: int, width: int) -> BufferPlan:
     buffers = list(plan.buffers)
     buffers[buffer] = Buffer(max(width, buffers[buffer].width), buffers[buffer].dtype)
-    return BufferPlan(tuple(buffers), {**plan.holder, instance: buffer})
+    return BufferPlan(tuple(buffers), {**plan.holder, value: buffer})
 
 
 def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,14 +247,14 @@ def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) 
     for name in ("sequential", "two", "append in the network lane", "ahead"):
         schedule = plans(graph, 8)[name]
         plan, order = plan_buffers(graph, schedule, 2), PartialOrder(schedule, 2)
-        for instance, home in plan.holder.items():
+        for value, home in plan.holder.items():
             for buffer in set(range(len(plan.buffers))) - {home}:
-                wrong = moved(plan, instance, buffer, graph.values[instance.value].width)
+                wrong = moved(plan, value, buffer, graph.values[value.name].width)
                 with monkeypatch.context() as patch:
                     patch.setattr(binding, "plan_buffers", lambda *_, wrong=wrong: wrong)
                     program = dry_program(model, schedule)
                 refused = any(refuses(program, delayed(order, k)) for k in range(len(order.steps)))
-                assert refused == bool(conflicts(wrong, graph, schedule, 2, 8)), (name, instance, buffer)
+                assert refused == bool(conflicts(wrong, graph, schedule, 2, 8)), (name, value, buffer)
                 caught += refused
                 harmless += not refused
     assert caught > 100, caught
