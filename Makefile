@@ -48,10 +48,10 @@ test: setup
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(XDIST) tests/gpu
 
-# Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json]
+# Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 templates: setup
 	@test -d "$(DIR)" || { echo "make templates: expected DIR=, a folder with *.jinja or tokenizer_config.json files" >&2; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy.chat_templates $(DIR) $(if $(OUTPUT),--output $(OUTPUT))
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy.chat_templates $(DIR) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(OF),--of "$(OF)")
 
 lint: setup
 	$(BIN)/ruff check .

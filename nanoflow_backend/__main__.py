@@ -29,17 +29,46 @@ GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
 MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"nanoflow {version('nanoflow-triton')}")
+        except PackageNotFoundError:  # a checkout on the path
+            print("nanoflow, not installed: no version")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """NanoFlow for Triton Inference Server."""
+
+
 @app.command()
 def serve(
     model_repository: Repository = Path("model_repository"),
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 8001,
     metrics_port: MetricsPort = 8002,
+    log: Annotated[Path | None, typer.Option(help="Where the server's log goes on; warnings are shown anyway.")] = None,
+    log_format: Annotated[
+        Literal["text", "json"] | None, typer.Option(help="Of the model's own lines in it, the server's stay.")
+    ] = None,
 ) -> None:
     """Run the real Triton Inference Server that pip brings, on loopback, until Ctrl-C."""
     from nanoflow_backend.commands.serve import serve
 
-    serve(model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    serve(
+        model_repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log=log,
+        log_format=log_format,
+    )
 
 
 @app.command()
@@ -147,6 +176,7 @@ def main() -> None:
     """Errors that name their cause need no traceback."""
     from nanoflow_backend.config import ConfigError
     from nanoflow_backend.embedded.server import ServerError
+    from nanoflow_backend.process import logs
     from nanoflow_backend.process.child import THREADS_SLEEP
     from nanoflow_backend.request.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
@@ -154,6 +184,7 @@ def main() -> None:
     for name, value in THREADS_SLEEP.items():
         os.environ.setdefault(name, value)  # before torch is imported
     try:
+        logs.configure(level="warning")
         app()
     except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from nanoflow_backend.model_folder import is_lfs_pointer, lfs_hint, what_is_wrong
+
 MOST_FILE_BYTES = 256 * 2**20  # of JSON; the largest tokenizer.json of today has some 35 MB
 MOST_REPEATS = 4096  # of what is a loop here: layers, experts
 
@@ -100,6 +102,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigError: a missing file or key, or a feature this engine does not compute.
         """
+        if wrong := what_is_wrong(folder):
+            raise ConfigError(wrong)
         return cls.from_hf(
             _read_json(folder / "config.json"),
             _read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {},
@@ -133,7 +137,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         refuse(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
         refuse(hf.get("attention_bias"), "attention_bias")
         refuse(hf.get("mlp_bias"), "mlp_bias")
-        refuse(hf.get("quantization_config"), "quantization_config")
+        refuse(quantization := hf.get("quantization_config"), f"quantization_config{_method(quantization)}")
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         layers = size("num_hidden_layers", most=MOST_REPEATS)
         _refuse_windows(hf, architecture, layers, origin)
@@ -278,8 +282,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 or (key == "python" and "/" in str(value))
                 or str(value).endswith(".json")
             )
+            if not is_path or not isinstance(value, str):
+                return value
             # Not resolve(): the python of a virtual environment is a link that must stay one.
-            return os.path.normpath(relative_to / value) if is_path and isinstance(value, str) else value
+            return os.path.normpath(relative_to / Path(value).expanduser())
 
         absolute = {key: rooted(key, value) for key, value in fields.items()}
         return _convert(absolute, cls, origin, strict=False)
@@ -313,6 +319,12 @@ DEFAULTS = {
     # with 1280, which its mix would fill, at 20.5k (benchmarks/results/offline_*, ablation_*).
     "cuda": DeviceDefaults("bfloat16", 2048, 64, None),
 }
+
+
+def _method(quantization: Any) -> str:
+    """The name of a quantization method, for a message."""
+    name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return "" if name is None else f" ({name})"
 
 
 def _agreed(hf: Mapping[str, Any], names: tuple[str, ...], origin: str) -> Any:
@@ -411,9 +423,12 @@ def read_file(path: Path) -> bytes:
             raise ConfigError(f"{path}: expected a file, got something else")
         if (size := path.stat().st_size) > MOST_FILE_BYTES:
             raise ConfigError(f"{path}: expected at most {MOST_FILE_BYTES} bytes, got {size}")
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+    if is_lfs_pointer(content):
+        raise ConfigError(lfs_hint(path))
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:

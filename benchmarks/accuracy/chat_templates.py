@@ -1,6 +1,6 @@
 """A folder of chat templates, each rendered for many conversations by the engine and by transformers.
 
-    make templates DIR=folder [OUTPUT=record.json]
+    make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 
 reads every *.jinja file and every chat template of a tokenizer_config.json under the folder. The record has a header,
 what became of all pairs of a template and a conversation (`OUTCOMES`), and each pair whose texts differ or that one
@@ -43,7 +43,11 @@ OUTCOMES = {
 BAD = ("the engine refuses", "different")
 
 
-def main(folder: Path, output: Annotated[Path | None, typer.Option()] = None) -> None:
+def main(
+    folder: Path,
+    output: Annotated[Path | None, typer.Option(help="The JSON record.")] = None,
+    of: Annotated[str | None, typer.Option(help="Where the templates are from, for the record.")] = None,
+) -> None:
     found = dict(templates(folder))
     if not found:
         sys.exit(f"{folder}: expected *.jinja files or tokenizer_config.json files with a chat_template, found none")
@@ -68,6 +72,7 @@ def main(folder: Path, output: Annotated[Path | None, typer.Option()] = None) ->
         **result.header(),
         "transformers": transformers.__version__,
         "templates": len(found),
+        "templates_of": of,
         "templates_sha256": hashlib.sha256("".join(sorted(found.values())).encode()).hexdigest(),
         "conversations": len(CONVERSATIONS),
         "outcomes": OUTCOMES,

@@ -16,10 +16,11 @@ def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Se
     if params.n != 1:
         raise InvalidRequest(f"n: expected 1, for one text is shown, got {params.n}")
     llm = LLM(make_engine(model, settings))
-    print(prompt, end="", flush=True)
+    shown = prompt  # until the engine has taken it
     for _, progress in llm.stream([(prompt, params)]):
         if isinstance(progress, InvalidRequest):
             raise progress
-        print(progress.delta.text, end="", flush=True)
+        print(shown + progress.delta.text, end="", flush=True)
+        shown = ""
     print()
     llm.close()

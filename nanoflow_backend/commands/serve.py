@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 
 from nanoflow_backend.embedded.server import EmbeddedServer
+from nanoflow_backend.offline.output import check_output
+from nanoflow_backend.process import logs
+
+WARNINGS_PERIOD_S = 0.5
 
 
-def serve(model_repository: Path, *, http_port: int, grpc_port: int, metrics_port: int) -> None:
+def serve(
+    model_repository: Path,
+    *,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    log: Path | None,
+    log_format: Literal["text", "json"] | None,
+) -> None:
+    """Raises: ServerError, as EmbeddedServer does; ConfigError for a log that cannot be written."""
+    if log:
+        check_output(log)
+    if log_format:
+        os.environ[logs.FORMAT] = log_format  # the server and all that it starts inherit it
     console = Console(highlight=False)
-    server = EmbeddedServer(model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    server = EmbeddedServer(
+        model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, log=log
+    )
     with console.status("starting Triton Inference Server"):
         server.start()
         try:
@@ -24,7 +45,10 @@ def serve(model_repository: Path, *, http_port: int, grpc_port: int, metrics_por
     console.print(escape(commands_to_try(server)), soft_wrap=True)  # a wrapped command cannot be pasted
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            server.wait()
+            while True:
+                for line in server.new_warnings():
+                    console.print(line, style="yellow", markup=False, soft_wrap=True)
+                server.wait(WARNINGS_PERIOD_S)
         finally:
             server.stop()
     console.print("stopped")

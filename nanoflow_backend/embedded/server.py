@@ -16,7 +16,6 @@ import http.client
 import importlib.metadata
 import importlib.util
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -31,13 +30,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from nanoflow_backend.embedded import log_lines
 from nanoflow_backend.embedded.libpython import libpython
 
 LOOPBACK = "127.0.0.1"
 OWN_PACKAGES = ("nanoflow_backend", "nanoflow_kernels")
-LOG_TAIL_LINES = 30
-# Information lines and tables: the server prints its options after the error that ends it.
-NOISE = re.compile(r"I\d{4} |[|+]|\s*$")
 # The server waits exit_timeout_s for its models; with one that never unloads it ended less than 1 s after that.
 SHUTDOWN_MARGIN_S = 5.0
 
@@ -51,9 +48,9 @@ class EmbeddedServer:
 
     `backends` is a folder of Python-based backends: each subfolder is one, with its model.py, named by `backend` in a
     config.pbtxt. A port of 0 picks a free one. `arguments` go to tritonserver as they are, e.g.
-    `["--model-control-mode=explicit"]`. `log` receives the server's output; without one it is kept for error messages
-    only. As a context manager it is ready inside; when the block, or this process, ends in whatever way, the server and
-    all that it started end too.
+    `["--model-control-mode=explicit"]`. `log` receives the server's output, behind what is in it; without one it is
+    kept for error messages only. As a context manager it is ready inside; when the block, or this process, ends in
+    whatever way, the server and all that it started end too.
     """
 
     def __init__(
@@ -124,7 +121,8 @@ class EmbeddedServer:
         wheel = _wheel_folder()
         _check_numpy()
         self._ports = _free_ports(self._asked_ports)
-        self._log_file = self.log.open("w+b") if self.log else tempfile.TemporaryFile()  # noqa: SIM115  stop() closes it
+        self._log_file = self.log.open("a+b") if self.log else tempfile.TemporaryFile()  # noqa: SIM115  stop() closes it
+        self._log_start = self._log_read = os.fstat(self._log_file.fileno()).st_size
         runtime = _lay_out(wheel, self.backends)
         command = [
             str(wheel / "bin" / "tritonserver"),
@@ -164,10 +162,18 @@ class EmbeddedServer:
                 raise ServerError(f"the server was not ready after {timeout_s:g} s{self._tail()}")
             time.sleep(0.05)
 
-    def wait(self) -> None:
-        """Block while the server runs; ServerError, with the log's last lines, when it has ended by itself."""
-        status = self._running().wait()
-        raise ServerError(f"the server ended by itself with status {status}{self._tail()}")
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block while the server runs, for `timeout_s` at most; ServerError when it has ended by itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._running().wait(timeout_s)
+            raise ServerError(f"the server ended by itself with status {status}{self._tail()}")
+
+    def new_warnings(self) -> list[str]:
+        """Warnings and errors of our models, not the server's own, that came into the log since the last call."""
+        text = self._logged(self._log_read)
+        whole = text[: text.rfind(b"\n") + 1]
+        self._log_read += len(whole)
+        return log_lines.warnings(whole.decode(errors="replace"))
 
     def stop(self) -> None:
         """End the server: SIGTERM, the exit timeout, SIGKILL. No process, port or shared memory is left. Idempotent."""
@@ -196,12 +202,17 @@ class EmbeddedServer:
                 return False
 
     def _tail(self) -> str:
+        """What the log says of an end: why a model of ours could not load, if it says that; else its last lines."""
+        log = self._logged(self._log_start).decode(errors="replace")
+        if causes := log_lines.failures(log):
+            return f": {'; '.join(causes)}"
+        name = f"its log {self.log}" if self.log else "its log"
+        return "\n".join([f"; the last lines of {name}:", *log_lines.tail(log)])
+
+    def _logged(self, start: int) -> bytes:
         descriptor = self._log_file.fileno()
         # pread: the server writes at the offset that it shares with us
-        log = os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
-        lines = [line.replace("\\n", "\n") for line in log.splitlines() if not NOISE.match(line)]
-        name = f"its log {self.log}" if self.log else "its log"
-        return "\n".join([f"; the last lines of {name}:", *lines[-LOG_TAIL_LINES:]])
+        return os.pread(descriptor, os.fstat(descriptor).st_size - start, start)
 
 
 def _wheel_folder() -> Path:

@@ -13,9 +13,11 @@ import traceback
 
 import msgspec
 
+from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.energy import measure_energy
 from nanoflow_backend.engine.engine import Engine, MakeExecutor
 from nanoflow_backend.engine.local_executor import LocalExecutor
+from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Parent
 from nanoflow_backend.process.messages import (
     STATS_PERIOD_S,
@@ -32,12 +34,15 @@ from nanoflow_backend.process.messages import (
     ToEngine,
 )
 from nanoflow_backend.request.sampling_params import InvalidRequest
+from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
+
+log = logging.getLogger("nanoflow_backend.engine.loop")  # as a program it has another name
 
 
 def main(make_executor: MakeExecutor = LocalExecutor) -> None:
     """Run until told to stop, or until the process that started this one ends. It never returns."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
     parent = Parent()
     decoder = msgspec.msgpack.Decoder(ToEngine)
     try:
@@ -48,8 +53,11 @@ def main(make_executor: MakeExecutor = LocalExecutor) -> None:
         gc.freeze()  # what lives from here on is small: a full collection took 12 ms every hundred steps before
         parent.send(ready(engine))
         run(engine, parent, decoder)
+    except (ConfigError, ScheduleError) as error:  # it names what is wrong, and where
+        log.error("%s", error)
+        fail(parent, f"{type(error).__name__}: {error}")
     except Exception as error:
-        logging.getLogger(__name__).error("%s", traceback.format_exc())
+        log.error("%s", traceback.format_exc())
         fail(parent, f"{type(error).__name__}: {error}")
     os._exit(0)  # all is closed: taking torch and the interpreter apart is 0.3 s of work, on a loaded host 1.7 s
 

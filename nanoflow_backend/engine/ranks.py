@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Child, ChildDied, Parent
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
@@ -127,6 +128,7 @@ def join_group(rendezvous: str, rank: int, size: int) -> None:
 
 def main() -> None:
     """A rank's process: launch what rank 0 launches, until it closes the socket."""
+    logs.configure()
     parent = Parent()
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
     try:

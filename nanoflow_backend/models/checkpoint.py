@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.model_folder import LFS_START, is_lfs_pointer, lfs_hint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -98,4 +99,7 @@ def open_file(path: Path) -> Any:
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}") from None
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if is_lfs_pointer(file.read(len(LFS_START))):
+                raise WeightsError(lfs_hint(path)) from None
         raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None

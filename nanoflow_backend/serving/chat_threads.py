@@ -6,6 +6,7 @@ one thread meanwhile, so that chats wait for each other only.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -82,12 +83,12 @@ class ChatThreads:
         """Refuse every chat that waits, and every later one; give up on those that are being rendered."""
         with self._lock:
             self._closed = failure
-        try:
-            while (chat := self._waiting.get_nowait()) is not None:
-                chat.refuse(failure)
-        except queue.Empty:
-            for _ in self._threads:
-                self._waiting.put(None)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (chat := self._waiting.get_nowait()) is not None:
+                    chat.refuse(failure)
+        for _ in self._threads:
+            self._waiting.put(None)
         for thread in self._threads:
             thread.join(timeout_s)
 

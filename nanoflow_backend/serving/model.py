@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.model_folder import what_is_wrong
+from nanoflow_backend.process import logs
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
@@ -40,11 +43,14 @@ from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
+from nanoflow_backend.serving.server_log import ServerLog
 from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
 from nanoflow_backend.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
@@ -63,16 +69,22 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
         _check_numpy()
+        logs.name_origin(args["model_name"], args["model_instance_name"])
+        logs.configure(ServerLog())
         shared_memory.make_private()
         model_config = json.loads(args["model_config"])
         if "model_transaction_policy" not in model_config:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
-        config = EngineConfig.load(
-            Path(args["model_repository"], args["model_version"], "engine.json"), _engine_parameters(model_config)
-        )
+        path = Path(args["model_repository"], args["model_version"], "engine.json")
+        config = EngineConfig.load(path, _engine_parameters(model_config))
+        if not Path(config.model).exists():
+            wrong = what_is_wrong(Path(config.model))
+            raise ConfigError(f"{path}: model (a relative path starts at this file's folder): {wrong}")
         has_tokenizer = Path(config.model, "tokenizer.json").is_file()
         self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
+        if not has_tokenizer:
+            log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
         self._max_queue_us = config.queue_timeout_us or 0
@@ -100,7 +112,7 @@ class TritonPythonModel:
             engine = args["model_instance_name"]
             server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"], "engine": engine})
             self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
-        pb_utils.Logger.log_info(f"{args['model_instance_name']}: {self._ready.description}")
+        log.info("%s", self._ready.description)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -228,7 +240,7 @@ class TritonPythonModel:
         self._metrics.engine_died()
         self._metrics.refused("engine_failure", len(self._senders.live()))
         self._senders.fail_all(Failure("UNAVAILABLE", how))
-        pb_utils.Logger.log_error(how)
+        log.error("%s", how)
 
     def _on_restart(self, ready: Ready) -> None:
         self._metrics.engine_restarted(ready)
@@ -247,7 +259,7 @@ def _failure(error: Exception) -> Failure:
             return Failure("INVALID_ARG", str(error))
         case EngineError() | QueueFull():
             return Failure("UNAVAILABLE", str(error))
-    pb_utils.Logger.log_error(f"a request broke: {without_words(error)}")
+    log.error("a request broke: %s", without_words(error))
     pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
 

@@ -72,7 +72,7 @@ INPUTS = (
     Tensor("messages", "STRING", (1,), "JSON list of chat messages, for the model's chat template"),
     Tensor("tools", "STRING", (1,), "JSON list of tools, for the chat template"),
     Tensor("add_generation_prompt", "BOOL", (1,), "whether the chat template begins the answer; default true"),
-    Tensor("chat_template_kwargs", "STRING", (1,), "JSON object of further variables for the chat template"),
+    Tensor("chat_template_kwargs", "STRING", (1,), "JSON object of the chat template's variables"),
     Tensor("stream", "BOOL", (1,), "a response per step instead of one at the end; default false"),
     Tensor("sampling_parameters", "STRING", (1,), "JSON object of sampling parameters; numbers may be strings"),
     Tensor("stop", "STRING", (-1,), "stop strings (a list cannot be an HTTP parameter; not in the vLLM backend)"),

@@ -126,10 +126,6 @@ class Tokenizer:
         text: str = self._backend.to_str()
         return text
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._templates)
-
     def apply_chat_template(
         self,
         messages: Sequence[Message],

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from nanoflow_backend.__main__ import main
+from nanoflow_backend.process import logs
 
 ROOT = Path(__file__).parents[2]
 COULD_NOT_RUN = 2
@@ -32,6 +33,7 @@ def run_here(*arguments: str | Path) -> subprocess.CompletedProcess:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ),
+        log_as_it_was(),
         mock.patch.object(sys, "argv", ["nanoflow", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -42,6 +44,15 @@ def run_here(*arguments: str | Path) -> subprocess.CompletedProcess:
         except SystemExit as end:
             status = end.code or 0
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def log_as_it_was():
+    """What a command sets for its process is put back: its handler writes to a stream of its own."""
+    level, handlers = logs.OURS.level, list(logs.OURS.handlers)
+    yield
+    logs.OURS.setLevel(level)
+    logs.OURS.handlers[:] = handlers
 
 
 def assert_one_line(done: subprocess.CompletedProcess, message: str) -> None:

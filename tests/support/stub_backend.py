@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from nanoflow_backend.process import logs
 from nanoflow_backend.serving.tensors import OUTPUTS
 
 FINAL = 1
@@ -76,7 +77,10 @@ def stub_module():
     stub.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
     stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     stub.Logger = types.SimpleNamespace(
-        log_info=lambda text: None, log_error=lambda text: None, log_verbose=lambda text: None
+        log_info=lambda text: None,
+        log_warn=lambda text: None,
+        log_error=lambda text: None,
+        log_verbose=lambda text: None,
     )
     return stub
 
@@ -85,9 +89,10 @@ def stub_module():
 def model_module() -> Iterator[types.ModuleType]:
     """nanoflow_backend.serving.model, imported beside a stand-in of its own."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(logs.ORIGIN, "")  # put back what a model sets
         patch.setitem(sys.modules, "triton_python_backend_utils", stub_module())
-        for name in ("response_channel", "model"):  # those that import it
+        for name in ("response_channel", "server_log", "model"):  # those that import it
             patch.delitem(sys.modules, f"nanoflow_backend.serving.{name}", raising=False)
         yield importlib.import_module("nanoflow_backend.serving.model")
-        for name in ("response_channel", "model"):
+        for name in ("response_channel", "server_log", "model"):
             del sys.modules[f"nanoflow_backend.serving.{name}"]

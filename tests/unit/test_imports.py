@@ -1,11 +1,15 @@
 """Imports flow one way, as the contracts in pyproject.toml say."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
-
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+ROOT = Path(__file__).parents[2]
+# In a process of its own: import-linter 2.16 configures logging, which silences every logger that exists by then.
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 
 def test_every_contract_is_kept():
-    assert lint_imports(config_filename=str(PYPROJECT), no_cache=True) == EXIT_STATUS_SUCCESS
+    linted = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert linted.returncode == 0, linted.stdout
+    assert "0 broken" in linted.stdout

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 from command_line import ROOT, assert_one_line, run, run_here
@@ -18,10 +19,28 @@ def test_generate_prints_prompt_and_text(model):
     assert done.stdout == f"The dog{alone.text}\n"
 
 
+def test_weights_that_were_not_pulled_are_named(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    done = run_here("generate", "--prompt", "a", "--model", tmp_path / "model")
+    assert_one_line(done, "model.safetensors: is a Git LFS pointer, not the file itself: run git lfs pull in")
+
+
+def test_generate_shows_nothing_of_a_prompt_that_is_refused(model):
+    done = run_here("generate", "--model", model, "--prompt", "word " * 20_000)
+    assert_one_line(done, "nanoflow: ")
+    assert done.stdout == ""
+
+
+def test_the_version_is_that_of_the_package():
+    assert run_here("--version").stdout == f"nanoflow {version('nanoflow-triton')}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "nowhere"), "nowhere/config.json: No such file"),
+        (("--model", "nowhere"), "nowhere: there is no such folder: expected a local Hugging Face folder"),
+        (("--model", "no-one/no-model"), "hf download no-one/no-model --local-dir no-model"),
         (("--set", "page_tokens"), "--set page_tokens: expected field=value"),
         (("--set", "page_tokens=0"), "page_tokens: expected an integer >= 1 or null, got 0"),
         (("--set", "model=x"), "--set model=x: expected the model as --model"),

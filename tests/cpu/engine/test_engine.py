@@ -162,7 +162,7 @@ def test_a_bad_configuration_is_refused_by_name(model, fields, message):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere/config\.json: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere: there is no such folder"):
         Engine.from_pretrained(tmp_path / "nowhere")
 
 

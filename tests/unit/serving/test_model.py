@@ -311,7 +311,8 @@ def test_an_error_of_ours_is_logged_without_its_words(module, served, monkeypatc
     model.execute([request])
     assert "the secret prompt" in request.result().error.message
     (line,) = logged
-    assert line.startswith("a request broke: KeyError < submit (test_model.py:")
+    assert ": a request broke: KeyError < submit (test_model.py:" in line
+    assert line.startswith("model=tiny instance=tiny_0_0 nanoflow_backend.serving.model: ")
     assert "secret" not in line
 
 
