@@ -83,7 +83,8 @@ class Binding:
             raise ValueError(f"max_tokens: expected at most the schedule's {schedules[-1].tokens}, got {max_tokens}")
         self.model, self.weights, self.kv = model, weights, kv
         self.device = torch.device(device)
-        self._collectives, self._kernels, self._limit_sms = collectives, kernels, limit_sms
+        self.max_tokens, self.kernels = max_tokens, kernels
+        self._collectives, self._limit_sms = collectives, limit_sms
         self._in_place = in_place and collectives.ranks == 1
         self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
         layers = [split_all_reduce(model.layer, s.split_all_reduces, collectives.ranks) for s in schedules]
@@ -197,7 +198,7 @@ class Binding:
         prefix: str = "",
         sms: int | None = None,
     ) -> Call:
-        implementation = self._collectives if operation.resource is Resource.NETWORK else self._kernels
+        implementation = self._collectives if operation.resource is Resource.NETWORK else self.kernels
         inputs = [value(name) for name in operation.inputs] + [self.weights[prefix + p] for p in operation.parameters]
         outputs = tuple(value(name) for name in operation.outputs)
         run = partial(

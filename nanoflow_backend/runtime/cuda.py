@@ -17,24 +17,23 @@ T tokens of a batch, R rows that are sampled, V vocabulary.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
+ON_GPU: dict[str, Any] = {"device": "cuda", "in_place": True, "limit_sms": True}  # options of a CudaProgram's Binding
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
 
 class CudaProgram:
-    """A Program (see there) whose calls return at once. For schedules, weights and kv see Binding.
+    """A Program (see there) whose calls return at once.
 
     A batch is padded to a bucket (see `bucket`), which runs under one of the schedules for its size. The first batch of
     a bucket and a schedule runs a kernel at a time, which compiles what is not compiled yet, and is captured; later
@@ -42,57 +41,32 @@ class CudaProgram:
     The logits of `head` are valid until its next call, on the same stream.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        schedules: Sequence[Schedule],
-        weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
-        collectives: Collectives,
-        *,
-        max_tokens: int,
-        max_rows: int,
-        kernels: Kernels,
-        dtype: torch.dtype = torch.bfloat16,
-        cuda_graphs: bool = True,
-    ) -> None:
-        self.max_tokens, self.max_rows = max_tokens, max_rows
-        self.binding = Binding(
-            model,
-            schedules,
-            weights,
-            kv,
-            collectives,
-            kernels,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            device="cuda",
-            in_place=True,
-            limit_sms=True,
-        )
-        for buffer in self.binding.buffers:
+    def __init__(self, binding: Binding, *, max_rows: int, cuda_graphs: bool = True) -> None:
+        """`binding` is one ON_GPU; `max_rows` of a batch are sampled at most."""
+        self.binding, self.max_rows = binding, max_rows
+        for buffer in binding.buffers:
             buffer.zero_()  # pad rows are computed too, wherever that costs nothing: let them be numbers
-        self.binding.slots.zero_()
-        self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device="cuda")
-        head = model.head
+        binding.slots.zero_()
+        self._token_ids = torch.zeros(binding.max_tokens, dtype=torch.int32, device="cuda")
+        head = binding.model.head
         self._head_values = {
-            name: self.binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
+            name: binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
             for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
         }
-        self._plan_attention = kernels.plan_attention
-        shared = [torch.cuda.Stream() for _ in range(max(len(s.lanes) for s in schedules) - 1)]
-        self._lanes = {plan: _streams(plan.schedule, shared) for plan in self.binding.plans}
-        self._waits = {plan: _waits(plan.schedule, model.num_layers) for plan in self.binding.plans}
+        self._plan_attention = binding.kernels.plan_attention
+        shared = [torch.cuda.Stream() for _ in range(max(len(plan.schedule.lanes) for plan in binding.plans) - 1)]
+        self._lanes = {plan: _streams(plan.schedule, shared) for plan in binding.plans}
+        self._waits = {plan: _waits(plan.schedule, binding.model.num_layers) for plan in binding.plans}
         self._cuda_graphs = cuda_graphs
         self._graphs: dict[FittedPlan, torch.cuda.CUDAGraph] = {}
         self._graph_pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
-        self._last_plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
+        self._last_plan = FittedPlan(binding.plans[-1], 0)  # of the last batch
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """See Program."""
-        if tokens > self.max_tokens:
-            raise ValueError(f"tokens: expected at most {self.max_tokens}, got {tokens}")
-        return self.binding.plan_for(min(bucket(tokens), self.max_tokens), decode_kv_tokens)
+        if tokens > self.binding.max_tokens:
+            raise ValueError(f"tokens: expected at most {self.binding.max_tokens}, got {tokens}")
+        return self.binding.plan_for(min(bucket(tokens), self.binding.max_tokens), decode_kv_tokens)
 
     def forward(
         self, plan: FittedPlan, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor
@@ -137,14 +111,14 @@ class CudaProgram:
 
     def fill(self, page_table: Tensor) -> None:
         """See Program. Runs the largest batch, of padding, under each of its plans, and the LM head on most rows."""
-        self._pad(self.max_tokens, page_table)
+        self._pad(self.binding.max_tokens, page_table)
         self.head(torch.zeros(self.max_rows, dtype=torch.int32, device="cuda"))
 
     def warm_up(self, page_table: Tensor) -> None:
         """See Program. Runs every bucket, of padding, under every plan, the largest first."""
         self.fill(page_table)
-        for tokens in sorted({bucket(tokens) for tokens in range(1, self.max_tokens)}, reverse=True):
-            self._pad(min(tokens, self.max_tokens), page_table)
+        for tokens in sorted({bucket(tokens) for tokens in range(1, self.binding.max_tokens)}, reverse=True):
+            self._pad(min(tokens, self.binding.max_tokens), page_table)
 
     def _pad(self, tokens: int, page_table: Tensor) -> None:
         """Run a batch of padding under each plan that batches of `tokens` may have."""

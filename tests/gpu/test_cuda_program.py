@@ -21,9 +21,9 @@ from triton.language.extra.cuda import smid
 
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache import storage
-from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.binding import Binding, Kernels
 from nanoflow_backend.runtime.collectives import Collectives
-from nanoflow_backend.runtime.cuda import CudaProgram
+from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
@@ -48,20 +48,30 @@ def cast(weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> dict[str
 
 
 def program(
-    case: Case, schedules: Sequence[Schedule], requests: Requests, dtype: torch.dtype, **options: Any
+    case: Case,
+    schedules: Sequence[Schedule],
+    requests: Requests,
+    dtype: torch.dtype,
+    *,
+    max_rows: int | None = None,
+    cuda_graphs: bool = True,
+    kernels: Kernels = device,
+    **options: Any,
 ) -> CudaProgram:
     pages = storage.allocate(
         case.config, requests.num_pages, requests.page_tokens, dtype, device="cuda", poison=True
     )  # fmt: skip
     tokens = schedules[-1].tokens
-    return CudaProgram(
+    binding = Binding(
         case.model,
         schedules,
         cast(case.weights, dtype, "cuda"),
         pages,
         Collectives(),
-        **{"max_tokens": tokens, "max_rows": tokens, "kernels": device, "dtype": dtype} | options,
+        kernels,
+        **{"max_tokens": tokens, "dtype": dtype, **ON_GPU} | options,
     )
+    return CudaProgram(binding, max_rows=max_rows or tokens, cuda_graphs=cuda_graphs)
 
 
 @pytest.mark.parametrize("dtype", LAUNCH_TOLERANCE, ids=str)

@@ -10,11 +10,13 @@ import checkpoints
 import torch
 from batches import Chunk, Requests, decode_kv_tokens, forward
 from comparison import assert_close
+from nanoflow_kernels import reference
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
@@ -48,9 +50,12 @@ class Case:
             ]
 
     def program(self, *schedules: Schedule, **options: Any) -> CpuProgram:
-        options = {"max_tokens": schedules[-1].tokens, "checked": True} | options
+        """`options` of its Binding, or `checked`."""
+        options = {"max_tokens": schedules[-1].tokens, "dtype": torch.float32} | options
+        checked, kernels = options.pop("checked", True), options.pop("kernels", reference)
         pages = self.requests.empty_pages()
-        return CpuProgram(self.model, schedules, self.weights, pages, Collectives(), **options)
+        binding = Binding(self.model, schedules, self.weights, pages, Collectives(), kernels, **options)
+        return CpuProgram(binding, checked=checked)
 
     def check(
         self,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from batches import Chunk, Requests, forward
 from msgspec.structs import replace
+from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
@@ -16,6 +17,7 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
@@ -57,7 +59,9 @@ def run(rank: int, work: Work) -> None:
         for name, schedule in schedules(model.layer, work.tokens, work.ranks).items():
             pages = requests.empty_pages(work.ranks)
             collectives = Collectives(work.ranks)
-            program = CpuProgram(model, [schedule], loaded, pages, collectives, max_tokens=work.tokens, checked=True)
+            options = {"max_tokens": work.tokens, "dtype": torch.float32}
+            binding = Binding(model, [schedule], loaded, pages, collectives, reference, **options)
+            program = CpuProgram(binding, checked=True)
             logits = []
             for batch in work.batches:
                 forward(program, requests.inputs(batch))

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nanoflow_backend.graph.operation import Graph, Model
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, plan_buffers
 from nanoflow_backend.runtime.collectives import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
@@ -44,12 +46,13 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
     kv = torch.empty(model.num_layers, 0)
-    return CpuProgram(model, [schedule], weights, kv, Collectives(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
+    options: dict[str, Any] = {"max_tokens": schedule.tokens, "dtype": torch.float32}
+    return CpuProgram(Binding(model, [schedule], weights, kv, Collectives(), NO_KERNELS, **options))
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
     """Through all the tags, those that the head looks at too."""
-    ints = torch.zeros(program.max_tokens, dtype=torch.int32)
+    ints = torch.zeros(program.binding.max_tokens, dtype=torch.int32)
     forward(program, (ints, ints, ints, ints[:, None]), order=order)
     program.tags.read_results()
 
@@ -102,7 +105,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
-                for pages in program.kv:
+                for pages in program.binding.kv:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
@@ -185,7 +188,10 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    return CpuProgram(attention.model, [schedule], attention.weights, pages, Collectives(), max_tokens=6)
+    options: dict[str, Any] = {"max_tokens": 6, "dtype": torch.float32}
+    return CpuProgram(
+        Binding(attention.model, [schedule], attention.weights, pages, Collectives(), reference, **options)
+    )
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:
@@ -197,7 +203,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         program = program_of(attention, schedule)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
-            program.kv.fill_(torch.nan)
+            program.binding.kv.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1
