@@ -33,20 +33,6 @@ class Chat(msgspec.Struct, eq=False):
     refuse: Callable[[Exception], None]
     cancelled: bool = False
 
-    def run(self) -> None:
-        try:
-            if self.cancelled or self.channel.is_cancelled():
-                raise Failure("CANCELLED", "the request was cancelled before its messages were rendered")
-            prepared = self.prepare()
-            if self.cancelled:
-                raise Failure("CANCELLED", "the request was cancelled while its messages were rendered")
-            self.start(prepared)
-        except Exception as error:
-            try:
-                self.refuse(error)
-            except Exception as broken:  # the server is gone; the thread has other chats
-                log.error("a refusal broke: %s", without_words(broken))
-
 
 class ChatThreads:
     """Thread-safe. Each chat that `add` takes is started, or refused once."""
@@ -75,8 +61,8 @@ class ChatThreads:
         """Refuse the chats of a client's id that are not started; their channels."""
         with self._lock:
             chats = [chat for chat in self._live if chat.channel.request_id == client_id]
-        for chat in chats:
-            chat.cancelled = True
+            for chat in chats:
+                chat.cancelled = True
         return [chat.channel for chat in chats]
 
     def close(self, failure: Failure, timeout_s: float) -> None:
@@ -86,7 +72,7 @@ class ChatThreads:
         with contextlib.suppress(queue.Empty):
             while True:
                 if (chat := self._waiting.get_nowait()) is not None:
-                    chat.refuse(failure)
+                    self._refuse(chat, failure)
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
@@ -94,6 +80,26 @@ class ChatThreads:
 
     def _run(self) -> None:
         while (chat := self._waiting.get()) is not None:
-            chat.run()
-            with self._lock:
-                self._live.discard(chat)
+            try:
+                self._serve(chat)
+            except Exception as error:
+                self._refuse(chat, error)
+
+    def _serve(self, chat: Chat) -> None:
+        cancelled = Failure("CANCELLED", "the request was cancelled before its messages were rendered")
+        if chat.cancelled or chat.channel.is_cancelled():
+            raise cancelled
+        prepared = chat.prepare()
+        with self._lock:
+            self._live.discard(chat)  # from now on it is the engine's
+            if chat.cancelled:
+                raise cancelled
+        chat.start(prepared)
+
+    def _refuse(self, chat: Chat, error: Exception) -> None:
+        with self._lock:
+            self._live.discard(chat)
+        try:
+            chat.refuse(error)
+        except Exception as broken:  # the server is gone; the thread has other chats
+            log.error("a refusal broke: %s", without_words(broken))

@@ -210,11 +210,11 @@ class TritonPythonModel:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
         if not client_id:
             raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
-        chats = self._chats.cancel(client_id)
+        chats = self._chats.cancel(client_id)  # those that are not in the engine yet
         replies = [reply for reply in self._senders.live() if reply.channel.request_id == client_id]
         for reply in replies:
             reply.cancel()
-        return len(replies) + sum(chat not in [reply.channel for reply in replies] for chat in chats)
+        return len(chats) + len(replies)
 
     def _cancel(self, request_id: int, reason: FinishReason, index: int | None) -> None:
         with contextlib.suppress(EngineError):  # a dead engine runs nothing

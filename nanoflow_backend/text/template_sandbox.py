@@ -53,13 +53,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def render(self, template: Template, variables: Mapping[str, Any], input_characters: int) -> str:
         """A template's text, on the CPU time that an input of so many characters may take."""
-        pieces, characters = [], 0
-        with _CpuBound(min(BASE_S + S_PER_CHARACTER * input_characters, MOST_S)):
-            for piece in template.generate(variables):
-                characters += len(piece)
-                _require(characters <= MOST_CHARACTERS, f"more than {MOST_CHARACTERS} characters")
-                pieces.append(piece)
-        return "".join(pieces)
+        most_s = min(BASE_S + S_PER_CHARACTER * input_characters, MOST_S)
+        outer = sys.getprofile()
+        try:
+            try:
+                sys.setprofile(_counter(most_s))
+                return _join(template.generate(variables))
+            finally:
+                sys.setprofile(outer)  # is a call that is counted, too
+        except _OverTime:
+            sys.setprofile(outer)
+            raise SecurityError(f"more than {most_s:.3g} s, which the sandbox does not allow") from None
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Every call in a template, of macros too."""
@@ -95,34 +99,35 @@ class _OverTime(BaseException):
     """No Exception: jinja2 and its tests catch those."""
 
 
-class _CpuBound:
-    """Ends what its thread runs in it once that has taken so much CPU time.
+def _counter(most_s: float) -> Callable[[object, str, object], None]:
+    """A profile function that ends what its thread runs once that has taken so much CPU time.
 
     Python tells a profile function of every call and of every item that a generator gives. Templates, filters and tests
     are made of those, and the few loops of a template that are not are made to be (`_metered`). What runs in C between
-    two calls is bounded by the sizes of texts. A rendering also lets other threads of the process run at each check.
+    two calls is bounded by the sizes of texts. At each check other threads of the process get their turn.
     """
+    end_s = time.thread_time() + most_s
+    left = CALLS_PER_CHECK
 
-    def __init__(self, most_s: float) -> None:
-        self._most_s = most_s
-        self._calls = 0
-
-    def __enter__(self) -> None:
-        self._outer = sys.getprofile()
-        self._end_s = time.thread_time() + self._most_s
-        sys.setprofile(self._count)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        sys.setprofile(self._outer)
-        if kind is _OverTime:
-            raise SecurityError(f"more than {self._most_s:.3g} s, which the sandbox does not allow") from None
-
-    def _count(self, *_: object) -> None:
-        self._calls += 1
-        if self._calls % CALLS_PER_CHECK == 0:
-            if time.thread_time() > self._end_s:
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            left = CALLS_PER_CHECK
+            if time.thread_time() > end_s:
                 raise _OverTime
             time.sleep(0)
+
+    return count
+
+
+def _join(pieces: Iterable[str]) -> str:
+    kept, characters = [], 0
+    for piece in pieces:
+        characters += len(piece)
+        _require(characters <= MOST_CHARACTERS, f"more than {MOST_CHARACTERS} characters")
+        kept.append(piece)
+    return "".join(kept)
 
 
 def _metered(items: Iterable[Any]) -> Iterator[Any]:

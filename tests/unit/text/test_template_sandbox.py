@@ -127,6 +127,20 @@ def test_waiting_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert render("{{ '%s' | format('a') }}") == "a"
 
 
+def test_the_end_of_a_rendering_is_no_way_around_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever call is the one that is found to be too late, the bound's own included, the request is refused."""
+    monkeypatch.setattr(template_sandbox, "MOST_S", -1.0)
+    template, late = ChatTemplate("{{ messages[0].content }}", {}), 0
+    for calls in range(1, 400):
+        monkeypatch.setattr(template_sandbox, "CALLS_PER_CHECK", calls)
+        try:
+            assert template.render(CHAT) == "Hello"
+        except InvalidRequest:
+            late = calls
+        assert sys.getprofile() is None
+    assert 20 < late < 399
+
+
 def test_a_profiler_of_the_thread_is_left_in_place() -> None:
     calls: list[str] = []
     sys.setprofile(lambda *_: calls.append("call"))
