@@ -14,12 +14,14 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL_REPOSITORY ?= model_repository
 TESTS ?= tests
+SOAK_MINUTES ?= 30
+PROCESSES ?= 2
 
 BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-gpu templates lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-paper test-gpu soak fuzz parity templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -44,14 +46,28 @@ serve: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
 
+# The search on published tables, whose results are in (benchmarks/paper/README.md): not part of `make test`.
+test-paper: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/paper/tests
+
 # Where a CUDA build of torch is installed. With pytest-xdist, XDIST="-n 15 --dist worksteal" takes minutes off.
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(XDIST) tests/gpu
 
+# The long modes of three tests. Each writes its result file and fails if it found anything.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --duration-min $(SOAK_MINUTES) --output benchmarks/results/soak.json
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks fuzz --output benchmarks/results/fuzz.json
+
+parity: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(PROCESSES) --output benchmarks/results/parity.json
+
 # Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 templates: setup
 	@test -d "$(DIR)" || { echo "make templates: expected DIR=, a folder with *.jinja or tokenizer_config.json files" >&2; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.accuracy.chat_templates $(DIR) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(OF),--of "$(OF)")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks chat-templates $(DIR) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(OF),--of "$(OF)")
 
 lint: setup
 	$(BIN)/ruff check .

@@ -135,12 +135,26 @@ def offline(
         Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
     ] = None,
     breakdown: Annotated[bool, typer.Option(help="Profile a few steps: the time of each operation. On a GPU.")] = False,
+    breakdown_only: Annotated[
+        bool, typer.Option(help="The same from a minute of the workload, without the whole run.")
+    ] = False,
     settings: Settings = None,
 ) -> None:
     """Throughput with all requests queued at once: constant lengths, those of a trace, or drawn ones."""
     from nanoflow_backend.bench.offline import bench_offline
 
-    bench_offline(model, output, input_tokens, output_tokens, requests, trace, dataset, breakdown, settings or [])
+    bench_offline(
+        model,
+        output,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        requests=requests,
+        trace=trace,
+        dataset=dataset,
+        breakdown=breakdown,
+        breakdown_only=breakdown_only,
+        settings=settings or [],
+    )
 
 
 @bench.command()
@@ -178,6 +192,7 @@ def main() -> None:
     from nanoflow_backend.embedded.server import ServerError
     from nanoflow_backend.process import logs
     from nanoflow_backend.process.child import THREADS_SLEEP
+    from nanoflow_backend.request.internal_error import InternalError
     from nanoflow_backend.request.sampling_params import InvalidRequest
     from nanoflow_backend.schedule.plan import ScheduleError
 
@@ -186,7 +201,7 @@ def main() -> None:
     try:
         logs.configure(level="warning")
         app()
-    except (ConfigError, InvalidRequest, ScheduleError, ServerError) as error:
+    except (ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)
         sys.exit(COULD_NOT_RUN)
 

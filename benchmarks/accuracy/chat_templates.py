@@ -1,4 +1,4 @@
-"""A folder of chat templates, each rendered for many conversations by the engine and by transformers.
+"""The chat templates of a folder are rendered for many conversations by the engine and by transformers.
 
     make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 
@@ -44,10 +44,11 @@ BAD = ("the engine refuses", "different")
 
 
 def main(
-    folder: Path,
+    folder: Annotated[Path, typer.Argument(help="With *.jinja or tokenizer_config.json files.")],
     output: Annotated[Path | None, typer.Option(help="The JSON record.")] = None,
     of: Annotated[str | None, typer.Option(help="Where the templates are from, for the record.")] = None,
 ) -> None:
+    """Chat templates of a folder, rendered for many conversations by the engine and by transformers."""
     found = dict(templates(folder))
     if not found:
         sys.exit(f"{folder}: expected *.jinja files or tokenizer_config.json files with a chat_template, found none")
@@ -159,7 +160,3 @@ def _form(message: Message, content: type | None, arguments: bool, reasoning: bo
     if reasoning and names:
         message["reasoning"] = next(iter(names.values()))
     return message
-
-
-if __name__ == "__main__":
-    typer.run(main)

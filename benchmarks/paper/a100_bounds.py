@@ -1,12 +1,12 @@
-"""Bounds of the gain on A100-like tables: what no plan exceeds whose tasks are cut in so many parts."""
+"""Bounds of the gain on A100-like tables: no plan exceeds them whose tasks are cut into so many parts."""
 
 from __future__ import annotations
 
 from itertools import combinations, pairwise
 
 from nanoflow_search.plan.bound import packing_bound_us
-from nanoflow_search.plan.stage_two import Contention
-from nanoflow_search.plan.two_stages import one_after_the_other
+from nanoflow_search.plan.contention import Contention, measured_contention
+from nanoflow_search.plan.two_stages import sequential_assignment
 
 from benchmarks.paper.a100_case import TILE, Setting, gain
 from benchmarks.paper.piece import attention_of
@@ -15,7 +15,7 @@ CUTS = ((2, 2), (3, 2), (2, 3), (3, 3))  # parts up to attention, and after it
 
 
 def gain_bounds(at: Setting) -> dict[str, float]:
-    """What no plan exceeds: by how many parts there are of tasks up to attention, and of those after it."""
+    """Return the bounds by how many parts there are of tasks up to attention, and of those after it."""
     attention = attention_of(at.fine)
     before = {name for d in at.fine.dependencies if d.pages for name in (d.writer, d.reader)}
     bounds = {
@@ -28,12 +28,12 @@ def gain_bounds(at: Setting) -> dict[str, float]:
 
 
 def cut_bound_us(at: Setting, parts: dict[str, int], all_decode: bool = False) -> float:
-    """The packing bound, with each task as long as its parts are together, where it is cut cheapest.
+    """Return the packing bound with each task as long as its parts are together, where it is cut cheapest.
 
-    `all_decode`: each part of attention has a decode at least, and its cost of a launch.
+    With `all_decode` each part of attention has at least one decode, and the cost of a launch.
     """
     problem, measured = at.fine, at.measured
-    contention = measured.contention(problem, one_after_the_other(problem).timeline, TILE)
+    contention = measured_contention(measured, problem, sequential_assignment(problem).timeline, TILE)
     choices = {}
     for nano, alone in contention.choices.items():
         task = problem[nano.task]
@@ -48,7 +48,7 @@ def cut_bound_us(at: Setting, parts: dict[str, int], all_decode: bool = False) -
 
 
 def launch_us(at: Setting, operations: tuple[str, ...]) -> float:
-    """What decodes take more in two launches than in one: lines are straight, so wherever they are cut."""
+    """Return how much more decodes take in two launches than in one; times are straight lines, so any cut will do."""
     whole, half = (
         sum(at.measured.duration_us(*load, None) for load in at.measured.loads(operations, 0, rows, rows))
         for rows in (2 * TILE, TILE)

@@ -1,4 +1,4 @@
-"""Case: a batch on A100-like tables to plan for, what is known of it, and plans to start from."""
+"""A case is a batch on A100-like tables to plan for; a setting is what is known of it, and where searches start."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from nanoflow_search.cost.model import Workload
+from nanoflow_search.cost.workload import MeanWorkload
 from nanoflow_search.plan.op_graph import layer_problem
 from nanoflow_search.plan.problem import NanoTask, Problem
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 
 from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.fluid import Fluid
@@ -39,16 +39,20 @@ PIPELINE = {
 
 
 class Setting(NamedTuple):
+    """What is known of a case."""
+
     model: Model
-    measured: Measured
+    measured: TimingModel
     tokens: int
     chunk_tokens: int
-    coarse: Problem  # what the programs solve
-    fine: Problem
+    coarse: Problem  # that the two stages solve
+    fine: Problem  # that annealing solves
     sequential_us: float  # by the published times, whatever is spared
 
 
 class Case(NamedTuple):
+    """A batch to plan for."""
+
     name: str
     tables: str
     workload: str
@@ -60,17 +64,17 @@ def setting(case: Case) -> Setting:
     folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
     model = build(ModelConfig.from_pretrained(MODELS / folder), ranks)
     performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
-    mix = Workload.parse(case.workload).mix(tokens)
+    mix = MeanWorkload.parse(case.workload).mix(tokens)
     published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)
     spared = spared_us(times_us, case.spare) if case.spare else times_us
     measured = a100.Published(a100.profile(model.layer, ranks, spared, performance), mix)
-    coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.times) for t in (chunk_tokens, TILE))
+    coarse, fine = (layer_problem(model.layer, ranks, tokens, t, measured.operations_us) for t in (chunk_tokens, TILE))
     sequential_us = predict(sequential(model.layer, tokens), published, model.num_layers).layer_us
     return Setting(model, measured, tokens, chunk_tokens, coarse, fine, sequential_us)
 
 
 def spared_us(times_us: dict[str, dict[int, float]], name: str) -> dict[str, dict[int, float]]:
-    """Three launches of it cost as much as two do."""
+    """Return times with which three launches of an operation cost as much as two do."""
     third_us = a100.line(times_us[name], 0) / 3
     return times_us | {name: {tokens: us - third_us for tokens, us in times_us[name].items()}}
 
@@ -87,12 +91,12 @@ def gain(at: Setting, us: float) -> float:
 
 
 def released(problem: Problem, pieces: Pieces) -> Pieces:
-    """GEMMs without a cap: they keep what the others leave. The others have one, if it is all of the device."""
+    """Return the pieces with GEMMs that have no limit of SMs, and keep what the others leave; the others have one."""
     return tuple(p._replace(sms=None if problem[p.nano.task].lane == "compute" else p.sms or a100.SMS) for p in pieces)
 
 
 def pipeline(at: Setting) -> Pieces:
-    """The authors' own, task after task: attention with R = 0.4, collectives with 0.2. Decodes come first."""
+    """Return the authors' own plan, task after task: attention with R = 0.4, collectives with 0.2, decodes first."""
     found = []
     for task in at.fine.tasks:
         sms = {"compute": None, "memory": TENTHS[3], "network": TENTHS[1]}[task.lane]

@@ -1,5 +1,8 @@
-"""A100-like profiles, from what NanoFlow's authors published: solo times of their LLaMA-2-70B (TP 8) and Llama-3-8B
-notebooks, and two tables of R -> P (what share of the SMs leaves of an operation's performance), which disagree."""
+"""The published tables become A100-like profiles.
+
+NanoFlow's authors published solo times in their LLaMA-2-70B (TP 8) and Llama-3-8B notebooks, and two tables of R -> P
+(what a share of the SMs leaves of an operation's performance), which disagree.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from nanoflow_search.predict.timing_model import Measured, Running
-from nanoflow_search.profile.data import Header, Pair, Point, Profile
+from nanoflow_search.predict.timing_model import RunningCurve, TimingModel
+from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
+from nanoflow_search.profile.load import Point
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
@@ -53,7 +57,7 @@ RELEASE = {
 
 
 def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]], tables: dict = PUBLISHED) -> Profile:
-    """As if measured: a straight line through each operation's times; shares by the tables; power does not bind.
+    """Return a profile: a straight line through each operation's times, shares by the tables, and no power cap.
 
     Element-wise operations take no time: the published times are those of fused kernels. Any two shares that fit into
     the device leave each other alone, as the paper assumes.
@@ -81,7 +85,7 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
         for b in shares
         if a + b <= SMS
     ]
-    header = Header(
+    header = ProfileHeader(
         model_fingerprint=fingerprint(graph),
         device="A100, from published tables",
         device_sms=SMS,
@@ -92,12 +96,21 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
     return Profile(header=header, points=tuple(points), pairs=tuple(pairs))
 
 
-class Published(Measured):
-    """What runs side by side shares the device as the paper defines R: a GEMM that has no cap keeps what the others do
-    not take, as long as they run; they, and what has a cap, are as fast as P says. The Rs that are asked for beyond 1
-    are had in turns."""
+def resource_to_performance(profile: Profile, operation: str, amount: float) -> dict[float, float]:
+    """The paper's table: the share of the SMs, R -> the performance that it leaves of the best alone, P."""
+    surface = profile.surface(operation)
+    best = min(surface.duration_us(amount, sms) for sms in surface.shares)
+    return {sms / profile.header.device_sms: best / surface.duration_us(amount, sms) for sms in surface.shares}
 
-    def slowdowns(self, running: Sequence[Running]) -> tuple[float, ...]:
+
+class Published(TimingModel):
+    """The timing model that shares the device as the paper defines R.
+
+    A GEMM without a limit of SMs keeps what the others do not take, as long as they run. All others are as fast as P
+    says. Where the Rs sum up to more than 1, loads run in turns.
+    """
+
+    def slowdowns(self, running: Sequence[RunningCurve]) -> tuple[float, ...]:
         taken = [0.0 if sms is None and curve in GEMMS else round((sms or SMS) / SMS, 1) for curve, sms in running]
         left = round(1 - sum(taken), 1)
         rest = 1 / left if left > 0 else math.inf
@@ -105,7 +118,7 @@ class Published(Measured):
 
 
 def line(measured: Mapping[int, float], tokens: float) -> float:
-    """The least-squares line; of a single time, in proportion."""
+    """Return the value of the least-squares line at `tokens`; of a single time, in proportion."""
     if len(measured) == 1:
         [(at, us)] = measured.items()
         return us * tokens / at

@@ -1,6 +1,7 @@
-"""anneal: a plan of the two programs, changed at random where the fluid simulation says that it gets shorter.
+"""Simulated annealing improves a plan of the two stages by random moves, judged by the fluid simulation.
 
-The programs take a loss as if it lasted all the time, and cut tasks alike. Neither holds here.
+Stage two charges interference for a task's whole duration; stage one gives tasks common cuts. The simulation has
+neither restriction.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import random
 from collections.abc import Mapping, Sequence
 
 from nanoflow_search.plan.problem import Problem
-from nanoflow_search.plan.stage_two import Shares
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.plan.stage_two import ShareAssignment
+from nanoflow_search.predict.timing_model import TimingModel
 
 from benchmarks.paper.fluid import Fluid
-from benchmarks.paper.moves import Changes
+from benchmarks.paper.moves import Moves
 from benchmarks.paper.piece import Parts, Pieces, attention_of, divided
 
-HOT, COLD = 0.01, 0.0002  # of the period
+HOT, COLD = 0.01, 0.0002  # temperatures at first and at last, as shares of the period
 
 
 def anneal(
     problem: Problem,
-    measured: Measured,
+    measured: TimingModel,
     pieces: Pieces,
     sms: Mapping[str, Sequence[int | None]],
     chunk_tokens: int,
@@ -31,18 +32,17 @@ def anneal(
     seed: int = 0,
     parts: Mapping[str, Parts] | None = None,
     heat: tuple[float, float] = (HOT, COLD),
-) -> Shares:
-    """The best plan on a random path of `steps` changes from `pieces`, cut to have the `parts` that are asked for.
+) -> ShareAssignment:
+    """Return the best plan on a random path of `steps` moves from `pieces`, cut to have the `parts` asked for.
 
-    `sms`: the shares that a task may have, in ascending order. `heat`: what a worse plan may cost at first and at last,
-    of the period.
+    `sms` holds the shares that each task may have, in ascending order; `heat` the first and the last temperature.
 
     Raises:
         ValueError: `pieces` wait for each other, or cannot have such parts.
     """
     fluid = Fluid(problem, measured, chunk_tokens)
     rng = random.Random(seed)
-    changes = Changes(problem, sms, parts or {}, chunk_tokens, rng)
+    moves = Moves(problem, sms, parts or {}, chunk_tokens, rng)
     hot, cold = heat
     best = here = divided(pieces, parts or {}, attention_of(problem))
     best_us = here_us = fluid.period_us(best)
@@ -50,7 +50,7 @@ def anneal(
         raise ValueError("pieces: expected a plan whose nano-tasks follow what they read")
     for step in range(steps):
         heat_us = best_us * hot * (cold / hot) ** (step / steps)
-        changed = changes.one(here)
+        changed = moves.one(here)
         if changed is None or changed == here:
             continue
         changed_us = fluid.period_us(changed)

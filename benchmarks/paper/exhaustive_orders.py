@@ -1,6 +1,6 @@
-"""The optimum of stage one by exhaustion: every partition, layer, and order of lanes; no linear program.
+"""The optimum of stage one by exhaustion: every partition, layer and order of lanes is tried, without a linear program.
 
-A branch ends where its partial order alone is already no shorter than the best plan: more order never shortens one.
+A branch ends where its partial order alone is no shorter than the best plan so far: more order never shortens a plan.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ EPSILON = 1e-9
 
 
 def shortest_period_us(problem: Problem, parts: dict[str, int]) -> float:
-    """The least period of any plan with at most `parts` nano-tasks a task; infinity where there is none."""
+    """Return the least period of any plan with at most `parts` nano-tasks a task; infinity where there is none."""
     best = math.inf
     plans = sorted((_floor(problem, nanos), nanos) for nanos in partitions(problem, parts))
     for floor, nanos in plans:
@@ -24,7 +24,7 @@ def shortest_period_us(problem: Problem, parts: dict[str, int]) -> float:
 
 
 def partitions(problem: Problem, parts: dict[str, int]) -> list[tuple[NanoTask, ...]]:
-    """Every way to cut every task."""
+    """Return every way to cut every task."""
     choices = []
     for task in problem.tasks:
         ways = []

@@ -1,19 +1,22 @@
-"""The optimum of stage two by exhaustion: every choice of shares, and for each pair in two lanes before, after or both
-at once; no linear program. A branch ends where what is decided is already no shorter than the best plan."""
+"""The optimum of stage two by exhaustion, without a linear program.
+
+Every choice of shares is tried, and each pair in two lanes before, after and beside each other. A branch ends where
+what is decided is no shorter than the best plan so far.
+"""
 
 from __future__ import annotations
 
 import math
 from itertools import combinations, pairwise, product
 
-from nanoflow_search.plan.problem import Problem, Timeline
-from nanoflow_search.plan.stage_two import Choice, Contention, Side
+from nanoflow_search.plan.contention import Contention, ShareChoice, TaskShare
+from nanoflow_search.plan.problem import CyclicTimeline, Problem
 
 from benchmarks.paper.exhaustive_orders import EPSILON, longest_cycle_us
 
 
-def shortest_period_us(problem: Problem, ordered: Timeline, contention: Contention) -> float:
-    """The least period; infinity where no choice of shares allows a plan."""
+def shortest_period_us(problem: Problem, ordered: CyclicTimeline, contention: Contention) -> float:
+    """Return the least period; infinity where no choice of shares allows a plan."""
     nanos = [p.nano for p in ordered.placed]
     best = math.inf
     for choices in product(*(contention.choices[n] for n in nanos)):
@@ -25,7 +28,7 @@ class _Chosen:
     """A plan whose shares are chosen: each pair of nano-tasks in two lanes is still to be put in its relation."""
 
     def __init__(
-        self, problem: Problem, ordered: Timeline, contention: Contention, choices: tuple[Choice, ...]
+        self, problem: Problem, ordered: CyclicTimeline, contention: Contention, choices: tuple[ShareChoice, ...]
     ) -> None:
         self.contention, self.choices = contention, choices
         self.nanos = [p.nano for p in ordered.placed]
@@ -68,8 +71,8 @@ class _Chosen:
                 self._relate(index + 1)
             self.overlaps.remove((i, j))
 
-    def _side(self, i: int) -> Side:
-        return Side(self.nanos[i].task, self.choices[i].sms)
+    def _side(self, i: int) -> TaskShare:
+        return TaskShare(self.nanos[i].task, self.choices[i].sms)
 
     def _may_overlap(self, i: int, j: int) -> bool:
         slowdown = self.contention.slowdown

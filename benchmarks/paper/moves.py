@@ -1,4 +1,4 @@
-"""Changes: what annealing does to a plan, one thing at a time, at random."""
+"""A move changes one thing of a plan at random; annealing makes one after the other."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from nanoflow_search.plan.problem import NanoTask, Problem
 
 from benchmarks.paper.piece import Parts, Piece, Pieces, attention_of, count, cut
 
-AHEAD = 2  # layers that a nano-task may run ahead
-FARTHEST = 2  # chunks that a boundary moves at once
-OFTEN = {"order": 5, "swap": 1, "layer": 1, "share": 4, "boundary": 4, "decodes": 3, "join": 1, "split": 1}
-NEAR = 0.6  # of new places and shares are the next ones
-ALL = 0.15  # of moves of decodes leave none behind
+MOST_LAYERS_AHEAD = 2  # that a nano-task may run ahead
+FARTHEST = 2  # chunks by which a boundary moves at most
+# How often each kind of move is drawn, relative to the others.
+MOVE_WEIGHTS = {"order": 5, "swap": 1, "layer": 1, "share": 4, "boundary": 4, "decodes": 3, "join": 1, "split": 1}
+NEIGHBOUR_PROBABILITY = 0.6  # with which a new place or share is the one next to the old one; else any
+ALL_DECODES_PROBABILITY = 0.15  # with which a move of decodes takes all that a piece has; else a power of two
 
 
-class Changes:
-    """Of plans of one problem; `sms`: the shares that a task may have, in ascending order."""
+class Moves:
+    """Draws moves of plans of one problem. `sms` holds the shares that each task may have, in ascending order."""
 
     def __init__(
         self,
@@ -33,10 +34,10 @@ class Changes:
         self._sms = sms
         self._parts = {task.name: parts.get(task.name, Parts()) for task in problem.tasks}
         self._rng = rng
-        self._kinds = [kind for kind, often in OFTEN.items() for _ in range(often)]
+        self._kinds = [kind for kind, often in MOVE_WEIGHTS.items() for _ in range(often)]
 
     def one(self, pieces: Pieces) -> Pieces | None:
-        """One change; None, if this plan has no such change."""
+        """Return the plan after one move; None, if the move that was drawn is not possible."""
         n = self._rng.randrange(len(pieces))
         match self._rng.choice(self._kinds):
             case "order":
@@ -57,19 +58,19 @@ class Changes:
                 return self._split(pieces, n)
 
     def _mates(self, pieces: Pieces, n: int) -> list[int]:
-        """The numbers of all pieces in its lane."""
+        """Return the numbers of all pieces in the lane of piece n."""
         lane = self._lane[pieces[n].nano.task]
         return [m for m, p in enumerate(pieces) if self._lane[p.nano.task] == lane]
 
     def _order(self, pieces: Pieces, n: int) -> Pieces | None:
-        """Elsewhere in its lane; beyond the lane's end it is of the layer after, and so the other way round."""
+        """Move a piece within its lane; beyond the lane's ends it becomes one of the next or the last layer."""
         mates = self._mates(pieces, n)
-        near = self._rng.random() < NEAR
+        near = self._rng.random() < NEIGHBOUR_PROBABILITY
         to = mates.index(n) + self._rng.choice((-1, 1)) if near else self._rng.randrange(len(mates))
         if 0 <= to < len(mates):
             return _moved(pieces, n, mates[to], pieces[n])
         ahead = pieces[n].layers_ahead + (1 if to < 0 else -1)
-        if not 0 <= ahead <= AHEAD:
+        if not 0 <= ahead <= MOST_LAYERS_AHEAD:
             return None
         return _moved(pieces, n, mates[to % len(mates)], pieces[n]._replace(layers_ahead=ahead))
 
@@ -81,20 +82,20 @@ class Changes:
 
     def _layer(self, pieces: Pieces, n: int) -> Pieces | None:
         ahead = pieces[n].layers_ahead + self._rng.choice((-1, 1))
-        if not 0 <= ahead <= AHEAD:
+        if not 0 <= ahead <= MOST_LAYERS_AHEAD:
             return None
         return _moved(pieces, n, self._rng.choice(self._mates(pieces, n)), pieces[n]._replace(layers_ahead=ahead))
 
     def _share(self, pieces: Pieces, n: int) -> Pieces | None:
         choices = self._sms[pieces[n].nano.task]
-        near = self._rng.random() < NEAR
+        near = self._rng.random() < NEIGHBOUR_PROBABILITY
         at = choices.index(pieces[n].sms) + self._rng.choice((-1, 1)) if near else self._rng.randrange(len(choices))
         if not 0 <= at < len(choices):
             return None
         return _moved(pieces, n, n, pieces[n]._replace(sms=choices[at]))
 
     def _boundary(self, pieces: Pieces, n: int) -> Pieces | None:
-        """Elsewhere, of one task or of all that are cut there."""
+        """Move a boundary, of one task or of all that are cut there."""
         task, _, boundary = pieces[n].nano
         if boundary == self._chunks:
             return None
@@ -111,7 +112,7 @@ class Changes:
         return self._seated(found)
 
     def _seated(self, pieces: list[Piece]) -> Pieces:
-        """Decodes that find no row in their piece move to the first ones of attention that have some."""
+        """Move decodes that find no row in their piece to the first pieces of attention with free rows."""
         members = [m for m, p in enumerate(pieces) if p.nano.task == self._attention]
         left = 0
         for m in members:
@@ -123,17 +124,17 @@ class Changes:
         return tuple(pieces)
 
     def _free(self, piece: Piece) -> int:
-        """Rows that do not decode."""
+        """Return how many rows of a piece do not decode."""
         return (piece.nano.stop - piece.nano.start) * self._chunk_tokens - piece.decodes
 
     def _decodes(self, pieces: Pieces) -> Pieces | None:
-        """From one piece of attention to another."""
+        """Move decodes from one piece of attention to another."""
         members = [m for m, p in enumerate(pieces) if p.nano.task == self._attention]
         if len(members) < 2:
             return None
         giver, taker = self._rng.sample(members, 2)
         has = pieces[giver].decodes
-        some = has if self._rng.random() < ALL else min(has, 2 ** self._rng.randrange(8))
+        some = has if self._rng.random() < ALL_DECODES_PROBABILITY else min(has, 2 ** self._rng.randrange(8))
         some = min(some, self._free(pieces[taker]))
         found = list(pieces)
         for m, more in ((giver, -some), (taker, some)):
@@ -141,7 +142,7 @@ class Changes:
         return self._whole(tuple(found), pieces[giver].nano.task)
 
     def _join(self, pieces: Pieces, n: int) -> Pieces | None:
-        """With the one on the next tokens."""
+        """Join a piece with the one on the next tokens."""
         task, start, stop = pieces[n].nano
         for m, p in enumerate(pieces):
             if p.nano[:2] == (task, stop):
@@ -153,7 +154,7 @@ class Changes:
         return None
 
     def _split(self, pieces: Pieces, n: int) -> Pieces | None:
-        """Where its decodes have the rows that come first."""
+        """Split a piece; its decodes have the rows that come first."""
         task, start, stop = pieces[n].nano
         if stop - start < 2 or sum(p.nano.task == task for p in pieces) >= self._parts[task].most:
             return None
@@ -162,7 +163,7 @@ class Changes:
         return (*pieces[:n], *cut(pieces[n], at, decodes), *pieces[n + 1 :])
 
     def _whole(self, pieces: Pieces, task: str) -> Pieces | None:
-        """None, if a task has fewer parts than it must have."""
+        """Return the plan; None, if a task has fewer parts than it must have."""
         return pieces if count(pieces, task, self._attention) >= self._parts[task].least else None
 
 

@@ -1,4 +1,4 @@
-"""Both stages of the search against exhaustion on random small problems.
+"""Both stages of the search are compared with exhaustion on random small problems.
 
     python -m benchmarks.paper.optimality --instances 240
 
@@ -7,12 +7,12 @@ Writes benchmarks/results/search_optimality.json, instance by instance, and cont
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from nanoflow_search.plan.stage_one import stage_one
 from nanoflow_search.plan.stage_two import stage_two
 
@@ -24,12 +24,10 @@ OUTPUT = Path(__file__).parents[1] / "results" / "search_optimality.json"
 TOLERANCE = 1e-5  # HiGHS keeps constraints to 1e-6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instances", type=int, default=240)
-    count = parser.parse_args().instances
+def main(instances: Annotated[int, typer.Option(help="How many problems.")] = 240) -> None:
+    """Compare both stages with exhaustion on random small problems."""
     done: list[dict[str, Any]] = json.loads(OUTPUT.read_text())["instances"] if OUTPUT.exists() else []
-    for seed in range(len(done), count):
+    for seed in range(len(done), instances):
         done.append(compare(seed))
         equal = {stage: sum(agree(d[stage]) for d in done) for stage in ("stage_one", "stage_two")}
         result.write({"of": len(done), "equal": equal, "tolerance": TOLERANCE, "instances": done}, OUTPUT)
@@ -72,4 +70,4 @@ def agree(found: dict[str, float]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

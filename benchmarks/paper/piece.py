@@ -1,4 +1,4 @@
-"""Piece: a nano-task as annealing moves it; Parts: how finely a task may be cut."""
+"""A piece is a nano-task as annealing moves it; parts say how finely a task may be cut."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from nanoflow_search.plan.problem import NanoTask, Problem
 
 
 class Piece(NamedTuple):
+    """A nano-task with its layer, its SMs, and the decodes that it has."""
+
     nano: NanoTask
     layers_ahead: int
     sms: int | None
@@ -19,24 +21,24 @@ Pieces = tuple[Piece, ...]  # each lane's in its order
 
 
 class Parts(NamedTuple):
-    """How many pieces a task must and may have. Towards attention's `least` only those with decodes count."""
+    """How many pieces a task must and may have. Only pieces with decodes count towards the least of attention."""
 
     least: int = 1
     most: int = 8
 
 
 def attention_of(problem: Problem) -> str | None:
-    """The task that reads pages: how long it takes follows from which rows decode."""
+    """Return the task that reads pages: how long it takes follows from which rows decode."""
     return next((d.reader for d in problem.dependencies if d.pages), None)
 
 
 def count(pieces: Pieces, task: str, attention: str | None) -> int:
-    """Those that count towards the least."""
+    """Return how many pieces of a task count towards the least."""
     return sum(p.nano.task == task and (task != attention or p.decodes > 0) for p in pieces)
 
 
 def divided(pieces: Pieces, parts: Mapping[str, Parts], attention: str | None) -> Pieces:
-    """With the largest of a task's pieces cut in halves until there are as many as it must have.
+    """Return the pieces, with the largest of a task's cut in halves until there are as many as it must have.
 
     Raises:
         ValueError: a task that cannot be cut so often, or has too many pieces then.
@@ -58,7 +60,7 @@ def divided(pieces: Pieces, parts: Mapping[str, Parts], attention: str | None) -
 
 
 def cut(piece: Piece, at: int, decodes: int) -> tuple[Piece, Piece]:
-    """In two; the first has so many of the decodes."""
+    """Cut a piece in two; the first part gets `decodes` of its decodes."""
     task, start, stop = piece.nano
     return (
         piece._replace(nano=NanoTask(task, start, at), decodes=decodes),

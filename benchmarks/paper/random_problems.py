@@ -1,11 +1,11 @@
-"""Random small layers to plan."""
+"""Random small layers to plan, small enough for exhaustion."""
 
 from __future__ import annotations
 
 import random
 
-from nanoflow_search.plan.problem import Dependency, Problem, Task, Timeline
-from nanoflow_search.plan.stage_two import Choice, Contention, Side
+from nanoflow_search.plan.contention import Contention, ShareChoice, TaskShare
+from nanoflow_search.plan.problem import CyclicTimeline, Problem, Task, TaskDependency
 
 LANES = ("compute", "memory", "network")
 
@@ -29,16 +29,16 @@ def random_problem(seed: int) -> tuple[Problem, dict[str, int]]:
         }
         tasks.append(Task(name, rng.choice(LANES), durations))
     dependencies = [
-        Dependency(names[i], names[j], pages=rng.random() < 0.3)
+        TaskDependency(names[i], names[j], pages=rng.random() < 0.3)
         for j in range(1, count)
         for i in rng.sample(range(j), min(j, rng.choice([1, 1, 2])))
     ]
-    dependencies.append(Dependency(names[-1], names[0], layers_back=1))
+    dependencies.append(TaskDependency(names[-1], names[0], layers_back=1))
     cut = set(rng.sample(names, 1 if count > 6 else 2 if count > 4 or chunks > 2 else min(count, 3)))
     return Problem(chunks, tuple(tasks), tuple(dependencies)), {n: 2 if n in cut else 1 for n in names}
 
 
-def random_contention(seed: int, problem: Problem, ordered: Timeline) -> Contention:
+def random_contention(seed: int, problem: Problem, ordered: CyclicTimeline) -> Contention:
     """Shares of a device of 8 SMs, capped or not, slowdowns on both sides, and often a power cap that binds."""
     rng = random.Random(seed)
     sms = (
@@ -49,12 +49,12 @@ def random_contention(seed: int, problem: Problem, ordered: Timeline) -> Content
     choices = {}
     for index, p in enumerate(ordered.placed):
         choices[p.nano] = tuple(
-            Choice(
+            ShareChoice(
                 n, p.duration_us * (1 if n is None else rng.uniform(1, 8 / n)), rng.uniform(2, 6) * p.duration_us * 1e-5
             )
             for n in (sms if index in open_choice else rng.sample(sms, 1))
         )
-    sides = [Side(task.name, n) for task in problem.tasks for n in sms]
+    sides = [TaskShare(task.name, n) for task in problem.tasks for n in sms]
     slowdown = {
         (a, b): rng.choice([1.0, rng.uniform(1, 1.5), rng.uniform(1.2, 2.2)])
         for a in sides

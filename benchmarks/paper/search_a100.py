@@ -1,30 +1,34 @@
-"""Search on A100-like tables: does the paper's pipeline come out? Writes results/search_a100_NAME.json and .svg.
+"""The search on A100-like tables answers whether the paper's pipeline comes out.
+
+It writes benchmarks/results/search_a100_NAME.json and .svg.
 
     python -m benchmarks.paper.search_a100 --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
     python -m benchmarks.paper.search_a100 --name 70b --tables release --goals paper --spare qkv
     python -m benchmarks.paper.search_a100 --name 8b       # Llama-3-8B on one, 1,024 tokens
 
-The two programs for some numbers of parts, each task with one share for all of its time; then the best of their plans,
-annealed with GEMMs that keep what the others leave (`a100.Published`): once with any parts, and once with those of the
-paper's pipeline (`PAPER`), from that pipeline too. Two processes.
-Predictions from published times and tables, not measurements.
+The two stages plan for some numbers of parts, each task with one share for all of its time. Then the best of their
+plans are annealed with GEMMs that keep what the others leave (`a100_tables.Published`): once with any parts, and once
+with those of the paper's pipeline (`PAPER`), also from that pipeline. Two processes work. All figures are predictions
+from published times and tables, and no measurements.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from nanoflow_search.emit.picture import draw
+import typer
+from nanoflow_search.checkpoint import Run
+from nanoflow_search.emit.picture import draw_period
 from nanoflow_search.plan.op_graph import schedule_of
-from nanoflow_search.plan.stage_two import Shares
-from nanoflow_search.plan.two_stages import Plan, find_plans
+from nanoflow_search.plan.stage_two import ShareAssignment
+from nanoflow_search.plan.two_stages import LayerPlan, find_plans
 from nanoflow_search.predict.predict import predict
+from nanoflow_search.request import Effort
 
 from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.a100_bounds import CUTS, cut_bound_us, gain_bounds
@@ -34,7 +38,7 @@ from benchmarks.paper.piece import Parts, Pieces, attention_of
 from nanoflow_backend.bench import result
 from nanoflow_backend.schedule.validate import validate
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 PROCESSES = 2
 
 FEW, SOME = Parts(1, 3), Parts(1, 5)
@@ -43,44 +47,50 @@ ANY = {"qkv": FEW, "attention": SOME, "o": FEW, "attention_reduce": FEW, "gate_u
 PAPER = ANY | {"qkv": Parts(3, 4), "attention": Parts(3, 6), "o": Parts(1, 2), "gate_up": Parts(1, 2)}
 GOALS = {"any": ANY, "paper": PAPER, "kqv": PAPER | {"attention": Parts(2, 6)}}  # the last: KQV alone finer
 
+Name, Tables = Literal["70b", "8b"], Literal["published", "release"]
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", choices=CASES, required=True)
-    parser.add_argument("--tables", choices=("published", "release"), default="published")
-    parser.add_argument("--workload", default="512/512")
-    parser.add_argument("--time-limit-s", type=float, default=10.0, help="of each program")
-    parser.add_argument("--turns", type=int, default=2, help="of the two stages, for each number of parts")
-    parser.add_argument("--steps", type=int, default=200_000, help="of annealing, each time")
-    parser.add_argument("--runs", type=int, default=12, help="of annealing, from one start after the other")
-    parser.add_argument(
-        "--goals", nargs="+", choices=GOALS, help="which parts to ask for; by default any, and the paper's"
-    )
-    parser.add_argument("--spare", help="an operation of which three launches are to cost as much as two: what if?")
-    options = parser.parse_args()
-    case = Case(options.name, options.tables, options.workload, options.spare)
+
+def main(
+    name: Annotated[Name, typer.Option(help="70b: LLaMA-2-70B TP 8, 2,048 tokens; 8b: Llama-3-8B on one GPU, 1,024.")],
+    tables: Annotated[Tables, typer.Option(help="Of R to P: the paper's, or the later release's.")] = "published",
+    workload: Annotated[str, typer.Option(help="Mean prompt/output tokens.")] = "512/512",
+    time_limit_s: Annotated[float, typer.Option(help="Time limit of each program.")] = 10.0,
+    turns: Annotated[int, typer.Option(help="Runs of the two stages for each number of parts.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps of each annealing.")] = 200_000,
+    runs: Annotated[int, typer.Option(help="Annealings, from one start after the other.")] = 12,
+    goals: Annotated[
+        list[str] | None, typer.Option(help="Which parts to ask for. Repeatable; default: any, and the paper's.")
+    ] = None,
+    spare: Annotated[
+        str | None, typer.Option(help="What if three launches of this operation cost as much as two?")
+    ] = None,
+) -> None:
+    """Search on the published tables of an A100; predictions, not measurements."""
+    if unknown := set(goals or []) - GOALS.keys():
+        raise typer.BadParameter(f"expected any of {', '.join(GOALS)}, got {', '.join(sorted(unknown))}")
+    case = Case(name, tables, workload, spare)
     at = setting(case)
 
     begun = time.monotonic()
     with ProcessPoolExecutor(PROCESSES) as pool:
-        programs = list(pool.map(partial(planned, case, options.turns, options.time_limit_s), CUTS))
+        programs = list(pool.map(partial(planned, case, turns, time_limit_s), CUTS))
         starts = [released(at.fine, fluid_of(at).pieces(p.shares, at.chunk_tokens // TILE)) for p in programs]
         found = {}
-        for goal in options.goals or (("any", "paper") if options.name == "70b" else ("any",)):
+        for goal in goals or (("any", "paper") if name == "70b" else ("any",)):
             some = starts if goal == "any" else [pipeline(at), *starts[:2]]  # of two parts after attention
-            found[goal] = annealed(pool, case, GOALS[goal], some, options.runs, options.steps)
+            found[goal] = annealed(pool, case, GOALS[goal], some, runs, steps)
     wall_s = time.monotonic() - begun
 
     described = {
-        "model": CASES[options.name][0],
-        "tensor_parallel": CASES[options.name][1],
+        "model": CASES[name][0],
+        "tensor_parallel": CASES[name][1],
         "dense_batch_tokens": at.tokens,
-        "workload": options.workload,
-        "tables": options.tables,
+        "workload": workload,
+        "tables": tables,
         "kind": "prediction from published times of an A100, nothing measured",
         "search_wall_s": round(wall_s, 1),
         "processes": PROCESSES,
-        **({"spared": options.spare} if options.spare else {}),
+        **({"spared": spare} if spare else {}),
         "sequential_us": round(at.sequential_us, 1),
         "compute_lane_us": round(at.fine.lane_us("compute"), 1),
         "packing_bound_us": round(cut_bound_us(at, {}), 1),
@@ -89,7 +99,7 @@ def main() -> None:
             {**summary(at, plan), "fluid_gain": gain(at, fluid_of(at).period_us(start))}
             for plan, start in zip(programs, starts, strict=True)
         ],
-        "pipeline_gain": gain(at, fluid_of(at).period_us(pipeline(at))) if options.name == "70b" else None,
+        "pipeline_gain": gain(at, fluid_of(at).period_us(pipeline(at))) if name == "70b" else None,
         "found": {
             goal: {
                 "asked": {task: parts._asdict() for task, parts in asked(at, GOALS[goal]).items()},
@@ -101,24 +111,29 @@ def main() -> None:
             for goal, plans in found.items()
         },
     }
-    named = [options.name, *([] if options.tables == "published" else [options.tables]), *(options.goals or [])]
-    named += ["spare", options.spare.replace("/", "_")] if options.spare else []
-    output = HERE.parent / "results" / f"search_a100_{'_'.join(named)}.json"
+    named = [name, *([] if tables == "published" else [tables]), *(goals or [])]
+    named += ["spare", spare.replace("/", "_")] if spare else []
+    output = RESULTS / f"search_a100_{'_'.join(named)}.json"
     result.write(described, output)
     for goal, plans in found.items():
         picture = output.with_name(f"{output.stem}{'' if goal == [*found][-1] else '_' + goal}.svg")
         best = best_of(plans)
-        picture.write_text(draw(at.fine, best, a100.SMS, TILE))
+        picture.write_text(draw_period(at.fine, best, a100.SMS, TILE))
         print(f"{goal}: {gain(at, period_us(best))}x, {parts_of(at, best)}, {wall_s:.0f} s")
 
 
 # the search
 
 
-def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> Plan:
+def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> LayerPlan:
     at = setting(case)
     return find_plans(
-        at.coarse, at.measured, at.chunk_tokens, parts=(cuts,), turns=turns, time_limit_s=time_limit_s, progress=print
+        at.coarse,
+        at.measured,
+        at.chunk_tokens,
+        Effort(turns=turns, time_limit_s=time_limit_s),
+        Run(say=print),
+        part_limits=(cuts,),
     )[0]
 
 
@@ -129,7 +144,7 @@ def annealed(
     starts: list[Pieces],
     runs: int,
     steps: int,
-) -> list[Shares]:
+) -> list[ShareAssignment]:
     """Some runs from each start in turn; then the best once more, from less heat."""
     at = setting(case)
     first = [pool.submit(one, case, parts, starts[run % len(starts)], steps, run, HOT) for run in range(runs)]
@@ -139,7 +154,7 @@ def annealed(
     return [*found, *(job.result() for job in again)]
 
 
-def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float) -> Shares:
+def one(case: Case, parts: dict[str, Parts], pieces: Pieces, steps: int, seed: int, hot: float) -> ShareAssignment:
     at = setting(case)
     sms = {task.name: (None,) if task.lane == "compute" else TENTHS for task in at.fine.tasks}
     known = asked(at, parts)
@@ -153,22 +168,22 @@ def asked(at: Setting, parts: dict[str, Parts]) -> dict[str, Parts]:
     return {task.name: parts[task.name] for task in at.fine.tasks}
 
 
-def period_us(shares: Shares) -> float:
+def period_us(shares: ShareAssignment) -> float:
     return shares.timeline.period_us
 
 
-def best_of(plans: list[Shares]) -> Shares:
+def best_of(plans: list[ShareAssignment]) -> ShareAssignment:
     return min(plans, key=period_us)
 
 
-# what is told of it
+# what the result says
 
 
-def parts_of(at: Setting, shares: Shares) -> dict[str, int]:
+def parts_of(at: Setting, shares: ShareAssignment) -> dict[str, int]:
     return {task.name: sum(p.nano.task == task.name for p in shares.timeline.placed) for task in at.fine.tasks}
 
 
-def summary(at: Setting, plan: Plan) -> dict[str, Any]:
+def summary(at: Setting, plan: LayerPlan) -> dict[str, Any]:
     """A plan of the two programs."""
     return {
         "parts": parts_of(at, plan.shares),
@@ -178,7 +193,7 @@ def summary(at: Setting, plan: Plan) -> dict[str, Any]:
     }
 
 
-def describe(at: Setting, shares: Shares) -> dict[str, Any]:
+def describe(at: Setting, shares: ShareAssignment) -> dict[str, Any]:
     """The plan as a schedule of the engine, and how long that takes with all layers and ramps."""
     layer, placed = at.model.layer, shares.timeline.placed
     schedule = schedule_of(layer, at.fine, shares.timeline, TILE, shares.sms, groups=shares.groups)
@@ -211,4 +226,4 @@ def describe(at: Setting, shares: Shares) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

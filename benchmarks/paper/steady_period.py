@@ -1,6 +1,6 @@
-"""cycle: the steady period of lanes that repeat their work for ever, by the rules of `walk`: a fluid simulation.
+"""The steady period of lanes that repeat their work for ever, by the rules of `simulate_launches`.
 
-It knows neither layers nor the ends of a model, so that a search can afford it for each plan that it looks at.
+The simulation knows neither layers nor the ends of a model, so that a search can afford it for every plan.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from operator import mul
 from typing import NamedTuple
 
 from nanoflow_search.predict.simulate import NOTHING_US
-from nanoflow_search.predict.timing_model import Running
+from nanoflow_search.predict.timing_model import RunningCurve
 
-PERIODS = 12  # what has not settled by then is no plan; most have after three or four
-ALIKE_US = 1e-6  # to which two periods must agree
+PERIODS = 12  # a plan that has not settled by then is given up; most settle after three or four
+ALIKE_US = 1e-6  # two periods that differ by less are the same
 
 
 class Stint(NamedTuple):
     """What a lane does once in each period."""
 
     lane: int
-    phases: tuple[tuple[Running, float], ...]  # one or more, with the time alone
+    phases: tuple[tuple[RunningCurve, float], ...]  # one or more, with the time alone
     needs: Sequence[tuple[int, int]]  # (number of a stint, periods back) that must have ended
 
 
 class Cycle(NamedTuple):
+    """A steady period."""
+
     period_us: float
     spans_us: tuple[tuple[float, float], ...]  # of each stint, in the same period of all
 
 
-def settled(stints: Sequence[Stint], paces: Mapping[tuple[Running | None, ...], Sequence[float]]) -> Cycle | None:
-    """What comes back period after period; None, if nothing does, or if stints wait for each other.
+def settled(stints: Sequence[Stint], paces: Mapping[tuple[RunningCurve | None, ...], Sequence[float]]) -> Cycle | None:
+    """Return the period that comes back again and again; None, if none does, or if stints wait for each other.
 
-    Lanes are numbered from 0; their stints are in their order. Those of all periods before the first have ended.
-    `paces`: what runs in each lane -> how much longer it takes.
+    Lanes are numbered from 0, and each lane's stints are in their order. Stints of periods before the first have ended.
+    `paces` maps what runs in each lane to how much longer it takes.
     """
     orders: list[list[int]] = [[] for _ in range(1 + max(stint.lane for stint in stints))]
     for number, stint in enumerate(stints):
@@ -42,7 +44,7 @@ def settled(stints: Sequence[Stint], paces: Mapping[tuple[Running | None, ...], 
     phases, needs = [stint.phases for stint in stints], [stint.needs for stint in stints]
     lanes = range(len(orders))
     at, period = [0] * len(orders), [0] * len(orders)  # what is next, or runs
-    running: list[Running | None] = [None] * len(orders)
+    running: list[RunningCurve | None] = [None] * len(orders)
     phase, left_us = [0] * len(orders), [math.inf] * len(orders)  # its number, and what is left of it alone
     ended = [-1] * len(stints)  # in which period last
     begins_us, ends_us = [0.0] * len(stints), [0.0] * len(stints)
@@ -88,7 +90,7 @@ def settled(stints: Sequence[Stint], paces: Mapping[tuple[Running | None, ...], 
 
 
 def _cycle(period_us: float, ended: list[int], begins_us: list[float], ends_us: list[float]) -> Cycle:
-    """Each stint's last end, and the start before it, as if it were in period 0."""
+    """Return the period with each stint's last end, and the start before it, shifted to period 0."""
     spans_us = []
     for last, begin_us, end_us in zip(ended, begins_us, ends_us, strict=True):
         started_us = begin_us if begin_us < end_us else begin_us - period_us  # it runs again

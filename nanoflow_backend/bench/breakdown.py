@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     name: str
 
 
-def break_down(engine: Engine, step: Callable[[], None], steps: int = STEPS) -> dict[str, Any]:
+def break_down(engine: Engine, step: Callable[[], object], steps: int = STEPS) -> dict[str, Any]:
     """Profile `steps` calls of `step`, each a step of `engine` on a GPU.
 
     What the profile itself costs is outside of the steps' times, but not outside of the caller's: `took_s`.

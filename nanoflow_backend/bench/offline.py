@@ -19,6 +19,7 @@ from nanoflow_backend.bench.breakdown import break_down
 from nanoflow_backend.bench.model_work import ModelWork
 from nanoflow_backend.bench.roofs import gemm_flop_per_s, memory_bytes_per_s
 from nanoflow_backend.bench.timeline import Counts, Sample, Timeline
+from nanoflow_backend.bench.warm_steps import measure_warm_steps
 from nanoflow_backend.bench.workload import Dataset, Workload
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config import ConfigError
@@ -26,7 +27,7 @@ from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
 from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.request.request import Request
-from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
+from nanoflow_backend.runtime.gpu_meter import GpuMeter, find_gpu_meter
 
 SHOWN = {
     "wall_s": ("seconds", "{:,.2f}"),
@@ -51,39 +52,65 @@ COLUMNS = (
 def bench_offline(
     model: Path,
     output: Path | None,
+    *,
     input_tokens: int,
     output_tokens: int,
     requests: int,
     trace: Path | None,
     dataset: Dataset | None,
     breakdown: bool,
+    breakdown_only: bool,
     settings: Sequence[str],
 ) -> None:
     """Total and output tokens per second of the whole run, ramp-up and tail included, and of its stationary part.
 
+    With `breakdown_only` there is no whole run: the engine takes up the workload until it is warm, and then a few steps
+    are measured and profiled.
+
     Raises:
-        ConfigError: both a trace and a dataset, a breakdown without a GPU, or an output that cannot be written.
+        ConfigError: both a trace and a dataset, a breakdown without a GPU, a workload that ends before it, or an output
+            that cannot be written.
     """
     if output:
         check_output(output)
     if trace and dataset:
         raise ConfigError("--dataset: expected none beside --trace")
+    if breakdown and breakdown_only:
+        raise ConfigError("--breakdown: expected none beside --breakdown-only")
     engine = make_engine(model, settings, max_queue_size=str(requests))
-    if breakdown and engine.config.device != "cuda":
-        raise ConfigError(f"--breakdown: expected a GPU, the engine runs on {engine.executor.device.name}")
+    option = "--breakdown-only" if breakdown_only else "--breakdown"
+    if (breakdown or breakdown_only) and engine.config.device != "cuda":
+        raise ConfigError(f"{option}: expected a GPU, the engine runs on {engine.executor.device.name}")
+    meter = find_gpu_meter()
+    if breakdown_only and meter is None:
+        raise ConfigError(f"{option}: expected nvidia-ml-py, which measures the GPU")
     if trace:
         work = workload.of_trace(trace, requests, engine.max_model_tokens)
     elif dataset:
         work = workload.drawn(dataset, requests, engine.max_model_tokens)
     else:
         work = workload.constant(input_tokens, output_tokens, requests)
-    run = OfflineRun(engine, work, breakdown)
-    run.to_the_end()
-    measured = {"workload": work.name, **work.facts, **result.engine_facts(engine), **run.measured()}
-    show(measured)
-    if output:
+    queue_all(engine, work)
+    facts = {"workload": work.name, **work.facts, **result.engine_facts(engine)}
+    if breakdown_only and meter is not None:
+        measured = {**facts, **measure_warm_steps(engine, meter)}
+    else:
+        run = OfflineRun(engine, work, breakdown, meter)
+        run.to_the_end()
+        measured = {**facts, **run.measured()}
+        show(measured)
+    if output or breakdown_only:
         result.write(measured, output)
     engine.close()
+
+
+def queue_all(engine: Engine, work: Workload) -> None:
+    """Add all requests of a workload: greedy, each of its own length."""
+    for number, (prompt, (_, output_tokens)) in enumerate(
+        zip(work.prompts(engine.model_config.vocab_size), work.lengths, strict=True)
+    ):
+        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
+        engine.add(Request(number, prompt, params))
 
 
 def show(measured: dict[str, Any]) -> None:
@@ -104,23 +131,18 @@ def show(measured: dict[str, Any]) -> None:
 
 
 class OfflineRun:
-    """One workload through one engine; measures as it goes.
+    """One workload, whose requests are queued, through one engine; measures as it goes.
 
     `with_breakdown` profiles a few steps when the queue has just become empty: the mix is still that of a full engine,
     and the stationary part is over.
     """
 
-    def __init__(self, engine: Engine, work: Workload, with_breakdown: bool) -> None:
+    def __init__(self, engine: Engine, work: Workload, with_breakdown: bool, meter: GpuMeter | None) -> None:
         self.engine, self.work = engine, work
-        self._meter = find_gpu_meter()
+        self._meter = meter
         self._counts, self._outputs, self._peak_pages = Counts(), 0, 0
         self._breakdown_is_due = with_breakdown
         self._breakdown: dict[str, Any] | None = None
-        for number, (prompt, (_, output_tokens)) in enumerate(
-            zip(work.prompts(engine.model_config.vocab_size), work.lengths, strict=True)
-        ):
-            params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
-            engine.add(Request(number, prompt, params))
 
     def to_the_end(self) -> None:
         self._samples, start_cpu_s = [self._sample()], time.thread_time()

@@ -34,7 +34,7 @@ def header() -> dict[str, Any]:
     meter = find_gpu_meter()
     host = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
-        "command": shlex.join([_program(), *map(_without_folder, sys.argv[1:])]),
+        "command": f"{_program()} {shlex.join(map(_without_folder, sys.argv[1:]))}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": host,  # what runs on a GPU says so instead
         "host": host,
@@ -59,7 +59,8 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
 
 def _program() -> str:
     path = Path(sys.argv[0])
-    return PROGRAMS.get(path.parent.name, path.name) if path.name == "__main__.py" else path.name
+    package = path.parent.name
+    return PROGRAMS.get(package, f"python -m {package}") if path.name == "__main__.py" else path.name
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

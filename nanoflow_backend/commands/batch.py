@@ -50,6 +50,6 @@ def complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
     llm = LLM(Engine(config))
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         task = progress.add_task("completions", total=jobs.count(), completed=results.lines)
-        for _ in run(chain([first], lines), llm, results):
+        for _ in run(chain([first], lines), llm, results, config.seed):
             progress.update(task, completed=results.lines)
     llm.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.engine import LLM
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 
 
@@ -18,7 +19,7 @@ def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Se
     llm = LLM(make_engine(model, settings))
     shown = prompt  # until the engine has taken it
     for _, progress in llm.stream([(prompt, params)]):
-        if isinstance(progress, InvalidRequest):
+        if isinstance(progress, RequestError):
             raise progress
         print(shown + progress.delta.text, end="", flush=True)
         shown = ""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,18 @@ from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.engine.executor import Executor, LaunchedStep
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.sampling.constraints import Constraints, Masks
-from nanoflow_backend.sampling.grammar import Grammar, Grammars
+from nanoflow_backend.sampling.grammar import Grammars
+from nanoflow_backend.sampling.pending_grammars import PendingGrammars
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-COMPILATION_POLL_S = 0.01  # while there is nothing else to do
 MakeExecutor = Callable[[Settled, Callable[[str], None]], Executor[Any]]  # the arguments of LocalExecutor
 
 
@@ -47,7 +46,8 @@ class Engine:
         on_rank_death: Callable[[str], None] = log.error,
         make_executor: MakeExecutor = LocalExecutor,
     ) -> None:
-        settled = settle(config)
+        self.tokenizer = Tokenizer.find(config.model)  # None: such a model continues token ids
+        settled = settle(config, eos_id=self.tokenizer.eos_id if self.tokenizer else None)
         self.config, self.model_config = settled.config, settled.model_config
         self.max_model_tokens = settled.max_model_tokens
         self.executor = make_executor(settled, on_rank_death)
@@ -71,8 +71,7 @@ class Engine:
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
-        self._compiling: dict[int, Future[Grammar]] = {}  # by request id; they are held meanwhile
-        self._refused: list[tuple[int, InvalidRequest]] = []
+        self._pending = PendingGrammars(self.scheduler)
         self.in_flight: LaunchedStep | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
@@ -105,14 +104,11 @@ class Engine:
         """The queue takes one more request, of so many sequences."""
         return self.scheduler.queue_room >= sequences
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """None where the folder has no tokenizer.json: such a model continues token ids."""
-        folder = Path(self.config.model)
-        return Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else None
-
     def add(self, request: Request) -> None:
-        """Queue a request; one with a grammar waits until that is compiled. Raises: InvalidRequest, QueueFull."""
+        """Queue a request; one with a grammar waits until that is compiled.
+
+        Raises: InvalidRequest, InternalError, QueueFull.
+        """
         params = request.params
         self._check_ids("prompt", request.prompt)
         self._check_ids("logit_bias", params.logit_bias)
@@ -124,7 +120,7 @@ class Engine:
             grammar.result()
         self.scheduler.add(request, held)
         if grammar is not None and held:
-            self._compiling[request.id] = grammar
+            self._pending.hold(request.id, grammar)
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
         """End a request, or one of its sequences, early; the last delta of each gives the reason.
@@ -132,16 +128,15 @@ class Engine:
         What has ended is left alone.
         """
         if index is None:
-            self._compiling.pop(request_id, None)
+            self._pending.forget(request_id)
         self.scheduler.cancel(request_id, reason, index)
 
-    def refused(self) -> list[tuple[int, InvalidRequest]]:
-        """Requests that `add` took and that turned out to be invalid since the last call: grammars, once compiled.
+    def take_refused(self) -> list[tuple[int, RequestError]]:
+        """Requests that `add` took and that cannot be served after all, since the last call: for their grammars.
 
-        Their last deltas, which say "cancelled", are handed over by a later step.
+        Their last deltas, which say "refused", are handed over by a later step.
         """
-        refused, self._refused = self._refused, []
-        return refused
+        return self._pending.take_refused()
 
     def cancel_all(self) -> None:
         """End every request; `step` reports it."""
@@ -154,7 +149,7 @@ class Engine:
         Raises:
             RuntimeError: there is work, but nothing that could run.
         """
-        self._release_compiled()
+        self._pending.release_compiled()
         batch = self.scheduler.schedule()  # ints; None when nothing can run
         launched = self.executor.launch_forward(batch) if batch else None
         results = self._collect(self.in_flight)  # of the step before
@@ -166,37 +161,15 @@ class Engine:
             deltas += self.scheduler.retire(self._collect(launched))
             self.in_flight = None
         if not (batch or results or deltas) and self.scheduler.has_work:
-            self._wait_for_a_grammar()
+            if not self._pending:  # as after a step that was interrupted
+                raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
+            self._pending.wait()
         return deltas
 
     def _check_ids(self, field: str, ids: Collection[int]) -> None:
         vocab_size = self.model_config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise InvalidRequest(f"{field}: expected token ids in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)}")
-
-    def _release_compiled(self) -> None:
-        """Release requests whose grammar has compiled; refuse those whose grammar is invalid."""
-        for request_id, grammar in list(self._compiling.items()):
-            if not grammar.done():
-                continue
-            del self._compiling[request_id]
-            error = grammar.exception()
-            if error is None:
-                self.scheduler.release(request_id)
-            elif isinstance(error, InvalidRequest):
-                self._refuse(request_id, error)
-            else:
-                raise error
-
-    def _wait_for_a_grammar(self) -> None:
-        """Nothing can run, so all the work there is waits for a grammar; or a step before this one was interrupted."""
-        if not self._compiling:
-            raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
-        wait(self._compiling.values(), COMPILATION_POLL_S, FIRST_COMPLETED)
-
-    def _refuse(self, request_id: int, error: InvalidRequest) -> None:
-        self._refused.append((request_id, error))
-        self.scheduler.cancel(request_id)
 
     def _collect(self, launched: LaunchedStep | None) -> Sampled | None:
         if launched is None:
@@ -216,7 +189,7 @@ class Engine:
         if masks is None:
             return None
         for slot, why in self.constraints.broken(slots).items():
-            self._refuse(self.scheduler.id_at(slot), InvalidRequest(f"structured_outputs: cannot go on: {why}"))
+            self._pending.refuse(self.scheduler.id_at(slot), why)
         return masks
 
     def close(self) -> None:

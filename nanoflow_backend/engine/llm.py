@@ -11,6 +11,7 @@ from typing import Any
 
 from nanoflow_backend.engine.completion import Completion, Job, Progress
 from nanoflow_backend.engine.engine import Engine
+from nanoflow_backend.request.internal_error import InternalError, RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
@@ -51,7 +52,7 @@ class LLM:
         Completions come in order of the prompts, `params.n` for each of them.
 
         Raises:
-            InvalidRequest: a prompt or parameter that cannot be served, with its number; the others are cancelled.
+            InvalidRequest, InternalError: why a prompt has no result, with its number; the others are cancelled.
         """
         if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
             raise InvalidRequest("prompts: expected a list of texts or of lists of token ids, got a single prompt")
@@ -61,12 +62,12 @@ class LLM:
             raise InvalidRequest(f"params: expected one, or one for each of {len(prompts)} prompts; got {len(each)}")
         results: dict[tuple[int, int], Completion] = {}
         for number, result in self.complete(zip(prompts, each, strict=True)):
-            if isinstance(result, InvalidRequest):
-                raise InvalidRequest(f"prompt {number}: {result}")
+            if isinstance(result, RequestError):
+                raise type(result)(f"prompt {number}: {result}")
             results[number, result.index] = result
         return [results[key] for key in sorted(results)]
 
-    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | RequestError]]:
         """Run `jobs` as `stream` does; yield (number of the job, a result) in order of ending: `n` for each, by index.
 
         Raises:
@@ -74,7 +75,7 @@ class LLM:
         """
         deltas = defaultdict(list)
         for number, progress in self.stream(jobs):
-            if isinstance(progress, InvalidRequest):
+            if isinstance(progress, RequestError):
                 yield number, progress
                 continue
             key = number, progress.sequence
@@ -82,7 +83,7 @@ class LLM:
             if progress.delta.finish_reason:
                 yield number, Completion.of(deltas.pop(key), progress.num_input_tokens, progress.sequence)
 
-    def stream(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Progress | InvalidRequest]]:
+    def stream(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Progress | RequestError]]:
         """Run `jobs`, read one by one as the queue has room; yield (number of the job, what is new of it).
 
         None among the jobs means that there is none for now: the next step comes first. It has no number.
@@ -103,26 +104,25 @@ class LLM:
                     number, job = numbered
                     try:
                         live[number] = self._submit(number, *job)
-                    except InvalidRequest as error:
+                    except (InvalidRequest, InternalError) as error:
                         yield number, error
                 deltas = engine.step()
-                for number, refusal in engine.refused():
-                    if live.pop(number, None) is not None:
-                        yield number, refusal
+                for number, refusal in engine.take_refused():
+                    live[number].refused = True
+                    yield number, refusal
                 for delta in deltas:
-                    request = live.get(delta.request_id)
-                    if request is None:  # refused
-                        continue
+                    request = live[delta.request_id]
                     if progress := request.take(delta):
                         yield delta.request_id, progress
                     if not request.unfinished:
                         del live[delta.request_id]
-                    elif not delta.finish_reason and request.texts[delta.index].finished:  # at a stop string
+                    elif not delta.finish_reason and request.is_over(delta.index):
                         engine.cancel(delta.request_id, FinishReason.STOP, delta.index)
         except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing
             engine.cancel_all()
             while engine.has_work:
                 engine.step()
+            engine.take_refused()
             raise
 
     def close(self) -> None:
@@ -148,12 +148,17 @@ class _Live:
     texts: list[TextStream]  # of each sequence
     num_input_tokens: int
     unfinished: int  # sequences
+    refused: bool = False  # its last deltas are still to come
 
     def take(self, delta: Delta) -> Progress | None:
         """What the delta adds to the text; None behind a stop string, which the engine does not see."""
         self.unfinished -= delta.finish_reason is not None
         text = self.texts[delta.index]
-        return None if text.finished else Progress(text.push(delta), self.num_input_tokens, delta.index)
+        return None if text.finished or self.refused else Progress(text.push(delta), self.num_input_tokens, delta.index)
+
+    def is_over(self, sequence: int) -> bool:
+        """A stop string has come, and the engine goes on; a refused request's end it knows."""
+        return self.texts[sequence].finished and not self.refused
 
 
 class _JobQueue:

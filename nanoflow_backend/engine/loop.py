@@ -33,6 +33,7 @@ from nanoflow_backend.process.messages import (
     Submit,
     ToEngine,
 )
+from nanoflow_backend.request.internal_error import InternalError
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
@@ -91,8 +92,8 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                     received += request.params.n
                     try:
                         engine.add(request)
-                    except (InvalidRequest, QueueFull) as error:
-                        parent.send(Refusal(request.id, str(error), overloaded=isinstance(error, QueueFull)))
+                    except (InvalidRequest, InternalError, QueueFull) as error:
+                        parent.send(refusal(request.id, error))
                         parent.send(News([], queue(engine, received)))  # with nothing else to do no step brings it
                 case Cancel(request_id, reason, index):
                     engine.cancel(request_id, reason, index)
@@ -101,14 +102,23 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                     engine.cancel_all()
                     break
         deltas = engine.step()
-        for request_id, why in engine.refused():
-            parent.send(Refusal(request_id, str(why), overloaded=False))
+        for request_id, why in engine.take_refused():
+            parent.send(refusal(request_id, why))
         if deltas or not engine.has_work:
             parent.send(News(deltas, queue(engine, received)))
         if (now_s := time.monotonic()) >= stats_due_s or not engine.has_work:  # pages come free after the last delta
             parent.send(Stats(engine.scheduler.stats, engine.scheduler.observer.observed))
             stats_due_s = now_s + STATS_PERIOD_S
     engine.close()
+
+
+def refusal(request_id: int, error: InvalidRequest | InternalError | QueueFull) -> Refusal:
+    match error:
+        case QueueFull():
+            return Refusal(request_id, str(error), "queue_full")
+        case InternalError():
+            return Refusal(request_id, str(error), "internal")
+    return Refusal(request_id, str(error), "invalid")
 
 
 def queue(engine: Engine, received: int) -> Queue:

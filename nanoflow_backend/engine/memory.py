@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache import kv_pages
 
 GIB = 2**30
 
@@ -24,7 +24,7 @@ def check_room(config: SettledConfig, model: ModelConfig, weights_bytes: int, fr
             f"model: its weights take {weights_bytes / GIB:.2f} GiB in {config.dtype} on each of {ranks} ranks, but "
             f"{free}: free some, choose a narrower dtype, more ranks (tensor_parallel) or a smaller model"
         )
-    page_bytes = storage.page_bytes(model, config.page_tokens, dtype, config.tensor_parallel)
+    page_bytes = kv_pages.page_bytes(model, config.page_tokens, dtype, config.tensor_parallel)
     room_tokens = (free_bytes - weights_bytes) // page_bytes * config.page_tokens
     if config.kv_cache_tokens and config.kv_cache_tokens > room_tokens:
         kv_bytes = page_bytes * -(-config.kv_cache_tokens // config.page_tokens)

@@ -16,11 +16,12 @@ from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.memory import GIB, check_room
 from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.gloo import Gloo
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.device import Device
@@ -94,8 +95,8 @@ class ProgramBuilder:
             return -(-config.kv_cache_tokens // config.page_tokens)
         trial = self.make_program(loaded, num_pages=1)
         trial.fill(page_table)
-        page_bytes = storage.page_bytes(self.model_config, config.page_tokens, self.dtype, self.tp)
-        num_pages = self.device.free_bytes(config.gpu_memory_utilization) // page_bytes
+        bytes_a_page = page_bytes(self.model_config, config.page_tokens, self.dtype, self.tp)
+        num_pages = self.device.free_bytes(config.gpu_memory_utilization) // bytes_a_page
         del trial
         torch.cuda.empty_cache()
         if num_pages < 1:
@@ -110,13 +111,13 @@ class ProgramBuilder:
     def make_program(self, loaded: Mapping[str, Tensor], num_pages: int) -> Program:
         """A program on these weights and on `num_pages` pages of the KV cache, which it allocates."""
         config, dtype, device = self.config, self.dtype, self.device.kind
-        kv = storage.allocate(self.model_config, num_pages, config.page_tokens, dtype, self.tp, device=device)
+        kv = KvPages.allocate(self.model_config, num_pages, config.page_tokens, dtype, self.tp, device=device)
         binding = Binding(
             self.model,
             self.schedules,
             loaded,
             kv,
-            Collectives(self.tp),
+            Gloo() if self.tp > 1 else OneRank(),
             self.kernels or reference,
             max_tokens=config.dense_batch_tokens,
             dtype=dtype,

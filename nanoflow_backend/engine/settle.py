@@ -25,11 +25,15 @@ class Settled(msgspec.Struct, frozen=True):
     max_model_tokens: int  # prompt + output of one request
 
 
-def settle(config: EngineConfig) -> Settled:
+def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
     """Choose GPUs, device, schedule, batch size and context length, in this order.
 
     `config.gpus` decides which GPUs this process and its children see from now on, so nothing may have touched a GPU
     before. With the schedule "auto" it may search for one, which takes minutes.
+
+    Args:
+        eos_id: the tokenizer's. Generation ends there too, as vLLM has it: chat fine-tunes of base models often name
+            the end of a turn in tokenizer_config.json alone.
 
     Raises:
         ConfigError: naming the field, or the file of the model's folder, and what was expected.
@@ -42,6 +46,8 @@ def settle(config: EngineConfig) -> Settled:
     config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
     settled = config.settle(device.kind)
     model_config = ModelConfig.from_pretrained(Path(config.model))
+    if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
+        model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
     max_model_tokens = _max_model_tokens(settled, model_config)
     build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
     return Settled(settled, model_config, max_model_tokens)

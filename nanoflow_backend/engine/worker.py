@@ -67,6 +67,8 @@ class Worker:
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
         """Embedding and layers on all T tokens."""
+        if batch.transfers:
+            raise ValueError(f"transfers: expected none, as there is no tier below the device, got {batch.transfers}")
         self._sampler.admit(batch.admitted)
         self._scorer.admit(batch.admitted)
         plan = self.program.plan_for(batch.tokens, batch.decode_kv_tokens)

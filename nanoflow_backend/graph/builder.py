@@ -118,7 +118,7 @@ class GraphBuilder:
     def all_gather(self, name: str, x: str) -> str:
         """The ranks' columns side by side."""
         y = self._value(name, self._values[x].width * self.tp, self._values[x].dtype)
-        return self._append(name, "all_gather", Resource.NETWORK, (x,), (y,))
+        return self._append(name, "all_gather_columns", Resource.NETWORK, (x,), (y,))
 
     def _value(self, name: str, width: int = 1, dtype: str = "activation", kind: Kind = Kind.TOKENS) -> str:
         if name in self._values:

@@ -31,7 +31,7 @@ def split_all_reduce(graph: Graph, names: Collection[str], tp: int) -> Graph:
         part = replace(summed, name=f"{op.name}.part", width=summed.width // tp)
         values[part.name] = part
         operations += [
-            Operation(f"{op.name}.reduce_scatter", "reduce_scatter", Resource.NETWORK, op.inputs, (part.name,)),
-            Operation(f"{op.name}.all_gather", "all_gather", Resource.NETWORK, (part.name,), op.outputs),
+            Operation(f"{op.name}.reduce_scatter", "reduce_scatter_columns", Resource.NETWORK, op.inputs, (part.name,)),
+            Operation(f"{op.name}.all_gather", "all_gather_columns", Resource.NETWORK, (part.name,), op.outputs),
         ]
     return replace(graph, operations=tuple(operations), values=values)

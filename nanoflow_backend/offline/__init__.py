@@ -1,1 +1,1 @@
-"""Offline work: a file of jobs to a file of results, whatever engine runs them. Imports no torch but in `local`."""
+"""Offline work: a file of jobs to a file of results, whatever engine runs them.."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +12,8 @@ import msgspec
 
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine.completion import Job
+from nanoflow_backend.request import exact_json
+from nanoflow_backend.request.exact_json import InexactJson
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 
 UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -85,10 +88,12 @@ def parse_line(text: bytes, number: int, place: int) -> JobLine:
     """Read the JSON object of one line; what is wrong with it becomes its `job`."""
     digest = hashlib.blake2b(text, digest_size=DIGEST_BYTES).hexdigest()
     try:
-        fields = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        fields = msgspec.convert(exact_json.decode(text.decode()), dict[str, Any])
+    except (InexactJson, UnicodeDecodeError, msgspec.ValidationError) as error:
         return JobLine(number, place, number, digest, InvalidRequest(f"expected a JSON object: {error}"))
     id = fields.pop("id", number)
+    if isinstance(id, Decimal):  # the output's readers would take it for this one
+        id = float(id)
     try:
         return JobLine(number, place, id, digest, _job(fields))
     except InvalidRequest as error:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from nanoflow_backend.engine.completion import Completion, Job
 from nanoflow_backend.offline.job_file import JobLine
 from nanoflow_backend.offline.result_file import ResultFile
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.logprobs_json import of_prompt, of_tokens
 from nanoflow_backend.text.tokenizer import Tokenizer
@@ -21,7 +25,7 @@ class Runner(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None: ...
 
-    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | InvalidRequest]]:
+    def complete(self, jobs: Iterable[Job | None]) -> Iterator[tuple[int, Completion | RequestError]]:
         """Yield (number of the job, from 0; its result) in the order in which jobs end.
 
         Jobs are taken as there is room for them. None among them means that there is none for now: the runner asks
@@ -31,9 +35,16 @@ class Runner(Protocol):
 
 
 def run(
-    lines: Iterable[JobLine], runner: Runner, results: ResultFile, most_early_bytes: int = MOST_EARLY_BYTES
+    lines: Iterable[JobLine],
+    runner: Runner,
+    results: ResultFile,
+    seed: int = 0,
+    most_early_bytes: int = MOST_EARLY_BYTES,
 ) -> Iterator[None]:
     """Put a result for each line; yields after each of the runner's, for those who show progress.
+
+    A job without a seed gets one drawn from `seed` and its line's number, so that results are the same whatever engine
+    has it, and in a run that was stopped and went on.
 
     Memory holds what the runner has taken and `most_early_bytes` of results, however many lines there are.
     """
@@ -50,7 +61,7 @@ def run(
                 continue
             taken[number] = line.number, line.id
             number += 1
-            yield line.job
+            yield seeded(line.job, seed, line.number)
 
     for number, result in runner.complete(jobs()):
         line_number, id = taken.pop(number)
@@ -58,12 +69,20 @@ def run(
         yield
 
 
-def result_line(id: Any, result: Completion | InvalidRequest, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def seeded(job: Job, seed: int, number: int) -> Job:
+    prompt, params = job
+    if params.seed is not None:
+        return job
+    drawn = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return prompt, replace(params, seed=int.from_bytes(drawn) % 2**63)
+
+
+def result_line(id: Any, result: Completion | RequestError, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """One line of the output: the id first; then an `error`, or the completion.
 
     `logprobs` and `prompt_logprobs` are there where they were asked for, in the form of the server's outputs.
     """
-    if isinstance(result, InvalidRequest):
+    if isinstance(result, RequestError):
         return {"id": id, "error": str(result)}
     fields = {
         "id": id,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from nanoflow_backend.config import EngineConfig
@@ -55,7 +57,7 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
 
     request_id: int
     message: str
-    overloaded: bool  # the queue is full; otherwise the request is invalid
+    reason: Literal["invalid", "queue_full", "internal"]  # as in the metrics; internal: a fault of the engine
 
 
 class Queue(msgspec.Struct, frozen=True, array_like=True):

@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from nanoflow_backend.request import exact_json
+from nanoflow_backend.request.exact_json import InexactJson
 from nanoflow_backend.request.invalid_request import InvalidRequest
 
 MOST_CHARACTERS = 65536  # of a schema, a grammar or all choices together
@@ -67,8 +69,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
                 raise InvalidRequest(f"structured_outputs.{name}: not implemented; expected it not to be set")
         if isinstance(known.get("json"), Mapping | bool):
             try:
-                known["json"] = msgspec.json.encode(known["json"]).decode()
-            except (RecursionError, UnicodeError) as error:
+                known["json"] = exact_json.encode(known["json"])
+            except InexactJson as error:
                 raise InvalidRequest(f"structured_outputs.json: expected a JSON schema: {error}") from None
         if known.get("json_object") in (False, "false"):
             del known["json_object"]
@@ -106,6 +108,6 @@ def decoded(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return msgspec.json.decode(value)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        return exact_json.decode(value)
+    except InexactJson as error:
         raise InvalidRequest(f"{name}: not valid JSON: {error}") from None

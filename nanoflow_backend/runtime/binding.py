@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.buffers import BufferPlan, LayerValue, layer_value, merge_plans, plan_buffers
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
 
@@ -58,10 +59,10 @@ class Binding:
     """Weights, pages, the batch's ints and activation buffers, and which rows of them each launch works on.
 
     `schedules`: in the order of a schedule file; a batch runs under the first that holds it.
-    weights: by parameter name, those of layer i as "layers.{i}.{name}"; kv: by layer, [pages, 2, kv heads,
-    page_tokens, head_dim]. `positions` and `slots` are int32 [max_tokens], and hold the batch's before a call runs.
-    With `in_place`, collectives of a single rank are no calls: their output is their input. With `limit_sms`,
-    launches that have a cap, or are in a lane with SMs of its own, pass it to their kernel as `num_sms`.
+    weights: by parameter name, those of layer i as "layers.{i}.{name}". `positions` and `slots` are int32
+    [max_tokens], and hold the batch's before a call runs. With `in_place`, collectives of a single rank are no calls:
+    their output is their input. With `limit_sms`, launches that have a cap, or are in a lane with SMs of its own, pass
+    it to their kernel as `num_sms`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Binding:
         model: Model,
         schedules: Sequence[Schedule],
         weights: Mapping[str, Tensor],
-        kv: Sequence[Tensor] | Tensor,
+        kv: KvPages,
         collectives: Collectives,
         kernels: Kernels,
         *,
@@ -83,8 +84,8 @@ class Binding:
             raise ValueError(f"max_tokens: expected at most the schedule's {schedules[-1].tokens}, got {max_tokens}")
         self.model, self.weights, self.kv = model, weights, kv
         self.device = torch.device(device)
-        self.max_tokens, self.kernels = max_tokens, kernels
-        self._collectives, self._limit_sms = collectives, limit_sms
+        self.max_tokens, self.collectives, self.kernels = max_tokens, collectives, kernels
+        self._limit_sms = limit_sms
         self._in_place = in_place and collectives.ranks == 1
         self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
         layers = [split_all_reduce(model.layer, s.split_all_reduces, collectives.ranks) for s in schedules]
@@ -180,7 +181,7 @@ class Binding:
             assert self.page_table is not None
             return self.page_table
         if plan.layer.values[name].kind is Kind.PAGES:
-            return self.kv[layer]
+            return self.kv.layer(layer)
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
         return self._buffer_rows(plan, layer_value(plan.layer, layer, name), start, stop)
@@ -198,7 +199,7 @@ class Binding:
         prefix: str = "",
         sms: int | None = None,
     ) -> Call:
-        implementation = self._collectives if operation.resource is Resource.NETWORK else self.kernels
+        implementation = self.collectives if operation.resource is Resource.NETWORK else self.kernels
         inputs = [value(name) for name in operation.inputs] + [self.weights[prefix + p] for p in operation.parameters]
         outputs = tuple(value(name) for name in operation.outputs)
         run = partial(

@@ -39,10 +39,16 @@ class CudaProgram:
     a bucket and a schedule runs a kernel at a time, which compiles what is not compiled yet, and is captured; later
     ones replay the capture. With `cuda_graphs` off none is captured.
     The logits of `head` are valid until its next call, on the same stream.
+
+    Raises:
+        ValueError: `cuda_graphs` with collectives that a CUDA graph cannot hold.
     """
 
     def __init__(self, binding: Binding, *, max_rows: int, cuda_graphs: bool = True) -> None:
         """`binding` is one ON_GPU; `max_rows` of a batch are sampled at most."""
+        if cuda_graphs and not binding.collectives.capturable:
+            kind = type(binding.collectives).__name__
+            raise ValueError(f"cuda_graphs: expected collectives that a CUDA graph can hold, got {kind}")
         self.binding, self.max_rows = binding, max_rows
         for buffer in binding.buffers:
             buffer.zero_()  # pad rows are computed too, wherever that costs nothing: let them be numbers

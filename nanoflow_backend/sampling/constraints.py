@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.sampling.grammar import Grammar, Grammars
 from nanoflow_backend.scheduler.batch import Admission
@@ -47,6 +48,7 @@ class Constraints:
         self._all = bits_of(range(vocab_size), vocab_size)
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        self._ends = bits_of((i for i in eos_token_ids if i < vocab_size), vocab_size)
         self._by_slot: dict[int, _Constraint] = {}
 
     def __bool__(self) -> bool:
@@ -79,18 +81,20 @@ class Constraints:
         self._grammars.fill([(c.grammar, index) for index, c in enumerate(constraints) if c.grammar], allowed)
         for constraint, row in zip(constraints, allowed, strict=True):
             constraint.restrict(row)
+            if constraint.grammar and constraint.grammar.failure:  # what comes now is shown to nobody
+                row[:] = self._ends
         return Masks(rows, allowed.tobytes())
 
-    def broken(self, slots: Sequence[int]) -> dict[int, str]:
+    def broken(self, slots: Sequence[int]) -> dict[int, RequestError]:
         """Of these slots, those whose grammar cannot go on, with the reason."""
         grammars = {slot: self._by_slot[slot].grammar for slot in slots if slot in self._by_slot}
-        return {slot: grammar.error for slot, grammar in grammars.items() if grammar and grammar.error}
+        return {slot: grammar.failure for slot, grammar in grammars.items() if grammar and grammar.failure}
 
     def _open(self, admission: Admission) -> _Constraint:
         params, vocab_size = admission.params, self._vocab_size
         grammar = None
         if params.structured_outputs:  # compiled before it was admitted; again, should it have been forgotten since
-            grammar = self._grammars.compile(params.structured_outputs).result().fresh()
+            grammar = self._grammars.start(params.structured_outputs)
         required = bits_of(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else self._all
         ends = {i for i in (*self._eos_token_ids, *params.stop_token_ids) if i < vocab_size}
         constraint = _Constraint(grammar, required, params, ends)

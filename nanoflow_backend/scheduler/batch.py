@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
+from nanoflow_backend.kvcache.tier import Transfer
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import Account
 
@@ -39,7 +40,10 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What one step computes. Decode inputs are not here: the device gathers them from the slot's last sample."""
+    """What one step computes; a step of transfers alone computes nothing.
+
+    Decode inputs are not here: the device gathers them from the slot's last sample.
+    """
 
     step: int
     decode_slots: list[int]
@@ -47,6 +51,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     prefills: list[Prefill]
     page_table: list[tuple[int, int, int]]  # entries that are new in this step: (slot, index, page)
     admitted: list[Admission]
+    transfers: list[Transfer] = []  # of pages between the device and the tier below, before the rows are computed
 
     @property
     def tokens(self) -> int:
@@ -93,6 +98,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     QUEUE_TIMEOUT = "queue_timeout"  # it never ran
+    REFUSED = "refused"  # it turned out to be invalid: nothing of it is to be shown
 
 
 class Delta(msgspec.Struct, omit_defaults=True, rename={"request_id": "r", "token_ids": "t"}, gc=False):

@@ -123,7 +123,8 @@ class Observer:
             peak_pages=max(s.peak_pages, len(s.pages)),
             energy_j=None if self.token_energy_j is None else s.account.energy_j,
         )
-        observed.ended[reason] = observed.ended.get(reason, 0) + 1
+        if reason is not FinishReason.REFUSED:  # counted by who refuses, as those are that never came here
+            observed.ended[reason] = observed.ended.get(reason, 0) + 1
         if reason in WHOLE:
             observed.decode_time_s.observe(account.decode_time_s)
             observed.total_time_s.observe(account.total_time_s)

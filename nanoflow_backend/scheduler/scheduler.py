@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
 
+from nanoflow_backend.kvcache.tier import Tier
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
@@ -36,6 +37,9 @@ class Scheduler:
     prompt when it is admitted, so only decodes ever wait for a page. When they do, the request last in service order is
     preempted: it gives its pages back, and later computes again what it knows. The request first in order is never
     preempted, so every request finishes.
+
+    With a `lower_tier`, pages that the device evicts are stored there, and loaded again for a request that begins with
+    their content. Such a request is in no step until the one with its loads has come back.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Scheduler:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
+        lower_tier: Tier | None = None,
     ) -> None:
         self._max_queue_size = limits.max_queue_size
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -56,7 +61,7 @@ class Scheduler:
         )
         self._clock = clock
         self._forecast = forecast or LengthForecast()
-        account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching)
+        account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching, lower_tier)
         self._pool = account.pool
         self.observer = Observer(clock, limits.dense_batch_tokens)
 
@@ -110,16 +115,19 @@ class Scheduler:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
         self._waiting.release(self._live.get(request_id, [])[:1])
 
-    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
+    def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> bool:
         """End a request, or one of its sequences; `retire` hands over the last delta of each.
 
-        What is unknown or has ended is left alone.
+        What is unknown or has ended is left alone. Returns whether there was something to end.
         """
+        ended = False
         for s in self._live.get(request_id, ()):
             if s.finish_reason is None and index in (None, s.index):
+                ended = True
                 account = self._finish(s, reason)
                 delta = Delta(request_id, (), None, reason, None, s.cached_tokens, s.index, account=account)
                 self._pending_deltas.append(delta)
+        return ended
 
     def id_at(self, slot: int) -> int:
         """The request in a slot. Raises: KeyError, there is none."""

@@ -14,6 +14,7 @@ from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 class State(Enum):
     HELD = auto()  # as WAITING, but not to be admitted yet
     WAITING = auto()  # no slot, no pages
+    LOADING = auto()  # some of its pages are on their way from a lower tier: in no step until they are there
     PREFILLING = auto()  # some of its known tokens are not computed yet
     DECODING = auto()  # one token per step
     RETIRING = auto()  # gets no further step; slot and pages go when its last step has returned
@@ -51,12 +52,12 @@ class Sequence:
 
     slot: int = -1  # this and all below: of no meaning without a slot
     num_computed_tokens: int = 0
-    last_step: int = 0  # the last step that writes its pages
+    last_step: int = 0  # the last step that writes its pages, or loads them
     pages: list[int] = field(default_factory=list)
     capacity_tokens: int = 0  # tokens that its pages can hold
     shared_pages: int = 0  # of its pages, those that another sequence already held when this one was admitted
     num_published_pages: int = 0  # its leading pages that the prefix index was offered
-    digests: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
+    hashes: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
 
     @property
     def has_begun(self) -> bool:

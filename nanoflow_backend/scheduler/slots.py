@@ -15,39 +15,48 @@ class Slots:
     def __init__(self, count: int) -> None:
         self.count = count
         self.free = list(range(count - 1, -1, -1))  # a stack, the lowest slot on top
+        self.loading: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
         self.decoding: dict[int, Sequence] = {}
         self.retiring: dict[int, Sequence] = {}
+        self._by_state = {
+            State.LOADING: self.loading,
+            State.PREFILLING: self.prefilling,
+            State.DECODING: self.decoding,
+            State.RETIRING: self.retiring,
+        }
 
     def __iter__(self) -> Iterator[Sequence]:
-        return chain(self.prefilling.values(), self.decoding.values(), self.retiring.values())
+        return chain.from_iterable(sequences.values() for sequences in self._by_state.values())
 
     def __len__(self) -> int:
         return self.count - len(self.free)
 
     def at(self, slot: int) -> Sequence:
         """Raises: KeyError, the slot is free."""
-        return ChainMap(self.decoding, self.prefilling, self.retiring)[slot]
+        return ChainMap(self.decoding, self.prefilling, self.retiring, self.loading)[slot]
 
     @property
     def running(self) -> Iterator[Sequence]:
         """Those that get further steps."""
-        return chain(self.prefilling.values(), self.decoding.values())
+        return chain(self.loading.values(), self.prefilling.values(), self.decoding.values())
 
-    def enter(self, s: Sequence) -> None:
+    def enter(self, s: Sequence, *, loads: bool = False) -> None:
+        """Give a sequence a slot; one that `loads` waits there for its pages."""
         s.slot = self.free.pop()
-        s.state = State.PREFILLING
-        self.prefilling[s.slot] = s
+        self._move(s, State.LOADING if loads else State.PREFILLING)
+
+    def start_prefilling(self, s: Sequence) -> None:
+        del self.loading[s.slot]
+        self._move(s, State.PREFILLING)
 
     def start_decoding(self, s: Sequence) -> None:
         del self.prefilling[s.slot]
-        s.state = State.DECODING
-        self.decoding[s.slot] = s
+        self._move(s, State.DECODING)
 
     def start_retiring(self, s: Sequence) -> None:
-        del (self.decoding if s.state is State.DECODING else self.prefilling)[s.slot]
-        s.state = State.RETIRING
-        self.retiring[s.slot] = s
+        del self._by_state[s.state][s.slot]
+        self._move(s, State.RETIRING)
 
     def remove(self, s: Sequence) -> None:
         del self.retiring[s.slot]
@@ -56,11 +65,11 @@ class Slots:
     def check(self) -> None:
         """Raise AssertionError if a slot is lost or taken twice, or a sequence is not where its state says."""
         assert sorted([s.slot for s in self] + self.free) == list(range(self.count)), "a slot is lost or taken twice"
-        for state, sequences in (
-            (State.PREFILLING, self.prefilling),
-            (State.DECODING, self.decoding),
-            (State.RETIRING, self.retiring),
-        ):
+        for state, sequences in self._by_state.items():
             for slot, s in sequences.items():
                 assert s.state is state, f"request {s.id} is {s.state.name}, among the {state.name}"
                 assert s.slot == slot, f"request {s.id} has slot {s.slot}, and is found at {slot}"
+
+    def _move(self, s: Sequence, state: State) -> None:
+        s.state = state
+        self._by_state[state][s.slot] = s

@@ -51,6 +51,7 @@ class StepPlanner:
     def plan_step(self) -> Batch | None:
         """The next step, which counts as launched from now on. None: nothing can run."""
         self._publish_filled()
+        self._publish_loaded()
         step = self._in_flight.last_launched + 1
         page_table: list[tuple[int, int, int]] = []
         sampled = self._grow(page_table)
@@ -65,7 +66,7 @@ class StepPlanner:
         prefills: list[Prefill] = []
         admitted: list[Admission] = []
         left = budget = min(self._limits.dense_batch_tokens - len(sampled), self._limits.prompt_tokens)
-        prompts = chain(list(self._slots.prefilling.values()), self._admit(page_table, admitted))
+        prompts = chain(list(self._slots.prefilling.values()), self._admit(step, page_table, admitted))
         while left > 0 and (sequence := next(prompts, None)) is not None:
             prefill = self._prefill(sequence, step, left)
             prefills.append(prefill)
@@ -73,11 +74,12 @@ class StepPlanner:
             if prefill.sample:
                 sampled.append(sequence)
         self.backlog = self._waiting.head is not None
-        if not slots and not prefills:
+        transfers = self._account.take_transfers()
+        if not slots and not prefills and not transfers:
             return None
         self._observer.formed(len(slots) + budget - left, sampled, len(slots))
         self._in_flight.launched(sampled)
-        return Batch(step, slots, positions, prefills, page_table, admitted)
+        return Batch(step, slots, positions, prefills, page_table, admitted, transfers)
 
     def retire(self, s: Sequence) -> None:
         """Plan no further step for this sequence; its pages are freed when no step in flight writes them."""
@@ -107,7 +109,11 @@ class StepPlanner:
             if s.state is State.DECODING:
                 known_tokens = len(s.tokens) + in_flight[s.arrival_number]
                 assert s.num_computed_tokens + 1 == known_tokens, f"{name}: its clocks disagree"
-            if s.state is State.PREFILLING:
+            if s.state is State.LOADING:
+                assert not in_flight[s.arrival_number], f"{name} is sampled while its pages are loaded"
+                found = any(self._account.can_be_found(page) for page in s.pages[s.num_published_pages :])
+                assert not found, f"{name} shows pages that are not loaded yet"
+            if s.state in (State.PREFILLING, State.LOADING):
                 assert s.num_computed_tokens < len(s.tokens), f"{name}: nothing is left to prefill"
                 assert not in_flight[s.arrival_number], f"{name} is sampled before its prompt ends"
 
@@ -118,6 +124,12 @@ class StepPlanner:
             if s.siblings and s.num_computed_tokens >= s.prompt_tokens:
                 self._waiting.release(s.siblings)
         self._filled = []
+
+    def _publish_loaded(self) -> None:
+        """Compute the rest of sequences whose loads have come back, and let others share what was loaded."""
+        for s in [s for s in self._slots.loading.values() if s.last_step <= self._in_flight.last_returned]:
+            self._account.publish(s)
+            self._slots.start_prefilling(s)
 
     def _grow(self, page_table: list[tuple[int, int, int]]) -> list[Sequence]:
         """Give every decode a page for its next token, at the cost of the last in service order; return who can run.
@@ -141,21 +153,26 @@ class StepPlanner:
         decoding = self._slots.decoding.values()
         return [s for s in decoding if s.slot not in needy] if needy else list(decoding)
 
-    def _admit(self, page_table: list[tuple[int, int, int]], admitted: list[Admission]) -> Iterator[Sequence]:
-        """Admit waiting sequences in order while the predicted peak of page use fits; one may always run."""
+    def _admit(
+        self, step: int, page_table: list[tuple[int, int, int]], admitted: list[Admission]
+    ) -> Iterator[Sequence]:
+        """Admit waiting sequences in order while the predicted peak of page use fits; one may always run.
+
+        Yields those that can be computed at once. Others wait in their slot for pages of a lower tier.
+        """
         page_forecast = None
         while self._slots.free and (s := self._waiting.head) is not None:
             known = self._account.known_prefix(s)
             cost_pages = self._account.cost(s, known)
             if cost_pages > self._pool.available:
                 return
-            if self._slots.prefilling or self._slots.decoding:
+            if any(self._slots.running):
                 page_forecast = page_forecast or PageForecast(self._slots, self._account, self._forecast)
                 if page_forecast.add(s, cost_pages) > self._pool.num_pages:
                     return
             self._waiting.remove(s)
-            self._account.open(s, known)
-            self._slots.enter(s)
+            loads = self._account.open(s, known)
+            self._slots.enter(s, loads=loads)
             if not s.preemptions:
                 s.cached_tokens = s.num_computed_tokens
                 self._observer.admitted(s)
@@ -164,7 +181,10 @@ class StepPlanner:
             page_table.extend((s.slot, index, page) for index, page in enumerate(s.pages))
             known_tokens = s.tokens.tolist() if s.params.reads_tokens else []
             admitted.append(Admission(s.slot, s.prompt_tokens, s.params, known_tokens))
-            yield s
+            if loads:
+                s.last_step = step
+            else:
+                yield s
 
     def _prefill(self, s: Sequence, step: int, budget: int) -> Prefill:
         """The next chunk of what the sequence knows and has not computed."""

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.inputs import Inputs
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
@@ -68,7 +69,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         inputs = Inputs(tensors)
         sampling = "sampling_parameters" in inputs
         fields = _merge(
-            ("sampling_parameters", inputs.json("sampling_parameters", dict) if sampling else {}),
+            ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.decode) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
             ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -43,11 +44,16 @@ class Inputs:
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"{name}: expected UTF-8 text: {error}") from None
 
-    def json(self, name: str, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
-        """The JSON object or list in the one element of a BYTES."""
+    def json(
+        self,
+        name: str,
+        kind: type[dict[str, Any]] | type[list[Any]],
+        decode: Callable[[str], Any] = json.loads,
+    ) -> Any:
+        """The JSON object or list in the one element of a BYTES. `decode` raises ValueError where there is none."""
         text = self.text(name)
         try:
-            value = json.loads(text)
+            value = decode(text)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{name}: not valid JSON: {error}") from None
         if not isinstance(value, kind):

@@ -36,7 +36,7 @@ from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call, is_cancellation
 from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
-from nanoflow_backend.serving.failure import Failure, without_words
+from nanoflow_backend.serving.failure import Code, Failure, without_words
 from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
 JOIN_TIMEOUT_S = 5.0
+CODES: dict[str, Code] = {"invalid": "INVALID_ARG", "queue_full": "UNAVAILABLE", "internal": "INTERNAL"}  # of refusals
 REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": "unavailable", "INTERNAL": "internal"}
 
 
@@ -81,9 +82,8 @@ class TritonPythonModel:
         if not Path(config.model).exists():
             wrong = what_is_wrong(Path(config.model))
             raise ConfigError(f"{path}: model (a relative path starts at this file's folder): {wrong}")
-        has_tokenizer = Path(config.model, "tokenizer.json").is_file()
-        self._tokenizer = Tokenizer.from_pretrained(config.model) if has_tokenizer else None
-        if not has_tokenizer:
+        self._tokenizer = Tokenizer.find(config.model)
+        if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
@@ -232,9 +232,8 @@ class TritonPythonModel:
         self._metrics.take(stats)
 
     def _on_refusal(self, refusal: Refusal) -> None:
-        self._metrics.refused("queue_full" if refusal.overloaded else "invalid")
-        failure = Failure("UNAVAILABLE" if refusal.overloaded else "INVALID_ARG", refusal.message)
-        self._senders.fail(refusal.request_id, failure)
+        self._metrics.refused(refusal.reason)
+        self._senders.fail(refusal.request_id, Failure(CODES[refusal.reason], refusal.message))
 
     def _on_death(self, how: str) -> None:
         self._metrics.engine_died()

@@ -15,8 +15,11 @@ from nanoflow_backend.config import read_file
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_messages import Message
 from nanoflow_backend.text.chat_template import ChatTemplate
+from nanoflow_backend.text.framing import Framing
 from nanoflow_backend.text.special_tokens import InvalidTokenizer, SpecialTokens, Token, read_json
 from nanoflow_backend.text.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
+
+OLDER_FILES = ("tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")  # each of another kind of tokenizer
 
 
 class Tokenizer:
@@ -34,6 +37,7 @@ class Tokenizer:
         decoding: Decoding,
         config: _Config,
         tokens: SpecialTokens,
+        framing: Framing | None,
         templates: Mapping[str, str],
     ) -> None:
         backend.no_truncation()  # a tokenizer.json may carry its training's
@@ -44,9 +48,9 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        # A post-processor that adds BOS does so whatever add_bos_token says, as in transformers 5.
-        post_processor_adds_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
-        self._starts_with_bos = self.bos_id is not None and (config.add_bos_token or post_processor_adds_bos)
+        if framing is not None:
+            framing.apply(backend)
+        self._adds_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
         self._bytes = TokenBytes(backend, decoding, self.vocab_size)
         self._bytes_without_special = TokenBytes(backend, decoding, self.vocab_size, hidden=self.special_ids)
         self._templates = {name: ChatTemplate(source, self.special_tokens) for name, source in templates.items()}
@@ -56,13 +60,12 @@ class Tokenizer:
         """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and chat templates.
 
         Raises:
-            FileNotFoundError: the folder has no tokenizer.json.
-            InvalidTokenizer: naming the broken file.
+            InvalidTokenizer: naming the broken file, or what to do without tokenizer.json.
         """
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{folder}: expected a tokenizer.json (other tokenizer formats are not read)")
+            raise InvalidTokenizer(_without_file(folder))
         content = read_file(file)
         try:
             decoding = Decoding.of(msgspec.json.decode(content, type=_File).decoder)
@@ -73,9 +76,21 @@ class Tokenizer:
             raise InvalidTokenizer(f"{file}: not a valid tokenizer: {error}") from error
         config = read_json(folder / "tokenizer_config.json", _Config) or _Config()
         try:
-            return cls(backend, decoding, config, SpecialTokens.read(folder), _chat_templates(folder, config))
+            tokens = SpecialTokens.read(folder)
+            if config.added_tokens_decoder is None:
+                _add_older_tokens(folder, backend, tokens)
+            framing = Framing.read(folder, tokens.named)
+            return cls(backend, decoding, config, tokens, framing, _chat_templates(folder, config))
         except TemplateSyntaxError as error:
             raise InvalidTokenizer(f"{folder}: chat template, line {error.lineno}: {error.message}") from error
+
+    @classmethod
+    def find(cls, folder: str | Path) -> Tokenizer | None:
+        """The folder's tokenizer; None where it has no file of one. Raises: InvalidTokenizer, as `from_pretrained`."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file() and not _older_files(folder):
+            return None
+        return cls.from_pretrained(folder)
 
     @property
     def vocab_size(self) -> int:
@@ -100,13 +115,8 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise InvalidRequest(f"prompt: expected valid Unicode text: {error}") from error
-        if add_special_tokens and self._starts_with_bos:
-            assert self.bos_id is not None
-            if ids[:2] == [self.bos_id, self.bos_id]:
-                return ids[1:]
-            if ids[:1] != [self.bos_id]:
-                return [self.bos_id, *ids]
-        return ids
+        twice = add_special_tokens and self._adds_bos and ids[:2] == [self.bos_id, self.bos_id]
+        return ids[1:] if twice else ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that no token has add nothing."""
@@ -163,7 +173,6 @@ class _Config(msgspec.Struct):
     """What matters here of tokenizer_config.json, beside the tokens that it names."""
 
     added_tokens_decoder: dict[int, Token] | None = None
-    add_bos_token: bool | None = None
     chat_template: str | list[_NamedTemplate] | None = None
 
 
@@ -175,6 +184,36 @@ def _add_tokens(backend: Backend, config: _Config, tokens: SpecialTokens) -> Non
     unknown = [content for content in tokens.unnamed if content not in known]
     for content in [*tokens.named.values(), *unknown]:
         backend.add_special_tokens([known.get(content) or AddedToken(content, normalized=False)])
+
+
+def _add_older_tokens(folder: Path, backend: Backend, tokens: SpecialTokens) -> None:
+    """Make the tokens of added_tokens.json known, which was written before there was an `added_tokens_decoder`."""
+    file = folder / "added_tokens.json"
+    special = {*tokens.named.values(), *tokens.unnamed}
+    for text, token_id in sorted((read_json(file, dict[str, int]) or {}).items(), key=lambda item: item[1]):
+        if backend.token_to_id(text) is None:
+            backend.add_tokens([AddedToken(text, normalized=text not in special, special=text in special)])
+        if backend.token_to_id(text) != token_id:
+            raise InvalidTokenizer(
+                f"{file}: expected id {backend.token_to_id(text)} for {text!r}, the tokenizer.json's or the one after "
+                f"its last, got {token_id}"
+            )
+
+
+def _older_files(folder: Path) -> list[str]:
+    return [name for name in OLDER_FILES if (folder / name).is_file()]
+
+
+def _without_file(folder: Path) -> str:
+    found = _older_files(folder)
+    if not found:
+        return f"{folder}: expected a tokenizer.json"
+    load = f"AutoTokenizer.from_pretrained({str(folder)!r})"
+    command = f'python -c "from transformers import AutoTokenizer; {load}.save_pretrained({str(folder)!r})"'
+    return (
+        f"{folder}: expected a tokenizer.json, found {', '.join(found)} only; to make one, in a Python with "
+        f"transformers 4.57, sentencepiece, protobuf and tiktoken: {command}"
+    )
 
 
 def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:

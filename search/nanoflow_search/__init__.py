@@ -1,1 +1,1 @@
-"""The search that writes schedule files: profile, two-stage MILP, timing on the device."""
+"""nanoflow_search finds the fastest schedule of a model on a machine: it measures, plans, times and writes a file."""

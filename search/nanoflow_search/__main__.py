@@ -9,19 +9,25 @@ from typing import Annotated
 
 import typer
 
-from nanoflow_search.request import Effort, Phase, Setting
+from nanoflow_search.request import Effort, Phase, SearchRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
 
 
 class On(StrEnum):
+    """Where a search measures."""
+
     AUTO = "auto"
     SYNTHETIC = "synthetic"
 
 
+ModelFolder = Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")]
+MeasureOn = Annotated[On, typer.Option(help="synthetic: a law in place of a GPU, for development.")]
+
+
 @app.callback(invoke_without_command=True)
-def find(
+def search(
     context: typer.Context,
     model: Annotated[Path | None, typer.Option(help="A folder with a Hugging Face config.json.")] = None,
     workload: Annotated[
@@ -33,7 +39,7 @@ def find(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
     profile: Annotated[
-        Path | None, typer.Option(help="Taken before, or to be taken; default: NAME.profile.json.")
+        Path | None, typer.Option(help="A profile to use, or to measure; default: NAME.profile.json.")
     ] = None,
     dense_batch_tokens: Annotated[
         list[int] | None,
@@ -48,10 +54,10 @@ def find(
     shared: Annotated[
         bool, typer.Option(help="Also profile lanes that share SMs, and plan for them.")
     ] = DEFAULT.shared,
-    rounds: Annotated[int, typer.Option(min=2, help="Of timing, A B B A each.")] = DEFAULT.rounds,
-    turns: Annotated[int, typer.Option(min=1, help="Of the two programs, for each number of parts.")] = DEFAULT.turns,
-    time_limit_s: Annotated[float, typer.Option(min=0.1, help="Of each program.")] = DEFAULT.time_limit_s,
-    device: Annotated[On, typer.Option(help="synthetic: a law in place of a GPU, for development.")] = On.AUTO,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of timing, A B B A each.")] = DEFAULT.rounds,
+    turns: Annotated[int, typer.Option(min=1, help="Runs of the two stages for each number of parts.")] = DEFAULT.turns,
+    time_limit_s: Annotated[float, typer.Option(min=0.1, help="Time limit of each program.")] = DEFAULT.time_limit_s,
+    device: MeasureOn = On.AUTO,
 ) -> None:
     """Find the schedule of a model on a machine. The same command again goes on where it was cut."""
     if context.invoked_subcommand:
@@ -61,11 +67,42 @@ def find(
     if model is None or not workload or out is None:
         missing = "model" if model is None else "out" if workload else "workload"
         raise typer.BadParameter("expected a value", param_hint=_option(missing))
-    from nanoflow_search.command import find_schedules
-
     effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
-    setting = Setting.of(model, tp, workload)
-    find_schedules(setting, dense_batch_tokens or [], effort, device.value, profile, out, until)
+    run_search(SearchRequest.of(model, tp, workload), dense_batch_tokens or [], effort, device, profile, out, until)
+
+
+def run_search(
+    request: SearchRequest, sizes: list[int], effort: Effort, device: On, profile: Path | None, out: Path, until: Phase
+) -> None:
+    """Write the schedule file `out`, and beside it a picture of the plan at B_dense and a result; print the table.
+
+    Raises:
+        ValueError: something that was asked for is wrong or cannot be done here; the message names it.
+    """
+    from nanoflow_backend.bench import result
+    from nanoflow_search.checkpoint import Checkpoint
+    from nanoflow_search.cost.batch_sizes import checked_sizes
+    from nanoflow_search.emit.picture import draw_plan
+    from nanoflow_search.emit.progress import ProgressDisplay
+    from nanoflow_search.emit.tables import search_facts, show_trials
+    from nanoflow_search.hardware.machine import find_machine
+    from nanoflow_search.profile.data import Profile
+    from nanoflow_search.search import search
+
+    checkpoint, path = Checkpoint(out.with_suffix(".search")), profile or out.with_suffix(".profile.json")
+    machine = find_machine(device.value, request.ranks)
+    with ProgressDisplay() as display:
+        found = search(request, checked_sizes(sizes), effort, machine, path, checkpoint, display, until)
+    if found is None:
+        print(f"{until} done; the same command without --until {until} goes on from {checkpoint.folder}")
+        return
+    file, best = found
+    file.save(out)
+    out.with_suffix(".svg").write_text(draw_plan(best.case, best.winner.schedule))
+    facts = search_facts(file, Profile.load(path), display.phases_s)
+    result.write({"model": request.name, "schedule": out.name, **facts}, out.with_suffix(".result.json"))
+    show_trials(file)
+    print(f"{out}: B_dense {file.header.dense_batch_tokens}; nanoflow-search explain {out} says why")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -79,7 +116,7 @@ def _option(name: str) -> str:
 
 @app.command()
 def analyze(
-    model: Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")],
+    model: ModelFolder,
     workload: Annotated[list[str], typer.Option(help="Mean prompt/output tokens, e.g. 1024/512. Repeatable.")],
     device: Annotated[
         list[str] | None, typer.Option(help="Names of the device table; default: all. Repeatable.")
@@ -88,9 +125,9 @@ def analyze(
     dense_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Default: what fills the memory.")] = None,
 ) -> None:
     """What bounds the model's throughput: the paper's cost model (section 3), with power as a fourth resource."""
-    from nanoflow_search.emit.analyze import analyze
+    from nanoflow_search.emit.cost_table import show_cost_table
 
-    analyze(model, device or [], tp, workload, dense_batch_tokens)
+    show_cost_table(model, device or [], tp, workload, dense_batch_tokens)
 
 
 @app.command()
@@ -102,8 +139,104 @@ def explain(schedule: Annotated[Path, typer.Argument(help="A schedule file.")]) 
     explain(ScheduleFile.load(schedule))
 
 
+@app.command()
+def time(
+    model: ModelFolder,
+    schedule: Annotated[list[str], typer.Option(help="A schedule file, or nano-batched-N. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="The JSON result; schedules that it holds are not timed again.")],
+    workload: Annotated[str, typer.Option(help="Mean prompt/output tokens.")] = "512/1024",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the batch.")] = 2048,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Below 1: a batch of an engine that fills up, with this share running.")
+    ] = 1.0,
+    profile: Annotated[Path | None, typer.Option(help="A profile to predict with, before anything is timed.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, max=21, help="Rounds, A B B A each.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Seconds of each run that are measured.")] = 1.0,
+    device: MeasureOn = On.AUTO,
+) -> None:
+    """Time schedules beside sequential in a steady state, on the GPU that is here; with a profile, predict them first.
+
+    With --share below 1, measurements show from which `least_decode_kv_tokens` on a plan wins.
+    """
+    from nanoflow_backend.bench import result
+    from nanoflow_backend.schedule.presets import sequential
+    from nanoflow_search.cost.workload import MeanWorkload, ramp_mix
+    from nanoflow_search.emit.timed_schedules import named_schedules, time_schedules
+    from nanoflow_search.hardware.machine import find_machine
+    from nanoflow_search.predict.timing_model import TimingModel
+    from nanoflow_search.profile.data import Profile
+
+    request = SearchRequest.of(model, 1, [workload])
+    schedules = named_schedules(schedule, request.model, tokens)
+    if (machine := find_machine(device.value, 1)) is None:
+        raise ValueError("here is no GPU to time schedules on; --device synthetic has a law in its place")
+    mix = ramp_mix(MeanWorkload.parse(workload), request.mix(workload, tokens, machine.name), share)
+    num_layers = layers or request.model.num_layers
+    facts = {
+        "model": request.name,
+        "workload": workload,
+        "tokens": tokens,
+        "share": share,
+        "decode_kv_tokens": round(mix.decode_tokens * mix.decode_context),
+        "layers": num_layers,
+    }
+    timing_model = TimingModel(Profile.load(profile), mix) if profile else None
+    timer = machine.timer(request, mix, num_layers=num_layers, seconds=seconds)
+    base = sequential(request.model.layer, tokens)
+    time_schedules(
+        schedules, base, facts, out, timer, rounds, lambda found: result.write(found, out), timing_model, num_layers
+    )
+
+
+@app.command()
+def predict_run(
+    model: ModelFolder,
+    profile: Annotated[Path, typer.Option(help="A profile of the device to predict for.")],
+    workload: Annotated[str, typer.Option(help="Tokens of each prompt/output.")] = "512/1024",
+    trace: Annotated[
+        Path | None, typer.Option(help="A CSV file of lengths, drawn as `nanoflow bench offline` does.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="All are there at once.")] = 1200,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of engine.json, e.g. --set schedule=plan.json. Repeatable."),
+    ] = None,
+    best: Annotated[bool, typer.Option(help="Each step under the best plan of two nano-batches for it.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
+) -> None:
+    """What a whole run would take, from a profile and without a GPU: the engine's scheduler with predicted steps."""
+    from nanoflow_backend.bench import result
+    from nanoflow_backend.bench import workload as workloads
+    from nanoflow_backend.commands.settings import parse
+    from nanoflow_backend.config import EngineConfig, ModelConfig
+    from nanoflow_backend.runtime.cuda import bucket
+    from nanoflow_search.cost.workload import MeanWorkload
+    from nanoflow_search.emit.run_prediction import predict_run
+    from nanoflow_search.profile.data import Profile
+
+    settings = parse(setting or [])
+    named = EngineConfig.resolve({"model": str(model), **settings}, relative_to=Path.cwd())
+    shape, taken = ModelConfig.from_pretrained(model), Profile.load(profile)
+    if trace:
+        work = workloads.of_trace(trace, requests, named.max_model_tokens or shape.max_model_tokens)
+    else:
+        lengths = MeanWorkload.parse(workload)
+        work = workloads.constant(int(lengths.prompt_tokens), int(lengths.output_tokens), requests)
+    about = {
+        "kind": "prediction from a profile, nothing measured",
+        "device": taken.header.device,
+        "profile": taken.hash(),
+        "model": model.name,
+        "best": best,
+        "settings": result.without_folders(settings),
+        "workload": work.name,
+    }
+    result.write({**about, **predict_run(named, shape, taken, work, bucket, best)}, out)
+
+
 def main() -> None:
-    """Errors that name their cause need no traceback."""
+    """Run the command line; an error that names its cause is printed without a traceback."""
     try:
         app()
     except ValueError as error:  # ConfigError, ScheduleError, ProfileError and SearchError are

@@ -1,74 +1,79 @@
-"""State: the files of a search beside its result. What one of them holds is not done again, so a run may be cut."""
+"""The checkpoint of a search holds what is already done, in files beside the result, so that a run may be cut."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-T = TypeVar("T")
-REQUEST = "request.json"
+_T = TypeVar("_T")
+KEY_FILE = "request.json"
 
 
 class SearchError(ValueError):
-    """A search that cannot be done, or not go on: the message says what stands in its way."""
+    """A search cannot be done, or cannot go on: the message says why."""
 
 
-class Once(Protocol):
-    """Make what is called `name`, unless that was done before."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with one file for each finished part: `.json` files for people, `.msgpack` files for the search itself.
 
-    def __call__(self, name: str, kind: type[T], make: Callable[[], T]) -> T: ...
+    A checkpoint without a folder (None) keeps nothing, so that everything is done again.
+    """
 
+    folder: Path | None = None
 
-def always(name: str, kind: type[T], make: Callable[[], T]) -> T:
-    """Once for those who keep nothing."""
-    return make()
-
-
-class State:
-    """A folder with a file for each thing that was done; `.json` for people, `.msgpack` for ourselves."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def once(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
-        """What the file `name` holds; where there is none, what `make` gives, which the file holds from now on.
+    def load(self, name: str, kind: type[_T]) -> _T | None:
+        """Return what the file `name` holds, decoded as `kind`; None where there is no such file.
 
         Raises:
             SearchError: the file holds something else.
         """
+        if self.folder is None:
+            return None
         path = self.folder / name
-        json = path.suffix == ".json"
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            made = make()
-            write(
-                path, msgspec.json.format(msgspec.json.encode(made)) + b"\n" if json else msgspec.msgpack.encode(made)
-            )
-            return made
+            return None
+        decode = msgspec.json.decode if path.suffix == ".json" else msgspec.msgpack.decode
         try:
-            return msgspec.json.decode(content, type=kind) if json else msgspec.msgpack.decode(content, type=kind)
+            return decode(content, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise SearchError(f"{path}: {error}; without this file that part is done again") from None
 
-    def within(self, name: str) -> State:
-        """Of a part, in a folder of its own."""
-        return State(self.folder / name)
+    def save(self, name: str, value: _T) -> _T:
+        """Write `value` to the file `name`, and return it."""
+        if self.folder is not None:
+            path = self.folder / name
+            is_json = path.suffix == ".json"
+            readable = msgspec.json.format(msgspec.json.encode(value)) + b"\n" if is_json else b""
+            write_atomically(path, readable or msgspec.msgpack.encode(value))
+        return value
+
+    def within(self, name: str) -> Checkpoint:
+        """Return the checkpoint of a part of the search, in a subfolder."""
+        return Checkpoint(self.folder / name if self.folder is not None else None)
 
     @property
     def claimed(self) -> bool:
-        return (self.folder / REQUEST).exists()
+        """Whether plans have been made from a profile: from then on the profile stays as it is."""
+        return self.folder is not None and (self.folder / KEY_FILE).exists()
 
-    def claim(self, request: msgspec.Struct) -> None:
-        """Raises: SearchError, what is in the folder was done for another request; it says how they differ."""
-        there = self.once(REQUEST, type(request), lambda: request)
+    def claim(self, key: msgspec.Struct) -> None:
+        """Bind the folder to one search; `key` holds all that its files depend on.
+
+        Raises:
+            SearchError: the folder is bound to another search; the message names every difference.
+        """
+        there = self.load(KEY_FILE, type(key)) or self.save(KEY_FILE, key)
         differences = [
-            f"{key} is {getattr(there, key)!r} there and {getattr(request, key)!r} here"
-            for key in request.__struct_fields__
-            if getattr(there, key) != getattr(request, key)
+            f"{name} is {getattr(there, name)!r} there and {getattr(key, name)!r} here"
+            for name in key.__struct_fields__
+            if getattr(there, name) != getattr(key, name)
         ]
         if differences:
             raise SearchError(
@@ -77,8 +82,23 @@ class State:
             )
 
 
-def write(path: Path, content: bytes) -> None:
-    """At once or not at all."""
+@dataclass(frozen=True)
+class Run:
+    """One run of a search: the checkpoint that it goes on from, and the callbacks that show its progress."""
+
+    checkpoint: Checkpoint = Checkpoint()
+    say: Callable[[str], None] = lambda _: None
+    advance: Callable[[], None] = lambda: None  # called once for each unit of a phase that is done
+
+    def within(self, name: str, label: str = "") -> Run:
+        """Return the run of one part: its checkpoint is the subfolder `name`, and its lines begin with `label`."""
+        say = self.say
+        labelled = (lambda line: say(f"{label}: {line}")) if label else say
+        return replace(self, checkpoint=self.checkpoint.within(name), say=labelled)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write all of `content` to `path` or nothing, and make the folder that it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Setting: the model, its ranks and the workloads that a search is for."""
+"""The request says what a search is for: a model, its ranks and workloads, and how much effort is spent."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
-from nanoflow_search.cost.batch_sizes import mix_of, natural_tokens, suitable
-from nanoflow_search.cost.model import ModelSize, Workload
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.batch_sizes import batch_mix, natural_tokens, suitable_sizes
+from nanoflow_search.cost.model import ModelSize
+from nanoflow_search.cost.workload import MeanWorkload, Mix
 from nanoflow_search.profile.data import Profile
 
 
 class Phase(StrEnum):
-    """Of a search, in their order."""
+    """The phases of a search, in their order."""
 
-    PROFILE = "profile"  # of the device
+    PROFILE = "profile"  # on the device
     PLANS = "plans"  # needs a solver, and no device
     TIMING = "timing"  # on the device
 
 
 class Effort(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is tried."""
+    """How much a search tries."""
 
-    plans: int = 4  # of each size that are timed
-    turns: int = 4  # of the two stages, for each number of parts
-    time_limit_s: float = 60.0  # of each program
-    shared: bool = False  # lanes that share SMs are profiled too, and planned for
-    rounds: int = 5  # of timing: in each, a plan runs twice, and sequential before and after
+    plans: int = 4  # plans of each size that are timed
+    turns: int = 4  # runs of the two stages for each number of parts; 0: the grid alone, which needs no solver
+    time_limit_s: float = 60.0  # for each program
+    shared: bool = False  # lanes that share SMs are profiled and planned for, too
+    rounds: int = 5  # rounds of timing: in each, a plan runs twice, and sequential before and after it
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What the files of a search are the answer to."""
+class SearchKey(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the files of a checkpoint depend on: files of another key are never used."""
 
     model_fingerprint: str
     num_layers: int
@@ -53,43 +53,57 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Setting:
-    """`workloads` as in "1024/512"."""
+class SearchRequest:
+    """A model on a tensor-parallel group, and the workloads that its plans must be good for."""
 
     name: str  # of the model's folder
     config: ModelConfig
     ranks: int
-    workloads: tuple[str, ...]
+    workloads: tuple[str, ...]  # such as "1024/512": mean tokens of prompts and outputs
 
     @classmethod
-    def of(cls, folder: Path, ranks: int, workloads: Sequence[str]) -> Setting:
-        """Raises: ConfigError; ValueError, a workload that cannot be read."""
+    def of(cls, folder: Path, ranks: int, workloads: Sequence[str]) -> SearchRequest:
+        """Return the request for the model in `folder`, which holds a Hugging Face config.json.
+
+        Raises:
+            ConfigError: the model cannot be read.
+            ValueError: a workload cannot be read.
+        """
         for workload in workloads:
-            Workload.parse(workload)
+            MeanWorkload.parse(workload)
         return cls(folder.resolve().name, ModelConfig.from_pretrained(folder), ranks, tuple(dict.fromkeys(workloads)))
 
     @cached_property
     def model(self) -> Model:
+        """The op graphs of one rank."""
         return build(self.config, self.ranks)
 
     @cached_property
     def size(self) -> ModelSize:
+        """The sizes that the cost model needs."""
         return ModelSize.of(self.config)
 
     @property
-    def parsed(self) -> tuple[Workload, ...]:
-        return tuple(map(Workload.parse, self.workloads))
+    def parsed(self) -> tuple[MeanWorkload, ...]:
+        """The workloads as numbers."""
+        return tuple(map(MeanWorkload.parse, self.workloads))
 
     def sizes(self, device: str) -> tuple[int, ...]:
-        """Of batches that are worth a plan. Raises: SearchError, the memory of the device is not known."""
-        return suitable([natural_tokens(self.size, device, self.ranks, workload) for workload in self.parsed])
+        """Return the batch sizes that are worth a plan on a device, ascending, in tokens.
+
+        Raises:
+            SearchError: the memory of the device is not known.
+        """
+        return suitable_sizes([natural_tokens(self.size, device, self.ranks, workload) for workload in self.parsed])
 
     def mix(self, workload: str, tokens: int, device: str) -> Mix:
-        parsed = Workload.parse(workload)
-        return mix_of(parsed, tokens, natural_tokens(self.size, device, self.ranks, parsed))
+        """Return the steady mix of a batch of `tokens` on a device."""
+        parsed = MeanWorkload.parse(workload)
+        return batch_mix(parsed, tokens, natural_tokens(self.size, device, self.ranks, parsed))
 
-    def request(self, profile: Profile, sizes: Sequence[int], effort: Effort) -> Request:
-        return Request(
+    def key(self, profile: Profile, sizes: Sequence[int], effort: Effort) -> SearchKey:
+        """Return the key of the files of this search."""
+        return SearchKey(
             model_fingerprint=fingerprint(self.model.layer),
             num_layers=self.model.num_layers,
             device=profile.header.device,

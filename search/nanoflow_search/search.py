@@ -1,8 +1,8 @@
-"""search: from a model and a machine to a schedule file, in phases of which each can be cut and goes on from its files.
+"""A search turns a model and a machine into a schedule file, in phases that can each be cut and go on from their files.
 
-1. profile: operations alone and side by side, on the machine
-2. plans: the two programs for each size of batch, and what is predicted of their best plans; needs a solver only
-3. timing: those plans against sequential, on the machine
+1. profile: operations are measured alone and side by side, on the machine.
+2. plans: the two stages plan for each size of batch, and the best plans are predicted; this needs a solver only.
+3. timing: those plans are timed against sequential, on the machine.
 """
 
 from __future__ import annotations
@@ -11,95 +11,99 @@ from functools import cache
 from pathlib import Path
 
 from nanoflow_backend.schedule.file import ScheduleFile
-from nanoflow_search.checkpoint import SearchError, State
-from nanoflow_search.emit.progress import Display
-from nanoflow_search.emit.schedule_file import Outcome, Planned, answer
-from nanoflow_search.emit.trials import Refined, Timer, refine
-from nanoflow_search.hardware.machine import Machine, measure_profile
-from nanoflow_search.plan.batch_case import Case
-from nanoflow_search.plan.candidates import Candidate, Prediction, find_candidates, predictions_of
+from nanoflow_search.checkpoint import Checkpoint, Run, SearchError
+from nanoflow_search.emit.progress import ProgressDisplay
+from nanoflow_search.emit.schedule_file import Outcome, Planned, make_schedule_file
+from nanoflow_search.emit.trials import run_trials
+from nanoflow_search.hardware.interface import Machine
+from nanoflow_search.hardware.machine import measure_profile
+from nanoflow_search.plan.batch_case import BatchCase
+from nanoflow_search.plan.candidates import Candidate, PlanPrediction, find_candidates, predictions_of
+from nanoflow_search.predict.predict import Timer
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.request import Effort, Phase, Setting
+from nanoflow_search.request import Effort, Phase, SearchRequest
 
 
 def search(
-    setting: Setting,
+    request: SearchRequest,
     sizes: tuple[int, ...],
     effort: Effort,
     machine: Machine | None,
     profile_path: Path,
-    state: State,
-    display: Display,
+    checkpoint: Checkpoint,
+    display: ProgressDisplay,
     until: Phase = Phase.TIMING,
-) -> tuple[ScheduleFile, Candidate] | None:
-    """The file, and its plan at B_dense; None if an earlier phase is the last one wanted.
+) -> tuple[ScheduleFile, Outcome] | None:
+    """Return the schedule file and the outcome at B_dense; None if an earlier phase is the last one wanted.
 
-    `sizes` of batches, ascending; none: those that suit the workloads and the device's memory. `machine` is None where
-    nothing can be measured: what the files of `state` do not hold must be measured elsewhere.
+    `sizes` of batches are ascending tokens; none: those that suit the workloads and the device's memory. `machine` is
+    None where nothing can be measured: what the profile and the checkpoint lack must be measured elsewhere.
 
     Raises:
-        SearchError: something is to be measured, and here is no machine; or the state is that of another search.
+        SearchError: something is to be measured and here is no machine, or the checkpoint is that of another search.
         ProfileError: the profile is of something else.
     """
-    profile = _profile(setting, sizes, effort, machine, profile_path, state, display)
+    run = Run(checkpoint, display.say, display.advance)
+    profile = _profile(request, sizes, effort, machine, profile_path, run, display)
     if until is Phase.PROFILE:
         return None
-    sizes = sizes or setting.sizes(profile.header.device)
-    state.claim(setting.request(profile, sizes, effort))
+    sizes = sizes or request.sizes(profile.header.device)
+    checkpoint.claim(request.key(profile, sizes, effort))
     display.begin("plans", len(sizes))
-    planned = []
-    for tokens in sizes:
-        planned.append(_plan(Case(setting, profile, tokens), effort, state.within(str(tokens)), display))
-        display.advance()
+    planned = [_plan(BatchCase(request, profile, tokens), effort, run.within(str(tokens))) for tokens in sizes]
     if until is Phase.PLANS:
         return None
-    trials = len(setting.workloads) * sum(len(found.plans) - 1 for found in planned)
+    trials = len(request.workloads) * sum(len(found.plans) - 1 for found in planned)
     display.begin("timing", effort.rounds * trials)
-    timed = [_time(found, effort, machine, state.within(str(found.case.tokens)), display) for found in planned]
-    return answer([Outcome(*found, refined) for found, refined in zip(planned, timed, strict=True)])
+    return make_schedule_file([_time(found, effort, machine, run.within(str(found.case.tokens))) for found in planned])
 
 
 def _profile(
-    setting: Setting,
+    request: SearchRequest,
     sizes: tuple[int, ...],
     effort: Effort,
     machine: Machine | None,
     path: Path,
-    state: State,
-    display: Display,
+    run: Run,
+    display: ProgressDisplay,
 ) -> Profile:
-    """A profile that plans were made from stays as it is."""
-    if machine is not None and not state.claimed:
+    """Return the profile, measured as far as it lacks points. Once plans were made from it, it stays as it is."""
+    if machine is not None and not run.checkpoint.claimed:
         display.begin("profile", None)
         path.parent.mkdir(parents=True, exist_ok=True)
-        measure_profile(machine, setting, sizes or setting.sizes(machine.name), effort.shared, path, display.say)
+        measure_profile(machine, request, sizes or request.sizes(machine.name), effort.shared, path, run.say)
     if not path.exists():
         raise SearchError(f"{path}: there is no profile, and no GPU here: take it where one is (--until profile)")
     return Profile.load(path)
 
 
-def _plan(case: Case, effort: Effort, state: State, display: Display) -> Planned:
-    """On file before anything is timed."""
-    once = state.once
-    plans = once("plans.msgpack", list[Candidate], lambda: find_candidates(case, effort, state, display.say))
-    predictions = once("predictions.json", list[Prediction], lambda: predictions_of(case, plans))
-    return Planned(case, plans, predictions, once("bounds.json", dict[str, float], case.bounds_us))
+def _plan(case: BatchCase, effort: Effort, run: Run) -> Planned:
+    """Return the candidates of one size with their predictions, which are on file before anything is timed."""
+    files = run.checkpoint
+    if (plans := files.load("plans.msgpack", list[Candidate])) is None:
+        plans = files.save("plans.msgpack", find_candidates(case, effort, run))
+    if (predictions := files.load("predictions.json", list[PlanPrediction])) is None:
+        predictions = files.save("predictions.json", predictions_of(case, plans))
+    if (bounds_us := files.load("bounds.json", dict[str, float])) is None:
+        bounds_us = files.save("bounds.json", case.bounds_us())
+    run.advance()
+    return Planned(case, plans, predictions, bounds_us)
 
 
-def _time(found: Planned, effort: Effort, machine: Machine | None, state: State, display: Display) -> Refined:
-    case = found.case
+def _time(planned: Planned, effort: Effort, machine: Machine | None, run: Run) -> Outcome:
+    """Return the outcome of the trials of one size."""
+    case = planned.case
 
     def timer(workload: str) -> Timer:
         @cache
         def made() -> Timer:
-            """Only for what is not timed yet: it takes weights and pages."""
+            """Make the timer at its first use, since it takes memory for weights and pages."""
             if machine is None:
                 raise SearchError("the plans are found; run the same command where a GPU is to time them")
-            return machine.timer(case.setting, case.mix(workload))
+            return machine.timer(case.request, case.mix(workload))
 
         return lambda schedule: made()(schedule)
 
-    sequential, *others = (plan.schedule for plan in found.plans)
-    timers = {workload: timer(workload) for workload in case.setting.workloads}
-    once = state.within("timing").once
-    return refine(timers, sequential, others, effort.rounds, once=once, progress=display.advance)
+    sequential, *others = (plan.schedule for plan in planned.plans)
+    timers = {workload: timer(workload) for workload in case.request.workloads}
+    return Outcome(planned, run_trials(timers, sequential, others, effort.rounds, run.within("timing")))

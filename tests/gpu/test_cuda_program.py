@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 import triton
@@ -19,10 +18,11 @@ from schedules import plans, random_schedule
 from torch import Tensor
 from triton.language.extra.cuda import smid
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.graph.operation import Resource
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
@@ -58,7 +58,7 @@ def program(
     kernels: Kernels = device,
     **options: Any,
 ) -> CudaProgram:
-    pages = storage.allocate(
+    pages = KvPages.allocate(
         case.config, requests.num_pages, requests.page_tokens, dtype, device="cuda", poison=True
     )  # fmt: skip
     tokens = schedules[-1].tokens
@@ -67,7 +67,7 @@ def program(
         schedules,
         cast(case.weights, dtype, "cuda"),
         pages,
-        Collectives(),
+        OneRank(),
         kernels,
         **{"max_tokens": tokens, "dtype": dtype, **ON_GPU} | options,
     )
@@ -80,9 +80,9 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
     """What differs is copied over after each launch: the next one starts from the same."""
     requests = Requests(case.config, LENGTHS, page_tokens)
     schedule, options = nano_batched(case.model.layer, TOKENS, 3), {"max_tokens": TOKENS, "dtype": dtype}
-    pages = storage.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
+    pages = KvPages.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
     cpu = Binding(
-        case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, Collectives(), reference, **options
+        case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, OneRank(), reference, **options
     )  # fmt: skip
     cuda = program(case, [schedule], requests, dtype).binding
     compared = 0
@@ -111,9 +111,10 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
                     assert actual.tolist() == expected.tolist(), ours.where
                 actual.copy_(expected)
                 compared += 1
-            assert torch.equal(cuda.kv.isnan().cpu(), cpu.kv.isnan()), f"{ours.where} writes other places of pages"
-            assert_close(f"pages after {ours.where}", cuda.kv.cpu().nan_to_num(), cpu.kv.nan_to_num(), 1e-2)
-            cuda.kv.copy_(cpu.kv)
+            found, correct = cuda.kv.tensor, cpu.kv.tensor
+            assert torch.equal(found.isnan().cpu(), correct.isnan()), f"{ours.where} writes other places of pages"
+            assert_close(f"pages after {ours.where}", found.cpu().nan_to_num(), correct.nan_to_num(), 1e-2)
+            found.copy_(correct)
     assert compared > 300
     assert any(op.resource is Resource.NETWORK for op in cpu.plans[0].layer.operations)
 
@@ -150,7 +151,7 @@ def test_kernels_that_start_early_give_the_same_bits(case: Case, monkeypatch: py
             for token_ids, positions, slots in inputs:
                 forward(made, (token_ids, positions, slots, page_table))
                 logits.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
-        results.append((torch.cat(logits), made.binding.kv.nan_to_num()))
+        results.append((torch.cat(logits), made.binding.kv.tensor.nan_to_num()))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 
@@ -222,7 +223,7 @@ def test_halves_on_sms_of_their_own_give_the_same_logits_and_pages(case: Case, c
             token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
             forward(made, (token_ids, positions, slots, page_table))
             logits.append(made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).clone())
-        results.append((torch.cat(logits), made.binding.kv))
+        results.append((torch.cat(logits), made.binding.kv.tensor))
     (logits, pages), (expected, expected_pages) = results
     assert_close("logits", logits.cpu(), expected.cpu(), 1e-5)
     assert torch.equal(pages.isnan(), expected_pages.isnan())

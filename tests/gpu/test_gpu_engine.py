@@ -5,16 +5,16 @@ import random
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from schedules import random_schedule, save
 from searched import schedule_file, searched
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.memory import GIB
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import page_bytes
 from nanoflow_backend.models.model import build
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.device import find_device
@@ -193,8 +193,8 @@ def test_pages_fill_the_share_of_memory_that_is_ours() -> None:
         pytest.skip(f"others use {elsewhere / GIB:.1f} GiB of the GPU, and how much changes: run it alone")
     share = 1 - free / total + 0.05  # what is in use, and 5 % more
     made = llm(kv_cache_tokens=None, gpu_memory_utilization=share, dense_batch_tokens=64).engine
-    page_bytes = storage.page_bytes(made.model_config, made.config.page_tokens, torch.bfloat16)
-    kv_share = made.executor.num_pages * page_bytes / total
+    bytes_a_page = page_bytes(made.model_config, made.config.page_tokens, torch.bfloat16)
+    kv_share = made.executor.num_pages * bytes_a_page / total
     assert 0.03 < kv_share < 0.05
     free, total = torch.cuda.mem_get_info()
     assert share - 0.01 < 1 - free / total < share + 0.005

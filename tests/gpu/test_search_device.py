@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.plan.partitions import partitions_of
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
-from nanoflow_search.profile.data import Load
-from nanoflow_search.profile.measure import header_of, take_profile
-from nanoflow_search.profile.points import loads_of, partition_loads_of
+from nanoflow_search.predict.timing_model import TimingModel
+from nanoflow_search.profile.load import Load
+from nanoflow_search.profile.measure import profile_header, take_profile
+from nanoflow_search.profile.points import partition_loads, shared_loads
 from shapes import CONFIGS, config
 
 from nanoflow_backend.config import ModelConfig
@@ -31,52 +31,52 @@ def shape(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_load_of_a_model_runs(name: str, tmp_path: Path) -> None:
-    from nanoflow_search.hardware.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuLoadRunner
 
     made = shape(name)
-    device, graph = GpuDevice.here(made, MIX, seconds=SECONDS), build(made).layer
-    loads = loads_of(graph, device.sms, MIX, largest_tokens=128)
+    device, graph = GpuLoadRunner.here(made, MIX, seconds=SECONDS), build(made).layer
+    loads = shared_loads(graph, device.sms, MIX, largest_tokens=128)
     # One amount of each is enough here.
     alone = {(a.load.operation, a.load.sms): a for a in loads.alone}.values()
-    profile = take_profile(device, header_of(device, graph), alone, loads.together[:3], tmp_path / "profile.json")
+    profile = take_profile(device, profile_header(device, graph), alone, loads.together[:3], tmp_path / "profile.json")
     assert all(p.duration_us > 0 for p in profile.points if not p.operation.endswith("_reduce"))
     assert all(0 < p.clock_mhz <= device.highest_clock_mhz for p in profile.points)
     assert 0 < profile.header.static_w < profile.header.power_cap_w
     assert len(profile.pairs) == 3
-    found = predict(sequential(graph, 128), Measured(profile, MIX), 3)
+    found = predict(sequential(graph, 128), TimingModel(profile, MIX), 3)
     assert found.layer_us > 0
 
 
 def test_plans_with_sms_of_their_own_are_profiled_predicted_and_timed(tmp_path: Path) -> None:
-    from nanoflow_search.hardware.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuLoadRunner
     from nanoflow_search.hardware.plan_timer import PlanTimer
 
     made = shape("llama")
-    device, layer = GpuDevice.here(made, MIX, seconds=SECONDS), build(made).layer
-    loads = partition_loads_of(layer, device.sms, MIX, 128, sizes=(32, 40))
+    device, layer = GpuLoadRunner.here(made, MIX, seconds=SECONDS), build(made).layer
+    loads = partition_loads(layer, device.sms, MIX, 128, sizes=(32, 40))
     path = tmp_path / "profile.json"
-    profile = take_profile(device, header_of(device, layer), loads.alone, loads.together, path)
+    profile = take_profile(device, profile_header(device, layer), loads.alone, loads.together, path)
     timer = PlanTimer.here(made, MIX, seconds=SECONDS)
     assert len(partitions_of(profile, layer)) == 2
     for partition in partitions_of(profile, layer):
         plan = overlapped(layer, 128, 64, 0.5, partition["memory"], device.sms)
-        assert predict(plan, Measured(profile, MIX), 3).layer_us > 0
+        assert predict(plan, TimingModel(profile, MIX), 3).layer_us > 0
         assert timer(plan).layer_us > 0
 
 
 def test_few_sms_take_longer() -> None:
     """A launch keeps to its SMs: decode attention is not as fast on a few as on all."""
-    from nanoflow_search.hardware.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuLoadRunner
 
-    device = GpuDevice.here(shape("llama"), MIX, seconds=SECONDS)
+    device = GpuLoadRunner.here(shape("llama"), MIX, seconds=SECONDS)
     few, whole = (device.time([Load("attention/decode", 1_000_000, sms)]).durations_us[0] for sms in (16, None))
     assert few > 1.5 * whole
 
 
 def test_a_large_product_takes_longer_than_a_small_one() -> None:
-    from nanoflow_search.hardware.gpu import GpuDevice
+    from nanoflow_search.hardware.gpu import GpuLoadRunner
 
-    device = GpuDevice.here(shape("llama"), MIX, seconds=SECONDS)
+    device = GpuLoadRunner.here(shape("llama"), MIX, seconds=SECONDS)
     small, large = (device.time([Load("gate_up", n)]).durations_us[0] for n in (1024, 16384))
     assert large > 4 * small
 

@@ -1,18 +1,14 @@
 """Real servers for tests: `server(model_repository=..., **options)` starts one that lives until the session ends."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from benchmarks.server import DEMO_MODEL, add_model
 from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import LLM
-
-ROOT = Path(__file__).parents[2]
-DEMO_MODEL = ROOT / "demo" / "tiny-llama"
 
 # The server looks once a second whether its models have unloaded; two looks were needed for one model.
 EXIT_TIMEOUT_S = 5
@@ -52,13 +48,8 @@ def demo(server: Callable[..., EmbeddedServer], tmp_path_factory: pytest.TempPat
     """The demo model behind the drop-in folder, as `nanoflow`, and with `decoupled: false`, as `unary`."""
     repository = tmp_path_factory.mktemp("demo")
     for name, decoupled in (("nanoflow", "true"), ("unary", "false")):
-        shutil.copytree(ROOT / "model_repository" / "nanoflow", repository / name)
-        (repository / name / "1" / "engine.json").write_text(json.dumps({"model": str(DEMO_MODEL)}))
-        config = (repository / name / "config.pbtxt").read_text()
-        config = config.replace('name: "nanoflow"', f'name: "{name}"').replace(
-            "decoupled: true", f"decoupled: {decoupled}"
-        )
-        (repository / name / "config.pbtxt").write_text(config)
+        config = add_model(repository, DEMO_MODEL, name=name) / "config.pbtxt"
+        config.write_text(config.read_text().replace("decoupled: true", f"decoupled: {decoupled}"))
     return server(repository, log=repository.parent / "demo.log")
 
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from server.conftest import ROOT
+
+from benchmarks.server import ROOT
 
 pytestmark = pytest.mark.server
 

@@ -1,4 +1,4 @@
-"""Loading and unloading the model leaves nothing behind. The long run: benchmarks/lifecycle.py, 50 cycles."""
+"""Loading and unloading the model leaves nothing behind. The long run: `python -m benchmarks lifecycle`, 50 cycles."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_loads_reloads_and_unloads_leave_nothing(tmp_path):
-    script = [sys.executable, "benchmarks/lifecycle.py", "--model", "demo/tiny-llama"]
+    script = [sys.executable, "-m", "benchmarks", "lifecycle", "--model", "demo/tiny-llama"]
     path = {"PYTHONPATH": ":".join(entry for entry in sys.path if entry)}
     subprocess.run(
         [*script, "--cycles", "2", "--output", tmp_path / "result.json"],

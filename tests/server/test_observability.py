@@ -5,26 +5,23 @@ import http.client
 import http.server
 import json
 import re
-import shutil
 import threading
 import time
-from pathlib import Path
 
-import checkpoints
 import observability
 import pytest
-import tiny_tokenizers
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from waiting import until
 
+from benchmarks.models import checkpoints, tiny_tokenizers
+from benchmarks.server import add_model
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS
 from nanoflow_backend.telemetry.families import FAMILIES
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 
-FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
 ACCOUNT_FLAGS = {f"return_{name}": True for name in ACCOUNT_OUTPUTS}
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14] * 4
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -83,9 +80,7 @@ def served(server, collector, tmp_path_factory):
     vocab_size = Tokenizer.from_pretrained(checkpoint).vocab_size
     checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), checkpoint)
     repository = tmp_path_factory.mktemp("repository")
-    shutil.copytree(FOLDER, repository / "nanoflow")
-    engine = {"model": str(checkpoint), "max_running": 2, "max_queue_size": 1, "otlp_traces_endpoint": collector.url}
-    (repository / "nanoflow" / "1" / "engine.json").write_text(json.dumps(engine))
+    add_model(repository, checkpoint, max_running=2, max_queue_size=1, otlp_traces_endpoint=collector.url)
     trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
     arguments = [f"--trace-config={setting}" for setting in trace]
     return server(repository, log=tmp_path_factory.mktemp("log") / "server.log", arguments=arguments)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from server.conftest import DEMO_MODEL, ROOT
+
+from benchmarks.server import DEMO_MODEL, ROOT
 
 pytestmark = pytest.mark.server
 

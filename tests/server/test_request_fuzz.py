@@ -1,11 +1,10 @@
 """Whatever comes over gRPC or HTTP: an answer or an error, never a crash or a hang, and nobody else is disturbed."""
 
-import contextlib
-
 import pytest
-import wire_fuzz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from benchmarks.stress import fuzz_on_the_wire
 
 pytestmark = pytest.mark.server
 
@@ -13,19 +12,18 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None, 
 
 
 @pytest.fixture(scope="module")
-def wire(server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzzed")
-    with contextlib.closing(wire_fuzz.start(folder, server)) as wire:
+def wire(tmp_path_factory):
+    with fuzz_on_the_wire.fuzzed_server(tmp_path_factory.mktemp("fuzzed")) as wire:
         yield wire
 
 
 @FEW
-@given(batch=st.lists(wire_fuzz.messages(), min_size=8, max_size=8))
+@given(batch=st.lists(fuzz_on_the_wire.messages(), min_size=8, max_size=8))
 def test_no_grpc_message_breaks_the_server(wire, batch):
     wire.check_grpc(batch)
 
 
 @FEW
-@given(batch=st.lists(wire_fuzz.bodies(), min_size=4, max_size=4))
+@given(batch=st.lists(fuzz_on_the_wire.bodies(), min_size=4, max_size=4))
 def test_no_http_body_breaks_the_server(wire, batch):
     wire.check_http(batch)

@@ -13,35 +13,24 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 import tritonclient.grpc
 from server.clients import GrpcStream, generate, generate_stream, grpc, metrics, post
 from tritonclient.utils import InferenceServerException
 from waiting import until
 
+from benchmarks.models import checkpoints, tiny_tokenizers
+from benchmarks.server import add_model
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 
-FOLDER = Path(__file__).parents[2] / "model_repository" / "nanoflow"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "does", "not", "mind", "stop", "page"]
 MINIMAL_CONFIG = 'backend: "python"\ninstance_group [ { kind: KIND_MODEL } ]\n'
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 USED_PAGES = 'nanoflow_kv_cache_pages{state="used",tier="device"}'
 COUNTS = {"return_num_output_tokens": True, "return_total_output_tokens": True, "return_finish_reason": True}
-
-
-def add_model(repository, name, model, config=None, **engine):
-    """A copy of the drop-in folder under another name, with `engine` in its engine.json."""
-    folder = repository / name
-    shutil.copytree(FOLDER, folder)
-    config = config or (FOLDER / "config.pbtxt").read_text().replace('name: "nanoflow"', f'name: "{name}"')
-    (folder / "config.pbtxt").write_text(config)
-    (folder / "1" / "engine.json").write_text(json.dumps({"model": str(model), **engine}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +48,8 @@ def served(server, checkpoint, tmp_path_factory):
     ids_only = tmp_path_factory.mktemp("ids_only")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, ids_only)
-    add_model(repository, "nanoflow", checkpoint, schedule="nano-batched-3")
-    add_model(repository, "narrow", ids_only, max_running=1, max_queue_size=1)
+    add_model(repository, checkpoint, name="nanoflow", schedule="nano-batched-3")
+    add_model(repository, ids_only, name="narrow", max_running=1, max_queue_size=1)
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = ["--model-control-mode=explicit", "--load-model=nanoflow", "--load-model=narrow"]
     return server(repository, log=log, exit_timeout_s=30, arguments=[*arguments, "--disable-auto-complete-config"])
@@ -351,7 +340,7 @@ def test_200_cancels_return_every_page(served, prompts):
 
 
 def test_unloading_waits_for_streams_and_ends_the_engine(served, process_tree, checkpoint, prompts, expected):
-    add_model(served.model_repository, "passing", checkpoint)
+    add_model(served.model_repository, checkpoint, name="passing")
     with loader(served) as client:
         before = process_tree(served.pid)
         client.load_model("passing")
@@ -368,7 +357,7 @@ def test_unloading_waits_for_streams_and_ends_the_engine(served, process_tree, c
 
 
 def test_a_killed_engine_is_said_and_followed_by_another(served, process_tree, checkpoint, prompts):
-    add_model(served.model_repository, "doomed", checkpoint, max_engine_restarts=1)
+    add_model(served.model_repository, checkpoint, name="doomed", max_engine_restarts=1)
 
     def engine_pid():
         """Of the model's engine, where there is one."""
@@ -457,7 +446,7 @@ BROKEN = {
     misspell: r"engine\.json: .*unknown field `page_size`",
     no_weights: r"/empty: .*safetensors",
     too_large: r"kv_cache_tokens: 10+ tokens take .* GiB beside weights of .* GiB of memory are free on cpu: .* most",
-    no_folder: r"/nowhere/config\.json: No such file or directory",
+    no_folder: r"/nowhere: there is no such folder",
     bad_parameter: r"engine\.json: Expected `int \| null`, got `str` - at `\$\.page_tokens`",
     no_policy: r"config\.pbtxt: expected model_transaction_policy \{ decoupled: true \}",
 }
@@ -466,7 +455,7 @@ BROKEN = {
 @pytest.mark.parametrize("break_", BROKEN, ids=lambda break_: break_.__name__)
 def test_a_broken_folder_says_what_is_wrong(served, checkpoint, break_):
     name = f"broken_{break_.__name__}"
-    break_(add_model(served.model_repository, name, checkpoint))
+    break_(add_model(served.model_repository, checkpoint, name=name))
     with loader(served) as client, pytest.raises(InferenceServerException, match=BROKEN[break_]):
         client.load_model(name)
     assert re.search(BROKEN[break_], served.log.read_text())
@@ -476,7 +465,7 @@ def test_a_broken_folder_says_what_is_wrong(served, checkpoint, break_):
 def test_a_five_line_folder_is_completed(server, checkpoint, tmp_path, prompts, expected):
     """Auto-completion fills in the tensors; fields of engine.json may stand in config.pbtxt; metrics may be off."""
     parameter = 'parameters { key: "page_tokens" value { string_value: "4" } }\n'
-    add_model(tmp_path, "minimal", checkpoint, config=MINIMAL_CONFIG + parameter)
+    add_model(tmp_path, checkpoint, name="minimal", config=MINIMAL_CONFIG + parameter)
     small = server(tmp_path, log=tmp_path / "log", exit_timeout_s=30, arguments=["--allow-metrics=false"])
     answer = generate(small.http_url, "minimal", text_input=prompts[0], exclude_input_in_output=True, **GREEDY)
     assert answer["text_output"] == expected[0].text

@@ -16,9 +16,9 @@ def test_every_token_arrives_and_the_engine_alone_is_compared_with(tmp_path):
     alone, output = tmp_path / "alone.json", tmp_path / "served.json"
     alone.write_text(json.dumps({"workload": "7/5", "requests": 9, "total_tokens_per_s": 1e6}))
     sizes = ("--input-tokens", "7", "--output-tokens", "5", "--requests", "9", "--clients", "2")
-    script, model = ROOT / "benchmarks" / "serving_offline.py", ROOT / "demo" / "tiny-llama"
+    benchmark, model = ("-m", "benchmarks", "serving-offline"), ROOT / "demo" / "tiny-llama"
     done = subprocess.run(
-        [sys.executable, script, "--model", model, *sizes, "--engine-result", alone, "--output", output],
+        [sys.executable, *benchmark, "--model", model, *sizes, "--engine-result", alone, "--output", output],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))},
         capture_output=True,
         text=True,

@@ -1,13 +1,14 @@
-"""A short soak; benchmarks/soak.py is the long one."""
+"""A short soak; `make soak` is the long one."""
 
 import pytest
-import soak_run
+
+from benchmarks.stress import soak
 
 pytestmark = pytest.mark.server
 
 
 def test_overload_kills_and_reloads_lose_no_request():
-    report = soak_run.run(seconds=0, round_s=3, seed=1, say=print)
+    report = soak.soak(duration_s=0, round_s=3, seed=1, say=print)
     # What a busy machine may change is for the long run, whose machine is quiet.
     ours = [failure for failure in report["failures"] if not failure.startswith("p99 of refusals")]
     assert ours == []
@@ -27,4 +28,4 @@ def test_overload_kills_and_reloads_lose_no_request():
 )
 def test_lost_sockets_are_excused_only_as_far_as_clients_left(lost, departures, is_failure):
     rounds = [{"round": 0, "held": {"lost_sockets": lost}, "departures": departures}]
-    assert bool(list(soak_run.lost_too_much(rounds))) is is_failure
+    assert bool(list(soak.lost_too_much(rounds))) is is_failure

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.program import Program
 
 Chunk = tuple[int, int, int]  # slot, start, stop: consecutive tokens of one request
@@ -45,7 +45,7 @@ class Requests:
         self.page_table = torch.randperm(self.num_pages, generator=rng).view(len(lengths), pages).int()
 
     def empty_pages(self, tp: int = 1) -> Tensor:
-        return storage.allocate(self.config, self.num_pages, self.page_tokens, torch.float32, tp, poison=True)
+        return KvPages.allocate(self.config, self.num_pages, self.page_tokens, torch.float32, tp, poison=True)
 
     def inputs(self, batch: list[Chunk]) -> Inputs:
         return Inputs(

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import torch
 from batches import Chunk, Requests, decode_kv_tokens, forward
 from comparison import assert_close
 from nanoflow_kernels import reference
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Model
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -54,7 +54,7 @@ class Case:
         options = {"max_tokens": schedules[-1].tokens, "dtype": torch.float32} | options
         checked, kernels = options.pop("checked", True), options.pop("kernels", reference)
         pages = self.requests.empty_pages()
-        binding = Binding(self.model, schedules, self.weights, pages, Collectives(), kernels, **options)
+        binding = Binding(self.model, schedules, self.weights, pages, OneRank(), kernels, **options)
         return CpuProgram(binding, checked=checked)
 
     def check(

@@ -1,14 +1,10 @@
-"""The one comparison of tensors: relative RMS error, with the quantity named."""
+"""Tensors are compared by their relative RMS error, with the quantity named."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over RMS of `expected`, in float64; 0 where both are empty or zero."""
-    difference = (actual.double() - expected.double()).square().sum().sqrt()
-    return float(difference / expected.double().square().sum().sqrt().clamp(min=1e-300))
+from benchmarks.accuracy.relative_rms import relative_rms
 
 
 def assert_close(quantity: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

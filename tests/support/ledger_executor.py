@@ -1,8 +1,9 @@
 """LedgerExecutor is an Executor whose model is arithmetic and whose KV pages say what was written into them.
 
 The entry of a position is a number made of every token up to there, so a page that was shared wrongly, reused too
-early or never written does not hold what its reader expects. The next token is a function of that number, so a token
-that is lost or doubled changes all that follow.
+early or never written does not hold what its reader expects. A page that is loaded from a lower tier holds nothing
+until the step that carries its load is collected. The next token is a function of that number, so a token that is lost
+or doubled changes all that follow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from nanoflow_backend.kvcache.tier import Direction
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, PromptScores, Sampled, TokenLogprobs
 
@@ -53,6 +55,7 @@ class LedgerStep:
     batch: Batch
     results: Sampled
     writers: dict[int, int]  # by page, the slot that writes it
+    loads: dict[int, list[int]]  # by page, what is loaded into it when the step is collected
 
 
 class LedgerExecutor:
@@ -69,6 +72,7 @@ class LedgerExecutor:
         self._last_sample: dict[int, int] = {}
         self._scored_prompts: dict[int, list[int]] = {}  # by slot
         self._in_flight: deque[LedgerStep] = deque()
+        self._lower: dict[int, list[int]] = {}  # what the slots of the tier below hold
 
     def launch_forward(self, batch: Batch) -> LedgerStep:
         for admission in batch.admitted:
@@ -82,6 +86,7 @@ class LedgerExecutor:
                 self._scored_prompts[admission.slot] = known[: admission.prompt_tokens]
         for slot, index, page in batch.page_table:
             self._tables[slot][index] = page
+        loads = self._transfer(batch)
         rows = [
             (slot, position, [self._last_sample[slot]])
             for slot, position in zip(batch.decode_slots, batch.decode_positions, strict=True)
@@ -95,6 +100,8 @@ class LedgerExecutor:
             for page, slot in writers.items():
                 other = earlier.writers.get(page, slot)
                 assert other == slot, f"page {page} is reused while slot {other} may write it"
+                assert page not in earlier.loads, f"page {page} is written while it is loaded"
+        assert not writers.keys() & loads.keys(), "a page is written in the step that loads it"
         ends = {slot: start + len(token_ids) for slot, start, token_ids in rows}
         for slot in batch.sampled_slots:
             self._last_sample[slot] = self._slot_stories[slot].tokens[ends[slot]]
@@ -104,7 +111,7 @@ class LedgerExecutor:
             if p.start < len(prompt := self._scored_prompts.get(p.slot, [])[: p.start + len(p.token_ids) + 1])
         ]
         results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots], {}, scores)
-        self._in_flight.append(LedgerStep(batch, results, writers))
+        self._in_flight.append(LedgerStep(batch, results, writers, loads))
         return self._in_flight[-1]
 
     def launch_tail(self, step: LedgerStep, masks: Masks | None) -> None:
@@ -114,10 +121,27 @@ class LedgerExecutor:
 
     def collect(self, step: LedgerStep) -> Sampled:
         assert step is self._in_flight.popleft(), "steps are collected in the order of their launches"
+        for page, content in step.loads.items():
+            self._pages[page] = content
         return step.results
 
     def close(self) -> None:
         assert not self._in_flight
+
+    def _transfer(self, batch: Batch) -> dict[int, list[int]]:
+        """Store at once, and load when the step is collected: until then a page that is loaded holds nothing."""
+        loads: dict[int, list[int]] = {}
+        for transfer in batch.transfers:
+            for earlier in self._in_flight:
+                assert transfer.page not in earlier.writers, f"page {transfer.page} is copied while it may be written"
+                assert transfer.page not in earlier.loads, f"page {transfer.page} is copied while it is loaded"
+            assert transfer.page not in loads, f"page {transfer.page} is copied in the step that loads it"
+            if transfer.direction is Direction.STORE:
+                self._lower[transfer.tier_slot] = list(self._pages[transfer.page])
+            else:
+                loads[transfer.page] = list(self._lower[transfer.tier_slot])
+                self._pages[transfer.page] = [-1] * self._page_tokens
+        return loads
 
     def _read(self, slot: int, tokens: int) -> None:
         """Attention reads all earlier positions: they must be this request's."""

@@ -1,22 +1,23 @@
-"""Machine: a GPU that is made up, for benchmarks/overlap.py; its profile, and the command that runs there."""
+"""A GPU that is made up stands in for the one that benchmarks/overlap times plans on; it has a profile."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from msgspec.structs import replace
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import Timing
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.profile.points import partition_loads_of
+from nanoflow_search.profile.points import partition_loads
 from profiled import profiled
 
+from benchmarks.overlap import ablation, sensitivity, steady_batches
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
@@ -24,10 +25,6 @@ from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.plan import Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import overlap  # noqa: E402
-
 MODEL = BENCHMARKS / "models" / "llama-3-8b"
 LAYER = build(ModelConfig.from_pretrained(MODEL)).layer
 MIX = Mix(683, 1365, 1280, 512)  # of the profile
@@ -43,7 +40,7 @@ class Machine:
         self.mixes: list[Mix] = []
         self.timed: list[Schedule] = []
         self.here_is = H200
-        monkeypatch.setattr(overlap, "find_device", lambda wanted: self.here_is)
+        monkeypatch.setattr(steady_batches, "find_device", lambda wanted: self.here_is)
         monkeypatch.setattr(PlanTimer, "here", self.here)
 
     def here(self, config: ModelConfig, mix: Mix, *, num_layers: int, **options: Any) -> Callable[[Schedule], Timing]:
@@ -60,20 +57,27 @@ class Machine:
 
 def profile_of(graph: Graph, mix: Mix, shares: Sequence[int] = SHARES) -> Profile:
     """A profile as if it were of an H200."""
-    loads = partition_loads_of(graph, 132, mix, round(mix.tokens), shares)
+    loads = partition_loads(graph, 132, mix, round(mix.tokens), shares)
     taken = profiled(SyntheticDevice(graph, DEVICES["H200-sustained"], noise=0.0), graph, loads)
     return replace(taken, header=replace(taken.header, device=H200.name))
 
 
-def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, profile: Profile) -> Callable[..., dict[str, Any]]:
-    """overlap.py with this profile, saved in tmp_path: called with a benchmark, its output and more words."""
+def map_of(tokens: Sequence[int], contexts: Sequence[int]) -> list[str]:
+    """The words that ask for a map of these cells."""
+    asked = (("--tokens", size) for size in tokens), (("--context", mean) for mean in contexts)
+    return [str(word) for pairs in asked for pair in pairs for word in pair]
+
+
+def command(tmp_path: Path, profile: Profile) -> Callable[..., dict[str, Any]]:
+    """A benchmark with this profile, saved in tmp_path: called with its name, its output and more words."""
     taken = tmp_path / "profile.json"
     profile.save(taken)
 
     def run(benchmark: str, output: Path, *words: str) -> dict[str, Any]:
         options = ("--model", MODEL, "--profile", taken, "--layers", "3", "--output", output, *words)
-        monkeypatch.setattr(sys, "argv", ["overlap.py", benchmark, *map(str, options)])
-        overlap.main()
+        app = typer.Typer()
+        app.command()({"ablation": ablation, "sensitivity": sensitivity}[benchmark].main)
+        app([*map(str, options)], standalone_mode=False)
         found: dict[str, Any] = json.loads(output.read_text())
         return found
 

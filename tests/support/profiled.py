@@ -9,8 +9,8 @@ from pathlib import Path
 from nanoflow_search.cost.devices import DEVICES
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.profile.measure import header_of, take_profile
-from nanoflow_search.profile.points import Loads
+from nanoflow_search.profile.load import LoadsToMeasure
+from nanoflow_search.profile.measure import profile_header, take_profile
 
 from nanoflow_backend.graph.operation import Graph
 
@@ -22,6 +22,6 @@ def capped(graph: Graph, cap_w: float) -> SyntheticDevice:
     return SyntheticDevice(graph, replace(spec, power=replace(spec.power, cap_w=cap_w)))
 
 
-def profiled(device: SyntheticDevice, graph: Graph, loads: Loads) -> Profile:
+def profiled(device: SyntheticDevice, graph: Graph, loads: LoadsToMeasure) -> Profile:
     with tempfile.TemporaryDirectory() as folder:
-        return take_profile(device, header_of(device, graph), *loads, Path(folder) / "profile.json")
+        return take_profile(device, profile_header(device, graph), *loads, Path(folder) / "profile.json")

@@ -7,13 +7,15 @@ import random
 from pathlib import Path
 
 from msgspec.structs import replace
+from nanoflow_search.checkpoint import Run
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.plan.op_graph import layer_problem, schedule_of
 from nanoflow_search.plan.two_stages import find_plans
-from nanoflow_search.predict.timing_model import Measured
-from nanoflow_search.profile.points import loads_of
+from nanoflow_search.predict.timing_model import TimingModel
+from nanoflow_search.profile.points import shared_loads
+from nanoflow_search.request import Effort
 from profiled import profiled
 from schedules import random_schedule
 
@@ -34,10 +36,10 @@ def searched(model: Model, tokens: int, parts: int = 4) -> list[Schedule]:
     )  # fmt: skip
     device = SyntheticDevice(model.layer, spec, noise=0.0)
     mix = Mix(tokens // 2, tokens - tokens // 2, 8.0 * tokens, 4.0 * tokens)
-    profile = profiled(device, model.layer, loads_of(model.layer, device.sms, mix, 4 * tokens))
-    measured, chunk = Measured(profile, mix), tokens // parts
-    problem = layer_problem(model.layer, 1, tokens, chunk, measured.times)
-    plans = find_plans(problem, measured, chunk, turns=3, time_limit_s=10.0)
+    profile = profiled(device, model.layer, shared_loads(model.layer, device.sms, mix, 4 * tokens))
+    measured, chunk = TimingModel(profile, mix), tokens // parts
+    problem = layer_problem(model.layer, 1, tokens, chunk, measured.operations_us)
+    plans = find_plans(problem, measured, chunk, Effort(turns=3, time_limit_s=10.0), Run())
     return [schedule_of(model.layer, problem, plan.shares.timeline, chunk, plan.shares.sms) for plan in plans]
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from batches import Chunk, Requests, forward
 from msgspec.structs import replace
 from nanoflow_kernels import reference
+from support.collectives.checks import TOLERANCE, check_collectives
 from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
@@ -18,7 +19,7 @@ from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.gloo import Gloo
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
@@ -49,7 +50,11 @@ def schedules(graph: Graph, tokens: int, tp: int) -> dict[str, Schedule]:
 def run(rank: int, work: Work) -> None:
     """Join the others; check the collectives; let rank 0 save {(checkpoint, schedule): logits of all batches}."""
     dist.init_process_group("gloo", init_method=f"file://{work.rendezvous}", rank=rank, world_size=work.ranks)
-    check_collectives(rank, work.ranks)
+    collectives = Gloo()
+    for dtype in TOLERANCE:
+        for tokens in (0, 1, 3, 8):
+            for num_sms in (None, 5):
+                check_collectives(collectives, tokens, dtype, num_sms)
     results: dict[tuple[str, str], Tensor] = {}
     for folder in work.checkpoints:
         config = ModelConfig.from_pretrained(folder)
@@ -58,7 +63,6 @@ def run(rank: int, work: Work) -> None:
         requests = Requests(config, work.lengths)
         for name, schedule in schedules(model.layer, work.tokens, work.ranks).items():
             pages = requests.empty_pages(work.ranks)
-            collectives = Collectives(work.ranks)
             options = {"max_tokens": work.tokens, "dtype": torch.float32}
             binding = Binding(model, [schedule], loaded, pages, collectives, reference, **options)
             program = CpuProgram(binding, checked=True)
@@ -71,21 +75,3 @@ def run(rank: int, work: Work) -> None:
         torch.save(results, work.results)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def check_collectives(rank: int, ranks: int) -> None:
-    """The kernels on columns of wider rows, and on no rows at all."""
-    collectives = Collectives(ranks)
-    for dtype in (torch.float32, torch.bfloat16):
-        for tokens in (3, 0):
-            whole = torch.arange(tokens * 4 * ranks, dtype=dtype).view(tokens, 4 * ranks)
-            mine = (whole * (rank + 1))[:, : 2 * ranks]  # a strided input
-            total = (whole * sum(range(1, ranks + 1)))[:, : 2 * ranks]
-            wide = torch.full((3, tokens, 11), torch.nan, dtype=dtype)
-            collectives.all_reduce(mine, out=wide[0, :, : 2 * ranks])
-            assert torch.equal(wide[0, :, : 2 * ranks], total)
-            collectives.reduce_scatter(mine, out=wide[1, :, :2])
-            assert torch.equal(wide[1, :, :2], total[:, 2 * rank : 2 * rank + 2])
-            collectives.all_gather(wide[1, :, :2], out=wide[2, :, : 2 * ranks])
-            assert torch.equal(wide[2, :, : 2 * ranks], total)
-            assert wide[:, :, 2 * ranks :].isnan().all()  # and nothing beside their columns

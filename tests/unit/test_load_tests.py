@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_tokenizers
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]

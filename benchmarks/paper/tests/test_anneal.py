@@ -6,18 +6,20 @@ from itertools import combinations, pairwise, permutations, product
 from pathlib import Path
 
 import pytest
-from nanoflow_search.cost.model import Workload
+from nanoflow_search.checkpoint import Run
+from nanoflow_search.cost.workload import MeanWorkload
 from nanoflow_search.plan.op_graph import layer_problem, schedule_of
-from nanoflow_search.plan.problem import Dependency, NanoTask, Problem, Task
-from nanoflow_search.plan.two_stages import find_plans, one_after_the_other
+from nanoflow_search.plan.problem import NanoTask, Problem, Task, TaskDependency
+from nanoflow_search.plan.two_stages import find_plans, sequential_assignment
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Running
+from nanoflow_search.predict.timing_model import RunningCurve
+from nanoflow_search.request import Effort
 
 from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.a100_case import released
 from benchmarks.paper.anneal import anneal
 from benchmarks.paper.fluid import Fluid
-from benchmarks.paper.moves import AHEAD, Changes
+from benchmarks.paper.moves import MOST_LAYERS_AHEAD, Moves
 from benchmarks.paper.piece import Parts, Piece, Pieces, count, divided
 from benchmarks.paper.steady_period import Stint, settled
 from nanoflow_backend.config import ModelConfig
@@ -28,9 +30,9 @@ MODELS = Path(__file__).parents[2] / "models"
 LLAMA_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
 TOKENS, CHUNK = 2048, 256
 MEASURED = a100.Published(
-    a100.profile(LLAMA_70B.layer, 8, a100.LLAMA_2_70B_TP8, a100.RELEASE), Workload(512, 512).mix(TOKENS)
+    a100.profile(LLAMA_70B.layer, 8, a100.LLAMA_2_70B_TP8, a100.RELEASE), MeanWorkload(512, 512).mix(TOKENS)
 )
-PROBLEM = layer_problem(LLAMA_70B.layer, 8, TOKENS, CHUNK, MEASURED.times)
+PROBLEM = layer_problem(LLAMA_70B.layer, 8, TOKENS, CHUNK, MEASURED.operations_us)
 TENTHS = {share: round(share * a100.SMS) for share in a100.GEMM}
 SMS = {task.name: (None,) if task.lane == "compute" else tuple(TENTHS.values()) for task in PROBLEM.tasks}
 DECODES = 1024
@@ -117,7 +119,7 @@ def halves() -> Pieces:
 
 
 def test_a_gemm_keeps_what_the_others_leave() -> None:
-    def slowdowns(*running: Running) -> tuple[float, ...]:
+    def slowdowns(*running: RunningCurve) -> tuple[float, ...]:
         return MEASURED.slowdowns(running)
 
     assert slowdowns(("down", None), ("mlp_reduce", 11)) == pytest.approx((1 / 0.9, 1))
@@ -148,7 +150,7 @@ def test_a_period_is_that_of_the_whole_model_but_for_its_ends(seed: int) -> None
 def test_two_lanes_that_slow_each_other_down() -> None:
     """A GEMM of 10 us, beside what another lane does on its result for 4 us and then, in another way, for 2 us."""
     gemm, first, second = ("gemm", None), ("attention", 40), ("attention", 20)
-    paces: dict[tuple[Running | None, ...], tuple[float, ...]] = {
+    paces: dict[tuple[RunningCurve | None, ...], tuple[float, ...]] = {
         (None, None): (1, 1),
         (gemm, None): (1, 1),
         (None, first): (1, 1),
@@ -184,7 +186,7 @@ def test_changes_leave_a_plan_whole() -> None:
     """Every task on every chunk once, every decode on a row of its own, and as many parts as are asked for."""
     rng = random.Random(5)
     pieces = divided(halves(), FINER, "attention")
-    changes = Changes(PROBLEM, SMS, FINER, CHUNK, rng)
+    changes = Moves(PROBLEM, SMS, FINER, CHUNK, rng)
     seen = 0
     for _ in range(4000):
         changed = changes.one(pieces)
@@ -202,14 +204,14 @@ def test_changes_leave_a_plan_whole() -> None:
         for p in pieces:
             assert 0 <= p.decodes <= (p.nano.stop - p.nano.start) * CHUNK
             assert p.decodes == 0 or p.nano.task == "attention"
-            assert 0 <= p.layers_ahead <= AHEAD
+            assert 0 <= p.layers_ahead <= MOST_LAYERS_AHEAD
             assert p.sms in SMS[p.nano.task]
     assert seen > 2000
 
 
 def test_what_waits_for_itself_is_no_plan() -> None:
     fluid = Fluid(PROBLEM, MEASURED, CHUNK)
-    whole = fluid.pieces(one_after_the_other(PROBLEM))
+    whole = fluid.pieces(sequential_assignment(PROBLEM))
     assert fluid.period_us(whole) == pytest.approx(PROBLEM.sequential_us())
     assert fluid.period_us(whole[::-1]) == math.inf
     with pytest.raises(ValueError, match="follow what they read"):
@@ -269,7 +271,7 @@ def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
         )
         for name, task in times.items()
     )
-    tiny = Problem(2, tasks, (Dependency("o", "attention_reduce"), Dependency("attention_reduce", "o", 1)))
+    tiny = Problem(2, tasks, (TaskDependency("o", "attention_reduce"), TaskDependency("attention_reduce", "o", 1)))
     sms = {"o": (None,), "attention_reduce": (11, 54)}
     fluid = Fluid(tiny, MEASURED, 4 * CHUNK)
     cuts = (((0, 2),), ((0, 1), (1, 2)))
@@ -290,6 +292,6 @@ def test_no_plan_of_a_tiny_layer_is_shorter() -> None:
 
 def test_gemms_without_a_cap_shorten_a_plan_of_the_programs() -> None:
     """As the benchmark search_a100 starts: they use SMs that nobody else takes for part of their time."""
-    plan = find_plans(PROBLEM, MEASURED, CHUNK, time_limit_s=20, parts=((2, 2),), turns=2)[0]
+    plan = find_plans(PROBLEM, MEASURED, CHUNK, Effort(turns=2, time_limit_s=20), Run(), part_limits=((2, 2),))[0]
     fluid = Fluid(PROBLEM, MEASURED, CHUNK)
     assert fluid.period_us(released(PROBLEM, fluid.pieces(plan.shares))) < 0.99 * plan.predicted_us

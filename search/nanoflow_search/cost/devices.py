@@ -1,4 +1,4 @@
-"""Device: what one GPU can do, as the paper's Table 1 and our own measurements have it."""
+"""The device table says what one GPU can do, by the paper's Table 1, data sheets and our own measurements."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ GB, TFLOP = 1e9, 1e12
 
 
 @dataclass(frozen=True)
-class Power:
-    """The fourth resource. Dynamic energies are beyond the static power, which runs all the time."""
+class PowerSpec:
+    """The power limits of a GPU. Dynamic energies come on top of static power, which is drawn all the time."""
 
     cap_w: float
-    static_w: float  # every SM busy with nothing
+    static_w: float  # drawn with every SM awake and no useful work
     j_per_flop: float  # of a GEMM, its own reads and writes included
-    j_per_byte: float  # of device memory
+    j_per_byte: float  # read from or written to device memory
     j_per_network_byte: float
 
 
 @dataclass(frozen=True)
-class Device:
-    """One GPU. Network bandwidth is one way: half of what data sheets give."""
+class GpuSpec:
+    """The rates of one GPU. Network bandwidth is counted one way: half of what data sheets give."""
 
     name: str
     memory_bytes: float
     memory_bytes_per_s: float
     network_bytes_per_s: float
-    flop_per_s: float  # dense 16-bit
+    flop_per_s: float  # dense, 16-bit operands
     source: str
-    power: Power | None = None
+    power: PowerSpec | None = None  # None: its energies are not known
 
 
 def _table_1(
     name: str, memory_gb: float, memory_gb_per_s: float, network_gb_per_s: float, tflop_per_s: float
-) -> Device:
-    return Device(
+) -> GpuSpec:
+    return GpuSpec(
         name,
         memory_gb * GB,
         memory_gb_per_s * GB,
@@ -48,7 +48,7 @@ _H200 = replace(
     _table_1("H200", 141, 4800, 900, 989), source="data sheet (the paper's Table 1 has 96 GB, which is another GPU)"
 )
 
-DEVICES: dict[str, Device] = {
+DEVICES: dict[str, GpuSpec] = {
     device.name: device
     for device in (
         _table_1("A100", 80, 2000, 600, 312),
@@ -64,7 +64,9 @@ DEVICES: dict[str, Device] = {
             network_bytes_per_s=320 * GB,
             flop_per_s=667 * TFLOP,
             source="measured, sustained",
-            power=Power(cap_w=700, static_w=185, j_per_flop=0.757e-12, j_per_byte=90e-12, j_per_network_byte=313e-12),
+            power=PowerSpec(
+                cap_w=700, static_w=185, j_per_flop=0.757e-12, j_per_byte=90e-12, j_per_network_byte=313e-12
+            ),
         ),
         _table_1("B200", 120, 8000, 1800, 2250),
         _table_1("MI300", 192, 5300, 1024, 1307),

@@ -1,6 +1,6 @@
-"""Work: what an operation computes, reads and sends, from the shapes of the op graph.
+"""The work of an operation is what it computes, reads and sends; it follows from the shapes of the op graph.
 
-Shapes of one rank; a graph of one rank is the whole model. Biases and scalars are not counted.
+Shapes are those of one rank. Biases and scalars are not counted.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from math import prod
 
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
+from nanoflow_search.cost.workload import Mix
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one launch."""
+    """The work of one launch of an operation."""
 
     flop: float = 0.0
     memory_bytes: float = 0.0
@@ -27,22 +28,11 @@ class Work:
         )
 
 
-@dataclass(frozen=True)
-class Mix:
-    """The tokens of a batch: so many that decode, so many of prompts, each over a mean context."""
-
-    decode_tokens: float
-    prefill_tokens: float
-    decode_context: float  # tokens that a decoding one attends to
-    prefill_context: float
-
-    @property
-    def tokens(self) -> float:
-        return self.decode_tokens + self.prefill_tokens
-
-
 def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1, element_bytes: int = 2) -> Work:
-    """One launch of `operation` on all tokens of `mix`. Every weight is read once, and so is each decode's context."""
+    """Return the work of one launch of `operation` on all tokens of `mix`.
+
+    Every weight is read once, and so is the context of each token that decodes.
+    """
     values = [graph.values[name] for name in (*operation.inputs, *operation.outputs)]
     width = sum(value.width for value in values if value.kind is Kind.TOKENS)
     moved = mix.tokens * width * element_bytes
@@ -58,7 +48,7 @@ def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1,
             chosen = next(v.width for v in values if v.name in operation.inputs and v.dtype == "int32")
         weights = prod(shape) * element_bytes
         return Work(2 * mix.tokens * chosen * shape[-1] * shape[-2], weights + moved)
-    if operation.kernel in ("all_reduce", "reduce_scatter", "all_gather"):
+    if operation.kernel in ("all_reduce", "reduce_scatter_columns", "all_gather_columns"):
         whole = max(graph.values[name].width for name in (*operation.inputs, *operation.outputs))
         passes = 2 if operation.kernel == "all_reduce" else 1
         sent = passes * (ranks - 1) / ranks * mix.tokens * whole * element_bytes
@@ -68,7 +58,10 @@ def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1,
 
 
 def _attention(graph: Graph, operation: Operation, mix: Mix, element_bytes: int) -> Work:
-    """Of decodes or of prompts: every decode reads its context; the queries of a prompt's chunk share it."""
+    """Return the work of attention on decodes alone or on prompts alone.
+
+    Every decode reads its own context; all queries of a prompt's chunk share one read of theirs.
+    """
     q, kv = graph.values[operation.inputs[0]].width, graph.values[operation.inputs[1]].width
     context = mix.decode_context + mix.prefill_context
     read = kv * context * mix.decode_tokens
@@ -76,4 +69,5 @@ def _attention(graph: Graph, operation: Operation, mix: Mix, element_bytes: int)
 
 
 def layer_work(graph: Graph, mix: Mix, ranks: int = 1) -> dict[str, Work]:
+    """Return the work of every operation of a layer, by name."""
     return {op.name: operation_work(graph, op, mix, ranks) for op in graph.operations}

@@ -1,0 +1,1 @@
+"""This room makes what a search gives away: trials, the schedule file, tables, pictures, progress."""

@@ -1,4 +1,4 @@
-"""Display: how far a search is, for people."""
+"""The progress display shows people how far a search is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
-class Display:
-    """A bar for each phase on a terminal, and a line for each thing that is done, on pipes too."""
+class ProgressDisplay:
+    """Shows a bar for each phase on a terminal, and a line for each thing that is done, on pipes too."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._progress = Progress(
@@ -25,7 +25,7 @@ class Display:
         self._phase: TaskID | None = None
         self._begun: list[tuple[str, float]] = []
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         self._progress.start()
         return self
 
@@ -35,7 +35,7 @@ class Display:
         self._progress.stop()
 
     def begin(self, phase: str, total: int | None) -> None:
-        """The phase before has ended. `total`: of what `advance` counts; None: not known."""
+        """Begin a phase, which ends the one before. `total` is what `advance` counts to; None: not known."""
         if self._phase is not None:
             self._progress.remove_task(self._phase)
         self._phase = self._progress.add_task(phase, total=total)
@@ -44,13 +44,15 @@ class Display:
 
     @property
     def phases_s(self) -> dict[str, float]:
-        """How long each phase took, the last one until now: in this run alone, if the search was cut before."""
+        """The seconds of each phase so far, in this run alone."""
         ends_s = [*(begun_s for _, begun_s in self._begun[1:]), time.monotonic()]
         return {phase: end_s - begun_s for (phase, begun_s), end_s in zip(self._begun, ends_s, strict=True)}
 
     def advance(self) -> None:
+        """Count one unit of the phase."""
         assert self._phase is not None
         self._progress.advance(self._phase)
 
     def say(self, line: str) -> None:
+        """Print a line."""
         self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

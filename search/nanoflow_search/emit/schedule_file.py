@@ -1,4 +1,4 @@
-"""answer: the schedule file of a search: for each range of batch sizes what was fastest, and the account of it."""
+"""The schedule file of a search holds the fastest plan for each range of batch sizes, and an account of the search."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from nanoflow_backend.schedule.file import Header, ScheduleFile, Trial, fingerpr
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_search.cost.batch_sizes import TILE
+from nanoflow_search.emit.statistics import Gain, mean_timing
 from nanoflow_search.emit.threshold import least_decode_kv_tokens
-from nanoflow_search.emit.trials import Gain, Refined, mean_timing
-from nanoflow_search.plan.batch_case import Case
-from nanoflow_search.plan.candidates import Candidate, Prediction
+from nanoflow_search.emit.trials import TrialResults
+from nanoflow_search.plan.batch_case import BatchCase
+from nanoflow_search.plan.candidates import Candidate, PlanPrediction
 from nanoflow_search.predict.predict import Timing
 
 SOLVER = "HiGHS"
@@ -25,52 +26,58 @@ SMALL = 0.75  # of the smallest size that was timed: smaller batches run sequent
 class Planned(NamedTuple):
     """What is known of batches of one size before anything is timed."""
 
-    case: Case
-    plans: list[Candidate]  # the first is sequential
-    predictions: list[Prediction]  # of all of them
-    bounds_us: dict[str, float]
+    case: BatchCase
+    plans: list[Candidate]  # the first one is sequential
+    predictions: list[PlanPrediction]  # of all plans on all workloads
+    bounds_us: dict[str, float]  # by name; no plan's layer is shorter
 
 
 class Outcome(NamedTuple):
-    """The same, and how the plans that are not sequential fared."""
+    """What is known of batches of one size after the trials."""
 
-    case: Case
-    plans: list[Candidate]
-    predictions: list[Prediction]
-    bounds_us: dict[str, float]
-    refined: Refined
+    planned: Planned
+    results: TrialResults  # of all plans but sequential
+
+    @property
+    def case(self) -> BatchCase:
+        """The batches."""
+        return self.planned.case
 
     @property
     def winner(self) -> Candidate:
-        return self.plans[0 if self.refined.chosen is None else self.refined.chosen + 1]
+        """The plan that won; sequential, if none did."""
+        return self.planned.plans[0 if self.results.chosen is None else self.results.chosen + 1]
 
     @property
     def ordered(self) -> tuple[Schedule, ...]:
-        """The plans for batches of this size: the winner for those whose decodes read enough, sequential for others."""
-        whole, chosen = self.plans[0].schedule, self.refined.chosen
+        """The plans of this size: the winner for batches whose decodes read enough, then sequential for the others."""
+        whole, chosen = self.planned.plans[0].schedule, self.results.chosen
         if chosen is None:
             return (whole,)
-        gains = {name: trial.gain.mean for name, trial in self.refined.trials[chosen].by_workload.items()}
+        gains = {name: trial.gain.mean for name, trial in self.results.trials[chosen].by_workload.items()}
         least = least_decode_kv_tokens(self.case, self.winner.schedule, gains)
         winner = replace(self.winner.schedule, least_decode_kv_tokens=least)
         return (winner, whole) if least else (winner,)
 
     def trials(self) -> list[Trial]:
-        return [trial for workload in self.case.setting.workloads for trial in self._trials_on(workload)]
+        """Return a row for each plan on each workload, as the schedule file holds them."""
+        return [trial for workload in self.case.request.workloads for trial in self._trials_on(workload)]
 
     def _trials_on(self, workload: str) -> list[Trial]:
-        found = [trials.by_workload[workload] for trials in self.refined.trials]
-        alone = self._trial(self.plans[0], workload, mean_timing([t.sequential for t in found]), Gain(1.0, 1.0, 1.0))
-        others = zip(self.plans[1:], found, strict=True)
+        whole, *plans = self.planned.plans
+        found = [trials.by_workload[workload] for trials in self.results.trials]
+        alone = self._trial(whole, workload, mean_timing([t.sequential for t in found]), Gain(1.0, 1.0, 1.0))
+        others = zip(plans, found, strict=True)
         return [alone, *(self._trial(plan, workload, trial.timing, trial.gain) for plan, trial in others)]
 
     def _trial(self, plan: Candidate, workload: str, timing: Timing, gain: Gain) -> Trial:
-        tokens, layers = self.case.tokens, self.case.setting.model.num_layers
+        tokens, layers = self.case.tokens, self.case.request.model.num_layers
+        predictions = {(p.plan, p.workload): p.layer_us for p in self.planned.predictions}
         return Trial(
             plan=plan.name,
             dense_batch_tokens=tokens,
             workload=workload,
-            predicted_us=next(p.layer_us for p in self.predictions if (p.plan, p.workload) == (plan.name, workload)),
+            predicted_us=predictions[plan.name, workload],
             measured_us=timing.layer_us,
             gain=gain.mean,
             gain_low=gain.low,
@@ -82,35 +89,41 @@ class Outcome(NamedTuple):
         )
 
 
-def answer(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Candidate]:
-    """With the plan at B_dense: the size that runs most tokens a second. `outcomes`: by ascending size."""
+def make_schedule_file(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Outcome]:
+    """Return the schedule file, and the outcome at B_dense: the size that runs most tokens a second.
+
+    `outcomes` ascend by size.
+    """
     trials = [trial for outcome in outcomes for trial in outcome.trials()]
     won = {o.case.tokens: [t for t in trials if t.chosen and t.dense_batch_tokens == o.case.tokens] for o in outcomes}
     best = max(outcomes, key=lambda o: o.case.tokens / mean(t.measured_us for t in won[o.case.tokens]))
-    setting, profile, tokens = best.case.setting, best.case.profile, best.case.tokens
+    request, profile, tokens = best.case.request, best.case.profile, best.case.tokens
     header = Header(
-        model_fingerprint=fingerprint(setting.model.layer),
+        model_fingerprint=fingerprint(request.model.layer),
         device=profile.header.device,
         device_sms=profile.header.device_sms,
-        tensor_parallel=setting.ranks,
+        tensor_parallel=request.ranks,
         dense_batch_tokens=tokens,
-        workloads=setting.workloads,
+        workloads=request.workloads,
         profile_hash=profile.hash(),
         solver=SOLVER,
         gap=best.winner.gap,
         predicted_us=mean(trial.predicted_us for trial in won[tokens]),
         measured_us=mean(trial.measured_us for trial in won[tokens]),
     )
-    file = ScheduleFile(header=header, plans=_ranges(outcomes), trials=tuple(trials), bounds_us=best.bounds_us)
-    return file, best.winner
+    bounds_us = best.planned.bounds_us
+    return ScheduleFile(header=header, plans=_ranges(outcomes), trials=tuple(trials), bounds_us=bounds_us), best
 
 
 def _ranges(outcomes: Sequence[Outcome]) -> tuple[Schedule, ...]:
-    """Batches far smaller than any that was timed run sequential; of sizes that all run sequential the largest is
-    enough."""
+    """Return the plans by ascending size.
+
+    Batches far smaller than any that was timed run sequential. Of neighbouring sizes that all run sequential the
+    largest is enough.
+    """
     smallest = outcomes[0].case
-    small = sequential(smallest.setting.model.layer, int(SMALL * smallest.tokens) // TILE * TILE)
+    small = sequential(smallest.request.model.layer, int(SMALL * smallest.tokens) // TILE * TILE)
     sizes = [(small,), *(outcome.ordered for outcome in outcomes)]
-    cut = [False, *(outcome.refined.chosen is not None for outcome in outcomes), True]
+    cut = [False, *(outcome.results.chosen is not None for outcome in outcomes), True]
     kept = (plans for plans, here, larger in zip(sizes, cut, cut[1:], strict=False) if here or larger)
     return tuple(plan for plans in kept for plan in plans)

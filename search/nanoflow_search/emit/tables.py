@@ -1,4 +1,4 @@
-"""The tables of a search: what was predicted, what was measured, and why the plans are what they are."""
+"""The tables of a search show what was predicted, what was measured, and why the plans are what they are."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from rich.table import Table
 
 from nanoflow_backend.schedule.file import ScheduleFile, Trial
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_search.profile.data import Profile, ProfileError, held_out
+from nanoflow_search.profile.data import Profile, held_out
+from nanoflow_search.profile.load import ProfileError
 
-ALIKE = 0.99  # of the least time: what is as near to it is why it is not less
-KNOWN_S = 0.1  # a phase that takes less only read what was on file
-COLUMNS = ("B_dense", "workload", "plan", "predicted", "measured", "error", "gain", "95 %", "W", "MHz", "mJ/token", "")
+NEAR_LEAST = 0.99  # a bound within 1 % of the highest one counts as the reason
+KNOWN_S = 0.1  # a phase that took less only read its files
+TRIAL_COLUMNS = (
+    *("B_dense", "workload", "plan", "predicted", "measured"),
+    *("error", "gain", "95 %", "W", "MHz", "mJ/token", ""),
+)
 
 
-def show(file: ScheduleFile) -> None:
-    """The table of all that was timed."""
+def show_trials(file: ScheduleFile) -> None:
+    """Print the table of all trials."""
     table = Table(title="one layer: predicted before it was timed, measured, and faster than sequential by")
-    for column in COLUMNS:
+    for column in TRIAL_COLUMNS:
         table.add_column(column, no_wrap=True, justify="left" if column in ("workload", "plan", "") else "right")
     size = None
     for trial in file.trials:
@@ -33,15 +37,16 @@ def show(file: ScheduleFile) -> None:
     console.print(table)
 
 
-def account(file: ScheduleFile, profile: Profile, phases_s: Mapping[str, float]) -> dict[str, Any]:
-    """What a search found and what it took, as results are kept. `phases_s`: of the command's last run; what was done
-    before has no entry.
+def search_facts(file: ScheduleFile, profile: Profile, phases_s: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a search found and how long it took, as results are kept.
+
+    `phases_s` has the seconds of each phase in the command's last run; phases that were done before are left out.
     """
     facts: dict[str, Any] = {"hash": profile.hash(), "points": len(profile.points), "pairs": len(profile.pairs)}
     try:
         errors = held_out(profile)
         facts |= {"held_out_error_median": round(errors.median, 4), "held_out_error_worst": round(errors.worst, 4)}
-    except ProfileError:  # a small model at few amounts has none to tell by
+    except ProfileError:  # a small model is measured at too few amounts
         pass
     return {
         "device": profile.header.device,
@@ -53,7 +58,7 @@ def account(file: ScheduleFile, profile: Profile, phases_s: Mapping[str, float])
 
 
 def explain(file: ScheduleFile) -> None:
-    """The header, the table, and for each size of batch why its plan was chosen; what forbids more."""
+    """Print the header, the table, why each size's plan was chosen, and what bounds the time."""
     header = file.header
     console = Console(width=max(Console().width, 130))
     console.print(
@@ -66,7 +71,7 @@ def explain(file: ScheduleFile) -> None:
     if not file.trials:
         console.print("Nothing is told in this file of how its plans were found.")
         return
-    show(file)
+    show_trials(file)
     for line in (*_ranges(file), *_choices(file), *_bounds(file)):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -134,7 +139,7 @@ def _next_best(others: list[Trial], words: str) -> str:
 
 
 def _bounds(file: ScheduleFile) -> Iterator[str]:
-    """Of the profile; at B_dense, on the first workload."""
+    """Yield the line that says which bound holds at B_dense, on the first workload."""
     tokens, workload = file.header.dense_batch_tokens, file.header.workloads[0]
     at_best = [t for t in file.trials if (t.dense_batch_tokens, t.workload) == (tokens, workload)]
     sequential = next(t for t in at_best if t.plan == "sequential")
@@ -142,7 +147,7 @@ def _bounds(file: ScheduleFile) -> Iterator[str]:
     if not file.bounds_us:
         return
     least_us = max(file.bounds_us.values())
-    name = next(name for name, us in file.bounds_us.items() if us > ALIKE * least_us)
+    name = next(name for name, us in file.bounds_us.items() if us > NEAR_LEAST * least_us)
     listed = ", ".join(f"{key} {us:,.1f}" for key, us in sorted(file.bounds_us.items(), key=lambda item: -item[1]))
     yield (
         f"By the profile, no plan's layer of {tokens} tokens, {workload}, is shorter than {least_us:,.1f} us, "

@@ -1,4 +1,4 @@
-"""Captured: a call on the GPU in a CUDA graph, to be replayed in bursts on a stream."""
+"""A CUDA graph repeats a call on the GPU without the host: it is captured once and replayed in bursts on a stream."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from nanoflow_search.hardware.sustain import BURST_S
 
-GRAPH_S = 1e-3  # that a graph is to run at least: longer than it takes to launch one
-MOST_CALLS = 512  # in a graph
+GRAPH_S = 1e-3  # the aim for a graph's time: longer than its launch takes
+MOST_CALLS = 512  # in one graph
 
 
 class CudaBurst:
-    """A Burst between two events of a stream."""
+    """A `Burst` of work between two events of a stream."""
 
     def __init__(self, stream: torch.cuda.Stream, launches: Callable[[], None], after: CudaBurst | None = None) -> None:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -27,17 +27,19 @@ class CudaBurst:
             self._end.record()
 
     def ended(self) -> bool:
+        """See Burst."""
         return bool(self._end.query())
 
     def took_s(self) -> float:
+        """See Burst."""
         self._end.synchronize()
         return float(self._begin.elapsed_time(self._end)) / 1e3
 
 
-class Captured:
-    """A Repeated of `call(i)` for i = 0 .. sets - 1 in turns, so that no call finds its operands in the cache.
+class CapturedCalls:
+    """A `RepeatedWork` of `call(i)` for i = 0 .. sets - 1 in turns, so that no call finds its inputs in the cache.
 
-    `stream`: one with SMs of its own, to which the calls then keep; None: one of the whole device.
+    `stream` may have SMs of its own, which the calls then keep to; None: a new stream of the whole device.
     """
 
     def __init__(self, call: Callable[[int], Any], sets: int, stream: torch.cuda.Stream | None = None) -> None:
@@ -64,7 +66,7 @@ class Captured:
         self.calls = turns * sets * self._replays
 
     def launch(self, after: Any = None) -> CudaBurst:
-        """See Repeated. `after`: a CudaBurst."""
+        """See RepeatedWork; `after` is a CudaBurst."""
         return CudaBurst(self._stream, self._replay, after)
 
     def _replay(self) -> None:

@@ -1,4 +1,4 @@
-"""Operands: random data for a model's operations, each launch on several sets of it in turns."""
+"""The inputs of an operation are random data on the device; launches rotate through several sets of them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from torch import Tensor
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, Value
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.model import build
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests
-from nanoflow_search.profile.data import Load, ProfileError
+from nanoflow_search.profile.load import Load, ProfileError
 
 SETS = 4
-COLD_BYTES = 500e6  # no more sets than take this: by then none is in a cache when its turn comes
+COLD_BYTES = 500e6  # sets that take more than this together are enough: none is in a cache when its turn comes
 
 
-class Calls(NamedTuple):
-    """call(i) launches on set i of `sets`."""
+class RotatingCalls(NamedTuple):
+    """A launch on several sets of inputs: call(i) launches on set i of `sets`."""
 
     call: Callable[[int], Any]
     sets: int
 
 
-class Operands:
-    """What a launch finds in the cache in an engine, it finds there here: what the operation before has written.
+class OperationInputs:
+    """Makes launches of a model's operations on random inputs.
 
-    Decodes have contexts around `mix.decode_context`, tokens of prompts see `mix.prefill_context` on average.
+    Inputs written by the previous operation stay L2-warm, all others are rotated so that they are cold, as in the
+    engine. Decodes have contexts around `mix.decode_context`; tokens of prompts attend to `mix.prefill_context` on
+    average.
     """
 
     def __init__(
@@ -54,8 +56,12 @@ class Operands:
         self._parameters = {p.name: p for p in self.graph.parameters}
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def calls(self, load: Load) -> Calls:
-        """Raises: ProfileError, an operation that the model does not have."""
+    def calls(self, load: Load) -> RotatingCalls:
+        """Return launches of a load.
+
+        Raises:
+            ProfileError: the model has no such operation.
+        """
         name, _, phase = load.operation.partition("/")
         if name not in {op.name for op in self.graph.operations}:
             raise ProfileError(f"{load.operation}: the model has no such operation")
@@ -72,7 +78,7 @@ class Operands:
         first, cold_bytes = self._bound(operation, shared, batch, load.sms)
         sets = max(1, min(SETS, math.ceil(COLD_BYTES / max(cold_bytes, 1))))
         runs = [first, *(self._bound(operation, shared, batch, load.sms)[0] for _ in range(sets - 1))]
-        return Calls(lambda i: runs[i](), sets)
+        return RotatingCalls(lambda i: runs[i](), sets)
 
     def _batch(self, phase: str, amount: float) -> SteadyBatch:
         mix = self._mix
@@ -89,7 +95,7 @@ class Operands:
     def _bound(
         self, operation: Operation, shared: dict[str, Tensor], batch: SteadyBatch, sms: int | None
     ) -> tuple[partial[None], int]:
-        """A launch on a set of its own, and the bytes that are the set's."""
+        """Return a launch on a new set of inputs, and the bytes of that set."""
         rows, own = len(batch.positions), {}
         for value in (*operation.inputs, *operation.outputs):
             if value not in shared:
@@ -110,7 +116,7 @@ class Operands:
         return run, sum(tensor.nbytes for tensor in (*own.values(), *parameters))
 
     def _written_before(self, operation: Operation) -> list[str]:
-        """Its inputs that the launch before it writes; collectives of one rank are no launches."""
+        """Return the inputs that the launch before this one writes. Collectives of one rank are no launches."""
         graph = self.graph
         same = {op.outputs[0]: op.inputs[0] for op in graph.operations if op.resource is Resource.NETWORK}
         launched = [op for op in graph.operations if op.resource is not Resource.NETWORK]
@@ -127,7 +133,7 @@ class Operands:
         if value.kind is Kind.PAGES:
             one_layer = replace(self._config, num_layers=1)
             dtype = self._dtypes["activation"]
-            pages = storage.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device)[0]
+            pages = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device).layer(0)
             return pages.normal_(generator=self._generator)
         width = -(-value.width // 8) * 8  # rows begin at multiples of 16 bytes, as in the engine
         tensor = torch.empty(rows, width, dtype=self._dtypes[value.dtype], device=self._device)[:, : value.width]
@@ -137,7 +143,7 @@ class Operands:
         return tensor.normal_(generator=self._generator)
 
     def _parameter(self, parameter: Parameter) -> Tensor:
-        """Of the values that `weights.dummy` gives: they change the power that a GPU draws."""
+        """Return a parameter with values as `weights.dummy` draws them: values change the power that a GPU draws."""
         if parameter.constant is not None:
             return torch.tensor(parameter.constant, dtype=torch.float32, device=self._device)
         made = torch.ones(parameter.shape, dtype=self._dtypes["activation"], device=self._device)

@@ -1,73 +1,71 @@
-"""Machine: what a search measures on: a GPU, or the law that stands for one."""
+"""The machine of a search is the GPU that is here, or the synthetic device; a profile is measured on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from nanoflow_search.checkpoint import SearchError
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.trials import Timer
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.hardware.interface import Machine
 from nanoflow_search.hardware.synthetic import SyntheticDevice
-from nanoflow_search.profile.data import Device, Profile, ProfileError, held_out
-from nanoflow_search.profile.measure import header_of, take_profile
-from nanoflow_search.profile.points import loads_of, partition_loads_of, shares_for
-from nanoflow_search.request import Setting
+from nanoflow_search.predict.predict import Timer
+from nanoflow_search.profile.data import Profile, held_out
+from nanoflow_search.profile.load import LoadRunner, ProfileError
+from nanoflow_search.profile.measure import profile_header, take_profile
+from nanoflow_search.profile.points import attention_sms_for, partition_loads, shared_loads
+from nanoflow_search.request import SearchRequest
 
-SYNTHETIC = "H200-sustained"  # the only one whose energies are known
-
-
-class Machine(Protocol):
-    name: str  # of the device, as profiles and schedule files have it
-
-    def device(self, setting: Setting, mix: Mix) -> Device:
-        """To profile, with the contexts of `mix`."""
-        ...
-
-    def timer(self, setting: Setting, mix: Mix) -> Timer:
-        """Of schedules for batches of `mix`."""
-        ...
+SYNTHETIC = "H200-sustained"  # the only device whose energies are known
 
 
-class Gpu:
-    """The first one that is visible."""
+class GpuMachine:
+    """The first GPU that is visible."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def device(self, setting: Setting, mix: Mix) -> Device:
-        from nanoflow_search.hardware.gpu import GpuDevice
+    def load_runner(self, request: SearchRequest, mix: Mix) -> LoadRunner:
+        """See Machine."""
+        from nanoflow_search.hardware.gpu import GpuLoadRunner
 
-        return GpuDevice.here(setting.config, mix)
+        return GpuLoadRunner.here(request.config, mix)
 
-    def timer(self, setting: Setting, mix: Mix) -> Timer:
+    def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
+        """See Machine."""
         from nanoflow_search.hardware.plan_timer import PlanTimer
 
-        return PlanTimer.here(setting.config, mix)
+        return PlanTimer.here(request.config, mix, num_layers=num_layers, seconds=seconds)
 
 
-class Synthetic:
-    """See SyntheticDevice. Without noise, so that a run that was cut ends as one that was not."""
+class SyntheticMachine:
+    """The synthetic device, without noise, so that a run that was cut ends like one that was not."""
 
     name = f"synthetic {SYNTHETIC}"
 
-    def device(self, setting: Setting, mix: Mix) -> Device:
-        return self._device(setting)
+    def load_runner(self, request: SearchRequest, mix: Mix) -> LoadRunner:
+        """See Machine."""
+        return self._device(request)
 
-    def timer(self, setting: Setting, mix: Mix) -> Timer:
-        device = self._device(setting)
-        return lambda schedule: device.time_plan(schedule, mix, setting.model.num_layers)
+    def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
+        """See Machine."""
+        device = self._device(request)
+        return lambda schedule: device.time_plan(schedule, mix, num_layers or request.model.num_layers)
 
-    def _device(self, setting: Setting) -> SyntheticDevice:
-        return SyntheticDevice(setting.model.layer, DEVICES[SYNTHETIC], ranks=setting.ranks, noise=0.0)
+    def _device(self, request: SearchRequest) -> SyntheticDevice:
+        return SyntheticDevice(request.model.layer, DEVICES[SYNTHETIC], ranks=request.ranks, noise=0.0)
 
 
 def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | None:
-    """None: no GPU here, or nothing that could use one. Raises: SearchError, more ranks than can be measured."""
+    """Return the machine to measure on; None: here is no GPU, or no torch to use it with.
+
+    Raises:
+        SearchError: the GPU cannot be measured with so many ranks.
+    """
     if kind == "synthetic":
-        return Synthetic()
+        return SyntheticMachine()
     try:
         from nanoflow_backend.runtime.device import find_device
     except ImportError:  # no torch: planning needs none
@@ -76,37 +74,40 @@ def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | No
         return None
     if ranks > 1:
         raise SearchError(f"tp: {ranks} ranks cannot be measured yet, expected 1")
-    return Gpu(device.name)
+    return GpuMachine(device.name)
 
 
 def measure_profile(
     machine: Machine,
-    setting: Setting,
+    request: SearchRequest,
     sizes: tuple[int, ...],
     shared: bool,
     path: Path,
-    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> None:
-    """For lanes with SMs of their own; with `shared`, or several ranks, for those that share them, too.
+    """Measure what the profile in the file `path` still lacks for batches of `sizes` tokens.
 
-    What `path` holds of it already is not measured again. Raises: ProfileError, it is of something else.
+    A profile holds what lanes with SMs of their own need; with `shared`, or several ranks, also what lanes need that
+    share them.
+
+    Raises:
+        ProfileError: the file is a profile of something else.
     """
-    mix = setting.mix(setting.workloads[0], max(sizes), machine.name)
-    device = machine.device(setting, mix)
-    graph = setting.model.layer
-    header = header_of(device, graph, setting.ranks)
-    mixes = [setting.mix(workload, tokens, machine.name) for workload in setting.workloads for tokens in sizes]
-    shares = shares_for(graph, device.sms, mixes)
-    alone, together = partition_loads_of(graph, device.sms, mix, max(sizes), shares) if setting.ranks == 1 else ((), ())
-    if shared or setting.ranks > 1:
-        others = loads_of(graph, device.sms, mix, max(sizes))
+    mix = request.mix(request.workloads[0], max(sizes), machine.name)
+    device = machine.load_runner(request, mix)
+    graph, ranks = request.model.layer, request.ranks
+    mixes = [request.mix(workload, tokens, machine.name) for workload in request.workloads for tokens in sizes]
+    shares = attention_sms_for(graph, device.sms, mixes)
+    alone, together = partition_loads(graph, device.sms, mix, max(sizes), shares) if ranks == 1 else ((), ())
+    if shared or ranks > 1:
+        others = shared_loads(graph, device.sms, mix, max(sizes))
         alone, together = (*alone, *others.alone), (*together, *others.together)
-    profile = take_profile(device, header, alone, together, path, progress)
-    progress(f"{len(profile.points)} points, {len(profile.pairs)} pairs; {_doubt(profile)}")
+    profile = take_profile(device, profile_header(device, graph, ranks), alone, together, path, say)
+    say(f"{len(profile.points)} points, {len(profile.pairs)} pairs; {_interpolation_error(profile)}")
 
 
-def _doubt(profile: Profile) -> str:
-    """How far off it is between its points; a small model at few amounts has none to tell by."""
+def _interpolation_error(profile: Profile) -> str:
+    """Say how far off the profile is between its points; of a small model at few amounts nothing can be said."""
     try:
         errors = held_out(profile)
     except ProfileError as error:

@@ -1,4 +1,4 @@
-"""PlanTimer: a schedule on the GPU, in the engine's own program, on a batch of a steady state."""
+"""The plan timer measures schedules on the GPU, in the engine's own program, on a batch of a steady state."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import torch
 from nanoflow_kernels import reference
 
 from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding, Kernels
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.hardware.interface import Burst, PowerMeter
 from nanoflow_search.hardware.steady_batch import SteadyBatch, requests_of
-from nanoflow_search.hardware.sustain import WARM_S, Burst, Meter, sustain
+from nanoflow_search.hardware.sustain import WARM_UP_S, sustain
 from nanoflow_search.predict.predict import Timing
 
-DISTINCT_LAYERS = 4  # their weights and pages are far larger than any cache; further layers are these again
-PROGRAMS = 4  # that are kept: plans that are timed in turns
+DISTINCT_LAYERS = 4  # with weights and pages of their own, far larger than any cache; further layers are these again
+KEPT_PROGRAMS = 4  # compiled programs that are kept, for plans that are timed in turns
 
 
 class PlanTimer:
-    """A Timer of schedules for batches of `mix`, on random weights and pages that all programs share.
+    """A `Timer` of schedules for batches of `mix`, on random weights and pages that all programs share.
 
-    Times are of the layers alone, ramps at the first and the last one included; the LM head is not run.
+    Times are those of the layers alone, ramps at the first and the last layer included; the LM head is not run.
 
     Args:
         make_program: called with a Binding and `max_rows`, as CudaProgram is.
@@ -43,14 +44,14 @@ class PlanTimer:
         self,
         config: ModelConfig,
         mix: Mix,
-        meter: Meter,
+        meter: PowerMeter,
         make_program: Callable[..., Any],
         burst: Callable[[Callable[[], None]], Burst],
         *,
         num_layers: int | None = None,
         page_tokens: int = 64,
         seconds: float = 1.0,
-        warm_s: float = WARM_S,
+        warm_s: float = WARM_UP_S,
         sleep: Callable[[float], None] = time.sleep,
         kernels: Kernels = reference,
         **binding_options: Any,
@@ -67,20 +68,19 @@ class PlanTimer:
             f"layers.{i}.{name}": made[f"layers.{i % distinct}.{name}"] for i in range(layers) for name in names
         }
         shape = msgspec.structs.replace(config, num_layers=distinct)
-        pages = storage.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
-        pages.normal_(generator=torch.Generator(device).manual_seed(0))
-        self._kv = [pages[i % distinct] for i in range(layers)]
+        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
+        self._kv.tensor.normal_(generator=torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
         self._seconds, self._warm_s, self._sleep = seconds, warm_s, sleep
         self._kernels, self._binding_options = kernels, {"dtype": dtype, **binding_options}
-        self._forward = lru_cache(PROGRAMS)(self._make_forward)
+        self._forward = lru_cache(KEPT_PROGRAMS)(self._make_forward)
 
     @classmethod
     def here(cls, config: ModelConfig, mix: Mix, **options: Any) -> PlanTimer:
-        """On the first GPU that is visible. `options`: num_layers, page_tokens, seconds, warm_s."""
+        """Return a timer on the first visible GPU; `options` are num_layers, page_tokens, seconds and warm_s."""
         from nanoflow_kernels import device as kernels
 
         from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
@@ -93,7 +93,11 @@ class PlanTimer:
         return cls(config, mix, GpuMeter(), CudaProgram, burst, kernels=kernels, **ON_GPU, **options)
 
     def __call__(self, schedule: Schedule) -> Timing:
-        """Raises: ValueError, a schedule for other batches."""
+        """Return the measured timing of a layer.
+
+        Raises:
+            ValueError: the schedule is for batches of another size.
+        """
         tokens = len(self._inputs[0])
         if schedule.tokens != tokens:
             raise ValueError(f"schedule: expected one for batches of {tokens} tokens, got {schedule.tokens}")
@@ -108,7 +112,7 @@ class PlanTimer:
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
-            Collectives(),
+            OneRank(),
             self._kernels,
             max_tokens=tokens,
             **self._binding_options,
@@ -128,12 +132,13 @@ class PlanTimer:
 
 
 class _Forwards:
-    """A Repeated whose calls are layers."""
+    """A `RepeatedWork` of whole forward passes, whose calls are layers."""
 
     def __init__(self, forward: Callable[[], None], burst: Callable[[Callable[[], None]], Burst], layers: int) -> None:
         self._forward, self._burst, self.calls = forward, burst, layers
 
     def launch(self, after: Burst | None = None) -> Burst:
+        """See RepeatedWork."""
         if after:
             after.took_s()
         return self._burst(self._forward)

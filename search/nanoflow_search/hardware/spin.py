@@ -1,4 +1,4 @@
-"""spin: nothing useful, on every SM: what a GPU draws then is its static power."""
+"""The spin kernel keeps every SM awake with nothing useful to do: a GPU then draws its static power."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def _spin(out, rounds):  # type: ignore[no-untyped-def]
 
 
 def spin(rounds: int, *, out: Tensor) -> None:
-    """One warp on each SM counts; out [SMs], int32, gets what it counted."""
+    """Let one warp on each SM compute `rounds` integers; `out` [SMs], int32, receives the last one of each."""
     _spin[(len(out),)](out, rounds, num_warps=1)

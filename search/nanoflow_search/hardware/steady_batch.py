@@ -1,6 +1,6 @@
-"""SteadyBatch: the batch of an engine in a steady state: decodes with contexts of all ages, and chunks of prompts.
+"""A steady batch is what an engine runs in a steady state: decodes with contexts of all ages, and chunks of prompts.
 
-T tokens, S requests, N pages of the longest.
+Shapes: T tokens, S requests, N pages of the longest request.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 
-SPREAD = 0.5  # contexts of decodes lie so far around their mean, evenly
+SPREAD = 0.5  # contexts of decodes lie evenly within this share of their mean
 
 
 @dataclass(frozen=True)
 class SteadyBatch:
-    """int32, on the CPU. Decodes come first, as a Batch lists its rows; pages lie anywhere."""
+    """The inputs of a batch, int32 tensors on the CPU. Decodes come first; pages lie anywhere in the page store."""
 
     positions: Tensor  # [T]
     slots: Tensor  # [T]
@@ -28,7 +28,7 @@ class SteadyBatch:
 
     @classmethod
     def of(cls, requests: Sequence[tuple[int, int]], page_tokens: int, seed: int = 0) -> SteadyBatch:
-        """`requests`: for each, the tokens that its pages hold already, and those in the batch."""
+        """Return the batch of `requests`: for each, the tokens that its pages hold already, and those in the batch."""
         used = [-(-(past + new) // page_tokens) for past, new in requests]
         order = torch.randperm(sum(used), generator=torch.Generator().manual_seed(seed)).int()
         new_tokens = torch.tensor([new for _, new in requests])
@@ -41,7 +41,7 @@ class SteadyBatch:
 
 
 def requests_of(mix: Mix, seed: int = 0) -> list[tuple[int, int]]:
-    """Requests that make up a batch of `mix`, as tokens before and tokens in the batch."""
+    """Return requests that make up a batch of `mix`, each as (tokens before the batch, tokens in it)."""
     decodes = round(mix.decode_tokens)
     return [
         *decode_requests(decodes, mix.decode_context, seed),
@@ -50,14 +50,15 @@ def requests_of(mix: Mix, seed: int = 0) -> list[tuple[int, int]]:
 
 
 def decode_requests(count: int, context: float, seed: int = 0) -> list[tuple[int, int]]:
-    """Contexts (with the token itself) spread evenly around their mean, in any order."""
+    """Return requests that decode, in random order; contexts, the token included, spread evenly around their mean."""
     contexts = [context * (1 - SPREAD + 2 * SPREAD * (i + 0.5) / count) for i in range(count)]
     random.Random(seed).shuffle(contexts)
     return [(max(round(tokens) - 1, 0), 1) for tokens in contexts]
 
 
 def prompt_requests(tokens: int, context: float) -> list[tuple[int, int]]:
-    """Whole prompts, whose tokens see `context` on average, and the chunk from the middle of one that fills up."""
+    """Return whole prompts, whose tokens attend to `context` tokens on average, and a chunk from the middle of one for
+    the tokens that are left."""
     whole = max(1, round(2 * context) - 1)
     count, rest = divmod(tokens, whole)
     return [(0, whole)] * count + ([(max(0, round(context - (rest + 1) / 2)), rest)] if rest else [])

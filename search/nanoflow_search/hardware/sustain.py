@@ -1,6 +1,6 @@
-"""sustain: work back to back for seconds, as it runs in a loaded engine; clock and power are steady before it counts.
+"""Sustained measurement runs work back to back for seconds, as in a loaded engine, until clock and power are steady.
 
-Work comes in bursts that are queued ahead, so that the device never waits for the host.
+Work is queued ahead in bursts, so that the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -10,65 +10,43 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import mean
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from nanoflow_backend.runtime.gpu_meter import GpuReading
+from nanoflow_search.hardware.interface import Burst, PowerMeter, RepeatedWork
 
-WARM_S = 0.7
-BURST_S = 0.03  # that a burst is to take: the power cap averages over longer
+WARM_UP_S = 0.7
+BURST_S = 0.03  # the aim for a burst's time: the power cap averages over longer
 AHEAD = 3  # bursts that are queued at once
 POLL_S = 0.002
-POWER_DOWN_S = 0.2  # until what ran before has left the power
+POWER_DOWN_S = 0.2  # until the power of the work before has faded
 
 
-class Burst(Protocol):
-    def ended(self) -> bool: ...
+class SustainedUse(NamedTuple):
+    """What was measured of work that runs in the sustained state."""
 
-    def took_s(self) -> float:
-        """Waits until it has ended."""
-        ...
-
-
-class Repeated(Protocol):
-    """What is run again and again, in order with itself; beside others, unless it is to wait for them."""
-
-    @property
-    def calls(self) -> int:
-        """In a burst."""
-        ...
-
-    def launch(self, after: Burst | None = None) -> Burst:
-        """Queue a burst, which does not begin before `after` has ended."""
-        ...
-
-
-class Meter(Protocol):
-    def read(self) -> GpuReading: ...
-
-
-class Used(NamedTuple):
-    call_s: tuple[float, ...]  # of each work
+    call_s: tuple[float, ...]  # of one call of each work
     power_w: float  # mean over all of the time
     sm_clock_mhz: float  # mean of readings while work ran
-    busy: float  # share of the time, over which the power is meant, in which the first work ran
+    busy: float  # share of that time in which the first work ran
 
 
 def sustain(
-    works: Sequence[Repeated],
-    meter: Meter,
+    works: Sequence[RepeatedWork],
+    meter: PowerMeter,
     seconds: float,
     *,
-    warm_s: float = WARM_S,
+    warm_s: float = WARM_UP_S,
     busy: float = 1.0,
-    rest: Repeated | None = None,
+    rest: RepeatedWork | None = None,
     sleep: Callable[[float], None] = time.sleep,
-) -> Used:
-    """Run `works` side by side; measure `seconds` after `warm_s`.
+) -> SustainedUse:
+    """Run `works` side by side for `warm_s` seconds, then measure them for `seconds`.
 
-    A single work may take turns, burst by burst, with `rest`; or leave the device idle between its bursts, so that it
-    is busy for a share of the time.
+    A single work may take turns, burst by burst, with `rest`. Or it may leave the device idle between its bursts, so
+    that it is `busy` for a share of the time.
     """
-    run = _Run(works, meter, seconds, warm_s, sleep)
+    run = _SustainedRun(works, meter, seconds, warm_s, sleep)
     if busy < 1 and rest is None:
         run.with_pauses(busy)
     else:
@@ -76,8 +54,8 @@ def sustain(
     return run.used()
 
 
-def idle_w(meter: Meter, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> float:
-    """What the device draws with nothing to do, its clock still up, as in a pause between bursts."""
+def idle_w(meter: PowerMeter, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> float:
+    """Return the power of a device that has nothing to do, its clock still up, as in a pause between bursts."""
     sleep(POWER_DOWN_S)
     readings = [meter.read()]
     while readings[-1].time_s - readings[0].time_s < seconds:
@@ -88,16 +66,18 @@ def idle_w(meter: Meter, seconds: float, *, sleep: Callable[[float], None] = tim
 
 
 def _between_ticks(readings: Sequence[GpuReading]) -> tuple[GpuReading, GpuReading]:
-    """The first and the last reading at which the energy counter had just moved: it does so every few dozen ms."""
+    """Return the first and the last reading at which the energy counter had just moved; it moves every few dozen ms."""
     moved = [b for a, b in pairwise(readings) if b.energy_j != a.energy_j]
     return (moved[0], moved[-1]) if len(moved) > 1 else (readings[0], readings[-1])
 
 
-class _Run:
+class _SustainedRun:
+    """One measurement: bursts are launched, readings collected, and both evaluated by `used`."""
+
     def __init__(
         self,
-        works: Sequence[Repeated],
-        meter: Meter,
+        works: Sequence[RepeatedWork],
+        meter: PowerMeter,
         seconds: float,
         warm_s: float,
         sleep: Callable[[float], None],
@@ -108,11 +88,11 @@ class _Run:
         self._readings: list[GpuReading] = []
         self._clocks: list[int] = []
         self._took_s: list[list[float]] = [[] for _ in works]
-        self._busy: list[tuple[float, float]] = []  # from, to; of the first work
+        self._busy: list[tuple[float, float]] = []  # (begin, end) of the first work's bursts
         self._rest_s = 0.0
 
-    def back_to_back(self, rest: Repeated | None) -> None:
-        """Each work in a queue of its own; `rest` takes turns with the first."""
+    def back_to_back(self, rest: RepeatedWork | None) -> None:
+        """Keep a queue of bursts for each work; `rest` takes turns with the first."""
         turns = [[(number, work)] for number, work in enumerate(self._works)]
         if rest:
             turns[0].append((-1, rest))
@@ -139,6 +119,7 @@ class _Run:
                 burst.took_s()
 
     def with_pauses(self, busy: float) -> None:
+        """Run bursts of the only work, each followed by a pause that leaves it `busy` for that share of the time."""
         going = True
         while going:
             burst, begun_s = self._works[0].launch(), self._meter.read().time_s
@@ -151,7 +132,8 @@ class _Run:
             self._sleep(took_s * (1 - busy) / busy)
             going = self._read(busy=False)
 
-    def used(self) -> Used:
+    def used(self) -> SustainedUse:
+        """Return means over the time between the first and the last tick of the energy counter."""
         first, last = _between_ticks(self._readings)
         over_s = last.time_s - first.time_s
         if self._busy:
@@ -160,7 +142,7 @@ class _Run:
         else:
             worked_s = sum(self._took_s[0])
             share = worked_s / (worked_s + self._rest_s)
-        return Used(
+        return SustainedUse(
             tuple(sum(took) / (len(took) * work.calls) for took, work in zip(self._took_s, self._works, strict=True)),
             (last.energy_j - first.energy_j) / over_s,
             mean(self._clocks),
@@ -168,13 +150,13 @@ class _Run:
         )
 
     def _read(self, busy: bool) -> bool:
-        """Is there time left?"""
+        """Take a reading, and return whether there is time left."""
         reading = self._meter.read()
         if reading.time_s >= self._start_s:
             self._readings.append(reading)
             if busy:
                 self._clocks.append(reading.sm_clock_mhz)
-        # However long a burst takes, each work is to have one that counts.
+        # However long bursts take, at least one of each work must lie in the measured time.
         return reading.time_s < self._stop_s or not all(self._took_s)
 
     def _count(self, number: int, burst: Burst) -> None:

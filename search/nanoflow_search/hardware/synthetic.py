@@ -1,6 +1,6 @@
-"""SyntheticDevice: a law of interference and power in place of a GPU, for development and tests.
+"""The synthetic device is a law of interference and power in place of a GPU, for development and tests.
 
-Times are roofs, not measurements: what it says of a plan says nothing about any real device.
+Its times are roofs and no measurements: what it says of a plan says nothing about any real device.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from collections.abc import Sequence
 
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.schedule.plan import Launch, Schedule
-from nanoflow_search.cost import devices
-from nanoflow_search.cost.work import Mix, Work, operation_work
-from nanoflow_search.predict.decode_layout import dealt
-from nanoflow_search.predict.predict import Timing, settled
-from nanoflow_search.predict.simulate import Pace, Phase, walk
-from nanoflow_search.profile.data import Load, Measurement, ProfileError
+from nanoflow_search.cost.devices import GpuSpec
+from nanoflow_search.cost.work import Work, operation_work
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.predict.decode_layout import count_decodes
+from nanoflow_search.predict.predict import Timing, highest_clock_within_cap
+from nanoflow_search.predict.simulate import LaunchPhase, Pace, simulate_launches
+from nanoflow_search.profile.load import Load, Measurement, ProfileError
 
 LAUNCH_US = 3.0
-IDLE_SHARE = 0.65  # of static power, of a device that waits
-# The part of the SMs that is enough for all of the bandwidth: an H200 reads 4.07 of 4.57 TB/s with 32 of 132 SMs.
+IDLE_SHARE = 0.65  # the share of static power that an idle device draws
+# The share of the SMs that saturates a bandwidth: an H200 reads 4.07 of 4.57 TB/s with 32 of 132 SMs.
 SATURATING_SHARE = {Resource.MEMORY: 0.25, Resource.NETWORK: 0.1}
-CONTEXT = 1024.0  # of the decodes behind an amount of keys
+CONTEXT = 1024.0  # of the decodes that an amount of keys stands for
 
 
 class SyntheticDevice:
-    """`spec` with SMs that divide evenly, bandwidths that few SMs saturate and all loads share, a clock that falls
-    until power fits (dynamic energy of arithmetic grows with its square), and seeded noise."""
+    """A `LoadRunner` of the rates in `spec`, with seeded noise.
+
+    Arithmetic divides evenly over SMs. Few SMs saturate a bandwidth, which all loads share. The clock falls until power
+    is within the cap; the dynamic energy of arithmetic grows with its square.
+    """
 
     def __init__(
-        self, graph: Graph, spec: devices.Device, sms: int = 132, ranks: int = 1, noise: float = 0.005, seed: int = 0
+        self, graph: Graph, spec: GpuSpec, sms: int = 132, ranks: int = 1, noise: float = 0.005, seed: int = 0
     ) -> None:
         if spec.power is None:
             raise ProfileError(f"{spec.name}: no energies are known of it")
@@ -42,11 +46,11 @@ class SyntheticDevice:
         product = max(products, key=lambda op: self._work(Load(op.name, 2048)).flop)
         attention = next(op for op in graph.operations if op.kernel == "attention")
         few = round(sms * SATURATING_SHARE[Resource.MEMORY])
-        # Side by side, since a product alone may be within the cap: then no clock but the highest would be known.
+        # The heater is a product beside attention: the cap may not bind a product alone, and the clock stay.
         self._heat = (Load(product.name, 2048, sms - few), Load(f"{attention.name}/decode", 512 * CONTEXT, few))
 
     def time(self, loads: Sequence[Load], busy: float = 1.0, heated: bool = False) -> Measurement:
-        """See Device."""
+        """See LoadRunner."""
         rest = self._heat if heated else ()
 
         def timed(clock_mhz: float) -> Timing:
@@ -55,16 +59,16 @@ class SyntheticDevice:
             mean_w = busy * power_w + (1 - busy) * rest_w
             return Timing(durations_us[0], clock_mhz, mean_w, mean_w * durations_us[0] * 1e-6)
 
-        clock_mhz = settled(timed, 1.0, self.highest_clock_mhz, self.power_cap_w).clock_mhz
+        clock_mhz = highest_clock_within_cap(timed, 1.0, self.highest_clock_mhz, self.power_cap_w).clock_mhz
         durations_us, power_w = self._at(loads, clock_mhz)
         noisy = tuple(us * self._random.lognormvariate(0, self._noise) for us in durations_us)
         return Measurement(noisy, power_w, clock_mhz)
 
     def time_plan(self, schedule: Schedule, mix: Mix, num_layers: int) -> Timing:
-        """A layer of a schedule for batches of `mix`, by the law itself."""
-        decodes_of = dealt(mix, schedule.groups)
+        """Return the timing of a layer under a schedule for batches of `mix`, by the law itself."""
+        decodes_of = count_decodes(mix, schedule.groups)
 
-        def phases(launch: Launch, clock_mhz: float) -> list[Phase]:
+        def phases(launch: Launch, clock_mhz: float) -> list[LaunchPhase]:
             decodes, sms = decodes_of(launch.start, launch.stop), schedule.sms(launch)
             prompts = launch.stop - launch.start - decodes
             loads = [Load(launch.operation, launch.stop - launch.start, sms)]
@@ -73,25 +77,26 @@ class SyntheticDevice:
                     Load(f"{launch.operation}/decode", decodes * mix.decode_context, sms),
                     Load(f"{launch.operation}/prefill", prompts * mix.prefill_context, sms),
                 ]
-            return [Phase(*load, self._at([load], clock_mhz)[0][0]) for load in loads if load.amount]
+            return [LaunchPhase(*load, self._at([load], clock_mhz)[0][0]) for load in loads if load.amount]
 
         def timed(clock_mhz: float) -> Timing:
-            def pace(running: tuple[Phase, ...]) -> Pace:
+            def pace(running: tuple[LaunchPhase, ...]) -> Pace:
                 durations_us, power_w = self._at([Load(*phase[:3]) for phase in running], clock_mhz)
                 slowdowns = (us / phase.alone_us for us, phase in zip(durations_us, running, strict=True))
                 return Pace(tuple(slowdowns), power_w - self.static_w)
 
-            walked = walk(schedule, num_layers, [phases(launch, clock_mhz) for launch in schedule.launches], pace)
-            layer_us = walked.total_us / num_layers
-            layer_j = walked.dynamic_j / num_layers + self.static_w * layer_us * 1e-6
+            launches = [phases(launch, clock_mhz) for launch in schedule.launches]
+            run = simulate_launches(schedule, num_layers, launches, pace)
+            layer_us = run.total_us / num_layers
+            layer_j = run.dynamic_j / num_layers + self.static_w * layer_us * 1e-6
             return Timing(layer_us, clock_mhz, 1e6 * layer_j / layer_us, layer_j)
 
-        found = settled(timed, 1.0, self.highest_clock_mhz, self.power_cap_w)
+        found = highest_clock_within_cap(timed, 1.0, self.highest_clock_mhz, self.power_cap_w)
         slower = self._random.lognormvariate(0, self._noise)
         return Timing(found.layer_us * slower, found.clock_mhz, found.power_w, found.layer_j * slower)
 
     def _at(self, loads: Sequence[Load], clock_mhz: float) -> tuple[list[float], float]:
-        """Durations and power at a clock, without noise."""
+        """Return the durations in us and the power in W of loads side by side at a clock, without noise."""
         works = [self._work(load) for load in loads]
         asked = [load.sms or self.sms for load in loads]
         granted = [sms * min(1.0, self.sms / sum(asked)) / self.sms for sms in asked]

@@ -1,4 +1,4 @@
-"""Case: batches of one size, on a machine of which there is a profile: what a search knows of them."""
+"""A batch case holds what a search knows of batches of one size, on a machine of which there is a profile."""
 
 from __future__ import annotations
 
@@ -10,58 +10,65 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.cost.batch_sizes import chunk_tokens
-from nanoflow_search.cost.work import Mix
+from nanoflow_search.cost.workload import Mix
 from nanoflow_search.plan.bound import bounds_us
 from nanoflow_search.plan.op_graph import layer_problem
 from nanoflow_search.plan.problem import Problem
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import Measured
+from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
-from nanoflow_search.request import Setting
+from nanoflow_search.request import SearchRequest
 
-Form = tuple[str, ...]  # the all-reduces that run as reduce-scatter and all-gather
+CollectiveForm = tuple[str, ...]  # the all-reduces that run as reduce-scatter and all-gather; the others stay whole
 
 
 @dataclass(frozen=True)
-class Case:
-    setting: Setting
+class BatchCase:
+    """Batches of `tokens` tokens, for one request."""
+
+    request: SearchRequest
     profile: Profile
     tokens: int
 
     @property
     def chunk_tokens(self) -> int:
+        """The tokens of a chunk: the two stages cut at multiples of it."""
         return chunk_tokens(self.tokens)
 
     @property
-    def forms(self) -> list[Form]:
-        """No all-reduce in two; and all of them, where the profile knows that."""
-        layer, known = self.setting.model.layer, {curve.partition("/")[0] for curve in self.profile.operations}
+    def forms(self) -> list[CollectiveForm]:
+        """The forms of collectives to plan for: all-reduces whole, and all of them split where that was measured."""
+        layer, known = self.request.model.layer, {curve.partition("/")[0] for curve in self.profile.operations}
         reduces = tuple(op.name for op in layer.operations if op.kernel == "all_reduce")
         measured = {op.name for op in self.graph(reduces).operations} <= known
-        return [(), reduces] if self.setting.ranks > 1 and measured else [()]
+        return [(), reduces] if self.request.ranks > 1 and measured else [()]
 
-    def graph(self, form: Form = ()) -> Graph:
-        return split_all_reduce(self.setting.model.layer, form, self.setting.ranks)
+    def graph(self, form: CollectiveForm = ()) -> Graph:
+        """Return a layer's op graph with its all-reduces in a form."""
+        return split_all_reduce(self.request.model.layer, form, self.request.ranks)
 
     def mix(self, workload: str) -> Mix:
-        return self.setting.mix(workload, self.tokens, self.profile.header.device)
+        """Return the steady mix of these batches."""
+        return self.request.mix(workload, self.tokens, self.profile.header.device)
 
-    def measured(self, workload: str) -> Measured:
-        return Measured(self.profile, self.mix(workload))
+    def timing_model(self, workload: str) -> TimingModel:
+        """Return the timing model of the steady mix, at the highest clock."""
+        return TimingModel(self.profile, self.mix(workload))
 
-    def shared(self, workload: str) -> Measured | None:
-        """What was measured of lanes that share SMs; None: nothing was."""
+    def shared_timing_model(self, workload: str) -> TimingModel | None:
+        """Return the timing model of lanes that share SMs; None: no such pair was measured."""
         pairs = [pair for pair in self.profile.pairs if None in (pair.first_sms, pair.second_sms)]
         profile = msgspec.structs.replace(self.profile, pairs=pairs)
-        return Measured(profile, self.mix(workload)) if pairs else None
+        return TimingModel(profile, self.mix(workload)) if pairs else None
 
-    def problem(self, measured: Measured, form: Form = ()) -> Problem:
-        return layer_problem(self.graph(form), self.setting.ranks, self.tokens, self.chunk_tokens, measured.times)
+    def problem(self, model: TimingModel, form: CollectiveForm = ()) -> Problem:
+        """Return the problem of stage one, with the times of a timing model."""
+        return layer_problem(self.graph(form), self.request.ranks, self.tokens, self.chunk_tokens, model.operations_us)
 
     def predicted_us(self, schedule: Schedule, workload: str) -> float:
-        """Of a layer."""
-        return predict(schedule, self.measured(workload), self.setting.model.num_layers).layer_us
+        """Return the predicted time of a layer."""
+        return predict(schedule, self.timing_model(workload), self.request.model.num_layers).layer_us
 
     def bounds_us(self) -> dict[str, float]:
-        """What no plan goes below, by name; on the first workload."""
-        return bounds_us(self.problem, self.measured(self.setting.workloads[0]), self.chunk_tokens)
+        """Return the lower bounds on the time of a layer by name, on the first workload."""
+        return bounds_us(self.problem, self.timing_model(self.request.workloads[0]), self.chunk_tokens)

@@ -1,4 +1,4 @@
-"""Program: a mixed-integer linear program whose code reads as its page of mathematics. Solved by HiGHS."""
+"""A mixed-integer linear program is written here like its page of mathematics, and HiGHS solves it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class Infeasible(ValueError):
-    """No solution: the message names the constraint that fails."""
+    """The program has no solution: the message names the first constraint that fails."""
 
 
 class OutOfTime(ValueError):
-    """No solution was found within the time limit; there may be one."""
+    """The solver found no solution within the time limit; there may be one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear expression: sum of coefficient x variable, plus a constant."""
+    """A linear expression: the sum of coefficient x variable over `terms`, plus a constant."""
 
     terms: Mapping[int, float] = field(default_factory=dict)
     constant: float = 0.0
@@ -58,19 +58,21 @@ class Linear:
         return Constraint(self - other, -math.inf, 0.0)
 
     def equals(self, other: Linear | float) -> Constraint:
+        """Return the constraint that both sides are equal."""
         return Constraint(self - other, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """lower <= expression <= upper."""
+    """The constraint lower <= expression <= upper."""
 
     expression: Linear
     lower: float
     upper: float
 
 
-def total(expressions: Iterable[Linear | float]) -> Linear:
+def lin_sum(expressions: Iterable[Linear | float]) -> Linear:
+    """Return the sum of expressions and numbers."""
     terms: dict[int, float] = {}
     constant = 0.0
     for expression in expressions:
@@ -85,21 +87,26 @@ def total(expressions: Iterable[Linear | float]) -> Linear:
 
 @dataclass(frozen=True)
 class Solution:
-    """`gap` is relative: how much lower the objective might still be; 0: proven."""
+    """The best solution that was found.
+
+    `gap` says by which share the objective might still be lower; 0 means that the solution is proven optimal.
+    """
 
     values: np.ndarray[tuple[int], np.dtype[np.float64]]
     objective: float
     gap: float
 
     def __call__(self, expression: Linear) -> float:
+        """Return the value of an expression."""
         return float(sum(c * self.values[v] for v, c in expression.terms.items()) + expression.constant)
 
     def chosen(self, variable: Linear) -> bool:
+        """Return whether a binary variable is 1."""
         return self(variable) > 0.5
 
 
-class Program:
-    """Variables, then constraints under their number in the text, then `minimize`."""
+class Milp:
+    """A program: declare variables, then constraints under their numbers in docs/search.md, then `minimize`."""
 
     def __init__(self) -> None:
         self._lower: list[float] = []
@@ -108,19 +115,22 @@ class Program:
         self._constraints: list[tuple[str, Constraint]] = []
 
     def real(self, lower: float = 0.0, upper: float = math.inf) -> Linear:
+        """Return a new variable in lower .. upper."""
         return self._variable(lower, upper, False)
 
     def binary(self) -> Linear:
+        """Return a new variable that is 0 or 1."""
         return self._variable(0.0, 1.0, True)
 
     def subject_to(self, label: str, constraint: Constraint) -> None:
+        """Add a constraint; an infeasible program names it by `label`."""
         self._constraints.append((label, constraint))
 
     def minimize(self, objective: Linear, time_limit_s: float = math.inf, gap: float = 1e-6) -> Solution:
-        """The best solution found.
+        """Return the best solution that was found, up to a relative `gap` from the optimum.
 
         Raises:
-            Infeasible: there is none.
+            Infeasible: there is no solution.
             OutOfTime: none was found in time.
         """
         found = self._solve(objective, self._constraints, time_limit_s, gap)
@@ -141,7 +151,7 @@ class Program:
     def _solve(
         self, objective: Linear, constraints: list[tuple[str, Constraint]], time_limit_s: float, gap: float
     ) -> optimize.OptimizeResult:
-        from scipy import optimize, sparse  # here: what times and predicts plans on a GPU has no solver
+        from scipy import optimize, sparse  # imported here: where plans are timed or predicted there may be no solver
 
         rows, columns, data = [], [], []
         for row, (_, constraint) in enumerate(constraints):
@@ -169,7 +179,7 @@ class Program:
         )
 
     def _diagnosis(self) -> str:
-        """The first constraint, in the order of the text, with which those before it leave no solution."""
+        """Find, by bisection, the first label whose constraints leave no solution together with those before it."""
         labels = list(dict.fromkeys(label for label, _ in self._constraints))
 
         def feasible(count: int) -> bool:
@@ -177,7 +187,7 @@ class Program:
             found = self._solve(Linear(), [c for c in self._constraints if c[0] in kept], math.inf, 1.0)
             return bool(found.status != 2)
 
-        low, high = 0, len(labels)  # the first `low` have a solution, the first `high` have none
+        low, high = 0, len(labels)  # the first `low` labels have a solution, the first `high` have none
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if feasible(middle) else (low, middle)

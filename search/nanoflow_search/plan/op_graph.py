@@ -1,4 +1,4 @@
-"""From a layer's op graph to the problem of stage one, and from a plan back to a schedule that the engine runs."""
+"""A layer's op graph becomes the problem of stage one, and a plan becomes a schedule that the engine runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.schedule.plan import Group, Launch, Schedule
 from nanoflow_backend.schedule.presets import synchronise
-from nanoflow_search.plan.problem import Dependency, NanoTask, Problem, Task, Timeline
+from nanoflow_search.plan.problem import CyclicTimeline, NanoTask, Problem, Task, TaskDependency
 
-# The time of some operations, one after the other, on the batch's tokens start .. stop - 1, alone on the device.
+# (operations, start, stop) -> their time in us, one after the other on the rows start .. stop - 1, with nothing beside.
 Times = Callable[[tuple[str, ...], int, int], float]
 
 
 def layer_problem(graph: Graph, ranks: int, tokens: int, chunk_tokens: int, times: Times) -> Problem:
-    """Plans of `graph` on batches of `tokens`, cut at multiples of `chunk_tokens`.
+    """Return the problem of `graph` (a layer of one rank) on batches of `tokens`, cut at multiples of `chunk_tokens`.
 
     Raises:
-        ValueError: chunks that do not fill the batch.
+        ValueError: the chunks do not fill the batch.
     """
     if tokens % chunk_tokens:
         raise ValueError(f"chunk_tokens: expected a divisor of {tokens}, got {chunk_tokens}")
@@ -25,21 +25,21 @@ def layer_problem(graph: Graph, ranks: int, tokens: int, chunk_tokens: int, time
     ranges = [(a, b) for a in range(chunks) for b in range(a + 1, chunks + 1)]
     tasks = tuple(
         Task(
-            name(graph, run),
-            lane(graph, run, ranks),
+            task_name(graph, run),
+            task_lane(graph, run, ranks),
             {(a, b): times(run, a * chunk_tokens, b * chunk_tokens) for a, b in ranges},
             run,
         )
-        for run in runs(graph, ranks)
+        for run in operation_runs(graph, ranks)
     )
-    return Problem(chunks, tasks, dependencies(graph, tasks))
+    return Problem(chunks, tasks, task_dependencies(graph, tasks))
 
 
-def runs(graph: Graph, ranks: int) -> list[tuple[str, ...]]:
-    """Operations that are cut alike and run back to back: what lies between attention, collectives and norms.
+def operation_runs(graph: Graph, ranks: int) -> list[tuple[str, ...]]:
+    """Return the runs of operations that make up tasks: what lies between attention, collectives and norms.
 
-    Element-wise work stays in the lane of its GEMM, whose output is still in the cache. A collective of a single rank
-    has nothing to do and stays where its input is.
+    The operations of a run are cut alike and follow each other in one lane. Element-wise work stays in the lane of its
+    GEMM, whose output is still in the cache. A collective of a single rank does nothing and stays where its input is.
     """
     found: list[list[str]] = []
     alone = False
@@ -53,35 +53,39 @@ def runs(graph: Graph, ranks: int) -> list[tuple[str, ...]]:
 
 
 def _apart(operation: Operation, ranks: int) -> bool:
-    """Is it a task of its own, in a lane of its own?"""
+    """Return whether an operation is a task of its own, in the lane of its resource."""
     return operation.kernel == "attention" or (operation.resource is Resource.NETWORK and ranks > 1)
 
 
-def lane(graph: Graph, run: tuple[str, ...], ranks: int) -> str:
+def task_lane(graph: Graph, run: tuple[str, ...], ranks: int) -> str:
+    """Return the lane of a run: memory for attention, network for a collective of several ranks, else compute."""
     first = graph[run[0]]
     return first.resource.value if _apart(first, ranks) else Resource.COMPUTE.value
 
 
-def name(graph: Graph, run: tuple[str, ...]) -> str:
-    """Of its first GEMM, or of its first operation."""
+def task_name(graph: Graph, run: tuple[str, ...]) -> str:
+    """Return the name of a run: that of its first GEMM, or of its first operation."""
     return next((op for op in run if graph[op].resource is Resource.COMPUTE), run[0])
 
 
-def dependencies(graph: Graph, tasks: tuple[Task, ...]) -> tuple[Dependency, ...]:
-    """Those between tasks; inside one, operations follow each other anyway."""
+def task_dependencies(graph: Graph, tasks: tuple[Task, ...]) -> tuple[TaskDependency, ...]:
+    """Return the dependencies between tasks, less those that follow from others.
+
+    Inside a task operations follow each other anyway.
+    """
     writer = {value: task.name for task in tasks for op in task.operations for value in graph[op].outputs}
-    found: dict[Dependency, None] = {}
+    found: dict[TaskDependency, None] = {}
     for task in tasks:
         for value in (value for op in task.operations for value in graph[op].inputs):
             source, back = graph.carried.get(value, value), int(value in graph.carried)
             pages = graph.values[value].kind is Kind.PAGES
             if source in writer and (writer[source] != task.name or back):
-                found[Dependency(writer[source], task.name, back, pages)] = None
+                found[TaskDependency(writer[source], task.name, back, pages)] = None
     return tuple(d for d in found if not _implied(d, list(found)))
 
 
-def _implied(dependency: Dependency, others: list[Dependency]) -> bool:
-    """Do others, one after the other on the same tokens, say as much? They need no constraint of their own."""
+def _implied(dependency: TaskDependency, others: list[TaskDependency]) -> bool:
+    """Return whether a chain of other dependencies on the same tokens implies this one."""
     if dependency.pages:
         return False
     reached = {(d.reader, d.layers_back, d.pages) for d in others if d.writer == dependency.writer and d != dependency}
@@ -99,13 +103,16 @@ def _implied(dependency: Dependency, others: list[Dependency]) -> bool:
 def schedule_of(
     graph: Graph,
     problem: Problem,
-    timeline: Timeline,
+    timeline: CyclicTimeline,
     chunk_tokens: int,
     sms: Mapping[NanoTask, int | None] | None = None,
     split_all_reduces: tuple[str, ...] = (),
     groups: tuple[Group, ...] = (),
 ) -> Schedule:
-    """The launches of a plan of `graph` (its all-reduces already in the plan's form), and the waits they need."""
+    """Return the schedule of a plan: its launches in the order of their starts, and the waits that they need.
+
+    `graph` has its all-reduces in the form that `split_all_reduces` names. `sms` limits the SMs of nano-tasks.
+    """
     first = {task.name: index for index, task in enumerate(problem.tasks)}
     placed = sorted(timeline.placed, key=lambda p: (round(p.start_us, 3), first[p.nano.task], p.nano.start))
     launches = tuple(

@@ -1,4 +1,4 @@
-"""Problem: what stage one decides about, as plain data: tasks, the chunks of a batch, durations, dependencies."""
+"""The problem of stage one is one layer as plain data: its tasks, the chunks of a batch, durations and dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Task:
     """Operations that run back to back on the same tokens, in one lane.
 
-    duration_us[a, b] is the time of chunks a .. b - 1 alone on the device; a range that is not there is not allowed.
+    duration_us[a, b] is the time of the chunks a .. b - 1 alone on the device. Ranges that are absent are not allowed.
     """
 
     name: str
@@ -21,10 +21,10 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Dependency:
-    """`reader` reads, of the same tokens, what `writer` writes in the same layer or `layers_back` layers before.
+class TaskDependency:
+    """A task reads what another one writes for the same tokens, in the same layer or `layers_back` layers before.
 
-    With `pages` it reads what was written for all tokens before its own too (attention, of the KV pages).
+    With `pages` it also reads what was written for all tokens before its own: attention does so, from the KV pages.
     """
 
     writer: str
@@ -35,31 +35,33 @@ class Dependency:
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer, repeated for ever, on a batch of `chunks` equal chunks of tokens."""
+    """One layer that is repeated for ever, on a batch of `chunks` equal chunks of tokens."""
 
     chunks: int
     tasks: tuple[Task, ...]
-    dependencies: tuple[Dependency, ...]
+    dependencies: tuple[TaskDependency, ...]
 
     def __getitem__(self, name: str) -> Task:
         return next(task for task in self.tasks if task.name == name)
 
     @property
     def lanes(self) -> tuple[str, ...]:
+        """The names of the lanes, in the order of their first tasks."""
         return tuple(dict.fromkeys(task.lane for task in self.tasks))
 
     def sequential_us(self) -> float:
-        """One task after the other on the whole batch."""
+        """Return the time of all tasks one after the other on the whole batch."""
         return sum(task.duration_us[0, self.chunks] for task in self.tasks)
 
     def lane_us(self, lane: str) -> float:
-        """All of a lane's tasks, uncut: no plan's period is shorter."""
+        """Return the time of a lane's tasks, uncut: no plan's period is shorter."""
         return sum(task.duration_us[0, self.chunks] for task in self.tasks if task.lane == lane)
 
     def cycles(self) -> list[tuple[str, ...]]:
-        """Chains of tasks from layer to layer: each token goes once round in a period, so they bound it from below.
+        """Return the chains of tasks that lead from one layer to the next.
 
-        Only the longest: those whose tasks are not all among another's.
+        Each token passes each chain once in a period, so that the chain's time bounds the period from below. A chain
+        whose tasks are all in another chain is left out.
         """
         follow: dict[str, list[str]] = {task.name: [] for task in self.tasks}
         for dependency in self.dependencies:
@@ -76,26 +78,34 @@ class Problem:
 
 
 class NanoTask(NamedTuple):
-    """Task `task` on chunks start .. stop - 1."""
+    """A part of a task: the task on the chunks start .. stop - 1."""
 
     task: str
     start: int
     stop: int
 
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return f"{self.task} {self.start}..{self.stop}"
 
-class Placed(NamedTuple):
-    """When it starts in a period, and how many layers it runs ahead of the others of that period."""
+
+class PlacedTask(NamedTuple):
+    """A nano-task with its place in the period."""
 
     nano: NanoTask
     start_us: float
     duration_us: float
-    layers_ahead: int
+    layers_ahead: int  # how many layers it is ahead of the layer that the period belongs to
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """One period of a cyclic plan. `gap` is the solver's, relative; 0: no plan is shorter."""
+class CyclicTimeline:
+    """One period of a plan that is repeated for ever.
+
+    `gap` is the solver's relative gap; 0 means that no plan is shorter.
+    """
 
     period_us: float
-    placed: tuple[Placed, ...]  # by start
+    placed: tuple[PlacedTask, ...]  # ascending by start
     gap: float = 0.0

@@ -1,6 +1,19 @@
-"""Stage one: number, sizes and order of the nano-operations, without interference (paper section 4.1.2).
+"""Stage one decides the number, sizes and order of nano-tasks, without interference (NanoFlow, section 4.1.2).
 
-The program, its symbols and the numbers of its constraints are those of search/README.md.
+docs/search.md derives the program; the numbers of the constraints are the same there. Symbols:
+
+    C       chunks of the batch                     K[o]    parts that task o may have
+    N       slots i = (o, k): part k of task o      g[o]    the task whose cuts o shares
+    D[o][r] time of task o on the range r = [a, b)  M       longest period that is allowed
+    T       period (minimised)                      t[i]    start of slot i in the period
+    h[i]    1: slot i is a layer ahead              hT[i]   the product h[i] T
+    z[i][r] 1: slot i has the range r               y[i, j] 1: i runs before j in their lane
+    d[i]    time of slot i                          x[i, c] 1: slot i holds chunk c
+    v       1: slot j reads what slot i writes      longest longest time of each task
+
+A constraint that holds only in one case is relaxed by a *big-M* term: `bound * (1 - binary)` makes it void while the
+binary is 0. The bound must be at least the largest violation possible. Starts and periods are at most M, and a slot of
+task o takes at most `longest[o]`, so that M + longest[o] is enough for the order in a lane (7).
 """
 
 from __future__ import annotations
@@ -9,10 +22,10 @@ import math
 from collections.abc import Mapping
 from itertools import combinations, permutations
 
-from nanoflow_search.plan.milp import Linear, Program, total
-from nanoflow_search.plan.problem import NanoTask, Placed, Problem, Timeline
+from nanoflow_search.plan.milp import Linear, Milp, lin_sum
+from nanoflow_search.plan.problem import CyclicTimeline, NanoTask, PlacedTask, Problem
 
-Slot = tuple[str, int]
+Slot = tuple[str, int]  # (task, number of its part)
 
 
 def stage_one(
@@ -23,17 +36,17 @@ def stage_one(
     period_limit_us: float | None = None,
     time_limit_s: float = math.inf,
     gap: float = 1e-6,
-) -> Timeline:
-    """The shortest period in which each task has at most `parts` nano-tasks.
+) -> CyclicTimeline:
+    """Return the shortest period in which each task has at most `parts[task]` nano-tasks.
 
-    `alike`: task -> the one that it is cut like; by default each has cuts of its own, which takes far longer to solve.
-    `period_limit_us`: only plans that are not longer; by default the sequential plan's period.
+    `alike` maps a task to the task whose cuts it shares. By default each task has cuts of its own, which takes far
+    longer to solve. `period_limit_us` is M, by default the period of the sequential plan.
 
     Raises:
-        Infeasible: no plan keeps the limit; names the constraints.
-        OutOfTime: none was found in time.
+        Infeasible: no plan keeps the limit; the message names a constraint.
+        OutOfTime: no plan was found in time.
     """
-    program = Program()
+    program = Milp()
 
     # Sets
     C = range(problem.chunks)
@@ -58,13 +71,13 @@ def stage_one(
     y = {(i, j): program.binary() for lane in lanes for i, j in combinations(lane, 2)}
 
     # Expressions
-    d = {i: total(us * z[i][r] for r, us in D[i[0]].items()) for i in N}
-    x = {(i, c): total(z[i][a, b] for a, b in z[i] if a <= c < b) for i in N for c in C}
-    start = {i: total(float(a) * z[i][a, b] for a, b in z[i]) for i in N}
-    stop = {i: total(float(b) * z[i][a, b] for a, b in z[i]) for i in N}
+    d = {i: lin_sum(us * z[i][r] for r, us in D[i[0]].items()) for i in N}
+    x = {(i, c): lin_sum(z[i][a, b] for a, b in z[i] if a <= c < b) for i in N for c in C}
+    start = {i: lin_sum(float(a) * z[i][a, b] for a, b in z[i]) for i in N}
+    stop = {i: lin_sum(float(b) * z[i][a, b] for a, b in z[i]) for i in N}
 
     for i in N:
-        program.subject_to(f"(1) {name(i)} has one range", total(z[i].values()).equals(1))
+        program.subject_to(f"(1) {slot_name(i)} has one range", lin_sum(z[i].values()).equals(1))
     for o in K:
         program.subject_to(f"(2) {o} starts at the first chunk", start[o, 0].equals(0))
         for k in K[o][1:]:
@@ -86,11 +99,11 @@ def stage_one(
                     continue
                 v = program.real(lower=float(same), upper=1.0)
                 for c in C if not same else ():
-                    reads = total(z[j][a, b] for a, b in z[j] if c < b and (e.pages or a <= c) and a < b)
-                    program.subject_to(f"(5) {name(j)} reads {name(i)}", v >= x[i, c] + reads - 1)
+                    reads = lin_sum(z[j][a, b] for a, b in z[j] if c < b and (e.pages or a <= c) and a < b)
+                    program.subject_to(f"(5) {slot_name(j)} reads {slot_name(i)}", v >= x[i, c] + reads - 1)
                 slack = (2 - e.layers_back) * M + longest[e.writer]
                 program.subject_to(
-                    f"(6) {name(j)} after {name(i)}",
+                    f"(6) {slot_name(j)} after {slot_name(i)}",
                     t[j] - hT[j] + e.layers_back * T >= t[i] - hT[i] + d[i] - slack * (1 - v),
                 )
 
@@ -104,10 +117,10 @@ def stage_one(
             program.subject_to("(8) a lane ends before its next period", t[i] + d[i] <= t[j] + T)
 
     for lane in lanes:
-        program.subject_to(f"(9) lane {problem[lane[0][0]].lane} fits", total(d[i] for i in lane) <= T)
+        program.subject_to(f"(9) lane {problem[lane[0][0]].lane} fits", lin_sum(d[i] for i in lane) <= T)
     for cycle in problem.cycles():
         for c in C:
-            round_trip = total(
+            round_trip = lin_sum(
                 us * z[o, k][a, b] for o in cycle for k in K[o] for (a, b), us in D[o].items() if a <= c < b
             )
             program.subject_to(f"(10) chunk {c} goes round", round_trip <= T)
@@ -117,14 +130,15 @@ def stage_one(
     for i in N:
         a, b = next(r for r in z[i] if found.chosen(z[i][r]))
         if a < b:
-            placed.append(Placed(NanoTask(i[0], a, b), found(t[i]), found(d[i]), round(found(h[i]))))
-    return Timeline(found(T), tuple(sorted(placed, key=lambda p: p.start_us)), found.gap)
+            placed.append(PlacedTask(NanoTask(i[0], a, b), found(t[i]), found(d[i]), round(found(h[i]))))
+    return CyclicTimeline(found(T), tuple(sorted(placed, key=lambda p: p.start_us)), found.gap)
 
 
 def _empty(problem: Problem, part: int) -> list[tuple[int, int]]:
-    """A part may be left out, behind the last chunk; the first one may not."""
+    """Return the empty range behind the last chunk, for parts that may be left out: all but a task's first."""
     return [(problem.chunks, problem.chunks)] if part else []
 
 
-def name(slot: Slot) -> str:
+def slot_name(slot: Slot) -> str:
+    """Return the name of a slot in messages; parts are counted from 1."""
     return f"{slot[0]} part {slot[1] + 1}"

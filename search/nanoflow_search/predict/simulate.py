@@ -1,4 +1,7 @@
-"""walk: a schedule in time, on lanes that slow each other down: a fluid simulation, moment by moment."""
+"""A fluid simulation runs a schedule in time, on lanes that slow each other down.
+
+Between two events (a phase of a launch ends, so that others may start) all running phases advance at constant rates.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +11,47 @@ from typing import NamedTuple
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 from nanoflow_backend.schedule.validate import describe
 
-NOTHING_US = 1e-9  # what is left of a launch that has ended, but for rounding
+NOTHING_US = 1e-9  # a phase with less than this left has ended; the rest is rounding
 
 
-class Phase(NamedTuple):
-    """A stretch of a launch that is alike throughout; attention has one for decodes and one for prompts."""
+class LaunchPhase(NamedTuple):
+    """A part of a launch with constant demands; attention has one for decodes and one for prompts."""
 
-    curve: str  # its operation, as profiles have it
+    curve: str  # of the profile
     amount: float
-    sms: int | None
-    alone_us: float
+    sms: int | None  # None: all, shared
+    alone_us: float  # its time with nothing beside it
 
 
 class Pace(NamedTuple):
-    """What goes on while some phases run side by side."""
+    """How fast phases advance while they run side by side, and what they draw."""
 
-    slowdowns: tuple[float, ...]  # of each
-    dynamic_w: float
+    slowdowns: tuple[float, ...]  # of each phase
+    dynamic_w: float  # of all, beyond static power
 
 
-class Walked(NamedTuple):
+class SimulatedRun(NamedTuple):
+    """What a simulation of all layers has found."""
+
     total_us: float
     dynamic_j: float
-    done: tuple[float, ...]  # by launch: how often its work was done
-    spans_us: tuple[tuple[float, float], ...]  # by step of the unrolled schedule: from when to when it ran
+    done: tuple[float, ...]  # for each launch of the schedule: how often its work was done, over all layers
+    spans_us: tuple[tuple[float, float], ...]  # for each step of the unrolled schedule: when it started and ended
 
 
-def walk(
-    schedule: Schedule, num_layers: int, phases: Sequence[Sequence[Phase]], pace: Callable[[tuple[Phase, ...]], Pace]
-) -> Walked:
-    """All layers, from first start to last end. `phases`: of each launch.
+def simulate_launches(
+    schedule: Schedule,
+    num_layers: int,
+    phases: Sequence[Sequence[LaunchPhase]],
+    pace: Callable[[tuple[LaunchPhase, ...]], Pace],
+) -> SimulatedRun:
+    """Simulate all layers, from the first start to the last end.
 
-    A launch starts when the one before it in its lane and those that it waits for have ended.
+    A launch starts when the one before it in its lane, and those that it waits for, have ended. `phases` are those of
+    each launch, in their order; `pace` says how fast phases advance side by side.
 
     Raises:
-        ScheduleError: launches that wait for each other.
+        ScheduleError: launches wait for each other.
     """
     steps = schedule.unroll(num_layers)
     index = {step: k for k, step in enumerate(steps)}
@@ -56,13 +65,13 @@ def walk(
         queues[launches[n].lane].append(k)
     ended = [False] * len(steps)
     starts_us, ends_us = [0.0] * len(steps), [0.0] * len(steps)
-    running: dict[str, tuple[int, int, float]] = {}  # lane -> step, number of its phase, what is left of that alone
-    paces: dict[tuple[Phase, ...], Pace] = {}
+    running: dict[str, tuple[int, int, float]] = {}  # lane -> (step, number of its phase, time left of that alone)
+    paces: dict[tuple[LaunchPhase, ...], Pace] = {}
     now_us = dynamic_j = 0.0
     done = [0.0] * len(launches)
 
     def start() -> bool:
-        """Start what may start; did something without phases end?"""
+        """Start every launch that may start; return whether one without phases has ended at once."""
         again = False
         for lane, queue in queues.items():
             if lane in running or not queue or not all(ended[k] for k in waits[queue[-1]]):
@@ -101,4 +110,4 @@ def walk(
     if not all(ended):
         _, number = steps[ended.index(False)]
         raise ScheduleError(f"{describe(number, launches[number])} waits for what never ends")
-    return Walked(now_us, dynamic_j, tuple(done), tuple(zip(starts_us, ends_us, strict=True)))
+    return SimulatedRun(now_us, dynamic_j, tuple(done), tuple(zip(starts_us, ends_us, strict=True)))

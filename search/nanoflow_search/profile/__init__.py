@@ -1,0 +1,1 @@
+"""A profile holds measured loads: this room says which are measured, how, and what lies between the points."""

@@ -1,30 +1,24 @@
-"""take_profile: measure what is still missing of a profile, point by point; a run that is cut goes on from its file."""
+"""A profile is measured point by point, each on file at once, so that a run that is cut goes on from the file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
-from nanoflow_search.profile.data import Device, Header, Load, Measurement, Pair, Point, Profile, ProfileError
+from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
+from nanoflow_search.profile.load import Load, LoadRunner, Measurement, Point, ProfileError, SoloLoad
 
-HALF = 0.5  # of the time: what a load works where another clock than that of back-to-back work is wanted
-CAPPED = 0.97  # of the highest clock: below it, power is what holds the clock down
-
-
-class Anchor(NamedTuple):
-    """A load to measure alone; at two clocks, it shows how its operation depends on the clock."""
-
-    load: Load
-    two_clocks: bool = False
+SECOND_CLOCK_DUTY = 0.5  # duty cycle of the second measurement, which lets the clock settle elsewhere
+CAPPED = 0.97  # share of the highest clock: below it, the power cap is what holds the clock down
 
 
-def header_of(device: Device, graph: Graph, tensor_parallel: int = 1) -> Header:
-    return Header(
+def profile_header(device: LoadRunner, graph: Graph, tensor_parallel: int = 1) -> ProfileHeader:
+    """Return the header of a profile of `graph` (a layer of one rank) on `device`."""
+    return ProfileHeader(
         model_fingerprint=fingerprint(graph),
         device=device.name,
         device_sms=device.sms,
@@ -35,17 +29,19 @@ def header_of(device: Device, graph: Graph, tensor_parallel: int = 1) -> Header:
 
 
 def take_profile(
-    device: Device,
-    header: Header,
-    alone: Iterable[Anchor],
+    device: LoadRunner,
+    header: ProfileHeader,
+    alone: Iterable[SoloLoad],
     together: Iterable[tuple[Load, Load]],
     path: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
-    """The profile in `path` with every anchor of `alone` and every pair. Static power is that of the run that began it.
+    """Return the profile in the file `path` with every load of `alone` and every pair of `together`.
+
+    What the file holds is not measured again. Static power is that of the run that began the file.
 
     Raises:
-        ProfileError: the file is of something else than `header`.
+        ProfileError: the file was taken of something else than `header` says.
     """
     profile = Profile.load(path) if path.exists() else Profile(header=header)
     if replace(profile.header, static_w=header.static_w) != header:
@@ -67,7 +63,7 @@ def take_profile(
     for load, two_clocks in alone:
         point = add_point(load, 1.0, False)
         if two_clocks:
-            add_point(load, HALF, heated=point.clock_mhz > CAPPED * device.highest_clock_mhz)
+            add_point(load, SECOND_CLOCK_DUTY, heated=point.clock_mhz > CAPPED * device.highest_clock_mhz)
     known = {(p.first, p.first_sms, p.second, p.second_sms) for p in profile.pairs}
     for first, second in together:
         if (first.operation, first.sms, second.operation, second.sms) not in known:
@@ -97,7 +93,7 @@ def _point(load: Load, sms: int, found: Measurement, static_w: float, busy: floa
 
 
 def _pair(profile: Profile, first: Load, second: Load, beside: Measurement) -> Pair:
-    """Against what each would take alone at the clock that both left to each other."""
+    """Compare both loads with what each takes alone at the clock that they had side by side."""
     alone = [profile.surface(load.operation, beside.clock_mhz) for load in (first, second)]
     alone_us = [a.duration_us(load.amount, load.sms) for a, load in zip(alone, (first, second), strict=True)]
     alone_j = [a.dynamic_j(load.amount, load.sms) for a, load in zip(alone, (first, second), strict=True)]

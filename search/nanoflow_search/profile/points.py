@@ -1,138 +1,191 @@
-"""loads_of: what to measure of a model on a machine: few points, between which times are nearly straight lines."""
+"""The points to measure of a model are few, and chosen so that times are nearly straight lines between them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from nanoflow_backend.graph.operation import Graph, Operation, Resource
-from nanoflow_search.cost.work import Mix, operation_work
-from nanoflow_search.profile.data import Load
-from nanoflow_search.profile.measure import Anchor
+from nanoflow_search.cost.work import operation_work
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.profile.load import Load, LoadsToMeasure, SoloLoad
 
-TILE_ROWS, TILE_COLUMNS = 128, 256  # of a dense product, that one SM works on at a time
-STEPS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # tokens
-FEW_WAVES = 4  # of tiles: from there on a last one that is not full makes little of the time
-CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention is launched on beside products
-PAIR_CAP = 0.25  # that stands for all where a launch is short
-PAIR_TOKENS = 1024  # of the products in pairs: about a nano-batch
-SHARES = 4  # of the SMs that a partition may give to attention, for one mix
-MOST_SHARES = 5  # for all that a profile is taken for: each is some 35 points
-SHARE_GRAIN = 4  # SMs by which the shares that are tried differ
-# Of an SM, while attention reads a byte on another: 56 side by side (partition_placement_h200.json, 32 of 132 SMs), and
-# a quarter more, since attention's lane waits for products in every layer.
+TILE_ROWS, TILE_COLUMNS = 128, 256  # the tile of a dense product that one SM works on at a time
+TOKEN_STEPS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # tokens
+FEW_WAVES = 4  # waves of tiles: beyond so many, a last wave that is not full hardly counts
+CAPS = (0.125, 0.25, 0.375, 0.5, 1.0)  # shares of the SMs that attention may use beside products
+PAIR_CAP = 0.25  # the one share that is measured beside short launches
+PAIR_TOKENS = 1024  # tokens of a product in a pair: about a nano-batch
+NUM_SHARES = 4  # how many sizes of attention's partition are measured for one mix
+MOST_SHARES = 5  # the most sizes in one profile: each costs some 35 points
+SHARE_GRAIN = 4  # SMs by which the sizes of a partition differ
+# Operations of one SM in the time in which attention reads a byte on another: 56 side by side
+# (partition_placement_h200.json, 32 of 132 SMs), and a quarter more, since attention waits for products in every layer.
 FLOP_PER_BYTE = 70.0
-ENOUGH = 1 / 3  # of the SMs: 40 of 132 read 0.93 of what all do (kernels_decode_partition_h200.json)
-PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: their time goes in steps of tiles
+ENOUGH_SMS_SHARE = 1 / 3  # 40 of 132 SMs read 0.93 of what all do (kernels_decode_partition_h200.json)
+PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: times grow in steps of tiles
 
 
-class Loads(NamedTuple):
-    alone: tuple[Anchor, ...]
-    together: tuple[tuple[Load, Load], ...]
+class Sweep(NamedTuple):
+    """Amounts to measure alone on each of some numbers of SMs (None: all of them).
+
+    Amounts are tokens; those of attention are shares of what the mix's decodes or prompts read.
+    """
+
+    amounts: Sequence[float]
+    sms: Sequence[int | None] = (None,)
+    two_clocks: Callable[[float, int | None], bool] = lambda amount, sms: False
 
 
-def loads_of(graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 4096) -> Loads:
-    """For batches of up to `largest_tokens`; decodes read as many keys as a batch of `mix` does, prompts likewise."""
-    alone: list[Anchor] = []
-    together: list[tuple[Load, Load]] = []
-    attention = next(op for op in graph.operations if op.kernel == "attention")
-    keys = mix.decode_tokens * mix.decode_context
-    seen = mix.prefill_tokens * mix.prefill_context
+class Partner(NamedTuple):
+    """Attention to measure beside an operation on `tokens` and `own_sms`."""
+
+    tokens: int
+    own_sms: int | None
+    phase: str  # "decode" or "prefill"
+    share: float  # of what the mix's decodes or prompts read
+    sms: int | None
+
+
+class Row(NamedTuple):
+    """What to measure of all operations of one kind."""
+
+    sweeps: Sequence[Sweep]
+    partners: Sequence[Partner] = ()
+
+
+# The kinds are attention's two phases and the resources: decode, prefill, compute, memory, network.
+Table = Mapping[str, Row]
+
+
+def shared_loads(graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 4096) -> LoadsToMeasure:
+    """Return the loads for lanes that share SMs, on batches of up to `largest_tokens` tokens.
+
+    Attention reads what it reads in a batch of `mix`.
+    """
     caps, few = [_cap(device_sms, share) for share in CAPS], _cap(device_sms, PAIR_CAP)
-    decode, prefill = (f"{attention.name}/{phase}" for phase in ("decode", "prefill"))
-    for op in graph.operations:
-        product = Load(op.name, PAIR_TOKENS)
-        if op.kernel == "attention":
-            for curve, most in ((decode, keys), (prefill, seen)):
-                if not most:
-                    continue
-                alone += [Anchor(Load(curve, share * most), share == 1) for share in (0.125, 0.25, 0.5, 1)]
-                alone += [Anchor(Load(curve, 0.5 * most, cap), True) for cap in caps if cap]
-                alone += [Anchor(Load(curve, most, cap)) for cap in caps if cap]
-        elif op.resource is Resource.COMPUTE:
-            amounts = _amounts(graph, op, device_sms, largest_tokens)
-            twice = {amounts[0], min(512, largest_tokens), amounts[-1]}
-            alone += [Anchor(Load(op.name, tokens), tokens in twice) for tokens in amounts]
-            together += [(product, Load(decode, keys, cap)) for cap in caps if keys]
-            together += [(product, Load(prefill, seen, cap)) for cap in (few, None) if seen]
-        elif op.resource is Resource.MEMORY:
-            alone += [Anchor(Load(op.name, tokens)) for tokens in (128, 1024, largest_tokens)]
-            together += [(product, Load(decode, keys, few))] if keys else []
-        else:
-            alone.append(Anchor(Load(op.name, largest_tokens)))
-    return Loads(tuple(alone), tuple(together))
+    limits = [cap for cap in caps if cap]
+
+    def table(op: Operation) -> Table:
+        amounts = _amounts(graph, op, device_sms, largest_tokens) if op.resource is Resource.COMPUTE else [0]
+        twice = {amounts[0], min(512, largest_tokens), amounts[-1]}
+        attention = Row(
+            [
+                Sweep((0.125, 0.25, 0.5, 1), two_clocks=lambda share, _: share == 1),
+                Sweep((0.5,), limits, two_clocks=lambda *_: True),
+                Sweep((1,), limits),
+            ]
+        )
+        return {
+            "decode": attention,
+            "prefill": attention,
+            "compute": Row(
+                [Sweep(amounts, two_clocks=lambda tokens, _: tokens in twice)],
+                [
+                    *(Partner(PAIR_TOKENS, None, "decode", 1, cap) for cap in caps),
+                    *(Partner(PAIR_TOKENS, None, "prefill", 1, cap) for cap in (few, None)),
+                ],
+            ),
+            "memory": Row([Sweep((128, 1024, largest_tokens))], [Partner(PAIR_TOKENS, None, "decode", 1, few)]),
+            "network": Row([Sweep((largest_tokens,))]),
+        }
+
+    return _listed(graph, mix, table)
 
 
-def partition_loads_of(
+def partition_loads(
     graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 2048, sizes: Sequence[int] = ()
-) -> Loads:
-    """For plans whose attention has SMs of its own, one of `sizes`, and all else the rest; and for sequential.
+) -> LoadsToMeasure:
+    """Return the loads for plans that give attention SMs of its own, one of `sizes`, and all else the rest.
 
-    What has SMs of its own is slowed down by the memory that it shares: the two sizes in the middle show by how much.
+    Sequential plans need them too. Operations in a partition still share the memory: the two sizes in the middle are
+    measured in pairs, and show by how much that slows them down.
     """
     sizes = sizes or attention_sms(graph, device_sms, mix)
-    alone: list[Anchor] = []
-    together: list[tuple[Load, Load]] = []
-    attention = next(op for op in graph.operations if op.kernel == "attention")
-    decode, prefill = (f"{attention.name}/{phase}" for phase in ("decode", "prefill"))
-    most = {
-        decode: mix.decode_tokens * mix.decode_context,
-        prefill: mix.prefill_tokens * mix.prefill_context,
-    }
     middle = (len(sizes) - 1) // 2
     likely = sorted(sizes)[middle : middle + 2]
-    half = min(PAIR_TOKENS, largest_tokens)
+    half, least_rest = min(PAIR_TOKENS, largest_tokens), device_sms - max(sizes)
 
     def up_to(*tokens: int) -> list[int]:
         return sorted({min(n, largest_tokens) for n in tokens})
 
+    alone, own = up_to(256, 512, half, largest_tokens), up_to(*PARTITION_TOKENS)
+    whole = Sweep((0.5, 1), two_clocks=lambda share, _: share == 1)
+    table: Table = {
+        "decode": Row([whole, Sweep((0.5, 1), sizes, two_clocks=lambda share, _: share == 0.5)]),
+        "prefill": Row([whole, Sweep((0.5,), sizes, two_clocks=lambda _, sms: sms == likely[0])]),
+        "compute": Row(
+            [
+                Sweep(alone, two_clocks=lambda tokens, _: tokens in (alone[0], alone[-1])),
+                Sweep(
+                    own,
+                    [device_sms - sms for sms in sizes],
+                    two_clocks=lambda tokens, sms: tokens == half and device_sms - (sms or 0) in likely,
+                ),
+            ],
+            [
+                *(Partner(half, device_sms - sms, "decode", 0.5, sms) for sms in likely),
+                Partner(half, device_sms - likely[0], "prefill", 0.5, likely[0]),
+            ],
+        ),
+        "memory": Row(
+            [Sweep(up_to(512, largest_tokens), (None, least_rest))],
+            [Partner(half, device_sms - likely[0], "decode", 0.5, likely[0])],
+        ),
+        "network": Row([Sweep((largest_tokens,), (None, least_rest))]),
+    }
+    return _listed(graph, mix, lambda _: table)
+
+
+def _listed(graph: Graph, mix: Mix, table: Callable[[Operation], Table]) -> LoadsToMeasure:
+    """Return the loads that the table asks for, operation by operation; attention without decodes or prompts has no
+    such phase."""
+    alone: list[SoloLoad] = []
+    together: list[tuple[Load, Load]] = []
+    attention = next(op.name for op in graph.operations if op.kernel == "attention")
+    reads = {
+        "decode": mix.decode_tokens * mix.decode_context,
+        "prefill": mix.prefill_tokens * mix.prefill_context,
+    }
     for op in graph.operations:
-        if op is attention:
-            for curve, amount in most.items():
-                parts = (0.5, 1) if curve == decode else (0.5,)
-                alone += [Anchor(Load(curve, share * amount), share == 1) for share in (0.5, 1) if amount]
-                alone += [
-                    Anchor(Load(curve, share * amount, sms), share == 0.5 and (curve == decode or sms == likely[0]))
-                    for sms in sizes
-                    for share in parts
-                    if amount
-                ]
-        elif op.resource is Resource.COMPUTE:
-            amounts = up_to(256, 512, half, largest_tokens)
-            alone += [Anchor(Load(op.name, n), n in (amounts[0], amounts[-1])) for n in amounts]
-            for sms in sizes:
-                amounts = up_to(*PARTITION_TOKENS)
-                alone += [Anchor(Load(op.name, n, device_sms - sms), n == half and sms in likely) for n in amounts]
-            for sms, curve in [*((sms, decode) for sms in likely), (likely[0], prefill)]:
-                if most[curve]:
-                    beside = Load(curve, 0.5 * most[curve], sms)
-                    together.append((Load(op.name, half, device_sms - sms), beside))
-        elif op.resource is Resource.MEMORY:
-            shares = (None, device_sms - max(sizes))
-            alone += [Anchor(Load(op.name, n, sms)) for sms in shares for n in up_to(512, largest_tokens)]
-            if most[decode]:
-                beside = Load(decode, 0.5 * most[decode], likely[0])
-                together.append((Load(op.name, half, device_sms - likely[0]), beside))
-        else:
-            alone += [Anchor(Load(op.name, largest_tokens, sms)) for sms in (None, device_sms - max(sizes))]
-    return Loads(tuple(alone), tuple(together))
+        kinds = reads if op.name == attention else [op.resource.value]
+        for kind in kinds:
+            row, unit = table(op)[kind], reads.get(kind, 1)
+            curve = f"{op.name}/{kind}" if kind in reads else op.name
+            alone += [
+                SoloLoad(Load(curve, amount * unit, sms), sweep.two_clocks(amount, sms))
+                for sweep in row.sweeps
+                for sms in sweep.sms
+                for amount in sweep.amounts
+                if unit
+            ]
+            together += [
+                (Load(op.name, p.tokens, p.own_sms), Load(f"{attention}/{p.phase}", p.share * reads[p.phase], p.sms))
+                for p in row.partners
+                if reads[p.phase]
+            ]
+    return LoadsToMeasure(tuple(alone), tuple(together))
 
 
 def attention_sms(graph: Graph, device_sms: int, mix: Mix) -> tuple[int, ...]:
-    """Sizes of attention's share around that in which its reading lasts as long as the products on the other SMs, up to
-    what fills the memory's bandwidth."""
+    """Return the sizes of attention's partition that are worth measuring, ascending, in SMs.
+
+    They lie around the size with which attention reads for as long as the products compute on the other SMs, and end
+    where attention saturates the memory's bandwidth.
+    """
     reading = FLOP_PER_BYTE * sum(
         operation_work(graph, op, mix).memory_bytes for op in graph.operations if op.kernel == "attention"
     )
     products = sum(operation_work(graph, op, mix).flop for op in graph.operations if op.resource is Resource.COMPUTE)
     balanced = device_sms * reading / (reading + products)
-    first = min(round(balanced / SHARE_GRAIN - (SHARES - 1) / 2), int(ENOUGH * device_sms / SHARE_GRAIN) - SHARES + 1)
-    shares = range(max(first, 1), max(first, 1) + SHARES)
+    most = int(ENOUGH_SMS_SHARE * device_sms / SHARE_GRAIN)
+    first = min(round(balanced / SHARE_GRAIN - (NUM_SHARES - 1) / 2), most - NUM_SHARES + 1)
+    shares = range(max(first, 1), max(first, 1) + NUM_SHARES)
     return tuple(SHARE_GRAIN * share for share in shares if SHARE_GRAIN * share < device_sms)
 
 
-def shares_for(graph: Graph, device_sms: int, mixes: Sequence[Mix]) -> tuple[int, ...]:
-    """`attention_sms` of all `mixes`; of too many, those in the middle."""
+def attention_sms_for(graph: Graph, device_sms: int, mixes: Sequence[Mix]) -> tuple[int, ...]:
+    """Return the sizes of `attention_sms` for all `mixes`; where they are too many, those in the middle."""
     found = sorted({sms for mix in mixes for sms in attention_sms(graph, device_sms, mix)})
     spare = max(len(found) - MOST_SHARES, 0)
     return tuple(found[(spare + 1) // 2 : len(found) - spare // 2])
@@ -143,10 +196,11 @@ def _cap(device_sms: int, share: float) -> int | None:
 
 
 def _amounts(graph: Graph, op: Operation, device_sms: int, largest: int) -> list[int]:
-    """Where time bends: tokens that fill a wave of tiles, and the next tile of rows; and STEPS."""
+    """Return the tokens at which the time of a product bends: those that fill a wave of tiles, those with one more tile
+    of rows, and TOKEN_STEPS."""
     columns = next(p.shape[-2] for p in graph.parameters if p.name == op.parameters[0])
     across = -(-columns // TILE_COLUMNS)
-    found = {tokens for tokens in STEPS if tokens < largest} | {largest}
+    found = {tokens for tokens in TOKEN_STEPS if tokens < largest} | {largest}
     for wave in range(1, FEW_WAVES + 1):
         rows = wave * device_sms // across
         found |= {TILE_ROWS * r for r in (rows, rows + 1) if 0 < TILE_ROWS * r <= largest}

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 

@@ -51,7 +51,7 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
         assert message in errors[number]
     assert "top_p: expected a number in (0, 1]" in results[9]["error"]
     assert "'utf-8' codec can't decode byte 0xff" in results[10]["error"]
-    assert "recursion" in results[11]["error"]
+    assert "nested too deeply" in results[11]["error"]
     llm = LLM.from_pretrained(model)
     (alone,) = llm.generate(["The quick brown fox"], SamplingParams(max_tokens=30, temperature=0.0))
     assert results[0] == {
@@ -71,7 +71,7 @@ def test_batch_keeps_the_order_and_turns_bad_lines_into_errors(model, tmp_path):
 
 
 def test_a_killed_and_an_interrupted_batch_go_on_where_they_were(model, tmp_path):
-    lines = [{"prompt": f"page {number}", "max_tokens": 40, "temperature": 0} for number in range(120)]
+    lines = [{"prompt": f"page {number}", "max_tokens": 40, "temperature": number % 2} for number in range(60)]
     source = write_lines(tmp_path / "in.jsonl", lines)
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run_here("batch", "--model", model, "--input", source, "--output", whole).returncode == 0
@@ -100,9 +100,9 @@ def test_a_killed_and_an_interrupted_batch_go_on_where_they_were(model, tmp_path
     assert told.splitlines()[-1] == f"nanoflow: {finished()} lines are done; the same command goes on there"
     assert "Traceback" not in told
     done = run_here(*arguments)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "nanoflow: 120 lines done, 0 failed")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "nanoflow: 60 lines done, 0 failed")
     assert output.read_bytes().startswith(before), "finished lines are kept as they are"
-    assert read_lines(output) == read_lines(whole)
+    assert read_lines(output) == read_lines(whole), "what is drawn too"
 
 
 def test_logprobs_that_were_asked_for_are_in_the_line(model, tmp_path):

@@ -6,9 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
-import checkpoints
 import pytest
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ConfigError, EngineConfig
 from nanoflow_backend.engine import Engine, auto_schedule
 from nanoflow_backend.engine.auto_schedule import COMMAND, find_auto_schedule

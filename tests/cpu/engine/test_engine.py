@@ -3,10 +3,9 @@
 import random
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 from nanoflow_backend.request.request import Request

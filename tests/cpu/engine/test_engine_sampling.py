@@ -9,14 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.engine import LLM, Completion, Engine, SamplingParams
+from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
@@ -242,7 +242,7 @@ def test_a_grammar_that_takes_long_holds_up_nobody_else(model: Path, monkeypatch
     while engine.has_work:
         for delta in engine.step():
             texts.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
-    assert engine.refused() == []
+    assert engine.take_refused() == []
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     said = {key: tokenizer.decode(ids) for key, ids in texts.items()}
@@ -258,13 +258,13 @@ def test_a_grammar_that_breaks_down_ends_its_request_with_the_reason(
     forced = SamplingParams.parse({"structured_outputs": NUMBER, "max_tokens": 12})
     real, calls = llm.engine.constraints.broken, []
 
-    def broken(slots: list[int]) -> dict[int, str]:
+    def broken(slots: list[int]) -> dict[int, RequestError]:
         calls.append(slots)
-        return {slots[-1]: "too complex"} if len(calls) == 3 else real(slots)
+        return {slots[-1]: InvalidRequest("too complex")} if len(calls) == 3 else real(slots)
 
     monkeypatch.setattr(llm.engine.constraints, "broken", broken)
     results = dict(llm.complete([([1, 2], plain), ([1, 2, 3], forced)]))
     assert isinstance(results[0], Completion)
     assert len(results[0].token_ids) == 12
-    assert str(results[1]) == "structured_outputs: cannot go on: too complex"
+    assert str(results[1]) == "too complex"
     assert not llm.engine.has_work

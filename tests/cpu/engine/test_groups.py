@@ -4,12 +4,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from msgspec.structs import replace
 from schedules import save
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.completion import Completion

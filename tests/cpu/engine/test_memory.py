@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import checkpoints
 import pytest
 import torch
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
 from nanoflow_backend.engine import Engine, program_builder
 from nanoflow_backend.engine.memory import check_room

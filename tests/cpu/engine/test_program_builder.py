@@ -10,10 +10,13 @@ from msgspec.structs import replace
 from nanoflow_backend.config import ConfigError, EngineConfig
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.settle import Settled, settle
-from nanoflow_backend.kvcache import storage
+from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.kvcache.kv_pages import page_bytes
+from nanoflow_backend.kvcache.tier import Direction, Transfer
 from nanoflow_backend.models import weights
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.scheduler.batch import Batch
 
 DEMO = Path(__file__).parents[3] / "demo" / "tiny-llama"
 WORKSPACE_BYTES = 100_000_000
@@ -40,7 +43,7 @@ RUN: list[int] = []  # pages of the programs that ran a batch for a trial
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     RUN.clear()
-    monkeypatch.setattr(CpuProgram, "fill", lambda self, _: RUN.append(len(self.binding.kv[0])))
+    monkeypatch.setattr(CpuProgram, "fill", lambda self, _: RUN.append(self.binding.kv.num_pages))
     return RUN
 
 
@@ -54,9 +57,9 @@ def test_pages_fill_what_weights_and_workspace_leave(settled: Settled, trials: l
     loaded = made.load_weights()
     pages = made.size_kv_cache(loaded, torch.zeros(4, 4, dtype=torch.int32))
     assert trials == [1], "one program, of one page, ran the largest batch"
-    page_bytes = storage.page_bytes(settled.model_config, settled.config.page_tokens, torch.float32)
+    bytes_a_page = page_bytes(settled.model_config, settled.config.page_tokens, torch.float32)
     left = 10**9 * settled.config.gpu_memory_utilization - WORKSPACE_BYTES
-    assert pages * page_bytes <= left < (pages + 1) * page_bytes
+    assert pages * bytes_a_page <= left < (pages + 1) * bytes_a_page
 
 
 def test_no_room_for_a_page_is_refused_with_the_setting_to_change(settled: Settled, trials: list[int]) -> None:
@@ -72,7 +75,7 @@ def test_a_given_size_is_rounded_up_to_pages_and_tries_nothing(settled: Settled,
     program, pages = ProgramBuilder(given, Device("cpu", "cpu", None)).build(torch.zeros(4, 4, dtype=torch.int32))
     assert (pages, trials) == (3, [])
     assert isinstance(program, CpuProgram)
-    assert len(program.binding.kv[0]) == 3
+    assert program.binding.kv.num_pages == 3
 
 
 def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +84,10 @@ def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, mon
     dummy = Settled(replace(settled.config, load_format="dummy"), settled.model_config, settled.max_model_tokens)
     made = ProgramBuilder(dummy, Device("cpu", "cpu", None)).load_weights()
     assert {name: t.shape for name, t in made.items()} == {name: t.shape for name, t in loaded.items()}
+
+
+def test_a_worker_without_a_tier_below_the_device_refuses_to_move_pages(settled: Settled) -> None:
+    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config, settled.max_model_tokens)
+    batch = Batch(1, [], [], [], [], [], [Transfer(2, 0, Direction.LOAD)])
+    with pytest.raises(ValueError, match="transfers: expected none, as there is no tier below the device, got"):
+        Worker(given).launch_forward(batch)

@@ -3,11 +3,10 @@
 import threading
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 from process_tree import alive
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.engine import Engine, ranks
 from nanoflow_backend.process.child import Child

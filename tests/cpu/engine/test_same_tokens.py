@@ -4,13 +4,13 @@ import random
 from itertools import pairwise
 from pathlib import Path
 
-import checkpoints
 import pytest
 from cases import LENGTHS, TOKENS, Case
 from schedules import random_schedule
 from searched import schedule_file, searched
 from torch import Tensor
 
+from benchmarks.models import checkpoints
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 from nanoflow_backend.models.model import build

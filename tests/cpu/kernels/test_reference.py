@@ -10,10 +10,11 @@ import math
 
 import pytest
 import torch
-from checkpoints import make
 from comparison import assert_close
 from nanoflow_kernels import reference
 from torch import Tensor
+
+from benchmarks.models.checkpoints import make
 
 TOKENS = (0, 1, 2, 13)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

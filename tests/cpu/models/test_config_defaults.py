@@ -8,8 +8,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS
 
+from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.config import ConfigError, ModelConfig
 
 NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import make, save
 from safetensors.torch import load_file, save_file
 
+from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.engine import LLM, SamplingParams
 
 State = dict[str, torch.Tensor]

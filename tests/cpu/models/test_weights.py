@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.config import ConfigError, ModelConfig
 from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Source

@@ -6,12 +6,11 @@ import signal
 import threading
 from pathlib import Path
 
-import checkpoints
 import pytest
-import tiny_tokenizers
 from process_tree import alive, children
 from waiting import until
 
+from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks

@@ -10,11 +10,12 @@ from comparison import assert_close
 from msgspec.structs import replace
 from nanoflow_kernels import reference
 from schedules import plans, random_interleaving, random_schedule
+from support.collectives.in_process import Group, InProcess
 
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.runtime.binding import Binding
-from nanoflow_backend.runtime.collectives import Collectives
-from nanoflow_backend.runtime.cuda import bucket
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
+from nanoflow_backend.runtime.cuda import CudaProgram, bucket
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
@@ -41,7 +42,7 @@ def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_
 
 def bound(case: Case, *schedules: Schedule) -> Binding:
     pages, options = case.requests.empty_pages(), {"max_tokens": schedules[-1].tokens, "dtype": torch.float32}
-    binding = Binding(case.model, schedules, case.weights, pages, Collectives(), reference, in_place=True, **options)
+    binding = Binding(case.model, schedules, case.weights, pages, OneRank(), reference, in_place=True, **options)
     binding.page_table = case.requests.page_table
     return binding
 
@@ -75,7 +76,7 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
             [replace(schedule, launches=capped)],
             case.weights,
             case.requests.empty_pages(),
-            Collectives(),
+            OneRank(),
             reference,
             max_tokens=TOKENS,
             dtype=torch.float32,
@@ -85,6 +86,30 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
         calls = zip(schedule.launches, binding.layers(binding.plan_for(TOKENS, 0)), strict=True)
         caps = {launch.operation: call.run.keywords.get("num_sms") for launch, call in calls if call}
         assert {name: cap for name, cap in caps.items() if cap} == expected
+
+
+@pytest.mark.parametrize("form", ["sequential", "split"])
+def test_an_sm_cap_reaches_collectives_too(case: Case, form: str) -> None:
+    """With limit_sms, as on a GPU, where a lane with SMs of its own has the network's launches, too."""
+    graph, reduces = case.model.layer, ("attention_reduce", "mlp_reduce")
+    schedule = sequential(graph, TOKENS)
+    if form == "split":
+        schedule = replace(sequential(split_all_reduce(graph, reduces, 1), TOKENS), split_all_reduces=reduces)
+    capped = tuple(replace(x, sms=5) if "reduce" in x.operation else x for x in schedule.launches)
+    schedule = replace(schedule, launches=capped)
+    options = {"max_tokens": TOKENS, "dtype": torch.float32, "limit_sms": True}
+    pages = case.requests.empty_pages()
+    binding = Binding(case.model, [schedule], case.weights, pages, OneRank(), reference, **options)
+    binding.page_table = case.requests.page_table
+    for buffer in binding.buffers:
+        buffer.fill_(1.0)
+    ran = 0
+    for (_, number), call in zip(binding.plans[0].steps, binding.layers(binding.plan_for(TOKENS, 0)), strict=True):
+        if call and "reduce" in capped[number].operation:
+            assert call.run.keywords["num_sms"] == 5
+            call.run()
+            ran += 1
+    assert ran == 3 * (2 if form == "sequential" else 4)
 
 
 def test_a_batch_runs_under_the_first_plan_that_holds_it(case: Case) -> None:
@@ -108,6 +133,14 @@ def test_a_batch_runs_under_the_first_plan_that_holds_it(case: Case) -> None:
             assert (found.tokens, found.least_decode_kv_tokens, fitted.tokens) == (size, least, tokens)
             chosen.add(asked[size].index(least))
     assert chosen == {0, 1, 2, 3}
+
+
+def test_collectives_that_no_graph_can_hold_are_refused_before_the_device_is_touched(case: Case) -> None:
+    pages, schedules = case.requests.empty_pages(), [sequential(case.model.layer, TOKENS)]
+    collectives, options = InProcess(Group(2), 0), {"max_tokens": TOKENS, "dtype": torch.float32}
+    binding = Binding(case.model, schedules, case.weights, pages, collectives, reference, **options)
+    with pytest.raises(ValueError, match="cuda_graphs: expected collectives that a CUDA graph can hold, got InProcess"):
+        CudaProgram(binding, max_rows=1)
 
 
 def test_buckets_waste_at_most_an_eighth_and_are_few() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 from batches import forward
@@ -16,9 +15,10 @@ from nanoflow_kernels import reference
 from schedules import interleavings, plans, random_interleaving, random_schedule
 from torch import Tensor
 
-from nanoflow_backend.kvcache import storage
+from benchmarks.models import checkpoints
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, FittedPlan
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
@@ -69,7 +69,7 @@ def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
         program = llama.program(schedule, checked=False)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 1)):
-            for pages in program.binding.kv:
+            for pages in program.binding.kv.tensor:
                 pages.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(8)), expected)
@@ -78,13 +78,13 @@ def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
 
 
 def test_bfloat16_follows_float32(case: Case) -> None:
-    pages = storage.allocate(case.config, case.requests.num_pages, 4, torch.bfloat16, poison=True)
+    pages = KvPages.allocate(case.config, case.requests.num_pages, 4, torch.bfloat16, poison=True)
     weights = {
         name: w if name.endswith("frequencies") else w.bfloat16() for name, w in case.weights.items()
     }  # fmt: skip
     schedule = nano_batched(case.model.layer, TOKENS, 3)
     options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16}
-    binding = Binding(case.model, [schedule], weights, pages, Collectives(), reference, **options)
+    binding = Binding(case.model, [schedule], weights, pages, OneRank(), reference, **options)
     program = CpuProgram(binding, checked=True)
     forward(program, case.requests.inputs(BATCHES[0]))
     logits = program.head(torch.arange(TOKENS))

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, plan_buffers
-from nanoflow_backend.runtime.collectives import Collectives
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
@@ -45,9 +46,9 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
-    kv = torch.empty(model.num_layers, 0)
+    kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
     options: dict[str, Any] = {"max_tokens": schedule.tokens, "dtype": torch.float32}
-    return CpuProgram(Binding(model, [schedule], weights, kv, Collectives(), NO_KERNELS, **options))
+    return CpuProgram(Binding(model, [schedule], weights, kv, OneRank(), NO_KERNELS, **options))
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
@@ -105,7 +106,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
-                for pages in program.binding.kv:
+                for pages in program.binding.kv.tensor:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
@@ -189,9 +190,7 @@ def attention() -> SimpleNamespace:
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
     options: dict[str, Any] = {"max_tokens": 6, "dtype": torch.float32}
-    return CpuProgram(
-        Binding(attention.model, [schedule], attention.weights, pages, Collectives(), reference, **options)
-    )
+    return CpuProgram(Binding(attention.model, [schedule], attention.weights, pages, OneRank(), reference, **options))
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:
@@ -203,7 +202,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         program = program_of(attention, schedule)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
-            program.binding.kv.fill_(torch.nan)
+            program.binding.kv.tensor.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1

@@ -8,22 +8,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-import tiny_tokenizers
 import torch
+from masks import ids, make, params
 from transformers import NoBadWordsLogitsProcessor
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.request.structured_outputs import StructuredOutputs
-from nanoflow_backend.sampling.constraints import Constraints, Masks, bits_of
+from nanoflow_backend.sampling.constraints import bits_of
 from nanoflow_backend.sampling.grammar import CACHED_GRAMMARS, Grammars
 from nanoflow_backend.scheduler.batch import Admission
 from nanoflow_backend.text.bad_words import encode_bad_words
 from nanoflow_backend.text.tokenizer import Tokenizer
 
-PADDING = 5  # ids of the model that the tokenizer does not have
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},
@@ -38,24 +37,6 @@ LARK = 'start: "x" NUMBER\nNUMBER: /[0-9]{1,3}/'
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder: Path = getattr(tiny_tokenizers, request.param)(tmp_path_factory.mktemp(request.param))
     return Tokenizer.from_pretrained(folder)
-
-
-def make(tokenizer: Tokenizer | None, vocab_size: int | None = None) -> Constraints:
-    assert tokenizer is None or tokenizer.eos_id is not None
-    size = vocab_size or (tokenizer.vocab_size + PADDING if tokenizer else 100)
-    ends = (tokenizer.eos_id,) if tokenizer and tokenizer.eos_id is not None else ()
-    return Constraints(size, ends, Grammars(lambda: tokenizer, size, ends))
-
-
-def params(**fields: Any) -> SamplingParams:
-    return SamplingParams.parse(fields)
-
-
-def ids(masks: Masks | None) -> list[set[int]]:
-    assert masks is not None
-    masks = msgspec.msgpack.decode(msgspec.msgpack.encode(masks), type=Masks)  # as ranks get it
-    flags = np.unpackbits(masks.allowed.view(np.uint8), axis=1, bitorder="little")
-    return [set(np.flatnonzero(row).tolist()) for row in flags]
 
 
 def written(tokenizer: Tokenizer, asked: SamplingParams, random: Random, preempt: bool) -> str:

@@ -74,7 +74,7 @@ def test_a_split_all_reduce_keeps_its_output() -> None:
     assert [op.name for op in split.operations[-2:]] == ["mlp_reduce.reduce_scatter", "mlp_reduce.all_gather"]
     assert split.outputs == layer.outputs
     assert split.values["mlp_reduce.part"].width == 8
-    assert [op.kernel for op in split.operations if "mlp_reduce" in op.outputs] == ["all_gather"]
+    assert [op.kernel for op in split.operations if "mlp_reduce" in op.outputs] == ["all_gather_columns"]
     with pytest.raises(ValueError, match=r"not an all-reduce: qkv; the graph has \['attention_reduce', 'mlp_reduce'\]"):
         split_all_reduce(layer, ["qkv"], 2)
     with pytest.raises(ValueError, match="mlp_reduce: width 16 is not a multiple of 3 ranks"):

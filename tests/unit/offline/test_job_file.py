@@ -66,7 +66,7 @@ def test_a_pipe_is_read_once_and_not_counted(tmp_path):
         (b"{not json", "expected a JSON object"),
         (b"[1]", "expected a JSON object"),
         (b'{"prompt": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
-        (b'{"prompt": ' * 20_000, "recursion"),
+        (b'{"prompt": ' * 20_000, "nested too deeply"),
         ({"max_tokens": 3}, "expected either prompt or prompt_token_ids"),
         ({"prompt": "a", "prompt_token_ids": [1]}, "expected either prompt or prompt_token_ids"),
         ({"prompt": 7}, "prompt: Expected `str`, got `int`"),

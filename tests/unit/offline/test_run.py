@@ -15,7 +15,7 @@ from json_lines import read_lines, write_lines
 
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.offline.run import result_line, run
+from nanoflow_backend.offline.run import result_line, run, seeded
 from nanoflow_backend.request.invalid_request import InvalidRequest
 
 PROGRAM = Path(arithmetic_runner.__file__)
@@ -138,3 +138,12 @@ def test_the_standard_output_is_a_file_or_refused(tmp_path):
     text, message = piped.communicate(timeout=60)
     assert (piped.returncode, text) == (1, "")
     assert message.startswith("/dev/stdout: expected a regular file")
+
+
+def test_a_job_s_seed_is_its_own_or_drawn_by_its_line(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "a", "seed": 7}])
+    jobs = [line.job for line in JobFile(source).lines()]
+    drawn = [seeded(job, 0, number)[1].seed for number, job in enumerate(jobs)]
+    assert drawn[2] == 7
+    assert len({*drawn, seeded(jobs[0], 1, 0)[1].seed}) == 4
+    assert seeded(jobs[1], 0, 1) == seeded(jobs[1], 0, 1)

@@ -7,7 +7,7 @@ import pytest
 from nanoflow_backend.bench.reservation import ReserveMaxTokens
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.length_forecast import LengthForecast
-from nanoflow_backend.scheduler.page_account import PageAccount
+from nanoflow_backend.scheduler.page_account import KnownPrefix, PageAccount
 from nanoflow_backend.scheduler.page_forecast import MOMENTS, PageForecast
 from nanoflow_backend.scheduler.sequence import Sequence
 
@@ -48,7 +48,7 @@ def test_peak_covers_the_mean_and_most_of_many_replays(seed: int) -> None:
     running = [sequence(rng.randint(1, 60), rng.randint(0, 100), 200, 1000 * i) for i in range(60)]
     for s in running[:-1]:
         admitted(account, s)
-    peak = PageForecast(running[:-1], account, forecast).add(running[-1], account.cost(running[-1], []))
+    peak = PageForecast(running[:-1], account, forecast).add(running[-1], account.cost(running[-1], KnownPrefix([], 0)))
     survivors = [sorted(n for n in lengths if n > s.output_tokens) for s in running]
     peaks = []
     for _ in range(200):

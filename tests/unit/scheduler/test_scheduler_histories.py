@@ -12,6 +12,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
+from host_tier import HostTier
 from ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
@@ -24,7 +25,9 @@ from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 HISTORIES_IN_CI = 10_000
+TIERED_IN_CI = 2_000
 CHUNK = 1_000
+INTERRUPTIONS = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.REFUSED)
 SEEDS_EACH = 3  # the most sequences of a request
 
 
@@ -42,9 +45,12 @@ class Life:
 
 
 class History:
-    """A random scheduler, random requests, and every rule that can be checked from outside."""
+    """A random scheduler, random requests, and every rule that can be checked from outside.
 
-    def __init__(self, seed: int) -> None:
+    With `tiers`, what the device evicts goes to a tier below it.
+    """
+
+    def __init__(self, seed: int, tiers: bool = False) -> None:
         rng = self.rng = random.Random(seed)
         self.now = 0.0
         self.asynchronous = rng.random() < 0.7
@@ -66,6 +72,7 @@ class History:
             page_tokens=self.page_tokens,
             max_model_tokens=self.max_model_tokens,
         )
+        self.host = HostTier(random.Random(seed).choice((0, 1, 3, 20)))
         self.scheduler = Scheduler(
             limits,
             eos_token_ids=[EOS],
@@ -73,6 +80,7 @@ class History:
             priority_aging_s=rng.choice((0, 3, 1000)),
             clock=lambda: self.now,
             forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
+            lower_tier=self.host if tiers else None,
         )
         self.executor = LedgerExecutor(self.num_pages, self.page_tokens)
         self.in_flight: deque[LedgerStep] = deque()
@@ -90,7 +98,9 @@ class History:
             elif action < 0.45 and self.lives:
                 self.scheduler.cancel(self.rng.choice([*self.requests, -1]), index=self.rng.choice((None, 0, 1)))
                 self.scheduler.check()
-            elif action < 0.5 and self.held:
+            elif action < 0.47 and self.lives:
+                self.refuse(self.rng.choice([*self.requests, -1]))
+            elif action < 0.52 and self.held:
                 self.scheduler.release(self.held.pop())
                 self.scheduler.check()
             else:
@@ -165,7 +175,8 @@ class History:
     def check_batch(self, batch: Batch) -> None:
         slots = batch.decode_slots + [p.slot for p in batch.prefills]
         assert len(set(slots)) == len(slots), "a slot is in a batch twice"
-        assert 0 < batch.tokens <= self.dense_batch_tokens
+        assert 0 < batch.tokens <= self.dense_batch_tokens or (batch.transfers and not batch.tokens)
+        self.seen["steps of transfers alone"] += not batch.tokens
         assert all(0 < len(p.token_ids) <= self.chunk_tokens for p in batch.prefills)
         assert sum(len(p.token_ids) for p in batch.prefills) <= self.prompt_tokens
         self.seen["decodes and prefills together"] += bool(batch.decode_slots and batch.prefills)
@@ -197,13 +208,23 @@ class History:
             self.seen["scored"] += life.scored is not None
             self.seen["siblings"] += index
         stopped = self.seen[FinishReason.STOP]
-        interrupted = self.seen[FinishReason.CANCELLED] + self.seen[FinishReason.DEADLINE]
+        interrupted = sum(self.seen[reason] for reason in INTERRUPTIONS)
         # a cancelled request may lose the token in flight
         assert stats.overshoot_tokens <= (stopped + interrupted if self.asynchronous else 0)
         assert stats.finished_requests == len(self.lives)
         self.seen["preemptions"] += stats.preemptions
         self.seen["overshoot"] += stats.overshoot_tokens
         self.seen["steps"] += stats.steps
+        self.seen["stores"] += self.host.stores
+        self.seen["loads"] += self.host.loads
+        self.seen["drops"] += self.host.drops
+
+    def refuse(self, request_id: int) -> None:
+        counted = sum(self.scheduler.observer.observed.ended.values())
+        self.scheduler.cancel(request_id, FinishReason.REFUSED)
+        assert not self.scheduler.cancel(request_id, FinishReason.REFUSED), "there is nothing left to end"
+        assert sum(self.scheduler.observer.observed.ended.values()) == counted
+        self.scheduler.check()
 
     def verify_output(self, life: Life) -> None:
         params, prompt = life.request.params, life.request.prompt
@@ -226,11 +247,11 @@ class History:
             assert not life.output
 
 
-def run_histories(seeds: range) -> Counter[str]:
+def run_histories(seeds: range, tiers: bool = False) -> Counter[str]:
     seen: Counter[str] = Counter()
     for seed in seeds:
         try:
-            seen += History(seed).run()
+            seen += History(seed, tiers).run()
         except BaseException as error:
             error.add_note(f"history seed {seed}")
             raise
@@ -243,6 +264,14 @@ def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: 
     others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
     for event in (*FinishReason, *others):
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
+
+
+@pytest.mark.parametrize("first", range(0, TIERED_IN_CI, CHUNK))
+def test_with_a_tier_below_no_page_is_lost_and_no_token_is_computed_on_one_that_is_not_loaded(first: int) -> None:
+    seen = run_histories(range(first, first + CHUNK), tiers=True)
+    events = ("stores", "loads", "drops", "steps of transfers alone")
+    for event in (*FinishReason, "preemptions", "prefix hits", *events):
+        assert seen[event] >= 5, f"the histories hardly know '{event}': they prove little"
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_bad_input_is_named() -> None:
     for arguments, message in {
         (*model, "--workload", "1024"): "workload: expected PROMPT/OUTPUT tokens such as 1024/512, got '1024'",
         (*model, "--workload", "1/1", "--device", "K80"): "device: expected one of A100, H100,",
-        ("--model", "/nowhere", "--workload", "1/1"): "/nowhere/config.json: No such file",
+        ("--model", "/nowhere", "--workload", "1/1"): "/nowhere: there is no such folder",
     }.items():
         done = run("analyze", *arguments)
         assert done.returncode == 1

@@ -9,18 +9,20 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 from msgspec.structs import replace
-from nanoflow_search import checkpoint as state_module
-from nanoflow_search.checkpoint import SearchError, State
-from nanoflow_search.command import find_schedules as search_command
-from nanoflow_search.cost.batch_sizes import checked, chunk_tokens, mix_of, natural_tokens, suitable
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.progress import Display
+from nanoflow_search import checkpoint as checkpoint_module
+from nanoflow_search.__main__ import On, run_search
+from nanoflow_search.checkpoint import Checkpoint, SearchError
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.emit.picture import draw_plan
+from nanoflow_search.emit.progress import ProgressDisplay
+from nanoflow_search.emit.schedule_file import Outcome
 from nanoflow_search.emit.tables import explain
-from nanoflow_search.hardware.machine import Synthetic
+from nanoflow_search.hardware.machine import SyntheticMachine
 from nanoflow_search.plan.candidates import Candidate
 from nanoflow_search.predict.predict import Timing
-from nanoflow_search.profile.data import Profile, ProfileError
-from nanoflow_search.request import Effort, Phase, Setting
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
+from nanoflow_search.request import Effort, Phase, SearchRequest
 from nanoflow_search.search import search
 from rich.console import Console
 from shapes import config
@@ -36,44 +38,44 @@ SIZES = (256, 384)
 MODELS = Path(__file__).parents[3] / "benchmarks" / "models"
 
 
-def setting(*workloads: str) -> Setting:
-    return Setting.of(MODELS / "llama-3-8b", 1, workloads or ("512/1024",))
+def request_for(*workloads: str) -> SearchRequest:
+    return SearchRequest.of(MODELS / "llama-3-8b", 1, workloads or ("512/1024",))
 
 
 def run(
-    folder: Path, machine: Synthetic | None, until: Phase = Phase.TIMING, **options
-) -> tuple[ScheduleFile, Candidate] | None:
-    options = {"setting": setting(), "sizes": SIZES, "effort": EFFORT} | options
-    with Display(Console(quiet=True)) as display:
+    folder: Path, machine: SyntheticMachine | None, until: Phase = Phase.TIMING, **options
+) -> tuple[ScheduleFile, Outcome] | None:
+    options = {"request": request_for(), "sizes": SIZES, "effort": EFFORT} | options
+    with ProgressDisplay(Console(quiet=True)) as display:
         return search(
             machine=machine,
             profile_path=folder / "profile.json",
-            state=State(folder / "state"),
+            checkpoint=Checkpoint(folder / "state"),
             display=display,
             until=until,
             **options,
         )
 
 
-class Biased(Synthetic):
+class Biased(SyntheticMachine):
     """Plans with more than one launch of an operation take `factor` as long as by the law."""
 
     def __init__(self, factor: float = 1.0, before: Callable[[], None] = lambda: None) -> None:
         self._factor, self._before = factor, before
 
-    def timer(self, setting: Setting, mix: Mix) -> Callable[[Schedule], Timing]:
-        by_law = super().timer(setting, mix)
+    def timer(self, request: SearchRequest, mix: Mix) -> Callable[[Schedule], Timing]:
+        by_law = super().timer(request, mix)
 
         def timer(schedule: Schedule) -> Timing:
             self._before()
-            timing = by_law(sequential(setting.model.layer, schedule.tokens))
-            split = schedule != sequential(setting.model.layer, schedule.tokens)
+            timing = by_law(sequential(request.model.layer, schedule.tokens))
+            split = schedule != sequential(request.model.layer, schedule.tokens)
             return timing._replace(layer_us=timing.layer_us * (self._factor if split else 1.0))
 
         return timer
 
 
-def saved(found: tuple[ScheduleFile, Candidate] | None, path: Path) -> bytes:
+def saved(found: tuple[ScheduleFile, Outcome] | None, path: Path) -> bytes:
     assert found is not None
     found[0].save(path)
     return path.read_bytes()
@@ -84,7 +86,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pyte
     path = tmp_path / "schedule.json"
     saved(found, path)
     file = ScheduleFile.load(path)
-    model = setting().model
+    model = request_for().model
     assert [plan.tokens for plan in file.plans] == [128, 256, 256, 384, 384]
     assert file.plans[0] == sequential(model.layer, 128), "parts of small batches only cost"
     assert file.plans[2::2] == (sequential(model.layer, 256), sequential(model.layer, 384)), "where decodes read little"
@@ -97,7 +99,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pyte
     assert find_schedules(config, model, "synthetic H200-sustained", 132) == file.plans
     profile = Profile.load(tmp_path / "profile.json")
     assert (file.header.profile_hash, file.header.workloads) == (profile.hash(), ("512/1024",))
-    assert ElementTree.fromstring(found[1].picture).tag.endswith("svg")
+    assert ElementTree.fromstring(draw_plan(found[1].case, found[1].winner.schedule)).tag.endswith("svg")
     chosen = [trial for trial in file.trials if trial.chosen]
     assert [trial.dense_batch_tokens for trial in chosen] == [256, 384]
     assert all(trial.gain == pytest.approx(1 / 0.9) for trial in chosen)
@@ -117,7 +119,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pyte
 def test_plans_that_lose_are_rejected(tmp_path: Path) -> None:
     """However good their predictions; then one sequential plan is all that the file needs."""
     file = run(tmp_path, Biased(1.02))[0]
-    assert file.plans == (sequential(setting().model.layer, 384),)
+    assert file.plans == (sequential(request_for().model.layer, 384),)
     assert {trial.plan for trial in file.trials if trial.chosen} == {"sequential"}
     assert all(trial.gain == pytest.approx(1 / 1.02) for trial in file.trials if trial.plan != "sequential")
 
@@ -144,7 +146,7 @@ def test_predictions_are_on_file_before_anything_is_timed(tmp_path: Path) -> Non
 def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut before each of the files that it writes, one after the other, and now and then in the profile."""
     whole = saved(run(tmp_path / "whole", Biased(0.9), sizes=(256,)), tmp_path / "whole.json")
-    write, save, cut = state_module.write, Profile.save, {"calls": 0}
+    write, save, cut = checkpoint_module.write_atomically, Profile.save, {"calls": 0}
 
     def cutting(call: Callable[..., None], every: int) -> Callable[..., None]:
         def wrapped(*arguments: object) -> None:
@@ -155,7 +157,7 @@ def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, m
 
         return wrapped
 
-    monkeypatch.setattr(state_module, "write", cutting(write, 2))
+    monkeypatch.setattr(checkpoint_module, "write_atomically", cutting(write, 2))
     monkeypatch.setattr(Profile, "save", cutting(save, 30))
     cuts = 0
     while True:
@@ -184,7 +186,7 @@ def test_what_is_done_needs_no_machine(tmp_path: Path) -> None:
 
 def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
     def plans(name: str, **options: bool) -> list[Schedule]:
-        run(tmp_path / name, Synthetic(), Phase.PLANS, sizes=(512,), effort=replace(EFFORT, plans=8, **options))
+        run(tmp_path / name, SyntheticMachine(), Phase.PLANS, sizes=(512,), effort=replace(EFFORT, plans=8, **options))
         path = tmp_path / name / "state" / "512" / "plans.msgpack"
         return [found.schedule for found in msgspec.msgpack.decode(path.read_bytes(), type=list[Candidate])[1:]]
 
@@ -193,25 +195,25 @@ def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, Synthetic(), Phase.PLANS, sizes=(256,))
+    run(tmp_path, SyntheticMachine(), Phase.PLANS, sizes=(256,))
     with pytest.raises(
         SearchError, match=r"state of another search: workloads is \('512/1024',\) there and \('1/1',\) h"
     ):
-        run(tmp_path, Synthetic(), setting=setting("1/1"), sizes=(256,))
+        run(tmp_path, SyntheticMachine(), request=request_for("1/1"), sizes=(256,))
     with pytest.raises(SearchError, match=r"dense_batch_tokens is \(256,\) there and \(256, 384\) here"):
-        run(tmp_path, Synthetic())
-    other = Setting("tiny", config("llama"), 1, ("512/1024",))
+        run(tmp_path, SyntheticMachine())
+    other = SearchRequest("tiny", config("llama"), 1, ("512/1024",))
     (tmp_path / "state" / "request.json").unlink()
     with pytest.raises(ProfileError, match=r"profile\.json: was taken of"):
-        run(tmp_path, Synthetic(), setting=other)
+        run(tmp_path, SyntheticMachine(), request=other)
     (tmp_path / "state" / "request.json").write_text("{")
     with pytest.raises(SearchError, match=r"request\.json: Input data was truncated; without this file"):
-        run(tmp_path, Synthetic())
+        run(tmp_path, SyntheticMachine())
 
 
 def test_a_plan_for_several_workloads_is_predicted_and_timed_on_each(tmp_path: Path) -> None:
     both = ("512/1024", "1024/512")
-    file = run(tmp_path, Biased(0.9), setting=setting(*both), sizes=(256,))[0]
+    file = run(tmp_path, Biased(0.9), request=request_for(*both), sizes=(256,))[0]
     assert file.header.workloads == both
     assert [(trial.plan, trial.workload) for trial in file.trials] == [
         (plan, workload) for workload in both for plan in ("sequential", "plan 1", "plan 2")
@@ -221,10 +223,10 @@ def test_a_plan_for_several_workloads_is_predicted_and_timed_on_each(tmp_path: P
 
 
 def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (setting(), [256], EFFORT, "synthetic", None, tmp_path / "plan.json")
-    search_command(*arguments, Phase.PROFILE)
+    arguments = (request_for(), [256], EFFORT, On.SYNTHETIC, None, tmp_path / "plan.json")
+    run_search(*arguments, Phase.PROFILE)
     assert "profile done" in capsys.readouterr().out
-    search_command(*arguments, Phase.TIMING)
+    run_search(*arguments, Phase.TIMING)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "plan.json", "plan.profile.json", "plan.result.json", "plan.search", "plan.svg",
     ]  # fmt: skip
@@ -233,34 +235,5 @@ def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_file_without_an_account_is_explained_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     header = Header(model_fingerprint="0" * 16, device="cpu", tensor_parallel=1, dense_batch_tokens=8)
-    explain(ScheduleFile(header=header, plans=(sequential(setting().model.layer, 8),)))
+    explain(ScheduleFile(header=header, plans=(sequential(request_for().model.layer, 8),)))
     assert "Nothing is told in this file of how its plans were found." in capsys.readouterr().out
-
-
-# sizes
-
-
-def test_sizes_follow_the_memory() -> None:
-    of_8b = setting()
-    natural = natural_tokens(of_8b.size, "NVIDIA H200", 1, of_8b.parsed[0])
-    assert natural == pytest.approx(1.5 * (141e9 - 16.06e9) / 131072 / 1024, rel=0.01)
-    assert suitable([natural]) == of_8b.sizes("NVIDIA H200") == (1024, 1280, 2048)
-    assert suitable([1e9]) == (4096,)
-    assert suitable([10.0]) == (512,)
-    with pytest.raises(SearchError, match="dense-batch-tokens: say one; the device is not in"):
-        of_8b.sizes("NVIDIA GTX 970")
-
-
-def test_no_more_tokens_decode_than_the_memory_holds() -> None:
-    workload = setting().parsed[0]
-    assert mix_of(workload, 300, 600.0) == Mix(200, 100, 1024.0, 256)
-    assert mix_of(workload, 900, 600.0) == Mix(400, 500, 1024.0, 256)
-
-
-def test_chunks_are_whole_tiles() -> None:
-    sizes = (256, 768, 1280, 1536, 2048, 3072, 4096)
-    assert [chunk_tokens(tokens) for tokens in sizes] == [128, 128, 128, 256, 256, 512, 512]
-    assert checked([512, 256, 512]) == (256, 512)
-    for wrong in (128, 300, 0):
-        with pytest.raises(SearchError, match=rf"expected a multiple of 128 from 256 on, got {wrong}"):
-            checked([wrong])

@@ -6,10 +6,10 @@ import json
 import msgspec
 import numpy as np
 import pytest
-import tiny_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.process.messages import Submit
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams

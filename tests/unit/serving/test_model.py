@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stub_backend
-import tiny_tokenizers
-from stub_backend import ServerRequest
 from waiting import until
 
+from benchmarks.models import tiny_tokenizers
+from benchmarks.stress import stub_backend
+from benchmarks.stress.stub_backend import ServerRequest
 from nanoflow_backend.config import ConfigError
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Queue, Ready, Refusal
@@ -198,7 +198,7 @@ def test_a_failure_of_one_prompt_ends_them_all(served, stream):
     request = ServerRequest(prompts=np.array([b"a", b"b", b"c"], np.object_), stream=np.array([stream]))
     model.execute([request])
     ids = [submitted.id for submitted in engine.requests]
-    engine.on_refusal(Refusal(ids[1], "the queue is full", overloaded=True))
+    engine.on_refusal(Refusal(ids[1], "the queue is full", "queue_full"))
     assert request.result().error.code == "UNAVAILABLE"
     until(lambda: {ids[0], ids[2]} <= set(engine.cancelled))
     until(lambda: not model._senders.live())
@@ -281,15 +281,17 @@ def test_a_cancellation_that_makes_no_sense_is_refused(served, request_, message
     assert not engine.requests
 
 
-@pytest.mark.parametrize(("overloaded", "code"), [(True, "UNAVAILABLE"), (False, "INVALID_ARG")])
-def test_a_refusal_has_its_code(served, overloaded, code):
+@pytest.mark.parametrize(
+    ("reason", "code"), [("queue_full", "UNAVAILABLE"), ("invalid", "INVALID_ARG"), ("internal", "INTERNAL")]
+)
+def test_a_refusal_has_its_code(served, reason, code):
     model, engine = served
     request = ServerRequest(text_input=text("a"))
     model.execute([request])
-    engine.on_refusal(Refusal(engine.requests[0].id, "prompt: too long", overloaded))
+    engine.on_refusal(Refusal(engine.requests[0].id, "prompt: too long", reason))
     error = request.result().error
     assert (error.code, error.message) == (code, "prompt: too long")
-    assert model._metrics.view().refused["queue_full" if overloaded else "invalid"] == 1
+    assert model._metrics.view().refused[reason] == 1
 
 
 @pytest.mark.parametrize(("error", "code"), [(EngineError("gone"), "UNAVAILABLE"), (OverflowError("!"), "INTERNAL")])

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 import pytest
-import tiny_tokenizers
 from msgspec import structs
 
+from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from own_templates import TEMPLATES
-from tiny_tokenizers import llama3
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.accuracy.chat_templates import BAD, TOKENS, compare, generation_prompts
 from benchmarks.accuracy.conversations import CONVERSATIONS, Conversation
+from benchmarks.models.tiny_tokenizers import llama3
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_template import ChatTemplate
 from nanoflow_backend.text.tokenizer import Tokenizer

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import SHAPES, llama2, llama3
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from benchmarks.models.tiny_tokenizers import SHAPES, llama2, llama3
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import Delta, FinishReason, TokenLogprobs
 from nanoflow_backend.text.text_stream import TextDelta, TextStream, merge

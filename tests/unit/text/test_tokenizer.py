@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import SHAPES, deepseek, llama2, llama3, qwen2
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.models.tiny_tokenizers import SHAPES, bytes_only, deepseek, llama2, llama3, qwen2
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.special_tokens import InvalidTokenizer
 from nanoflow_backend.text.tokenizer import Tokenizer
@@ -150,7 +150,38 @@ def test_a_lone_surrogate_is_the_callers_fault(tokenizer: Tokenizer) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected a tokenizer\.json"):
+    with pytest.raises(InvalidTokenizer, match=r"expected a tokenizer\.json$"):
+        Tokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.find(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model", "vocab.json"])
+def test_another_kind_of_tokenizer_alone_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InvalidTokenizer, match=rf"found {name} only; to make one, .*\.save_pretrained\('{tmp_path}'\)"):
+        Tokenizer.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ({"pad_token": "<pad>"}, "ab<x>c"),
+        ({"additional_special_tokens": ["<x>"]}, "a<pad>bc"),  # as 4.57; transformers 5 does not look at the list
+        ({}, "a<pad>b<x>c"),
+    ],
+)
+def test_tokens_of_an_older_folder(tmp_path: Path, names: dict[str, object], text: str) -> None:
+    """added_tokens.json and special_tokens_map.json, as they were before there was an added_tokens_decoder."""
+    bytes_only(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": 258, "<pad>": 257, "<end>": 256}))
+    reference, tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("a<pad>b<x>c")
+    assert ids == reference("a<pad>b<x>c").input_ids
+    assert {257, 258} <= set(ids)
+    assert tokenizer.decode(ids) == text
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 300}))
+    with pytest.raises(InvalidTokenizer, match=r"added_tokens\.json: expected id 257 for '<pad>'.*got 300"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from nanoflow_kernels import reference
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.hardware.inputs import SETS, Operands
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.hardware.inputs import SETS, OperationInputs
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests, requests_of
-from nanoflow_search.profile.data import Load, ProfileError
+from nanoflow_search.profile.load import Load, ProfileError
 from shapes import CONFIGS, config
 
 from nanoflow_backend.graph.operation import Resource
@@ -37,8 +37,8 @@ class Recorded:
         return run
 
 
-def operands(name: str, recorded: Recorded, mix: Mix = MIX) -> Operands:
-    return Operands(config(name), mix, recorded.kernels, page_tokens=4, dtype=torch.float32, device="cpu")
+def operands(name: str, recorded: Recorded, mix: Mix = MIX) -> OperationInputs:
+    return OperationInputs(config(name), mix, recorded.kernels, page_tokens=4, dtype=torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

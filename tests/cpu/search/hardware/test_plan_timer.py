@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.trials import refine
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.emit.trials import run_trials
 from nanoflow_search.hardware.plan_timer import DISTINCT_LAYERS, PlanTimer
 from shapes import CONFIGS, config
 from simulated_gpu import IDLE_W
@@ -40,8 +40,8 @@ def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
         assert found.layer_j == pytest.approx(found.power_w * found.layer_us * 1e-6)
     one, other = (program.binding for program in programs.made)
     assert one.weights is other.weights
-    assert [pages.data_ptr() for pages in one.kv] == [pages.data_ptr() for pages in other.kv]
-    assert len({pages.data_ptr() for pages in one.kv}) == DISTINCT_LAYERS < LAYERS == len(one.kv)
+    assert [one.kv.layer(i).data_ptr() for i in range(LAYERS)] == [other.kv.layer(i).data_ptr() for i in range(LAYERS)]
+    assert len({one.kv.layer(i).data_ptr() for i in range(LAYERS)}) == DISTINCT_LAYERS < LAYERS
     assert one.weights["layers.5.o.weight"] is one.weights["layers.1.o.weight"]
     results = [program.binding.results(program.plan) for program in programs.made]
     for a, b in zip(*results, strict=True):
@@ -66,7 +66,7 @@ def test_a_pair_of_plans_is_built_once() -> None:
     made, programs = timer("llama")
     layer = build(config("llama")).layer
     plan = nano_batched(layer, 24, 2)
-    found = refine({"512/1024": made}, sequential(layer, 24), [plan], rounds=3)
+    found = run_trials({"512/1024": made}, sequential(layer, 24), [plan], rounds=3)
     assert len(programs.made) == 2
     assert found.trials[0].gain.mean == pytest.approx(
         len(layer.operations) / len(plan.launches), rel=0.02

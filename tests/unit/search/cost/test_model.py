@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from nanoflow_search.cost.devices import DEVICES
-from nanoflow_search.cost.model import CostModel, ModelSize, Workload, dynamic_energy_j, roofs
-from nanoflow_search.cost.work import Mix, Work, layer_work
+from nanoflow_search.cost.model import CostModel, ModelSize
+from nanoflow_search.cost.roofs import dynamic_energy_j, roofs
+from nanoflow_search.cost.work import Work, layer_work
+from nanoflow_search.cost.workload import MeanWorkload, Mix
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Resource
@@ -46,7 +48,7 @@ TABLE_2 = {  # operation -> GFLOP, GB, estimated compute and memory ms
 @pytest.mark.parametrize("name", TABLE_2)
 def test_table_2_gemms(name: str) -> None:
     gflop, gb, compute_ms, memory_ms = TABLE_2[name]
-    work = layer_work(build(CONFIG_70B).layer, Workload(512, 1024).mix(2048))[name]
+    work = layer_work(build(CONFIG_70B).layer, MeanWorkload(512, 1024).mix(2048))[name]
     if name == "gate_up":  # the paper writes gate and up; here the GEMM writes their product alone
         work += Work(memory_bytes=2048 * CONFIG_70B.intermediate_size * 2)
     assert 80 * work.flop / 1e9 == pytest.approx(gflop, rel=1e-5)
@@ -57,7 +59,7 @@ def test_table_2_gemms(name: str) -> None:
 
 
 def test_table_2_attention() -> None:
-    layer, mix = build(CONFIG_70B).layer, Workload(512, 1024).mix(2048)
+    layer, mix = build(CONFIG_70B).layer, MeanWorkload(512, 1024).mix(2048)
     decode = layer_work(layer, replace(mix, prefill_tokens=0))["attention"]
     prefill = layer_work(layer, replace(mix, decode_tokens=0))["attention"]
     assert 80 * decode.flop / 1e9 == pytest.approx(3665.9, rel=0.001)
@@ -71,7 +73,7 @@ def test_table_2_network() -> None:
     cost = CostModel(SIZE_70B, A100, 8)
     assert cost.network_s(2048) * 1e3 == pytest.approx(31.33, rel=0.001)
     layer = build(CONFIG_70B, 8).layer
-    works = layer_work(layer, Workload(512, 1024).mix(2048), ranks=8)
+    works = layer_work(layer, MeanWorkload(512, 1024).mix(2048), ranks=8)
     sent = 8 * 80 * sum(works[op.name].network_bytes for op in layer.operations)
     assert sent / 1e9 == pytest.approx(75.2, rel=0.001)
     assert sent / (8 * A100.network_bytes_per_s) == pytest.approx(cost.network_s(2048))
@@ -107,12 +109,9 @@ FIGURE_3 = {  # Table 4's means and the constant lengths -> T_R of 8B on one A10
 
 @pytest.mark.parametrize("lengths", FIGURE_3)
 def test_figure_3(lengths: tuple[int, int]) -> None:
-    workload = Workload(*lengths)
-    found = (
-        CostModel(SIZE_8B, A100).memory_to_compute(workload),
-        CostModel(SIZE_MIXTRAL, A100, 8).memory_to_compute(workload),
-        CostModel(SIZE_70B, A100, 8).memory_to_compute(workload),
-    )
+    workload = MeanWorkload(*lengths)
+    models = (CostModel(SIZE_8B, A100), CostModel(SIZE_MIXTRAL, A100, 8), CostModel(SIZE_70B, A100, 8))
+    found = tuple(model.memory_to_compute(model.dense_batch_tokens(workload)) for model in models)
     assert found == pytest.approx(FIGURE_3[lengths], abs=0.006)
 
 
@@ -146,14 +145,14 @@ def test_roofs_of_an_h200() -> None:
 @pytest.mark.parametrize(("workload", "ideal"), [("1024/512", 28_900), ("512/1024", 23_100), ("1155/211", 34_600)])
 def test_sequential_ideals_of_an_h200(workload: str, ideal: float) -> None:
     """The simulated whole runs of ideal kernels; the LM head, which is no layer, and ramp-up are not in the roofs."""
-    layer, mix = build(CONFIG_8B).layer, Workload.parse(workload).mix(2048)
+    layer, mix = build(CONFIG_8B).layer, MeanWorkload.parse(workload).mix(2048)
     found = roofs(layer, layer_work(layer, mix), DEVICES["H200-sustained"], CONFIG_8B.num_layers)
     assert 2048 / found.sequential_s == pytest.approx(ideal, rel=0.06)
 
 
 def test_without_energies_there_is_no_power_roof() -> None:
     layer = build(CONFIG_8B).layer
-    found = roofs(layer, layer_work(layer, Workload(512, 512).mix(1024)), A100)
+    found = roofs(layer, layer_work(layer, MeanWorkload(512, 512).mix(1024)), A100)
     assert found.power_s is None
     with pytest.raises(ValueError, match="A100: no energies are known of it"):
         dynamic_energy_j(Resource.COMPUTE, layer_work(layer, Mix(1, 0, 1, 0))["qkv"], A100)
@@ -162,9 +161,9 @@ def test_without_energies_there_is_no_power_roof() -> None:
 @pytest.mark.parametrize("text", ["", "1024", "1024/", "0/5", "a/b", "1/2/3", "-1/2"])
 def test_a_bad_workload_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="workload: expected PROMPT/OUTPUT tokens such as 1024/512"):
-        Workload.parse(text)
+        MeanWorkload.parse(text)
 
 
 def test_weights_must_fit() -> None:
     with pytest.raises(ValueError, match=r"70\.0e9 parameters do not fit in 1 x A100"):
-        CostModel(SIZE_70B, A100).dense_batch_tokens(Workload(512, 512))
+        CostModel(SIZE_70B, A100).dense_batch_tokens(MeanWorkload(512, 512))

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nanoflow_search.checkpoint import State
-from nanoflow_search.emit.trials import STUDENT, Timer, refine
-from nanoflow_search.predict.predict import Timing
+from nanoflow_search.checkpoint import Checkpoint, Run
+from nanoflow_search.emit.statistics import STUDENT
+from nanoflow_search.emit.trials import run_trials
+from nanoflow_search.predict.predict import Timer, Timing
 from scipy.stats import t as student
 
 from nanoflow_backend.schedule.plan import Launch, Schedule
@@ -41,7 +42,7 @@ def one(timer: Timer) -> dict[str, Timer]:
 
 def test_the_fastest_that_wins_is_kept() -> None:
     device = NoisyDevice()
-    found = refine(one(device), SEQUENTIAL, [FASTER, SLOWER, FASTEST])
+    found = run_trials(one(device), SEQUENTIAL, [FASTER, SLOWER, FASTEST])
     assert found.chosen == 2
     assert device.runs[:8] == [1, 2, 2, 1, 1, 2, 2, 1]
     trial = found.trials[2].by_workload["1024/512"]
@@ -54,17 +55,17 @@ def test_the_fastest_that_wins_is_kept() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_plan_that_loses_is_rejected(seed: int) -> None:
-    assert refine(one(NoisyDevice(seed=seed)), SEQUENTIAL, [SLOWER]).chosen is None
+    assert run_trials(one(NoisyDevice(seed=seed)), SEQUENTIAL, [SLOWER]).chosen is None
 
 
 def test_an_uncertain_gain_is_no_gain() -> None:
-    found = refine(one(NoisyDevice(noise=0.2)), SEQUENTIAL, [FASTER])
+    found = run_trials(one(NoisyDevice(noise=0.2)), SEQUENTIAL, [FASTER])
     assert found.trials[0].gain.low < 1
     assert found.chosen is None
 
 
 def test_a_steady_drift_changes_nothing() -> None:
-    found = refine(one(NoisyDevice(drift=0.01, noise=0.0)), SEQUENTIAL, [FASTER])
+    found = run_trials(one(NoisyDevice(drift=0.01, noise=0.0)), SEQUENTIAL, [FASTER])
     assert found.trials[0].gain == pytest.approx((1000 / 960,) * 3)
 
 
@@ -78,7 +79,7 @@ def biased(device: NoisyDevice, **factors: float) -> Timer:
 
 def test_what_loses_on_one_workload_is_rejected_however_much_it_wins_on_another() -> None:
     timers = {"512/512": biased(NoisyDevice(), plan_3=0.8), "1024/512": biased(NoisyDevice(), plan_3=1.15)}
-    found = refine(timers, SEQUENTIAL, [FASTER, FASTEST])
+    found = run_trials(timers, SEQUENTIAL, [FASTER, FASTEST])
     assert found.trials[1].gain.mean > found.trials[0].gain.mean
     assert found.trials[1].gain.low > 1
     assert found.chosen == 0
@@ -98,11 +99,11 @@ def test_what_was_timed_is_not_timed_again(tmp_path: Path) -> None:
 
     _, timer = counted(cut_after=14)  # in the middle of the fourth round
     with pytest.raises(KeyboardInterrupt):
-        refine(one(timer), SEQUENTIAL, [FASTER, FASTEST], once=State(tmp_path).once)
+        run_trials(one(timer), SEQUENTIAL, [FASTER, FASTEST], run=Run(Checkpoint(tmp_path)))
     second, timer = counted(cut_after=1000)
-    found = refine(one(timer), SEQUENTIAL, [FASTER, FASTEST], once=State(tmp_path).once)
+    found = run_trials(one(timer), SEQUENTIAL, [FASTER, FASTEST], run=Run(Checkpoint(tmp_path)))
     assert len(second.runs) == 40 - 12
-    assert found == refine(one(NoisyDevice(noise=0.0)), SEQUENTIAL, [FASTER, FASTEST])
+    assert found == run_trials(one(NoisyDevice(noise=0.0)), SEQUENTIAL, [FASTER, FASTEST])
 
 
 def test_the_interval_is_students() -> None:
@@ -111,5 +112,5 @@ def test_the_interval_is_students() -> None:
 
 def test_an_interval_needs_rounds() -> None:
     with pytest.raises(ValueError, match=r"rounds: expected 2\.\.21, for an interval; got 1"):
-        refine(one(NoisyDevice()), SEQUENTIAL, [], rounds=1)
-    assert refine(one(NoisyDevice()), SEQUENTIAL, []).chosen is None
+        run_trials(one(NoisyDevice()), SEQUENTIAL, [], rounds=1)
+    assert run_trials(one(NoisyDevice()), SEQUENTIAL, []).chosen is None

@@ -5,22 +5,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from nanoflow_search.cost.work import Mix
-from nanoflow_search.emit.picture import walked
+from nanoflow_search.checkpoint import Run
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.emit.picture import simulated_period
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.plan.op_graph import layer_problem
 from nanoflow_search.plan.partitions import FEW_LAYERS, KEPT, best_by_grid, find_partitioned, partitions_of
-from nanoflow_search.predict.decode_layout import dealt, evenly
 from nanoflow_search.predict.predict import predict
-from nanoflow_search.predict.timing_model import TURNS, Measured
-from nanoflow_search.profile.data import Profile, ProfileError
-from nanoflow_search.profile.points import attention_sms, partition_loads_of, shares_for
+from nanoflow_search.predict.timing_model import UNMEASURED_SLOWDOWN, TimingModel
+from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
+from nanoflow_search.profile.points import partition_loads
+from nanoflow_search.request import Effort
 from profiled import capped, profiled
 
 from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build
-from nanoflow_backend.schedule.plan import Group
 from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.schedule.validate import validate
 
@@ -33,67 +34,20 @@ MIX = Mix(704, 1344, 1280, 512)
 def taken(request: pytest.FixtureRequest) -> tuple[SyntheticDevice, Profile]:
     """A device whose cap binds products alone, and one where it binds them only beside attention."""
     device = capped(LAYER, request.param)
-    return device, profiled(device, LAYER, partition_loads_of(LAYER, device.sms, MIX))
-
-
-def test_what_is_measured_is_what_partitions_run() -> None:
-    loads = partition_loads_of(LAYER, 132, MIX)
-    assert len(loads.alone) + sum(anchor.two_clocks for anchor in loads.alone) + len(loads.together) <= 215
-    assert len({anchor.load for anchor in loads.alone}) == len(loads.alone)
-    for first, second in loads.together:
-        assert (first.sms or 0) + (second.sms or 0) == 132
-        assert second.operation.startswith("attention/")
-    assert {a.load.sms for a in loads.alone if a.load.operation == "down"} == {None, 96, 100, 104, 108}
-    decodes_only = partition_loads_of(LAYER, 132, Mix(512, 0, 1024, 0))
-    assert not any("prefill" in a.load.operation for a in decodes_only.alone)
-    assert not any("prefill" in load.operation for pair in decodes_only.together for load in pair)
-
-
-def test_all_that_is_planned_for_has_its_shares_but_a_profile_stays_within_250_measurements() -> None:
-    more, less = Mix(1000, 280, 8000, 512), Mix(325, 1723, 1268, 580)  # (32, 36, 40, 44) and (8, 12, 16, 20)
-    assert shares_for(LAYER, 132, [MIX, MIX]) == (24, 28, 32, 36)
-    shares = shares_for(LAYER, 132, [MIX, more])
-    assert shares == (28, 32, 36, 40, 44)  # of 24 to 44
-    loads = partition_loads_of(LAYER, 132, MIX, 2048, shares)
-    assert len(loads.alone) + sum(anchor.two_clocks for anchor in loads.alone) + len(loads.together) <= 250
-    assert shares_for(LAYER, 132, [less, MIX, more]) == (20, 24, 28, 32, 36)
-
-
-def test_attentions_share_follows_what_it_reads_beside_what_products_compute() -> None:
-    """By hand: 704 x 1280 tokens of 4 KiB, 70 operations a byte, beside 2048 x 436 MFLOP of products: 30 of 132 SMs."""
-    assert attention_sms(LAYER, 132, MIX) == (24, 28, 32, 36)
-    assert attention_sms(LAYER, 132, Mix(325, 1723, 1268, 580)) == (8, 12, 16, 20)
-    assert attention_sms(LAYER, 132, Mix(1, 2047, 16, 512))[0] == 4
-    assert attention_sms(LAYER, 132, Mix(1000, 280, 8000, 512)) == (32, 36, 40, 44)
-    assert attention_sms(LAYER, 16, Mix(704, 1344, 100_000, 512)) == (4, 8, 12)
-
-
-def test_decodes_are_counted_as_the_engine_deals_them() -> None:
-    groups = (Group(512, 0.25), Group(1024, 0.75))
-    decodes = dealt(Mix(400, 624, 1, 1), groups)
-    assert [decodes(*rows) for rows in ((0, 512), (0, 50), (100, 512), (512, 1024), (500, 522))] == [
-        100,
-        50,
-        0,
-        300,
-        10,
-    ]
-    assert dealt(Mix(400, 624, 1, 1), ())(300, 512) == 100
-    even = dealt(Mix(400, 624, 1, 1), evenly(1024, range(256, 1025, 256)))
-    assert [even(start, start + 256) for start in range(0, 1024, 256)] == [100] * 4
+    return device, profiled(device, LAYER, partition_loads(LAYER, device.sms, MIX))
 
 
 def test_own_sms_say_nothing_about_shared_ones(taken: tuple[SyntheticDevice, Profile]) -> None:
-    measured = Measured(taken[1], MIX)
+    measured = TimingModel(taken[1], MIX)
     assert measured.slowdown(("down", 100), ("attention/decode", 32)) < 1.5
     assert measured.slowdown(("down", 84), ("attention/decode", 48)) < 1.5  # the nearest that was measured
-    assert measured.slowdown(("down", None), ("attention/decode", None)) == TURNS
+    assert measured.slowdown(("down", None), ("attention/decode", None)) == UNMEASURED_SLOWDOWN
 
 
 def test_partitioned_plans_are_predicted_as_the_device_times_them(taken: tuple[SyntheticDevice, Profile]) -> None:
     """An energy that goes with the clock's square is a straight line to a profile: it is told a little too high."""
     device, profile = taken
-    measured, rng = Measured(profile, MIX), random.Random(1)
+    measured, rng = TimingModel(profile, MIX), random.Random(1)
     for partition in partitions_of(profile, LAYER):
         for _ in range(4):
             stop, share = 128 * rng.randint(4, 12), rng.choice((0.2, 0.35, 0.5, 0.65))
@@ -104,7 +58,7 @@ def test_partitioned_plans_are_predicted_as_the_device_times_them(taken: tuple[S
 
 
 def test_attention_reads_what_its_groups_hold(taken: tuple[SyntheticDevice, Profile]) -> None:
-    measured = Measured(taken[1], MIX).of_groups(overlapped(LAYER, 2048, 1024, 0.25, 32, 132).groups)
+    measured = TimingModel(taken[1], MIX).with_groups(overlapped(LAYER, 2048, 1024, 0.25, 32, 132).groups)
     assert measured.loads(("attention",), 0, 1024) == [
         ("attention/decode", 176 * 1280),
         ("attention/prefill", (1024 - 176) * 512),
@@ -117,8 +71,8 @@ def test_the_best_plans_are_valid_unlike_and_faster_than_sequential(taken: tuple
     two_sizes = [p for p in profile.points if p.sms in (28, 32, 100, 104, 132) or is_small(p.operation)]
     few = Profile(header=profile.header, points=tuple(two_sizes), pairs=profile.pairs)
     assert [partition["memory"] for partition in partitions_of(few, LAYER)] == [28, 32]
-    measured = Measured(few, MIX)
-    found = find_partitioned(LAYER, measured, 6, 512, keep=3, step=256, turns=1)
+    measured = TimingModel(few, MIX)
+    found = find_partitioned(LAYER, measured, 6, 512, Effort(turns=1, time_limit_s=10.0), Run(), keep=3, step=256)
     assert [f.predicted.layer_us for f in found] == sorted(f.predicted.layer_us for f in found)
     assert len({(f.schedule.partition["memory"], *(g.stop for g in f.schedule.groups)) for f in found}) == 3
     base = device.time_plan(sequential(LAYER, 2048), MIX, 6).layer_us
@@ -133,8 +87,8 @@ def test_without_turns_it_is_the_grid_alone(
 ) -> None:
     """And there need be no solver."""
     monkeypatch.setitem(sys.modules, "scipy", None)
-    measured = Measured(taken[1], MIX)
-    (best, *_) = find_partitioned(LAYER, measured, 3, 512, step=512, turns=0)
+    measured = TimingModel(taken[1], MIX)
+    (best, *_) = find_partitioned(LAYER, measured, 3, 512, Effort(turns=0), Run(), step=512)
     brute = [
         predict(overlapped(LAYER, 2048, stop, share, partition["memory"], 132, 512), measured, 3)
         for partition in partitions_of(taken[1], LAYER)
@@ -150,7 +104,7 @@ def test_the_best_of_the_grid_is_nearly_that_of_all_plans_on_all_layers(
     """On few layers the ramps weigh more, and only the best of each cut there is looked at again."""
     _, profile = taken
     layers, mix = 3 * FEW_LAYERS, Mix(300, 468, 1280, 512)
-    measured = Measured(profile, mix)
+    measured = TimingModel(profile, mix)
     brute_us = [
         predict(overlapped(LAYER, 768, stop, share, partition["memory"], 132, 128), measured, layers).layer_us
         for partition in partitions_of(profile, LAYER)
@@ -158,13 +112,13 @@ def test_the_best_of_the_grid_is_nearly_that_of_all_plans_on_all_layers(
         for share in [round(stop / 768 + more, 2) for more in (-0.2, -0.1, 0.0, 0.1, 0.2)]
     ]
     best_us = predict(best_by_grid(LAYER, measured, layers), measured, layers).layer_us
-    of_few = find_partitioned(LAYER, measured, FEW_LAYERS, 128, keep=99, turns=0)
+    of_few = find_partitioned(LAYER, measured, FEW_LAYERS, 128, Effort(turns=0), Run(), keep=99)
     assert len(of_few) == KEPT
     assert best_us == min(predict(found.schedule, measured, layers).layer_us for found in of_few)
     assert min(brute_us) <= best_us < 1.005 * min(brute_us)
     shared = Profile(header=profile.header, points=tuple(p for p in profile.points if p.sms == 132))
     with pytest.raises(ProfileError, match="were not measured on SMs of their own"):
-        best_by_grid(LAYER, Measured(shared, mix), layers)
+        best_by_grid(LAYER, TimingModel(shared, mix), layers)
 
 
 def is_small(curve: str) -> bool:
@@ -173,9 +127,9 @@ def is_small(curve: str) -> bool:
 
 
 def test_a_plan_is_drawn_as_it_is_predicted(taken: tuple[SyntheticDevice, Profile]) -> None:
-    measured = Measured(taken[1], MIX)
+    measured = TimingModel(taken[1], MIX)
     plan = overlapped(LAYER, 2048, 1024, 0.5, 32, 132)
-    shares = walked(plan, layer_problem(LAYER, 1, 2048, 128, measured.times), measured, 128)
+    shares = simulated_period(plan, layer_problem(LAYER, 1, 2048, 128, measured.operations_us), measured, 128)
     placed = shares.timeline.placed
     # The ramps at the first and the last layer are in the prediction alone.
     assert shares.timeline.period_us == pytest.approx(predict(plan, measured, 32).layer_us, rel=0.03)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 from nanoflow_search.plan.milp import Infeasible, OutOfTime
-from nanoflow_search.plan.problem import Dependency, Problem, Task
+from nanoflow_search.plan.problem import Problem, Task, TaskDependency
 from nanoflow_search.plan.stage_one import stage_one
 
 from benchmarks.paper.exhaustive_orders import shortest_period_us
@@ -26,7 +26,11 @@ LAYER = Problem(
         Task("attention", "memory", durations(1, 10)),
         Task("mlp", "compute", durations(1, 20)),
     ),
-    (Dependency("qkv", "attention", pages=True), Dependency("attention", "mlp"), Dependency("mlp", "qkv", 1)),
+    (
+        TaskDependency("qkv", "attention", pages=True),
+        TaskDependency("attention", "mlp"),
+        TaskDependency("mlp", "qkv", 1),
+    ),
 )
 TWO = {"qkv": 2, "attention": 2, "mlp": 2}
 
@@ -65,7 +69,7 @@ def test_cut_alike_is_cut_alike() -> None:
 
 
 def test_a_part_that_does_not_pay_is_left_out() -> None:
-    alone = Problem(CHUNKS, (Task("mlp", "compute", durations(1, 20)),), (Dependency("mlp", "mlp", 1),))
+    alone = Problem(CHUNKS, (Task("mlp", "compute", durations(1, 20)),), (TaskDependency("mlp", "mlp", 1),))
     plan = stage_one(alone, {"mlp": 4})
     assert [p.nano for p in plan.placed] == [("mlp", 0, CHUNKS)]
 

@@ -4,23 +4,24 @@ from dataclasses import replace
 
 import pytest
 from nanoflow_search.plan.bound import packing_bound_us
+from nanoflow_search.plan.contention import Contention, ShareChoice, TaskShare
 from nanoflow_search.plan.milp import Infeasible
-from nanoflow_search.plan.problem import Dependency, NanoTask, Placed, Problem, Task, Timeline
+from nanoflow_search.plan.problem import CyclicTimeline, NanoTask, PlacedTask, Problem, Task, TaskDependency
 from nanoflow_search.plan.stage_one import stage_one
-from nanoflow_search.plan.stage_two import Choice, Contention, Side, stage_two
+from nanoflow_search.plan.stage_two import stage_two
 
 from benchmarks.paper import exhaustive_shares
 from benchmarks.paper.random_problems import random_contention, random_problem
 
 # Two tasks that need nothing of each other: 100 us each alone.
 WHOLE = {(0, 1): 100.0}
-PAIR = Problem(1, (Task("gemm", "compute", WHOLE), Task("read", "memory", WHOLE)), (Dependency("gemm", "gemm", 1),))
+PAIR = Problem(1, (Task("gemm", "compute", WHOLE), Task("read", "memory", WHOLE)), (TaskDependency("gemm", "gemm", 1),))
 GEMM, READ = NanoTask("gemm", 0, 1), NanoTask("read", 0, 1)
-ORDERED = Timeline(100.0, (Placed(GEMM, 0.0, 100.0, 0), Placed(READ, 0.0, 100.0, 0)))
+ORDERED = CyclicTimeline(100.0, (PlacedTask(GEMM, 0.0, 100.0, 0), PlacedTask(READ, 0.0, 100.0, 0)))
 SHARING = Contention(
     10,
-    {GEMM: (Choice(None, 100.0, 0.01),), READ: (Choice(None, 100.0, 0.01),)},
-    {(Side("gemm", None), Side("read", None)): 1.3, (Side("read", None), Side("gemm", None)): 1.5},
+    {GEMM: (ShareChoice(None, 100.0, 0.01),), READ: (ShareChoice(None, 100.0, 0.01),)},
+    {(TaskShare("gemm", None), TaskShare("read", None)): 1.3, (TaskShare("read", None), TaskShare("gemm", None)): 1.5},
 )
 
 
@@ -49,9 +50,9 @@ def test_what_slows_too_much_runs_apart() -> None:
 
 
 def test_partition_and_sharing_are_both_options() -> None:
-    owned = {GEMM: Choice(7, 120.0, 0.01), READ: Choice(3, 125.0, 0.01)}
+    owned = {GEMM: ShareChoice(7, 120.0, 0.01), READ: ShareChoice(3, 125.0, 0.01)}
     both = {nano: (*SHARING.choices[nano], owned[nano]) for nano in owned}
-    free = {(Side("gemm", 7), Side("read", 3)): 1.0, (Side("read", 3), Side("gemm", 7)): 1.0}
+    free = {(TaskShare("gemm", 7), TaskShare("read", 3)): 1.0, (TaskShare("read", 3), TaskShare("gemm", 7)): 1.0}
     found = stage_two(PAIR, ORDERED, replace(SHARING, choices=both, slowdown=SHARING.slowdown | free))
     assert found.timeline.period_us == pytest.approx(125)
     assert found.sms == {GEMM: 7, READ: 3}
@@ -60,10 +61,10 @@ def test_partition_and_sharing_are_both_options() -> None:
 def test_three_that_own_more_than_there_is_do_not_run_at_once() -> None:
     three = replace(PAIR, tasks=(*PAIR.tasks, Task("send", "network", WHOLE)))
     send = NanoTask("send", 0, 1)
-    ordered = replace(ORDERED, placed=(*ORDERED.placed, Placed(send, 0.0, 100.0, 0)))
-    sides = [Side(task, 4) for task in ("gemm", "read", "send")]
+    ordered = replace(ORDERED, placed=(*ORDERED.placed, PlacedTask(send, 0.0, 100.0, 0)))
+    sides = [TaskShare(task, 4) for task in ("gemm", "read", "send")]
     free = {(a, b): 1.0 for a in sides for b in sides if a != b}
-    choices = {nano: (Choice(4, 100.0),) for nano in (GEMM, READ, send)}
+    choices = {nano: (ShareChoice(4, 100.0),) for nano in (GEMM, READ, send)}
     assert stage_two(three, ordered, Contention(12, choices, free)).timeline.period_us == pytest.approx(100)
     assert stage_two(three, ordered, Contention(11, choices, free)).timeline.period_us == pytest.approx(200)
 
@@ -72,11 +73,11 @@ def test_caps_beside_what_shares_all_sms_are_no_partition() -> None:
     """Two caps of 8 of 11 SMs: beside a launch on all of them they are as many programs, wherever they run."""
     three = replace(PAIR, tasks=(*PAIR.tasks, Task("send", "network", WHOLE)))
     send = NanoTask("send", 0, 1)
-    ordered = replace(ORDERED, placed=(*ORDERED.placed, Placed(send, 0.0, 100.0, 0)))
+    ordered = replace(ORDERED, placed=(*ORDERED.placed, PlacedTask(send, 0.0, 100.0, 0)))
     caps = {GEMM: None, READ: 8, send: 8}
-    sides = [Side(nano.task, sms) for nano, sms in caps.items()]
+    sides = [TaskShare(nano.task, sms) for nano, sms in caps.items()]
     free = {(a, b): 1.0 for a in sides for b in sides if a != b}
-    contention = Contention(11, {nano: (Choice(sms, 100.0),) for nano, sms in caps.items()}, free)
+    contention = Contention(11, {nano: (ShareChoice(sms, 100.0),) for nano, sms in caps.items()}, free)
     assert stage_two(three, ordered, contention).timeline.period_us == pytest.approx(100)
     assert packing_bound_us(three, contention) == pytest.approx(100)
     assert exhaustive_shares.shortest_period_us(three, ordered, contention) == pytest.approx(100)
@@ -86,8 +87,8 @@ def test_power_stretches_the_period_and_decides_between_shares() -> None:
     """0.02 J through 100 W beside the static power take 200 us; a frugal share that takes longer alone is better."""
     capped = replace(SHARING, power_cap_w=200.0, static_w=100.0)
     assert stage_two(PAIR, ORDERED, capped).timeline.period_us == pytest.approx(200)
-    frugal = {nano: (*SHARING.choices[nano], Choice(5, 110.0, 0.007)) for nano in SHARING.choices}
-    free = {(Side("gemm", 5), Side("read", 5)): 1.0, (Side("read", 5), Side("gemm", 5)): 1.0}
+    frugal = {nano: (*SHARING.choices[nano], ShareChoice(5, 110.0, 0.007)) for nano in SHARING.choices}
+    free = {(TaskShare("gemm", 5), TaskShare("read", 5)): 1.0, (TaskShare("read", 5), TaskShare("gemm", 5)): 1.0}
     found = stage_two(PAIR, ORDERED, replace(capped, choices=frugal, slowdown=free))
     assert found.timeline.period_us == pytest.approx(140)
     assert found.dynamic_j == pytest.approx(0.014)

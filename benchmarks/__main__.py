@@ -1,0 +1,94 @@
+"""This is the one command line of all benchmarks; a module is imported when its command runs, so --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import NamedTuple
+
+import typer
+
+
+class Command(NamedTuple):
+    name: str
+    module: str  # of this package; its main(), whose docstring is the command's help
+    measures: str  # the line of --help
+
+
+ROOMS = {
+    "kernels": (
+        Command("kernels", "kernels.kernels", "Time, power and energy of each kernel alone (GPU)."),
+        Command("energy", "kernels.energy", "Joules of products and attention, and against the clock (GPU)."),
+        Command("sm-placement", "kernels.sm_placement", "Which SMs a lane should have (GPU)."),
+    ),
+    "engine": (
+        Command("loop-cpu", "engine.loop_cpu", "CPU time of the engine's thread a step, no device."),
+        Command("scheduler-cpu", "engine.scheduler_cpu", "CPU time of the scheduler a step."),
+        Command("admission", "engine.admission", "Steps and preemptions by way of admission, simulated."),
+    ),
+    "overlap": (
+        Command("overlap-ablation", "overlap.ablation", "What cutting costs, overlap wins, the search adds (GPU)."),
+        Command("overlap-sensitivity", "overlap.sensitivity", "Over which batches overlap pays (GPU)."),
+        Command("overlap-picture", "overlap.picture", "A picture of either result."),
+    ),
+    "serving": (
+        Command("serving-overhead", "serving.overhead", "gRPC streams against the engine alone."),
+        Command("serving-offline", "serving.offline", "An offline workload through tritonserver."),
+        Command("streaming", "serving.streaming", "What a streamed response costs, no device."),
+    ),
+    "peers": (
+        Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
+        Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
+    ),
+    "stress": (
+        Command("fuzz", "stress.fuzz", "Whether any request breaks the server."),
+        Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),
+        Command("overload", "stress.overload", "What becomes of requests that are too many."),
+        Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
+        Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
+    ),
+    "accuracy": (
+        Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),
+        Command("chat-templates", "accuracy.chat_templates", "Chat templates of a folder against transformers."),
+    ),
+    "tables": (Command("results-table", "tables.results_table", "Write docs/results.md and the README's table."),),
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+def add(command: Command, room: str) -> None:
+    """Register a command whose options, --help included, are left to its own function."""
+
+    def run(context: typer.Context) -> None:
+        of_module = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        of_module.command()(import_module(f"benchmarks.{command.module}").main)
+        of_module(args=context.args, prog_name=context.command_path)
+
+    untouched = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(
+        command.name,
+        help=command.measures,
+        rich_help_panel=room,
+        add_help_option=False,
+        context_settings=untouched,
+    )(run)
+
+
+for room, commands in ROOMS.items():
+    for command in commands:
+        add(command, room)
+
+
+def main() -> None:
+    """Errors that name their cause need no traceback."""
+    from nanoflow_backend.embedded.server import ServerError
+
+    try:
+        app(prog_name="python -m benchmarks")
+    except (ValueError, ServerError) as error:  # ConfigError, ScheduleError and ProfileError are of the first kind
+        sys.exit(f"benchmarks: {error}")
+
+
+if __name__ == "__main__":
+    main()

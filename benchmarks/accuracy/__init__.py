@@ -1,0 +1,1 @@
+"""These runs compare the engine with transformers: tokens and logits, and texts of chat templates."""

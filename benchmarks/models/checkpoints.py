@@ -1,0 +1,66 @@
+"""Tiny random checkpoints are made and saved by transformers: the independent side of every comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2Config
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mixtral": MixtralConfig}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make(
+    architecture: str,
+    *,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    llama3_rope: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> PreTrainedModel:
+    """A model in fp32 whose logits spread enough for greedy decoding to have margins."""
+    fields: dict[str, Any] = {
+        "vocab_size": 331,
+        "hidden_size": 64,
+        "intermediate_size": 60 if architecture == "mixtral" else 97,  # its grouped matmul wants multiples of 4
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "rope_parameters": LLAMA3_ROPE if llama3_rope else {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    if architecture == "mixtral":
+        fields |= {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**fields | options)).float().eval()
+    with torch.no_grad():  # norms and biases start at one and zero, which would hide a mistake in either
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            else:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder

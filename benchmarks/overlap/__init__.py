@@ -1,0 +1,1 @@
+"""These benchmarks time steady batches under plans that overlap operations, against sequential ones."""

@@ -1,0 +1,1 @@
+"""These benchmarks run the same work on other projects' engines and kernels."""

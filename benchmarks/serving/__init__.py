@@ -1,0 +1,1 @@
+"""These benchmarks measure what tritonserver adds to the engine."""

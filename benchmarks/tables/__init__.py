@@ -1,0 +1,1 @@
+"""Tables of what was measured are written from the result files: one in full, and six rows for the README."""

@@ -1,0 +1,73 @@
+"""The tables of README and docs/results.md are those that benchmarks/results makes."""
+
+import json
+import re
+
+import pytest
+import typer
+
+from benchmarks.tables import result_files, results_table
+from benchmarks.tables.full_table import groups
+from benchmarks.tables.headlines import headlines
+
+OFFLINE = {
+    "requests": 1500,
+    "workload": "1024/512",
+    "model": "llama-3-8b",
+    "total_tokens_per_s": 30_000.0,
+    "share_of_eq5": 0.7,
+    "gpu": "NVIDIA H200",
+}
+VLLM = {"versions": {"vllm": "0.26.0"}, "total_tokens_per_s": 24_000.0}
+
+
+def test_the_tables_are_those_that_the_results_make():
+    results_table.main(check=True)
+
+
+@pytest.mark.parametrize("name", ["README", "FULL"])
+def test_a_figure_that_no_result_has_is_found(name, tmp_path, monkeypatch):
+    stale = tmp_path / "stale.md"
+    text = getattr(results_table, name).read_text()
+    assert "0 of 1,907,712 tokens differ" in text
+    stale.write_text(text.replace("0 of 1,907,712 tokens differ", "0 of 2,000,000 tokens differ"))
+    monkeypatch.setattr(results_table, name, stale)
+    monkeypatch.setattr(results_table, "ROOT", tmp_path)
+    with pytest.raises(typer.Exit) as stopped:
+        results_table.main(check=True)
+    assert stopped.value.exit_code == 1
+
+
+def test_every_figure_of_the_readme_is_of_the_full_table():
+    full = " ".join(" ".join(row) for rows in groups().values() for row in rows)
+    measured = [row.measured for row in headlines() if "whole run" not in row.measured]  # whose ratio is of two rows
+    figures = [figure for text in measured for figure in re.findall(r"\d[\d,.]*\d", text)]
+    assert len(figures) >= 10
+    assert [figure for figure in figures if figure not in full] == []
+
+
+def test_a_file_without_markers_is_named():
+    with pytest.raises(ValueError, match="expected the lines <!-- measured"):
+        results_table.between_markers("# Results\n", "")
+
+
+def test_the_row_beside_vllm_comes_with_both_runs_of_one_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    (tmp_path / "peer_vllm_m_1024_512.json").write_text(json.dumps(VLLM))
+    assert headlines() == []
+    (tmp_path / "offline_beside_vllm_m_1024_512.json").write_text(json.dumps(OFFLINE))
+    (row,) = headlines()
+    assert row.measured == "30,000 against 24,000 tokens/s (1.25x); 70% of Eq. 5"
+    assert "vLLM 0.26.0" in row.what
+    assert row.hardware == "NVIDIA H200"
+
+
+def test_gains_are_told_with_the_whole_run_that_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    for name, rate in (("searched", 95.0), ("beside_searched", 100.0)):
+        run = {"workload": "512/1024", "total_tokens_per_s": rate, "model": "m", "gpu": "NVIDIA H200"}
+        (tmp_path / f"ablation_m_512_1024_{name}.json").write_text(json.dumps(run))
+    trials = [{"workload": "512/1024", "gain": gain, "chosen": gain > 1} for gain in (1.0, 1.1)]
+    (tmp_path / "search_llama3_m.json").write_text(json.dumps({"trials": trials}))
+    (row,) = headlines()
+    assert row.measured == "512/1024: 1.100x steady, 0.950x whole run"

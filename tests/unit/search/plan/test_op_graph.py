@@ -1,0 +1,80 @@
+"""From a model's graph to tasks, and from plans back to schedules that the engine accepts."""
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from nanoflow_search.plan.op_graph import layer_problem, schedule_of
+from nanoflow_search.plan.problem import TaskDependency
+from nanoflow_search.plan.stage_one import stage_one
+from shapes import CONFIGS, config
+
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.models.model import build
+from nanoflow_backend.schedule.validate import validate
+
+MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
+MODEL_8B = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b"))
+MODEL_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
+
+
+def seeded_times(seed: int):
+    rng = random.Random(seed)
+    fixed: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    def times(run: tuple[str, ...], start: int, stop: int) -> float:
+        launch, slope = fixed.setdefault(run, (rng.uniform(1, 9), rng.uniform(1, 20)))
+        return launch + slope * (stop - start)
+
+    return times
+
+
+def test_tasks_of_a_layer() -> None:
+    problem = layer_problem(MODEL_70B.layer, 8, 4, 1, seeded_times(0))
+    assert [(task.name, task.lane, task.operations) for task in problem.tasks] == [
+        ("qkv", "compute", ("attention_norm", "qkv", "rope_append")),
+        ("attention", "memory", ("attention",)),
+        ("o", "compute", ("o",)),
+        ("attention_reduce", "network", ("attention_reduce",)),
+        ("gate_up", "compute", ("mlp_norm", "gate_up", "down")),
+        ("mlp_reduce", "network", ("mlp_reduce",)),
+    ]
+    names = [task.name for task in problem.tasks]
+    follow = {TaskDependency(a, b, pages=b == "attention") for a, b in pairwise(names)}
+    assert set(problem.dependencies) == follow | {TaskDependency("mlp_reduce", "qkv", layers_back=1)}
+    assert problem.cycles() == [tuple(names)]
+
+
+def test_a_collective_of_one_rank_is_no_task() -> None:
+    problem = layer_problem(MODEL_8B.layer, 1, 4, 1, seeded_times(0))
+    assert [(task.name, task.operations[-1]) for task in problem.tasks] == [
+        ("qkv", "rope_append"),
+        ("attention", "attention"),
+        ("o", "attention_reduce"),
+        ("gate_up", "mlp_reduce"),
+    ]
+    assert problem.lanes == ("compute", "memory")
+
+
+def test_chunks_fill_the_batch() -> None:
+    with pytest.raises(ValueError, match="chunk_tokens: expected a divisor of 2048, got 300"):
+        layer_problem(MODEL_8B.layer, 1, 2048, 300, seeded_times(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "forms"),
+    [*((name, 1, ()) for name in CONFIGS), ("llama", 2, ()), ("mixtral", 2, ("attention_reduce", "mlp_reduce"))],
+)
+def test_every_plan_is_a_valid_schedule(name: str, tp: int, forms: tuple[str, ...]) -> None:
+    model = build(config(name), tp)
+    graph = split_all_reduce(model.layer, forms, tp)
+    problem = layer_problem(graph, tp, 24, 8, seeded_times(tp))
+    groups = {task.name: problem.tasks[0].name if task.name in ("qkv", "attention") else "o" for task in problem.tasks}
+    plan = stage_one(problem, dict.fromkeys(groups, 2), alike=groups, time_limit_s=10)
+    assert plan.period_us <= problem.sequential_us() + 1e-6
+    schedule = schedule_of(graph, problem, plan, 8, split_all_reduces=forms)
+    validate(schedule, graph, num_layers=5)
+    assert schedule.tokens == 24
+    assert len(schedule.launches) >= len(graph.operations)

@@ -1,0 +1,30 @@
+"""The timing model: what operations take on ranges of rows."""
+
+from pathlib import Path
+
+import pytest
+from nanoflow_search.cost.workload import Mix
+from nanoflow_search.predict.timing_model import TimingModel
+from nanoflow_search.profile.load import ProfileError
+
+from benchmarks.paper import a100_tables as a100
+from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.model import build
+
+MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
+MODEL_8B = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b"))
+PROFILE_8B = a100.profile(MODEL_8B.layer, 1, a100.LLAMA_3_8B)
+
+
+def test_attention_takes_what_its_tokens_need() -> None:
+    """The first tokens of a batch decode, over their contexts; the others are of prompts."""
+    measured = TimingModel(PROFILE_8B, Mix(400, 624, 1024.0, 1024.0))
+    decode, prefill = 997 / 384, 63 / 640
+    assert measured.operations_us(("attention",), 0, 400) == pytest.approx(400 * decode)
+    assert measured.operations_us(("attention",), 300, 500) == pytest.approx(100 * decode + 100 * prefill)
+    assert measured.operations_us(("attention",), 400, 1024) == pytest.approx(624 * prefill)
+    longer = TimingModel(PROFILE_8B, Mix(400, 624, 2048.0, 1024.0))
+    assert longer.operations_us(("attention",), 0, 400) == pytest.approx(800 * decode)
+    assert measured.operations_us(("attention_norm", "qkv"), 0, 384) == pytest.approx(84)
+    with pytest.raises(ProfileError, match="router was not measured"):
+        measured.operations_us(("router",), 0, 1)
