@@ -51,6 +51,10 @@ ROOMS = {
         Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),
         Command("chat-templates", "accuracy.chat_templates", "Chat templates of a folder against transformers."),
     ),
+    "paper": (
+        Command("search-a100", "paper.search_a100", "The search on the paper's published tables."),
+        Command("search-optimality", "paper.optimality", "Both stages of the search against exhaustion."),
+    ),
     "tables": (Command("results-table", "tables.results_table", "Write docs/results.md and the README's table."),),
 }
 

@@ -18,7 +18,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.models.hugging_face import read_model_config
 
 PREFIX = "NANOFLOW_"
 NOT_FIELDS = ("MODEL_NAME", "GPU_DEVICE_IDS", "EXIT_TIMEOUT_S")
@@ -77,7 +79,7 @@ def write_model(given: Mapping[str, str], repository: Path) -> None:
         raise ConfigError(f'{PREFIX}GPU_DEVICE_IDS: expected groups as in "0;1" or "0,1;2,3", got {gpus!r}')
     fields = {field.lower(): value for field, value in given.items() if field not in NOT_FIELDS}
     config = EngineConfig.resolve(fields, relative_to=Path.cwd(), origin="environment")
-    ModelConfig.from_pretrained(Path(config.model))
+    read_model_config(Path(config.model))
 
     instances = gpus.count(";") + 1 if gpus else 1
     lines = ['backend: "nanoflow"', f"instance_group [ {{ count: {instances}, kind: KIND_MODEL }} ]"]

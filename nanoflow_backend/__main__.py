@@ -188,7 +188,7 @@ def plot(
 
 def main() -> None:
     """Errors that name their cause need no traceback."""
-    from nanoflow_backend.config import ConfigError
+    from nanoflow_backend.config.error import ConfigError
     from nanoflow_backend.embedded.server import ServerError
     from nanoflow_backend.process import logs
     from nanoflow_backend.process.child import THREADS_SLEEP

@@ -17,7 +17,7 @@ from nanoflow_search.profile.data import Profile
 
 from benchmarks.overlap.steady_batches import facts_of, steady_batches
 from benchmarks.resumable import Cell, Record, fill
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.schedule.file import ScheduleFile
 
 BATCHES = ("512/2:2048", "512/512:2048", "1024/512:2048", "512/1024:1536")  # sizes whose halves fill waves of tiles
@@ -60,7 +60,7 @@ def load_schedules(paths: Sequence[Path], model: Model, profile: Profile) -> dic
     """Raises: ScheduleError, a file for another model or device."""
     files = {path.name: ScheduleFile.load(path) for path in paths}
     for file in files.values():
-        file.check_header(model.layer, profile.header.device, 1, profile.header.device_sms)
+        file.check_header(model, profile.header.precision, profile.header.device, 1, profile.header.device_sms)
     return files
 
 

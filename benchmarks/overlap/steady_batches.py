@@ -30,8 +30,9 @@ from nanoflow_search.profile.load import ProfileError
 
 from benchmarks.overlap.halves import nano_batch_only, overlap_memory
 from benchmarks.resumable import Cell
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device, find_device
 from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
@@ -111,7 +112,8 @@ class SteadyBatches:
         }
 
     def _batch(self, workload: MeanWorkload, tokens: int) -> tuple[Mix, Cell]:
-        natural = natural_tokens(ModelSize.of(self.config), self.profile.header.device, 1, workload)
+        header = self.profile.header
+        natural = natural_tokens(ModelSize.of(self.config, header.precision), header.device, 1, workload)
         mix = batch_mix(workload, tokens, natural)
         facts = {
             "decode_tokens": round(mix.decode_tokens),
@@ -178,13 +180,16 @@ def steady_batches(
     Raises:
         ProfileError: the profile is of another model or GPU.
     """
-    config = ModelConfig.from_pretrained(model)
+    config = read_model_config(model)
     here = find_device(device)
     taken = load_profile(profile, build(config), here)
     num_layers = layers or config.num_layers
 
     def timer_of(mix: Mix) -> Timer:
-        return PlanTimer.here(config, mix, num_layers=num_layers, seconds=duration_s, warm_s=WARM_S)
+        precision = taken.header.precision
+        return PlanTimer.here(
+            config, mix, num_layers=num_layers, precision=precision, seconds=duration_s, warm_s=WARM_S
+        )
 
     return SteadyBatches(config, taken, num_layers, timer_of), here
 

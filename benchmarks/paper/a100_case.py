@@ -16,7 +16,7 @@ from nanoflow_search.predict.timing_model import TimingModel
 from benchmarks.paper import a100_tables as a100
 from benchmarks.paper.fluid import Fluid
 from benchmarks.paper.piece import Piece, Pieces
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import Model, build
 from nanoflow_backend.schedule.presets import sequential
 
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 @cache
 def setting(case: Case) -> Setting:
     folder, ranks, times_us, tokens, chunk_tokens = CASES[case.name]
-    model = build(ModelConfig.from_pretrained(MODELS / folder), ranks)
+    model = build(read_model_config(MODELS / folder), ranks)
     performance = {"published": a100.PUBLISHED, "release": a100.RELEASE}[case.tables]
     mix = MeanWorkload.parse(case.workload).mix(tokens)
     published = a100.Published(a100.profile(model.layer, ranks, times_us, performance), mix)

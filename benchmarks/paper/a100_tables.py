@@ -14,6 +14,7 @@ from nanoflow_search.predict.timing_model import RunningCurve, TimingModel
 from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
 from nanoflow_search.profile.load import Point
 
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
 
@@ -87,6 +88,7 @@ def profile(graph: Graph, ranks: int, times_us: Mapping[str, Mapping[int, float]
     ]
     header = ProfileHeader(
         model_fingerprint=fingerprint(graph),
+        precision=BFLOAT16,
         device="A100, from published tables",
         device_sms=SMS,
         tensor_parallel=ranks,

@@ -1,6 +1,6 @@
 """Both stages of the search are compared with exhaustion on random small problems.
 
-    python -m benchmarks.paper.optimality --instances 240
+    python -m benchmarks search-optimality --instances 240
 
 Writes benchmarks/results/search_optimality.json, instance by instance, and continues one that is there.
 """

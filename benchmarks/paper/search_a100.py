@@ -2,9 +2,9 @@
 
 It writes benchmarks/results/search_a100_NAME.json and .svg.
 
-    python -m benchmarks.paper.search_a100 --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
-    python -m benchmarks.paper.search_a100 --name 70b --tables release --goals paper --spare qkv
-    python -m benchmarks.paper.search_a100 --name 8b       # Llama-3-8B on one, 1,024 tokens
+    python -m benchmarks search-a100 --name 70b      # LLaMA-2-70B TP 8, 2,048 tokens
+    python -m benchmarks search-a100 --name 70b --tables release --goals paper --spare qkv
+    python -m benchmarks search-a100 --name 8b       # Llama-3-8B on one, 1,024 tokens
 
 The two stages plan for some numbers of parts, each task with one share for all of its time. Then the best of their
 plans are annealed with GEMMs that keep what the others leave (`a100_tables.Published`): once with any parts, and once
@@ -126,15 +126,12 @@ def main(
 
 
 def planned(case: Case, turns: int, time_limit_s: float, cuts: tuple[int, int]) -> LayerPlan:
-    at = setting(case)
-    return find_plans(
-        at.coarse,
-        at.measured,
-        at.chunk_tokens,
-        Effort(turns=turns, time_limit_s=time_limit_s),
-        Run(say=print),
-        part_limits=(cuts,),
-    )[0]
+    """Return the best plan of the two stages with at most so many parts. Raises: ValueError, none was found in time."""
+    at, effort = setting(case), Effort(turns=turns, time_limit_s=time_limit_s)
+    found = find_plans(at.coarse, at.measured, at.chunk_tokens, effort, Run(say=print), part_limits=(cuts,))
+    if not found:
+        raise ValueError(f"no plan of {cuts} parts in {time_limit_s:g} s a program; raise --time-limit-s")
+    return found[0]
 
 
 def annealed(

@@ -17,7 +17,7 @@ import typer
 
 from nanoflow_backend.bench import result, workload
 from nanoflow_backend.bench.workload import Dataset
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 # Before vLLM is imported. A function goes to its workers (the weights); NVLink multicast stays off on shared hosts.
@@ -74,7 +74,7 @@ def main(
     }
     llm = LLM(model=str(model), skip_tokenizer_init=True, **settings)
     deviations = llm.apply_model(draw_weights)
-    vocab_size = ModelConfig.from_pretrained(model).vocab_size
+    vocab_size = read_model_config(model).vocab_size
     generate_all(llm, WARM_UP, vocab_size)
     measured = generate_all(llm, work, vocab_size)
     result.write(

@@ -24,8 +24,8 @@ from benchmarks.server import serve_model
 from benchmarks.serving.server_state import cpu_s
 from nanoflow_backend.bench import result, workload
 from nanoflow_backend.commands.settings import parse
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.embedded.server import EmbeddedServer
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 READY_TIMEOUT_S = 600.0  # weights, and a capture of every size of step
@@ -65,7 +65,7 @@ def main(
         raise SystemExit(f"{engine_result}: expected {requests} requests of {work.name}, got {alone['requests']} "
                          f"of {alone['workload']}")  # fmt: skip
     fields = {"max_queue_size": max(requests, 4096), **parse(settings or [])}
-    vocab_size = ModelConfig.from_pretrained(model).vocab_size
+    vocab_size = read_model_config(model).vocab_size
     jobs = [
         StreamedRequest(np.array(prompt, np.int32), length)
         for prompt, (_, length) in zip(work.prompts(vocab_size), work.lengths, strict=True)

@@ -27,7 +27,7 @@ from benchmarks.server import DEMO_MODEL, add_model
 from benchmarks.serving import server_state
 from benchmarks.serving.grpc_streams import GrpcStreams
 from nanoflow_backend.bench import result
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 

@@ -85,10 +85,11 @@ def linear_operations(engine: Engine) -> list[str]:
     config, device = engine.config, engine.executor.device
     model = build(engine.model_config, config.tensor_parallel)
     schedule = find_schedules(config, model, device.name, device.sms)[-1]
-    in_layer = {operation.name for operation in model.layer.operations if operation.kernel == "linear"}
     in_head = [operation.name for operation in model.head.operations if operation.kernel == "linear"]
-    order = [schedule.launches[number] for _, number in schedule.unroll(model.num_layers)]
-    products = [launch for launch in order if launch.operation in in_layer]
+    order = [(model.in_order[layer], schedule.launches[number]) for layer, number in schedule.unroll(model.num_layers)]
+    products = [
+        launch for graph, launch in order if launch.operation in graph and graph[launch.operation].kernel == "linear"
+    ]
     one_lane = len({launch.lane for launch in products}) == 1
     return [launch.operation for launch in products] + in_head if one_lane else []
 

@@ -6,8 +6,10 @@ from math import prod
 
 import msgspec
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph, Value
 
 
 class ModelWork(msgspec.Struct, frozen=True):
@@ -22,22 +24,30 @@ class ModelWork(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int  # K and V of all layers
 
     @classmethod
-    def of(cls, model: Model, config: ModelConfig, element_bytes: int) -> ModelWork:
+    def of(cls, model: Model, config: ModelConfig, precision: Precision) -> ModelWork:
         """`model`: one rank's graphs."""
         used = config.experts_per_token / config.num_experts if config.num_experts else 1.0
-        layers, head = model.num_layers * _weights(model.layer, 1.0), _weights(model.head, 1.0)
-        layers_of_token = model.num_layers * _weights(model.layer, used)
-        attention = next(op for op in model.layer.operations if op.kernel == "attention")
-        q, pages = (model.layer.values[name] for name in attention.inputs[:2])
+        head = _weights(model.head, 1.0)
+        layers = sum(_weights(graph, 1.0) for graph in model.in_order)
+        layers_of_token = sum(_weights(graph, used) for graph in model.in_order)
+        attended = [_attended(graph) for graph in model.in_order]
+        weight_bytes, kv_bytes = precision.element_bytes("weights"), precision.element_bytes("kv")
         return cls(
             parameters=_checkpoint(model, used),
             linear_flop_per_token=2 * layers_of_token,
             head_flop_per_row=2 * head,
-            attention_flop_per_pair=4 * model.num_layers * q.width,
-            weight_bytes=element_bytes * (layers + head),
-            token_weight_bytes=element_bytes * (layers_of_token + head),
-            kv_bytes_per_token=element_bytes * model.num_layers * pages.width,
+            attention_flop_per_pair=4 * sum(q.width for q, _ in attended),
+            weight_bytes=weight_bytes * (layers + head),
+            token_weight_bytes=weight_bytes * (layers_of_token + head),
+            kv_bytes_per_token=kv_bytes * sum(pages.width for _, pages in attended),
         )
+
+
+def _attended(graph: Graph) -> tuple[Value, Value]:
+    """Queries and pages of a layer's attention."""
+    attention = next(op for op in graph.operations if op.kernel == "attention")
+    q, pages = (graph.values[name] for name in attention.inputs[:2])
+    return q, pages
 
 
 def _weights(graph: Graph, used: float) -> int:
@@ -49,11 +59,13 @@ def _weights(graph: Graph, used: float) -> int:
 def _checkpoint(model: Model, used: float) -> int:
     """Elements of the checkpoint's tensors, each once, those of experts times `used`."""
     sizes = {}
-    for graph, times in ((model.embed, 1), (model.layer, model.num_layers), (model.head, 1)):
+    graphs = [("", model.embed), *((str(i), graph) for i, graph in enumerate(model.in_order)), ("", model.head)]
+    for layer, graph in graphs:
         shares = _shares(graph, used)
         for parameter in graph.parameters:
             for source in parameter.sources:
-                sizes[source.tensor] = times * prod(source.shape) * shares[parameter.name]
+                tensor = (source.tied_to or source.tensor).replace("{layer}", layer)
+                sizes[tensor] = prod(source.shape) * shares[parameter.name]
     return round(sum(sizes.values()))
 
 

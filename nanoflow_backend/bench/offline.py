@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,7 +21,7 @@ from nanoflow_backend.bench.timeline import Counts, Sample, Timeline
 from nanoflow_backend.bench.warm_steps import measure_warm_steps
 from nanoflow_backend.bench.workload import Dataset, Workload
 from nanoflow_backend.commands.settings import make_engine
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.models.model import build
 from nanoflow_backend.offline.output import check_output
@@ -163,10 +162,10 @@ class OfflineRun:
         """Also measures what the device can do at all, with the engine still in place."""
         engine, ranks = self.engine, self.engine.config.tensor_parallel
         timeline = Timeline(self._samples, engine.config.dense_batch_tokens)
-        model, dtype = build(engine.model_config, ranks), getattr(torch, engine.config.dtype)
-        work = ModelWork.of(model, engine.model_config, dtype.itemsize)
+        model, precision = build(engine.model_config, ranks), engine.config.precision
+        work = ModelWork.of(model, engine.model_config, precision)
         device = engine.config.device
-        gemm = gemm_flop_per_s(model, engine.model_config, engine.config.dense_batch_tokens, dtype, device)
+        gemm = gemm_flop_per_s(model, engine.model_config, engine.config.dense_batch_tokens, precision, device)
         optimum = gemm.per_s / (2 * work.parameters)  # the paper's Eq. 5, of one device
 
         def rates(part: Timeline, tokens: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -124,8 +123,7 @@ def run_level(engine: Engine, clients: int, prompts: Iterator[list[int]], output
 def single_stream(engine: Engine, alone: Level) -> dict[str, Any]:
     """Decoding one request reads all weights for every token: its rate, and that of reading alone."""
     config = engine.config
-    dtype = getattr(torch, config.dtype)
-    work = ModelWork.of(build(engine.model_config, config.tensor_parallel), engine.model_config, dtype.itemsize)
+    work = ModelWork.of(build(engine.model_config, config.tensor_parallel), engine.model_config, config.precision)
     memory = memory_bytes_per_s(config.device)
     tokens_per_s, bound = 1 / float(alone.between_tokens_s.mean()), memory.per_s / work.token_weight_bytes
     return {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 COLOURS = {"compute": "#2a78d6", "memory bandwidth": "#d1602b", "power": "#6b8f2a"}
 

@@ -13,8 +13,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 # A GPU under load is held by its power cap: only after about a second do clock and rate stay what they are.
@@ -33,17 +35,24 @@ class Rate(msgspec.Struct, frozen=True):
     sm_clock_mhz: int | None
 
 
-def gemm_flop_per_s(model: Model, config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> Rate:
-    """One layer's matrix products on B `tokens`, by turns; weights N(0, 0.02) as in `weights.dummy`, inputs N(0, 1).
+def _matrices(graph: Graph) -> list[tuple[int, ...]]:
+    """The shapes of the weights of a graph's matrix products."""
+    shapes = {parameter.name: parameter.shape for parameter in graph.parameters}
+    products = [op for op in graph.operations if op.kernel.startswith(("linear", "grouped_"))]
+    return [shapes[op.parameters[0]] for op in products]
 
-    The layer's weights do not fit in a cache, so every product reads its own. Experts get equal shares of the tokens.
+
+def gemm_flop_per_s(model: Model, config: ModelConfig, tokens: int, precision: Precision, device: str) -> Rate:
+    """The matrix products of a layer of each kind on B `tokens`, by turns.
+
+    Weights are N(0, 0.02) as in `weights.dummy`, inputs N(0, 1).
+
+    A layer's weights do not fit in a cache, so every product reads its own. Experts get equal shares of the tokens.
     """
     products: list[Callable[[], object]] = []
     flop = 0
-    for operation in model.layer.operations:
-        if not operation.kernel.startswith(("linear", "grouped_")):
-            continue
-        shape = next(p.shape for p in model.layer.parameters if p.name == operation.parameters[0])
+    dtype = getattr(torch, precision.weights)
+    for shape in (shape for kind in model.layers for shape in _matrices(kind)):
         weight = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)
         experts = shape[:-2]  # () or (E,)
         rows = -(-tokens * config.experts_per_token // experts[0]) if experts else tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from nanoflow_backend.bench.breakdown import break_down
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanoflow_backend.bench.trace import read_trace
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 SEED = 0
 TRACE_SEED = 1  # as the rival's figures for the Azure trace were drawn

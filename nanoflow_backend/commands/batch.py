@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanoflow_backend.commands.settings import engine_config
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_file import ResultFile

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from nanoflow_backend.config import EngineConfig, ModelConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
@@ -53,12 +54,14 @@ def find_auto_schedule(
 
 
 def _cached(config: EngineConfig, device: Device) -> Path:
-    model = build(ModelConfig.from_pretrained(Path(config.model)), config.tensor_parallel)
+    model = build(read_model_config(Path(config.model)), config.tensor_parallel)
+    precision = config.precision_on(device.kind)
     cache = config.schedule_cache or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanoflow", "schedules"
     )
     parts = (
-        f"{fingerprint(model.layer)}-{model.num_layers}",
+        f"{fingerprint(*model.layers)}-{model.num_layers}",
+        "-".join(dict.fromkeys((precision.weights, precision.activations, precision.kv))),
         f"tp{config.tensor_parallel}",
         config.schedule_workload.replace("/", "-"),
         *([] if config.dense_batch_tokens is None else [f"{config.dense_batch_tokens}"]),
@@ -101,7 +104,7 @@ def _search(config: EngineConfig, device: Device, path: Path, command: Sequence[
         [
             *command,
             *("--model", config.model, "--tp", str(config.tensor_parallel), "--workload", config.schedule_workload),
-            *("--out", str(path), *sizes, *EFFORT),
+            *("--out", str(path), "--dtype", config.precision_on(device.kind).weights, *sizes, *EFFORT),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine.executor import Executor, LaunchedStep
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.settle import Settled, settle
@@ -94,7 +94,7 @@ class Engine:
         shape, config = self.model_config, self.config
         paced = f", {config.prompt_tokens} of prompts" if config.prompt_tokens < config.dense_batch_tokens else ""
         return (
-            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.dtype}, "
+            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.precision}, "
             f"TP {config.tensor_parallel} on {self.executor.device.name}; schedule {config.schedule}, "
             f"B_dense {config.dense_batch_tokens}{paced}; "
             f"{self.executor.num_pages} pages of {config.page_tokens} tokens"

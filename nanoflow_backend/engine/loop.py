@@ -13,7 +13,7 @@ import traceback
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.energy import measure_energy
 from nanoflow_backend.engine.engine import Engine, MakeExecutor
 from nanoflow_backend.engine.local_executor import LocalExecutor

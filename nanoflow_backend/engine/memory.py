@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nanoflow_backend.config import ConfigError, ModelConfig, SettledConfig
+from nanoflow_backend.config.engine_config import SettledConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.kvcache import kv_pages
 
 GIB = 2**30
@@ -16,7 +18,6 @@ def check_room(config: SettledConfig, model: ModelConfig, weights_bytes: int, fr
     Raises:
         ConfigError: with the numbers, and the setting to change.
     """
-    dtype = getattr(torch, config.dtype)
     free = f"{free_bytes / GIB:.2f} GiB of memory are free on {where}"
     if weights_bytes > free_bytes:
         ranks = config.tensor_parallel
@@ -24,7 +25,8 @@ def check_room(config: SettledConfig, model: ModelConfig, weights_bytes: int, fr
             f"model: its weights take {weights_bytes / GIB:.2f} GiB in {config.dtype} on each of {ranks} ranks, but "
             f"{free}: free some, choose a narrower dtype, more ranks (tensor_parallel) or a smaller model"
         )
-    page_bytes = kv_pages.page_bytes(model, config.page_tokens, dtype, config.tensor_parallel)
+    kv_dtype = getattr(torch, config.precision.kv)
+    page_bytes = kv_pages.page_bytes(model, config.page_tokens, kv_dtype, config.tensor_parallel)
     room_tokens = (free_bytes - weights_bytes) // page_bytes * config.page_tokens
     if config.kv_cache_tokens and config.kv_cache_tokens > room_tokens:
         kv_bytes = page_bytes * -(-config.kv_cache_tokens // config.page_tokens)

@@ -12,10 +12,10 @@ import torch
 from nanoflow_kernels import reference
 from torch import Tensor
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.memory import GIB, check_room
 from nanoflow_backend.engine.settle import Settled
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -41,9 +41,10 @@ class ProgramBuilder:
 
     def __init__(self, settled: Settled, device: Device, rank: int = 0) -> None:
         self.config, self.model_config, self.device, self.rank = settled.config, settled.model_config, device, rank
-        self.tp, self.dtype = self.config.tensor_parallel, getattr(torch, self.config.dtype)
+        self.tp, self.precision = self.config.tensor_parallel, self.config.precision
+        self.kv_dtype = getattr(torch, self.precision.kv)
         self.model = build(self.model_config, self.tp)
-        self.weights_bytes = weights.size_bytes(self.model, self.dtype)
+        self.weights_bytes = weights.size_bytes(self.model, self.precision)
         self.kernels = find_kernels(device)
         if self.kernels is not None:
             _log_implementations(self.model, self.kernels)
@@ -79,11 +80,13 @@ class ProgramBuilder:
         Nothing is read before it is known that weights fit, and beside them the KV cache if its size is given.
         """
         check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, self.device.name)
-        model, dtype, device = self.model, self.dtype, self.device.kind
+        model, precision, device = self.model, self.precision, self.device.kind
         if self.config.load_format == "dummy":
-            return weights.dummy(model, dtype=dtype, device=device)
+            return weights.dummy(model, precision=precision, device=device)
         folder = Path(self.config.model)
-        return weights.load(folder, self.model_config, model, rank=self.rank, tp=self.tp, dtype=dtype, device=device)
+        return weights.load(
+            folder, self.model_config, model, rank=self.rank, tp=self.tp, precision=precision, device=device
+        )
 
     def size_kv_cache(self, loaded: Mapping[str, Tensor], page_table: Tensor) -> int:
         """The number of pages: as configured, or as many as fit beside weights and workspace.
@@ -95,7 +98,7 @@ class ProgramBuilder:
             return -(-config.kv_cache_tokens // config.page_tokens)
         trial = self.make_program(loaded, num_pages=1)
         trial.fill(page_table)
-        bytes_a_page = page_bytes(self.model_config, config.page_tokens, self.dtype, self.tp)
+        bytes_a_page = page_bytes(self.model_config, config.page_tokens, self.kv_dtype, self.tp)
         num_pages = self.device.free_bytes(config.gpu_memory_utilization) // bytes_a_page
         del trial
         torch.cuda.empty_cache()
@@ -110,8 +113,8 @@ class ProgramBuilder:
 
     def make_program(self, loaded: Mapping[str, Tensor], num_pages: int) -> Program:
         """A program on these weights and on `num_pages` pages of the KV cache, which it allocates."""
-        config, dtype, device = self.config, self.dtype, self.device.kind
-        kv = KvPages.allocate(self.model_config, num_pages, config.page_tokens, dtype, self.tp, device=device)
+        config, device = self.config, self.device.kind
+        kv = KvPages.allocate(self.model_config, num_pages, config.page_tokens, self.kv_dtype, self.tp, device=device)
         binding = Binding(
             self.model,
             self.schedules,
@@ -120,7 +123,7 @@ class ProgramBuilder:
             Gloo() if self.tp > 1 else OneRank(),
             self.kernels or reference,
             max_tokens=config.dense_batch_tokens,
-            dtype=dtype,
+            precision=self.precision,
             **(ON_GPU if self.kernels else {}),
         )
         if self.kernels is None:
@@ -139,6 +142,6 @@ def _batches(schedule: Schedule) -> str:
 
 
 def _log_implementations(model: Model, kernels: ModuleType) -> None:
-    operations = [operation for graph in (model.embed, model.layer, model.head) for operation in graph.operations]
+    operations = [operation for graph in (model.embed, *model.layers, model.head) for operation in graph.operations]
     for line in kernels.describe_implementations((operation.kernel, operation.name) for operation in operations):
         log.info("%s", line)

@@ -18,7 +18,7 @@ class GraphBuilder:
         self._inputs: list[str] = []
         self._parameters: dict[str, Parameter] = {}
 
-    def input(self, name: str, width: int = 1, dtype: str = "activation", kind: Kind = Kind.TOKENS) -> str:
+    def input(self, name: str, width: int = 1, dtype: str = "activations", kind: Kind = Kind.TOKENS) -> str:
         self._inputs.append(name)
         return self._value(name, width, dtype, kind)
 
@@ -67,7 +67,7 @@ class GraphBuilder:
         self._append(name, "add_rms_norm", Resource.MEMORY, (residual, update), outputs, (weight,), eps=eps)
         return outputs
 
-    def linear(self, name: str, x: str, weight: str, bias: str | None = None, dtype: str = "activation") -> str:
+    def linear(self, name: str, x: str, weight: str, bias: str | None = None, dtype: str = "activations") -> str:
         y = self._value(name, self._parameters[weight].shape[0], dtype)
         parameters = (weight,) if bias is None else (weight, bias)
         return self._append(name, "linear", Resource.COMPUTE, (x,), (y,), parameters)
@@ -83,7 +83,7 @@ class GraphBuilder:
         """Rotate queries and keys; append K and V to the pages, which is what later tokens depend on."""
         head_dim = 2 * self._parameters[frequencies].shape[0]
         q = self._value(name, self._values[qkv].width - 2 * kv_heads * head_dim)
-        pages = self._value("pages", 2 * kv_heads * head_dim, kind=Kind.PAGES)
+        pages = self._value("pages", 2 * kv_heads * head_dim, "kv", Kind.PAGES)
         self._append(name, "rope_append", Resource.MEMORY, (qkv, *batch), (q, pages), (frequencies,))
         return q, pages
 
@@ -120,7 +120,7 @@ class GraphBuilder:
         y = self._value(name, self._values[x].width * self.tp, self._values[x].dtype)
         return self._append(name, "all_gather_columns", Resource.NETWORK, (x,), (y,))
 
-    def _value(self, name: str, width: int = 1, dtype: str = "activation", kind: Kind = Kind.TOKENS) -> str:
+    def _value(self, name: str, width: int = 1, dtype: str = "activations", kind: Kind = Kind.TOKENS) -> str:
         if name in self._values:
             raise ValueError(f"value {name!r} is written twice")
         self._values[name] = Value(name, width, dtype, kind)

@@ -1,4 +1,4 @@
-"""Operation, Value, Parameter, Graph: a model's forward pass as data."""
+"""Operation, Value, Parameter, Graph: part of a model's forward pass as data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Value:
 
     name: str
     width: int = 1  # elements a token
-    dtype: str = "activation"  # or "int32", "float32"
+    dtype: str = "activations"  # a role in Precision ("kv" is another), or "int32", "float32"
     kind: Kind = Kind.TOKENS
 
 
@@ -62,6 +62,11 @@ class Parameter:
     interleave: int = 1
     constant: tuple[float, ...] | None = None  # computed from the config, fp32, instead of read
 
+    @property
+    def dtype(self) -> str:
+        """As in Value: "weights", a role in Precision, or "float32"."""
+        return "weights" if self.constant is None else "float32"
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -93,21 +98,10 @@ class Graph:
     def __getitem__(self, name: str) -> Operation:
         return next(op for op in self.operations if op.name == name)
 
+    def __contains__(self, name: str) -> bool:
+        return any(op.name == name for op in self.operations)
+
     @property
     def carried(self) -> dict[str, str]:
         """Layer input -> the output of the layer before that becomes it."""
         return dict(zip(self.inputs, self.outputs, strict=False))
-
-
-@dataclass(frozen=True)
-class Model:
-    """The three graphs of one step: `embed` once, `layer` num_layers times, `head` on the rows that are sampled."""
-
-    embed: Graph
-    layer: Graph
-    head: Graph
-    num_layers: int
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embed.parameters[0].shape[0]

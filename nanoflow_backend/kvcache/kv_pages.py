@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import read_file
 from nanoflow_backend.model_folder import LFS_START, is_lfs_pointer, lfs_hint
 
 INDEX = "model.safetensors.index.json"
@@ -22,7 +23,7 @@ class WeightsError(ConfigError):
     """A checkpoint that is not this model's: the message names the file, the tensor and what was expected."""
 
 
-class Header(NamedTuple):
+class TensorHeader(NamedTuple):
     """What a file says about one of its tensors."""
 
     path: Path
@@ -57,13 +58,13 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, Header]:
+def read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, TensorHeader]:
     """What the files say about all their tensors, by name.
 
     Raises:
         WeightsError: a tensor is in two files, or not where the index says.
     """
-    headers: dict[str, Header] = {}
+    headers: dict[str, TensorHeader] = {}
     for path, indexed in files.items():
         with open_file(path) as file:
             names = sorted(file.keys())
@@ -73,7 +74,7 @@ def read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, Header]:
                 if name in headers:
                     raise WeightsError(f"{path}: tensor {name} is in another file too")
                 tensor = file.get_slice(name)
-                headers[name] = Header(path, tuple(tensor.get_shape()), tensor.get_dtype())
+                headers[name] = TensorHeader(path, tuple(tensor.get_shape()), tensor.get_dtype())
     return headers
 
 

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-from nanoflow_backend.config import ModelConfig, RopeConfig
+from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
+from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.config_json import ConfigJson
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
 Mlp = Callable[[GraphBuilder, ModelConfig, str], str]
+
+
+def fields(hf: ConfigJson) -> dict[str, Any]:
+    """The class has no window of attention: one that is asked for all the same is refused."""
+    hf.refuse_if(hf["sliding_window"] is not None, f"sliding_window {hf['sliding_window']!r}")
+    return {}
+
+
+def layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
+    """One kind of layer."""
+    return (layer(config, tp),)
 
 
 def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
@@ -107,3 +121,21 @@ def scale_frequency(frequency: float, rope: RopeConfig) -> float:
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = min(max(keep, 0.0), 1.0)
     return keep * frequency + (1 - keep) * frequency / rope.factor
+
+
+LLAMA = Architecture(
+    name="llama",
+    hf_class="LlamaForCausalLM",
+    defaults={
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    },
+    fields=fields,
+    embed=embed,
+    layers=layers,
+    head=head,
+)

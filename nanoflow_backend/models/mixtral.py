@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from nanoflow_backend.config import ModelConfig
+from typing import Any
+
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
 from nanoflow_backend.models import llama
-from nanoflow_backend.models.llama import embed, head
+from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.config_json import MOST_REPEATS, ConfigJson
 
-__all__ = ["embed", "head", "layer"]
+
+def fields(hf: ConfigJson) -> dict[str, Any]:
+    """Transformers reads both names of the number of experts, and gives all layers the window, if there is one."""
+    hf.refuse_if(hf["sliding_window"] is not None, f"sliding_window {hf['sliding_window']!r}")
+    experts = hf.agreed("num_local_experts", "num_experts")
+    return {
+        "num_experts": hf.integer("num_local_experts", experts, 1, MOST_REPEATS),
+        "experts_per_token": hf.size("num_experts_per_tok"),
+    }
 
 
-def layer(config: ModelConfig, tp: int = 1) -> Graph:
-    return llama.layer(config, tp, mlp=expert_mlp)
+def layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
+    """One kind of layer."""
+    return (llama.layer(config, tp, mlp=expert_mlp),)
 
 
 def expert_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
@@ -30,3 +42,24 @@ def expert_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
     gate_up = g.weight("gate_up.weight", *w1_w3, interleave=2, matrices=experts)
     h = g.grouped_linear_swiglu("gate_up", x, chosen, gate_up)
     return g.grouped_combine("down", h, chosen, weights, g.weight("down.weight", *w2, matrices=experts))
+
+
+MIXTRAL = Architecture(
+    name="mixtral",
+    hf_class="MixtralForCausalLM",
+    defaults={
+        "hidden_act": "silu",
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    fields=fields,
+    embed=llama.embed,
+    layers=layers,
+    head=llama.head,
+)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from nanoflow_backend.config import ConfigError, ModelConfig
-from nanoflow_backend.graph.operation import Model
-from nanoflow_backend.models import llama, mixtral, qwen2
-
-ARCHITECTURES = {"llama": llama, "qwen2": qwen2, "mixtral": mixtral}
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.models.registry import ARCHITECTURES
 
 
 def build(config: ModelConfig, tp: int = 1) -> Model:
     """The graphs of one rank out of `tp`.
 
     Raises:
-        ConfigError: heads that `tp` ranks cannot share.
+        ConfigError: an unknown architecture, or heads that `tp` ranks cannot share.
     """
+    if config.architecture not in ARCHITECTURES:
+        raise ConfigError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {config.architecture!r}")
     if config.num_heads % tp:
         raise ConfigError(f"tensor_parallel: expected a divisor of num_attention_heads {config.num_heads}, got {tp}")
     if config.num_kv_heads % tp and tp % config.num_kv_heads:
@@ -23,5 +24,8 @@ def build(config: ModelConfig, tp: int = 1) -> Model:
         )
     architecture = ARCHITECTURES[config.architecture]
     return Model(
-        architecture.embed(config), architecture.layer(config, tp), architecture.head(config, tp), config.num_layers
+        architecture.embed(config),
+        architecture.layers(config, tp),
+        architecture.kind_of(config),
+        architecture.head(config, tp),
     )

@@ -16,17 +16,20 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import FLOAT32, Precision
 from nanoflow_backend.graph.builder import local_shape
-from nanoflow_backend.graph.operation import Graph, Model, Parameter, Source
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph, Parameter, Source
 from nanoflow_backend.models import checkpoint
-from nanoflow_backend.models.checkpoint import INDEX, Header, WeightsError
+from nanoflow_backend.models.checkpoint import INDEX, TensorHeader, WeightsError
 
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 UNUSED = {  # tensors that some checkpoints have and no model reads, and why
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq": "rotary frequencies follow from config.json",
     r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(cos|sin)_cached": "rotary tables follow from config.json",
 }
+
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +49,10 @@ def load(
     *,
     rank: int = 0,
     tp: int = 1,
-    dtype: torch.dtype = torch.float32,
+    precision: Precision = FLOAT32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """The parameters of `model` by name, on `device`; those of the layer graph are "layers.{i}.{name}".
+    """The parameters of `model` by name, on `device`; those of layer i are "layers.{i}.{name}".
 
     Memory peaks at the weights and one mapped file, of which a rank touches its own slices only. The headers of all
     files are checked before anything is allocated. Rank 0 shows a progress bar where stderr is a terminal.
@@ -70,8 +73,8 @@ def load(
             height, turn = local_shape(source, tp)[0] * turns, number % turns
             places.setdefault(source.tensor, []).append(Place(name, source, slice(row + turn, row + height, turns)))
             row += height if turn == turns - 1 else 0
-    weights = {
-        name: torch.zeros(parameter.shape, dtype=dtype, device=device)  # zeros: what no checkpoint row fills is padding
+    weights = {  # zeros: what no checkpoint row fills is padding
+        name: torch.zeros(parameter.shape, dtype=_dtype(parameter, precision), device=device)
         if parameter.constant is None
         else torch.tensor(parameter.constant, dtype=torch.float32, device=device)
         for name, parameter in parameters.items()
@@ -90,7 +93,7 @@ def load(
 
 
 def dummy(
-    model: Model, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+    model: Model, *, precision: Precision = FLOAT32, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, Tensor]:
     """Random weights, made on the device, under the names that `load` gives: norms are 1, all else N(0, 0.02).
 
@@ -103,19 +106,22 @@ def dummy(
         if parameter.constant is not None:
             weights[name] = torch.tensor(parameter.constant, dtype=torch.float32, device=device)
         elif name.endswith("norm.weight"):
-            weights[name] = torch.ones(parameter.shape, dtype=dtype, device=device)
+            weights[name] = torch.ones(parameter.shape, dtype=_dtype(parameter, precision), device=device)
         else:
-            weights[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+            weights[name] = torch.empty(parameter.shape, dtype=_dtype(parameter, precision), device=device)
             weights[name].normal_(0, 0.02, generator=generator)
     return weights | {alias: weights[name] for alias, name in aliases.items()}
 
 
-def size_bytes(model: Model, dtype: torch.dtype) -> int:
+def size_bytes(model: Model, precision: Precision) -> int:
     """What `load` and `dummy` allocate."""
     parameters, _ = _parameters(model)
-    return sum(
-        math.prod(p.shape) * (dtype if p.constant is None else torch.float32).itemsize for p in parameters.values()
-    )
+    return sum(math.prod(p.shape) * precision.element_bytes(p.dtype) for p in parameters.values())
+
+
+def _dtype(parameter: Parameter, precision: Precision) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, precision.dtype(parameter.dtype))
+    return dtype
 
 
 def shard(tensor: Any, source: Source, rank: int, tp: int, *, out: Tensor) -> None:
@@ -155,14 +161,14 @@ def _sources(model: Model) -> dict[str, Source]:
 
 def _graphs(model: Model) -> list[tuple[str, Graph]]:
     """The graphs that have parameters, in order, each with the number of its layer ("" where it is none)."""
-    return [("", model.embed), *((str(i), model.layer) for i in range(model.num_layers)), ("", model.head)]
+    return [("", model.embed), *((str(i), graph) for i, graph in enumerate(model.in_order)), ("", model.head)]
 
 
 def _tied(sources: Mapping[str, Source]) -> dict[str, str]:
     return {name: source.tied_to for name, source in sources.items() if source.tied_to is not None}
 
 
-def _stand_ins(headers: Mapping[str, Header], sources: Mapping[str, Source]) -> dict[str, str]:
+def _stand_ins(headers: Mapping[str, TensorHeader], sources: Mapping[str, Source]) -> dict[str, str]:
     """Which tensor is read in the place of a tied one: the one of the two that the checkpoint has, or that is equal."""
     stand_ins = {}
     for name, twin in _tied(sources).items():
@@ -208,7 +214,10 @@ def _parameters(
 
 
 def _check(
-    headers: Mapping[str, Header], sources: Mapping[str, Source], config: ModelConfig, files: Mapping[Path, object]
+    headers: Mapping[str, TensorHeader],
+    sources: Mapping[str, Source],
+    config: ModelConfig,
+    files: Mapping[Path, object],
 ) -> None:
     """Raise WeightsError where the tensors are not those that the model is made of."""
     for name, (path, shape, dtype) in headers.items():

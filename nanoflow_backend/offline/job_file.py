@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.completion import Job
 from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.exact_json import InexactJson

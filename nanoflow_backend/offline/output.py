@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 PROBE_BYTES = 2**16  # that must fit on the disk
 

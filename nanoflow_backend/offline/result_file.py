@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobLine
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.output import check_output

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import DIGEST_BYTES
 from nanoflow_backend.offline.made_with import MadeWith
 

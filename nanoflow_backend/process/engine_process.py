@@ -7,7 +7,7 @@ import threading
 
 import msgspec
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.child import Child, ChildDied
 from nanoflow_backend.process.messages import (

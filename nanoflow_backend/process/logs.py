@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 LEVEL, FORMAT, ORIGIN = "NANOFLOW_LOG_LEVEL", "NANOFLOW_LOG_FORMAT", "NANOFLOW_LOG_ORIGIN"
 LEVELS, FORMATS = ("debug", "info", "warning", "error"), ("text", "json")

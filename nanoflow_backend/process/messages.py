@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.scheduler.observed import Observed

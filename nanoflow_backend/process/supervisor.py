@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
 from nanoflow_backend.process.messages import Ready

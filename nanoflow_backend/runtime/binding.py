@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.collectives import split_all_reduce
-from nanoflow_backend.graph.operation import Graph, Kind, Model, Operation, Resource
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.buffers import BufferPlan, LayerValue, layer_value, merge_plans, plan_buffers
 from nanoflow_backend.runtime.collectives.protocol import Collectives
@@ -38,7 +40,7 @@ class BoundPlan:
     """A schedule of a model's layers, and where its values lie. Each is equal to itself alone."""
 
     schedule: Schedule
-    layer: Graph  # its all-reduces in the schedule's form
+    layers: Sequence[Graph]  # of all layers in order, their all-reduces in the schedule's form
     steps: Sequence[tuple[int, int]]  # (layer, launch number), in the order of issue
     buffers: BufferPlan
 
@@ -75,7 +77,7 @@ class Binding:
         kernels: Kernels,
         *,
         max_tokens: int,
-        dtype: torch.dtype,
+        precision: Precision,
         device: torch.device | str = "cpu",
         in_place: bool = False,
         limit_sms: bool = False,
@@ -87,17 +89,17 @@ class Binding:
         self.max_tokens, self.collectives, self.kernels = max_tokens, collectives, kernels
         self._limit_sms = limit_sms
         self._in_place = in_place and collectives.ranks == 1
-        self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
-        layers = [split_all_reduce(model.layer, s.split_all_reduces, collectives.ranks) for s in schedules]
+        self._precision = precision
+        layers = [_split(model, schedule, collectives.ranks) for schedule in schedules]
         buffers = merge_plans(
             [
-                plan_buffers(layer, schedule, model.num_layers, self._aliases(layer))
-                for layer, schedule in zip(layers, schedules, strict=True)
+                plan_buffers(graphs, schedule, self._aliases(*graphs))
+                for graphs, schedule in zip(layers, schedules, strict=True)
             ]
         )
         self.plans = [
-            BoundPlan(schedule, layer, schedule.unroll(model.num_layers), plan)
-            for schedule, layer, plan in zip(schedules, layers, buffers, strict=True)
+            BoundPlan(schedule, graphs, schedule.unroll(model.num_layers), plan)
+            for schedule, graphs, plan in zip(schedules, layers, buffers, strict=True)
         ]
         # Rows begin at multiples of 16 bytes, which bulk copies ask for; _buffer_rows cuts what a value has.
         self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in buffers[0].buffers]
@@ -107,7 +109,7 @@ class Binding:
 
     def empty(self, *shape: int, dtype: str) -> Tensor:
         """`dtype` as in Value."""
-        return torch.empty(shape, dtype=self._dtypes[dtype], device=self.device)
+        return torch.empty(shape, dtype=getattr(torch, self._precision.dtype(dtype)), device=self.device)
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """The plan under which a batch of `tokens` runs, whose decodes read so many tokens of the KV cache.
@@ -124,7 +126,7 @@ class Binding:
         plan, tokens = fitted
         embedded = {
             name: self._buffer_rows(plan, LayerValue(-1, value), 0, tokens)
-            for name, value in zip(self.model.embed.outputs, plan.layer.outputs, strict=True)
+            for name, value in zip(self.model.embed.outputs, plan.layers[0].outputs, strict=True)
         }
         return self._bind_graph(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
 
@@ -135,21 +137,24 @@ class Binding:
         calls: list[Call | None] = []
         for layer, number in plan.steps:
             start, stop = ranges[number]
-            launch = plan.schedule.launches[number]
-            operation = plan.layer[launch.operation]
-            if start == stop or (self._in_place and operation.resource is Resource.NETWORK):
+            launch, graph = plan.schedule.launches[number], plan.layers[layer]
+            if start == stop or launch.operation not in graph:
+                calls.append(None)
+                continue
+            operation = graph[launch.operation]
+            if self._in_place and operation.resource is Resource.NETWORK:
                 calls.append(None)
                 continue
             value = partial(self._operand, plan, layer, start=start, stop=stop)
             where = f"{describe(number, launch)} in layer {layer}"
             sms = plan.schedule.sms(launch) if self._limit_sms else None
-            calls.append(self._bind(plan.layer, operation, value, where, f"layers.{layer}.", sms))
+            calls.append(self._bind(graph, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
     def results(self, fitted: FittedPlan) -> tuple[Tensor, ...]:
         """The last layer's outputs [T, D]."""
         (plan, tokens), last = fitted, self.model.num_layers - 1
-        return tuple(self._buffer_rows(plan, LayerValue(last, value), 0, tokens) for value in plan.layer.outputs)
+        return tuple(self._buffer_rows(plan, LayerValue(last, value), 0, tokens) for value in plan.layers[last].outputs)
 
     def head(self, values: dict[str, Tensor]) -> list[Call]:
         """Rows of the results to logits; `values` has the head's inputs, and gets all that it computes."""
@@ -170,9 +175,10 @@ class Binding:
                 calls.append(self._bind(graph, operation, values.__getitem__, operation.name))
         return calls
 
-    def _aliases(self, graph: Graph) -> dict[str, str]:
+    def _aliases(self, *graphs: Graph) -> dict[str, str]:
         """Output -> input of the collectives that have nothing to do."""
-        idle = (op for op in graph.operations if self._in_place and op.resource is Resource.NETWORK)
+        operations = (op for graph in graphs for op in graph.operations)
+        idle = (op for op in operations if self._in_place and op.resource is Resource.NETWORK)
         return {op.outputs[0]: op.inputs[0] for op in idle}
 
     def _operand(self, plan: BoundPlan, layer: int, name: str, start: int, stop: int) -> Tensor:
@@ -180,14 +186,14 @@ class Binding:
         if name == "page_table":
             assert self.page_table is not None
             return self.page_table
-        if plan.layer.values[name].kind is Kind.PAGES:
+        if plan.layers[layer].values[name].kind is Kind.PAGES:
             return self.kv.layer(layer)
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
-        return self._buffer_rows(plan, layer_value(plan.layer, layer, name), start, stop)
+        return self._buffer_rows(plan, layer_value(plan.layers[layer], layer, name), start, stop)
 
     def _buffer_rows(self, plan: BoundPlan, value: LayerValue, start: int, stop: int) -> Tensor:
-        width = plan.layer.values[value.name].width
+        width = plan.layers[max(value.layer, 0)].values[value.name].width
         return self.buffers[plan.buffers.holder[value]][start:stop, :width]
 
     def _bind(
@@ -211,3 +217,12 @@ class Binding:
         )
         rows = tuple(value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS)
         return Call(where, run, rows)
+
+
+def _split(model: Model, schedule: Schedule, ranks: int) -> tuple[Graph, ...]:
+    """The graph of each layer, all-reduces in the schedule's form."""
+    kinds = [
+        split_all_reduce(graph, [name for name in schedule.split_all_reduces if name in graph], ranks)
+        for graph in model.layers
+    ]
+    return tuple(kinds[kind] for kind in model.kind_of)

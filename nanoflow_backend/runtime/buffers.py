@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.nano_batch import rows_read
 from nanoflow_backend.graph.operation import Graph, Kind
 from nanoflow_backend.schedule.order import PartialOrder
@@ -56,9 +57,9 @@ class BufferPlan:
     buffers: tuple[Buffer, ...]
     holder: Mapping[LayerValue, int]  # the buffer of each value that has rows
 
-    def row_bytes(self, dtype_bytes: Mapping[str, int]) -> int:
-        """Bytes a token of all buffers, given the bytes of an element of each of Value's dtypes."""
-        return sum(buffer.width * dtype_bytes[buffer.dtype] for buffer in self.buffers)
+    def row_bytes(self, precision: Precision) -> int:
+        """Bytes a token of all buffers."""
+        return sum(buffer.width * precision.element_bytes(buffer.dtype) for buffer in self.buffers)
 
 
 def layer_value(graph: Graph, layer: int, value: str) -> LayerValue:
@@ -66,29 +67,37 @@ def layer_value(graph: Graph, layer: int, value: str) -> LayerValue:
     return LayerValue(layer - 1, graph.carried[value]) if value in graph.carried else LayerValue(layer, value)
 
 
-def uses(graph: Graph, schedule: Schedule, steps: list[tuple[int, int]]) -> Uses:
-    """The reads and writes of `steps` (layer, launch number), without the inputs that are the same for every layer."""
+def uses(layers: Sequence[Graph], schedule: Schedule, steps: list[tuple[int, int]]) -> Uses:
+    """The reads and writes of `steps` (layer, launch number), without the inputs that are the same for every layer.
+
+    `layers` are the graphs of all layers in order. A launch whose operation the layer does not have touches nothing.
+    """
     ends = {end for launch in schedule.launches for end in (launch.start, launch.stop)}
     boundaries = tuple(sorted(ends | {0, schedule.tokens}))
     segment = {boundary: i for i, boundary in enumerate(boundaries)}
-    outside = set(graph.inputs) - graph.carried.keys()
+    outside = set(layers[0].inputs) - layers[0].carried.keys()
 
     def use(layer: int, value: str, start: int, stop: int) -> Use:
-        return Use(layer_value(graph, layer, value), segment[start], segment[stop])
+        return Use(layer_value(layers[layer], layer, value), segment[start], segment[stop])
 
-    reads, writes = [], []
+    reads: list[tuple[Use, ...]] = []
+    writes: list[tuple[Use, ...]] = []
     for layer, number in steps:
-        nano = schedule.launches[number].nano
+        nano, graph = schedule.launches[number].nano, layers[layer]
+        if nano.operation not in graph:
+            reads.append(())
+            writes.append(())
+            continue
         operation = graph[nano.operation]
         reads.append(tuple(use(layer, v, *rows_read(graph, v, nano)) for v in operation.inputs if v not in outside))
         writes.append(tuple(use(layer, v, nano.start, nano.stop) for v in operation.outputs))
     return Uses(boundaries, tuple(reads), tuple(writes))
 
 
-def plan_buffers(
-    graph: Graph, schedule: Schedule, num_layers: int, aliases: Mapping[str, str] | None = None
-) -> BufferPlan:
+def plan_buffers(layers: Sequence[Graph], schedule: Schedule, aliases: Mapping[str, str] | None = None) -> BufferPlan:
     """Give every value of every layer a buffer, in the order in which they are first touched.
+
+    `layers` are the graphs of all layers in order.
 
     This is linear-scan register allocation over a partial order. Two values interfere in a segment of their rows unless
     every write of the later one happens after every access to the earlier one; values that do not interfere may share a
@@ -103,17 +112,18 @@ def plan_buffers(
             name = aliases[name]
         return LayerValue(value.layer, name)
 
+    num_layers, carried = len(layers), layers[0].carried.values()
     order = PartialOrder(schedule, num_layers)
-    used = uses(graph, schedule, order.steps)
+    used = uses(layers, schedule, order.steps)
     segments = len(used.boundaries) - 1
-    live_ranges = {alias_root(LayerValue(-1, name)): _LiveRange(segments) for name in graph.carried.values()}
+    live_ranges = {alias_root(LayerValue(-1, name)): _LiveRange(segments) for name in carried}
     for k in range(len(order.steps)):
         for use in used.reads[k] + used.writes[k]:
             live_ranges.setdefault(alias_root(use.value), _LiveRange(segments)).touch(use, 1 << k)
         for use in used.writes[k]:
             if use.value.name not in aliases:
                 live_ranges[use.value].written[use.start : use.stop] = [order.before[k]] * (use.stop - use.start)
-    for name in graph.carried.values():
+    for name in carried:
         result = LayerValue(num_layers - 1, name)
         # The head is a step that nothing follows.
         live_ranges[alias_root(result)].touch(Use(result, 0, segments), 1 << len(order.steps))
@@ -122,7 +132,7 @@ def plan_buffers(
     contents: list[_LiveRange] = []
     holder: dict[LayerValue, int] = {}
     for value, live in live_ranges.items():
-        declared = graph.values[value.name]
+        declared = layers[max(value.layer, 0)].values[value.name]
         if declared.kind is not Kind.TOKENS:
             continue
         free = [b for b, buffer in enumerate(buffers) if buffer.dtype == declared.dtype and live.follows(contents[b])]

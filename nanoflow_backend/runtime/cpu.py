@@ -27,9 +27,7 @@ class CpuProgram:
 
     def __init__(self, binding: Binding, *, checked: bool = False) -> None:
         self.binding, self.checked = binding, checked
-        self.tags_of = {
-            plan: RowTags(plan.layer, plan.schedule, binding.model.num_layers, plan.buffers) for plan in binding.plans
-        }
+        self.tags_of = {plan: RowTags(plan.layers, plan.schedule, plan.buffers) for plan in binding.plans}
         self.plan = FittedPlan(binding.plans[-1], 0)  # of the last batch
         for buffer in binding.buffers:
             buffer.fill_(_poison(buffer.dtype))

@@ -147,28 +147,29 @@ class CudaProgram:
             stream.wait_event(start)
         ended: dict[int, torch.cuda.Event] = {}
         awaited = {target for targets in waits for target in targets}
-        for step, ((_, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
+        kind_of = self.binding.model.kind_of
+        for step, ((layer, number), call) in enumerate(zip(plan.steps, calls, strict=True)):
             stream = streams[plan.schedule.launches[number].lane]
             for target in waits[step]:
                 stream.wait_event(ended[target])
             if call:
                 with torch.cuda.stream(stream):
-                    call.run(**attention_plans.get(number, {}))
+                    call.run(**attention_plans.get((kind_of[layer], number), {}))
             if step in awaited:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
 
-    def _attention_plans(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[int, dict[str, Any]]:
-        """By launch number, the keyword with attention's plan: made once, because it is the same in every layer."""
-        found: dict[int, dict[str, Any]] = {}
-        for (_, number), call in zip(plan.steps, calls, strict=True):
-            launch = plan.schedule.launches[number]
-            if call and number not in found and plan.layer[launch.operation].kernel == "attention":
+    def _attention_plans(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[tuple[int, int], dict[str, Any]]:
+        """By kind of layer and launch number, the keyword with attention's plan: the same in every layer of a kind."""
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for (layer, number), call in zip(plan.steps, calls, strict=True):
+            launch, key = plan.schedule.launches[number], (self.binding.model.kind_of[layer], number)
+            if call and key not in found and plan.layers[layer][launch.operation].kernel == "attention":
                 q, pages, positions, slots, _ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
                 sms = plan.schedule.sms(launch)
-                found[number] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}
+                found[key] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}
         return found
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.runtime.host_memory import available_bytes
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

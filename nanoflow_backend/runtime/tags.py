@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from nanoflow_backend.graph.operation import Graph
@@ -29,18 +29,19 @@ class RowTags:
     Tags see what the interleaving of a run shows; that no interleaving goes wrong is for `validate` to say.
     """
 
-    def __init__(self, graph: Graph, schedule: Schedule, num_layers: int, plan: BufferPlan) -> None:
+    def __init__(self, layers: Sequence[Graph], schedule: Schedule, plan: BufferPlan) -> None:
+        """`layers` are the graphs of all layers in order."""
         self.schedule = schedule
-        self.steps = schedule.unroll(num_layers)
-        self.uses = uses(graph, schedule, self.steps)
+        self.steps = schedule.unroll(len(layers))
+        self.uses = uses(layers, schedule, self.steps)
         self._plan = plan
         self._holders: dict[int | LayerValue, list[LayerValue | None]] = {}
         self._writes = [self._claims(step) for step in self.uses.writes]
         self._reads = [self._claims(step) for step in self.uses.reads]
         whole = range(len(self.uses.boundaries) - 1)
         first, last = (
-            [Use(LayerValue(layer, value), whole.start, whole.stop) for value in graph.carried.values()]
-            for layer in (-1, num_layers - 1)
+            [Use(LayerValue(layer, value), whole.start, whole.stop) for value in layers[0].carried.values()]
+            for layer in (-1, len(layers) - 1)
         )
         self._embedded, self._results = self._claims(first), self._claims(last)
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import read_file
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: precision
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,6 +23,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     format_version: int = FORMAT_VERSION
     model_fingerprint: str
+    precision: Precision
     device: str  # "NVIDIA H200", "cpu"
     device_sms: int | None = None
     tensor_parallel: int
@@ -77,7 +81,10 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             content = read_file(path)
             version = msgspec.json.decode(content, type=_Versioned).header.format_version
             if version != FORMAT_VERSION:  # before keys that another version may have
-                raise ScheduleError(f"{path}: format version {version}, this engine reads {FORMAT_VERSION}")
+                raise ScheduleError(
+                    f"{path}: format version {version}, this engine reads {FORMAT_VERSION}: "
+                    'search again, with nanoflow-search or "schedule": "auto"'
+                )
             return msgspec.json.decode(content, type=cls)
         except ConfigError as error:
             raise ScheduleError(str(error)) from None
@@ -87,16 +94,19 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
-    def check_header(self, graph: Graph, device: str, tensor_parallel: int, device_sms: int | None = None) -> None:
+    def check_header(
+        self, model: Model, precision: Precision, device: str, tensor_parallel: int, device_sms: int | None = None
+    ) -> None:
         """Raises: ScheduleError, saying every way in which this machine differs from the one the plans are for."""
         here = {
-            "model_fingerprint": fingerprint(graph),
+            "model_fingerprint": fingerprint(*model.layers),
+            "precision": precision,
             "device": device,
             "device_sms": device_sms,
             "tensor_parallel": tensor_parallel,
         }
         differences = [
-            f"{key} is {getattr(self.header, key)!r} in the file and {value!r} here"
+            f"{key} is {_said(getattr(self.header, key))} in the file and {_said(value)} here"
             for key, value in here.items()
             if getattr(self.header, key) != value
         ]
@@ -133,9 +143,18 @@ class _Versioned(msgspec.Struct):
     header: _Version
 
 
-def fingerprint(graph: Graph) -> str:
-    """16 hex digits that change with a layer's operations, widths or parameter shapes."""
-    described = [(op.name, op.kernel, op.inputs, op.outputs, op.parameters) for op in graph.operations]
-    widths = sorted((value.name, value.width, value.dtype) for value in graph.values.values())
-    shapes = [(parameter.name, parameter.shape) for parameter in graph.parameters]
-    return hashlib.sha256(repr((described, widths, shapes)).encode()).hexdigest()[:16]
+def fingerprint(*layers: Graph) -> str:
+    """16 hex digits that change with the operations, widths or parameter shapes of any kind of layer."""
+    described = [
+        (
+            [(op.name, op.kernel, op.inputs, op.outputs, op.parameters) for op in graph.operations],
+            sorted((value.name, value.width, value.dtype) for value in graph.values.values()),
+            [(parameter.name, parameter.shape) for parameter in graph.parameters],
+        )
+        for graph in layers
+    ]
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
+def _said(value: object) -> str:
+    return str(value) if isinstance(value, Precision) else repr(value)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nanoflow_backend.config import EngineConfig, SettledConfig
+from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 from nanoflow_backend.schedule.presets import nano_batched, sequential
@@ -29,7 +29,7 @@ def find_schedules(
     file = ScheduleFile.load(Path(name)) if is_file(name) else None
     try:
         if file is not None:
-            file.check_header(model.layer, device, tp, device_sms)
+            file.check_header(model, config.precision, device, tp, device_sms)
             plans = file.plans_up_to(tokens)
             if plans[-1].tokens < tokens:
                 plans = (*plans, sequential(model.layer, tokens))

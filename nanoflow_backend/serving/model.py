@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.model_folder import what_is_wrong
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.callbacks import Callbacks

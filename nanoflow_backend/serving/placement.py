@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 
 GPU_DEVICE_IDS = "gpu_device_ids"
 

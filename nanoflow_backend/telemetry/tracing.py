@@ -10,7 +10,7 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.scheduler.account import Account
 
 if TYPE_CHECKING:

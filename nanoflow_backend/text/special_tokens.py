@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from nanoflow_backend.config import ConfigError, read_file
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import read_file
 
 T = TypeVar("T")
 Fields = dict[str, Any]

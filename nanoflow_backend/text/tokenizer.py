@@ -11,7 +11,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from nanoflow_backend.config import read_file
+from nanoflow_backend.config.file import read_file
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_messages import Message
 from nanoflow_backend.text.chat_template import ChatTemplate

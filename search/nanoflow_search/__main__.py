@@ -15,6 +15,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 DEFAULT = Effort()
 
 
+class InDtype(StrEnum):
+    """What the engine keeps weights, activations and KV pages in."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
 class On(StrEnum):
     """Where a search measures."""
 
@@ -38,6 +46,9 @@ def search(
         Path | None, typer.Option(help="The schedule file. What is done lies beside it, in NAME.search.")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    dtype: Annotated[
+        InDtype, typer.Option(help="Of weights, activations and KV pages, as in engine.json.")
+    ] = InDtype.BFLOAT16,
     profile: Annotated[
         Path | None, typer.Option(help="A profile to use, or to measure; default: NAME.profile.json.")
     ] = None,
@@ -68,7 +79,8 @@ def search(
         missing = "model" if model is None else "out" if workload else "workload"
         raise typer.BadParameter("expected a value", param_hint=_option(missing))
     effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
-    run_search(SearchRequest.of(model, tp, workload), dense_batch_tokens or [], effort, device, profile, out, until)
+    request = SearchRequest.of(model, tp, workload, dtype.value)
+    run_search(request, dense_batch_tokens or [], effort, device, profile, out, until)
 
 
 def run_search(
@@ -209,7 +221,8 @@ def predict_run(
     from nanoflow_backend.bench import result
     from nanoflow_backend.bench import workload as workloads
     from nanoflow_backend.commands.settings import parse
-    from nanoflow_backend.config import EngineConfig, ModelConfig
+    from nanoflow_backend.config.engine_config import EngineConfig
+    from nanoflow_backend.models.hugging_face import read_model_config
     from nanoflow_backend.runtime.cuda import bucket
     from nanoflow_search.cost.workload import MeanWorkload
     from nanoflow_search.emit.run_prediction import predict_run
@@ -217,7 +230,7 @@ def predict_run(
 
     settings = parse(setting or [])
     named = EngineConfig.resolve({"model": str(model), **settings}, relative_to=Path.cwd())
-    shape, taken = ModelConfig.from_pretrained(model), Profile.load(profile)
+    shape, taken = read_model_config(model), Profile.load(profile)
     if trace:
         work = workloads.of_trace(trace, requests, named.max_model_tokens or shape.max_model_tokens)
     else:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Dtype, Precision
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.cost.batch_sizes import batch_mix, natural_tokens, suitable_sizes
@@ -42,6 +44,7 @@ class SearchKey(msgspec.Struct, frozen=True, kw_only=True):
     """All that the files of a checkpoint depend on: files of another key are never used."""
 
     model_fingerprint: str
+    precision: Precision
     num_layers: int
     device: str
     device_sms: int
@@ -60,9 +63,10 @@ class SearchRequest:
     config: ModelConfig
     ranks: int
     workloads: tuple[str, ...]  # such as "1024/512": mean tokens of prompts and outputs
+    precision: Precision = BFLOAT16  # that the engine will run in
 
     @classmethod
-    def of(cls, folder: Path, ranks: int, workloads: Sequence[str]) -> SearchRequest:
+    def of(cls, folder: Path, ranks: int, workloads: Sequence[str], dtype: Dtype = "bfloat16") -> SearchRequest:
         """Return the request for the model in `folder`, which holds a Hugging Face config.json.
 
         Raises:
@@ -71,17 +75,25 @@ class SearchRequest:
         """
         for workload in workloads:
             MeanWorkload.parse(workload)
-        return cls(folder.resolve().name, ModelConfig.from_pretrained(folder), ranks, tuple(dict.fromkeys(workloads)))
+        config, precision = read_model_config(folder), Precision.of(dtype)
+        return cls(folder.resolve().name, config, ranks, tuple(dict.fromkeys(workloads)), precision)
 
     @cached_property
     def model(self) -> Model:
-        """The op graphs of one rank."""
-        return build(self.config, self.ranks)
+        """The op graphs of one rank.
+
+        Raises:
+            ValueError: the layers are of several kinds.
+        """
+        model = build(self.config, self.ranks)
+        if len(model.layers) > 1:
+            raise ValueError(f"{self.name}: expected layers of one kind, got {len(model.layers)} kinds")
+        return model
 
     @cached_property
     def size(self) -> ModelSize:
         """The sizes that the cost model needs."""
-        return ModelSize.of(self.config)
+        return ModelSize.of(self.config, self.precision)
 
     @property
     def parsed(self) -> tuple[MeanWorkload, ...]:
@@ -104,7 +116,8 @@ class SearchRequest:
     def key(self, profile: Profile, sizes: Sequence[int], effort: Effort) -> SearchKey:
         """Return the key of the files of this search."""
         return SearchKey(
-            model_fingerprint=fingerprint(self.model.layer),
+            model_fingerprint=fingerprint(*self.model.layers),
+            precision=self.precision,
             num_layers=self.model.num_layers,
             device=profile.header.device,
             device_sms=profile.header.device_sms,

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import smid
 
 from benchmarks.models import checkpoints
+from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, Kernels
@@ -47,6 +48,10 @@ def cast(weights: dict[str, Tensor], dtype: torch.dtype, where: str) -> dict[str
     return {name: w.to(where, torch.float32 if name.endswith("frequencies") else dtype) for name, w in weights.items()}
 
 
+def precision_of(dtype: torch.dtype) -> Precision:
+    return Precision.of(str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+
 def program(
     case: Case,
     schedules: Sequence[Schedule],
@@ -69,7 +74,7 @@ def program(
         pages,
         OneRank(),
         kernels,
-        **{"max_tokens": tokens, "dtype": dtype, **ON_GPU} | options,
+        **{"max_tokens": tokens, "precision": precision_of(dtype), **ON_GPU} | options,
     )
     return CudaProgram(binding, max_rows=max_rows or tokens, cuda_graphs=cuda_graphs)
 
@@ -79,7 +84,8 @@ def program(
 def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, dtype: torch.dtype) -> None:
     """What differs is copied over after each launch: the next one starts from the same."""
     requests = Requests(case.config, LENGTHS, page_tokens)
-    schedule, options = nano_batched(case.model.layer, TOKENS, 3), {"max_tokens": TOKENS, "dtype": dtype}
+    schedule = nano_batched(case.model.layer, TOKENS, 3)
+    options = {"max_tokens": TOKENS, "precision": precision_of(dtype)}
     pages = KvPages.allocate(case.config, requests.num_pages, page_tokens, dtype, poison=True)
     cpu = Binding(
         case.model, [schedule], cast(case.weights, dtype, "cpu"), pages, OneRank(), reference, **options
@@ -116,7 +122,7 @@ def test_every_launch_writes_what_the_cpus_writes(case: Case, page_tokens: int, 
             assert_close(f"pages after {ours.where}", found.cpu().nan_to_num(), correct.nan_to_num(), 1e-2)
             found.copy_(correct)
     assert compared > 300
-    assert any(op.resource is Resource.NETWORK for op in cpu.plans[0].layer.operations)
+    assert any(op.resource is Resource.NETWORK for op in cpu.plans[0].layers[0].operations)
 
 
 @pytest.mark.parametrize("dtype", LOGITS_TOLERANCE, ids=str)

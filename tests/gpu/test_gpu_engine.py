@@ -11,10 +11,12 @@ from schedules import random_schedule, save
 from searched import schedule_file, searched
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ConfigError, ModelConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.memory import GIB
 from nanoflow_backend.kvcache.kv_pages import page_bytes
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.device import find_device
@@ -48,18 +50,27 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(rng.randint(1, 90))] for _ in range(24)]
 
 
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_halves(path: Path, precision: Precision) -> str:
     """A plan of two halves: decodes dealt out, attention on SMs of its own."""
-    layer, device = build(ModelConfig.from_pretrained(MODEL)).layer, find_device("cuda")
+    layer, device = build(read_model_config(MODEL)).layer, find_device("cuda")
     assert device.sms is not None
     plan = overlapped(layer, 256, 128, 0.6, 40, device.sms)
-    return save(tmp_path_factory.mktemp("plans") / "halves.json", layer, plan, device.name, device.sms)
+    return save(path, layer, plan, device.name, device.sms, precision)
 
 
-def test_greedy_tokens_are_those_of_the_cpu(halves: str) -> None:
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_halves(tmp_path_factory.mktemp("plans") / "halves.json", BFLOAT16)
+
+
+@pytest.fixture(scope="module")
+def exact_halves(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_halves(tmp_path_factory.mktemp("plans") / "exact_halves.json", FLOAT32)
+
+
+def test_greedy_tokens_are_those_of_the_cpu(exact_halves: str) -> None:
     expected = token_ids(llm(device="cpu"), list(PROMPTS), GREEDY)
-    for schedule in ("sequential", "nano-batched-3", halves):
+    for schedule in ("sequential", "nano-batched-3", exact_halves):
         assert token_ids(llm(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
 
 
@@ -67,7 +78,7 @@ def test_greedy_tokens_are_those_of_the_cpu(halves: str) -> None:
 def test_greedy_tokens_are_those_of_sequential_under_every_schedule_file(architecture: str, tmp_path: Path) -> None:
     """Plans that a search finds, and random ones; buckets of 16, 32 and more tokens have plans of their own."""
     folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
-    model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
+    model, rng = build(read_model_config(folder)), random.Random(6)
     prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 90))] for _ in range(12)]
     params = SamplingParams(max_tokens=24, temperature=0.0)
     options = {"kv_cache_tokens": 16384, "device": "cuda", "dtype": "float32"}
@@ -121,7 +132,7 @@ def in_turns(count: int, **fields: Any) -> list[SamplingParams]:
     return [SamplingParams.parse({"max_tokens": 40, "seed": k, **WAYS[k % len(WAYS)], **fields}) for k in range(count)]
 
 
-def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]], halves: str) -> None:
+def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[list[int]], exact_halves: str) -> None:
     params = in_turns(len(prompts))
     arms = [
         token_ids(llm(dtype="float32", **arm), prompts, params)
@@ -129,7 +140,7 @@ def test_what_is_asked_of_sampling_is_the_same_however_it_runs(prompts: list[lis
             {},
             {"async_scheduling": False},
             {"schedule": "nano-batched-3", "chunk_tokens": 32},
-            {"schedule": halves, "chunk_tokens": 32},
+            {"schedule": exact_halves, "chunk_tokens": 32},
         )
     ]
     assert arms[0] == arms[1] == arms[2] == arms[3]

@@ -13,7 +13,7 @@ from nanoflow_search.profile.measure import profile_header, take_profile
 from nanoflow_search.profile.points import partition_loads, shared_loads
 from shapes import CONFIGS, config
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 

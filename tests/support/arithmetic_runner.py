@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.completion import Completion, Job
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.made_with import MadeWith

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.program import Program
 

@@ -12,9 +12,10 @@ from comparison import assert_close
 from nanoflow_kernels import reference
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ModelConfig
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.precision import FLOAT32
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models import weights
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
@@ -39,7 +40,7 @@ class Case:
         reference_model = checkpoints.make(architecture, **fields)
         checkpoints.save(reference_model, folder)
         self.folder = folder
-        self.config = ModelConfig.from_pretrained(folder)
+        self.config = read_model_config(folder)
         self.model: Model = build(self.config)
         self.weights = weights.load(folder, self.config, self.model)
         self.requests = Requests(self.config, lengths)
@@ -51,7 +52,7 @@ class Case:
 
     def program(self, *schedules: Schedule, **options: Any) -> CpuProgram:
         """`options` of its Binding, or `checked`."""
-        options = {"max_tokens": schedules[-1].tokens, "dtype": torch.float32} | options
+        options = {"max_tokens": schedules[-1].tokens, "precision": FLOAT32} | options
         checked, kernels = options.pop("checked", True), options.pop("kernels", reference)
         pages = self.requests.empty_pages()
         binding = Binding(self.model, schedules, self.weights, pages, OneRank(), kernels, **options)

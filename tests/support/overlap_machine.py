@@ -18,15 +18,16 @@ from nanoflow_search.profile.points import partition_loads
 from profiled import profiled
 
 from benchmarks.overlap import ablation, sensitivity, steady_batches
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.plan import Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODEL = BENCHMARKS / "models" / "llama-3-8b"
-LAYER = build(ModelConfig.from_pretrained(MODEL)).layer
+LAYER = build(read_model_config(MODEL)).layer
 MIX = Mix(683, 1365, 1280, 512)  # of the profile
 H200, CPU = Device("cuda", "NVIDIA H200", 132), Device("cpu", "cpu", None)
 SHARES = (12, 28, 36)  # SMs that attention has in the profile

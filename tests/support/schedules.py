@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -56,10 +57,18 @@ def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
     }
 
 
-def save(path: Path, graph: Graph, schedule: Schedule, device: str = "cpu", device_sms: int | None = None) -> str:
-    """A schedule file's path, as configurations have it."""
+def save(
+    path: Path,
+    graph: Graph,
+    schedule: Schedule,
+    device: str = "cpu",
+    device_sms: int | None = None,
+    precision: Precision | None = None,
+) -> str:
+    """A schedule file's path, as configurations have it; by default in the precision that the device has by default."""
     header = Header(
         model_fingerprint=fingerprint(graph),
+        precision=precision or (FLOAT32 if device == "cpu" else BFLOAT16),
         device=device,
         device_sms=device_sms,
         tensor_parallel=1,

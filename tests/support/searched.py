@@ -19,7 +19,8 @@ from nanoflow_search.request import Effort
 from profiled import profiled
 from schedules import random_schedule
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.config.precision import FLOAT32
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import Schedule
@@ -49,6 +50,7 @@ def schedule_file(path: Path, model: Model, device: Device, tokens: int, plan: S
     assert plan.tokens == tokens
     header = Header(
         model_fingerprint=fingerprint(model.layer),
+        precision=FLOAT32,
         device=device.name,
         device_sms=device.sms,
         tensor_parallel=1,

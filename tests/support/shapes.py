@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanoflow_backend.config import ModelConfig, RopeConfig
+from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
 
 CONFIGS = ("llama", "qwen2", "mixtral")
 

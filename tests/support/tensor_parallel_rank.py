@@ -13,10 +13,11 @@ from nanoflow_kernels import reference
 from support.collectives.checks import TOLERANCE, check_collectives
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models import weights
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.gloo import Gloo
@@ -57,13 +58,13 @@ def run(rank: int, work: Work) -> None:
                 check_collectives(collectives, tokens, dtype, num_sms)
     results: dict[tuple[str, str], Tensor] = {}
     for folder in work.checkpoints:
-        config = ModelConfig.from_pretrained(folder)
+        config = read_model_config(folder)
         model = build(config, work.ranks)
         loaded = weights.load(folder, config, model, rank=rank, tp=work.ranks)
         requests = Requests(config, work.lengths)
         for name, schedule in schedules(model.layer, work.tokens, work.ranks).items():
             pages = requests.empty_pages(work.ranks)
-            options = {"max_tokens": work.tokens, "dtype": torch.float32}
+            options = {"max_tokens": work.tokens, "precision": FLOAT32}
             binding = Binding(model, [schedule], loaded, pages, collectives, reference, **options)
             program = CpuProgram(binding, checked=True)
             logits = []

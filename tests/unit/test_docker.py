@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

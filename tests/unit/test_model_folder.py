@@ -2,8 +2,11 @@
 
 import pytest
 
-from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig, read_file
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import read_file
 from nanoflow_backend.model_folder import what_is_wrong
+from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4976698672\n"
 
@@ -29,7 +32,7 @@ def test_another_kind_of_folder_is_named(tmp_path, file, told):
     (tmp_path / file).touch()
     assert told.format(folder=tmp_path) in what_is_wrong(tmp_path)
     with pytest.raises(ConfigError) as error:
-        ModelConfig.from_pretrained(tmp_path)
+        read_model_config(tmp_path)
     assert str(error.value) == what_is_wrong(tmp_path)
 
 
@@ -55,7 +58,7 @@ def test_a_pointer_of_git_lfs_is_named_with_what_to_do(tmp_path):
 def test_a_quantisation_method_is_named(method):
     hf = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": method, "bits": 4}}
     with pytest.raises(ConfigError, match=rf"quantization_config \({method}\) is not supported"):
-        ModelConfig.from_hf(hf, {})
+        from_hf(hf, {})
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

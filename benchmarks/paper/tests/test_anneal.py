@@ -22,12 +22,12 @@ from benchmarks.paper.fluid import Fluid
 from benchmarks.paper.moves import MOST_LAYERS_AHEAD, Moves
 from benchmarks.paper.piece import Parts, Piece, Pieces, count, divided
 from benchmarks.paper.steady_period import Stint, settled
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
 MODELS = Path(__file__).parents[2] / "models"
-LLAMA_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
+LLAMA_70B = build(read_model_config(MODELS / "llama-2-70b"), 8)
 TOKENS, CHUNK = 2048, 256
 MEASURED = a100.Published(
     a100.profile(LLAMA_70B.layer, 8, a100.LLAMA_2_70B_TP8, a100.RELEASE), MeanWorkload(512, 512).mix(TOKENS)

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
 from nanoflow_search.cost.devices import GpuSpec
 from nanoflow_search.cost.workload import MeanWorkload
-
-ELEMENT_BYTES = 2  # S_type: 16-bit weights, activations and KV pages
 
 
 @dataclass(frozen=True)
@@ -26,23 +25,29 @@ class ModelSize:
     hidden: int  # D_model
     layers: int
     kv_bytes_per_token: float  # of all layers
+    weight_bytes: int = 2  # S_type of one parameter
+    activation_bytes: int = 2  # S_type of one activation
 
     @classmethod
-    def of(cls, config: ModelConfig) -> ModelSize:
+    def of(cls, config: ModelConfig, precision: Precision = BFLOAT16) -> ModelSize:
         """Count the parameters of the model's op graphs; tied embeddings count once."""
         model = build(config)
-        layer, rest = _parameters(model.layer), _parameters(model.embed) + _parameters(model.head)
+        layers = sum(map(_parameters, model.in_order))
+        rest = _parameters(model.embed) + _parameters(model.head)
         if config.tie_word_embeddings:
             rest -= config.vocab_size * config.hidden_size
         idle = 1 - config.experts_per_token / config.num_experts if config.num_experts else 0.0
-        experts = sum(prod(p.shape) for p in model.layer.parameters if len(p.shape) == 3)
-        total = config.num_layers * layer + rest
+        experts = sum(prod(p.shape) for graph in model.in_order for p in graph.parameters if len(p.shape) == 3)
+        total = layers + rest
+        kv_elements = 2 * config.num_kv_heads * config.head_dim * config.num_layers
         return cls(
             parameters=total,
-            active_parameters=total - config.num_layers * idle * experts,
+            active_parameters=total - idle * experts,
             hidden=config.hidden_size,
             layers=config.num_layers,
-            kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * config.num_layers * ELEMENT_BYTES,
+            kv_bytes_per_token=kv_elements * precision.element_bytes("kv"),
+            weight_bytes=precision.element_bytes("weights"),
+            activation_bytes=precision.element_bytes("activations"),
         )
 
 
@@ -71,7 +76,8 @@ class CostModel:
 
         The paper prints the limit for many GPUs; its figures have the factor (N - 1) / N of a ring, as here.
         """
-        sent = 4 * (self.gpus - 1) * dense_batch_tokens * self.model.hidden * ELEMENT_BYTES * self.model.layers
+        model = self.model
+        sent = 4 * (self.gpus - 1) * dense_batch_tokens * model.hidden * model.activation_bytes * model.layers
         return sent / (self.gpus * self.device.network_bytes_per_s)
 
     def dense_batch_tokens(self, workload: MeanWorkload) -> float:
@@ -80,7 +86,7 @@ class CostModel:
         Raises:
             ValueError: the weights do not fit in the memory.
         """
-        free = self.gpus * self.device.memory_bytes - self.model.parameters * ELEMENT_BYTES
+        free = self.gpus * self.device.memory_bytes - self.model.parameters * self.model.weight_bytes
         if free <= 0:
             raise ValueError(
                 f"{self.model.parameters / 1e9:.1f}e9 parameters do not fit in {self.gpus} x {self.device.name}"

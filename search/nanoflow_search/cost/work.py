@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_search.cost.workload import Mix
 
@@ -28,17 +29,20 @@ class Work:
         )
 
 
-def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1, element_bytes: int = 2) -> Work:
+def operation_work(
+    graph: Graph, operation: Operation, mix: Mix, ranks: int = 1, precision: Precision = BFLOAT16
+) -> Work:
     """Return the work of one launch of `operation` on all tokens of `mix`.
 
     Every weight is read once, and so is the context of each token that decodes.
     """
+    element_bytes, kv_bytes = precision.element_bytes("activations"), precision.element_bytes("kv")
     values = [graph.values[name] for name in (*operation.inputs, *operation.outputs)]
     width = sum(value.width for value in values if value.kind is Kind.TOKENS)
     moved = mix.tokens * width * element_bytes
     if operation.kernel == "attention":
-        return _attention(graph, operation, Mix(mix.decode_tokens, 0, mix.decode_context, 0), element_bytes) + (
-            _attention(graph, operation, Mix(0, mix.prefill_tokens, 0, mix.prefill_context), element_bytes)
+        return _attention(graph, operation, Mix(mix.decode_tokens, 0, mix.decode_context, 0), precision) + (
+            _attention(graph, operation, Mix(0, mix.prefill_tokens, 0, mix.prefill_context), precision)
         )
     if operation.resource is Resource.COMPUTE:
         shapes = {p.name: p.shape for p in graph.parameters}
@@ -46,7 +50,7 @@ def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1,
         chosen = 1
         if len(shape) == 3:  # each token meets the matrices of its experts alone
             chosen = next(v.width for v in values if v.name in operation.inputs and v.dtype == "int32")
-        weights = prod(shape) * element_bytes
+        weights = prod(shape) * precision.element_bytes("weights")
         return Work(2 * mix.tokens * chosen * shape[-1] * shape[-2], weights + moved)
     if operation.kernel in ("all_reduce", "reduce_scatter_columns", "all_gather_columns"):
         whole = max(graph.values[name].width for name in (*operation.inputs, *operation.outputs))
@@ -54,10 +58,10 @@ def operation_work(graph: Graph, operation: Operation, mix: Mix, ranks: int = 1,
         sent = passes * (ranks - 1) / ranks * mix.tokens * whole * element_bytes
         return Work(0.0, sent, sent)
     pages = sum(value.width for value in values if value.kind is Kind.PAGES)  # what rope_append writes
-    return Work(0.0, moved + mix.tokens * pages * element_bytes)
+    return Work(0.0, moved + mix.tokens * pages * kv_bytes)
 
 
-def _attention(graph: Graph, operation: Operation, mix: Mix, element_bytes: int) -> Work:
+def _attention(graph: Graph, operation: Operation, mix: Mix, precision: Precision) -> Work:
     """Return the work of attention on decodes alone or on prompts alone.
 
     Every decode reads its own context; all queries of a prompt's chunk share one read of theirs.
@@ -65,9 +69,10 @@ def _attention(graph: Graph, operation: Operation, mix: Mix, element_bytes: int)
     q, kv = graph.values[operation.inputs[0]].width, graph.values[operation.inputs[1]].width
     context = mix.decode_context + mix.prefill_context
     read = kv * context * mix.decode_tokens
-    return Work(4 * q * context * mix.tokens, (read + (2 * q + kv) * mix.tokens) * element_bytes)
+    of_kv = (read + kv * mix.tokens) * precision.element_bytes("kv")
+    return Work(4 * q * context * mix.tokens, of_kv + 2 * q * mix.tokens * precision.element_bytes("activations"))
 
 
-def layer_work(graph: Graph, mix: Mix, ranks: int = 1) -> dict[str, Work]:
+def layer_work(graph: Graph, mix: Mix, ranks: int = 1, precision: Precision = BFLOAT16) -> dict[str, Work]:
     """Return the work of every operation of a layer, by name."""
-    return {op.name: operation_work(graph, op, mix, ranks) for op in graph.operations}
+    return {op.name: operation_work(graph, op, mix, ranks, precision) for op in graph.operations}

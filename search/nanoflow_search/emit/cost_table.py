@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_search.cost.devices import DEVICES, GpuSpec
 from nanoflow_search.cost.model import CostModel, ModelSize
@@ -33,7 +34,7 @@ def show_cost_table(
     """
     if unknown := set(names) - DEVICES.keys():
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {', '.join(sorted(unknown))}")
-    config = ModelConfig.from_pretrained(folder)
+    config = read_model_config(folder)
     devices = [DEVICES[name] for name in names] or list(DEVICES.values())
     table = Table(title=f"{folder.name}, {ModelSize.of(config).parameters / 1e9:.2f}e9 parameters, TP {tp}")
     for column in COST_COLUMNS:

@@ -14,8 +14,10 @@ from msgspec.structs import replace
 from nanoflow_backend.bench.simulator import EOS, simulate
 from nanoflow_backend.bench.trace import Trace
 from nanoflow_backend.bench.workload import Workload
-from nanoflow_backend.config import EngineConfig, ModelConfig
-from nanoflow_backend.graph.operation import Model, Resource
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens

@@ -99,7 +99,8 @@ def make_schedule_file(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Outco
     best = max(outcomes, key=lambda o: o.case.tokens / mean(t.measured_us for t in won[o.case.tokens]))
     request, profile, tokens = best.case.request, best.case.profile, best.case.tokens
     header = Header(
-        model_fingerprint=fingerprint(request.model.layer),
+        model_fingerprint=fingerprint(*request.model.layers),
+        precision=request.precision,
         device=profile.header.device,
         device_sms=profile.header.device_sms,
         tensor_parallel=request.ranks,

@@ -62,7 +62,8 @@ def explain(file: ScheduleFile) -> None:
     header = file.header
     console = Console(width=max(Console().width, 130))
     console.print(
-        f"{header.device}, {header.device_sms} SMs, TP {header.tensor_parallel}, layer {header.model_fingerprint}; "
+        f"{header.device}, {header.device_sms} SMs, TP {header.tensor_parallel}, layer {header.model_fingerprint}, "
+        f"{header.precision}; "
         f"for {', '.join(header.workloads)} tokens in/out; profile {header.profile_hash}; "
         f"solver {header.solver}, gap {header.gap}",
         highlight=False,

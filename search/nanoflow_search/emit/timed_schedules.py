@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanoflow_backend.graph.operation import Model
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential

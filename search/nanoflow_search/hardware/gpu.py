@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
@@ -54,7 +55,14 @@ class GpuLoadRunner:
         self._split, self._sleep = split, sleep
 
     @classmethod
-    def here(cls, config: ModelConfig, mix: Mix, page_tokens: int = 64, seconds: float = SECONDS) -> GpuLoadRunner:
+    def here(
+        cls,
+        config: ModelConfig,
+        mix: Mix,
+        page_tokens: int = 64,
+        seconds: float = SECONDS,
+        precision: Precision = BFLOAT16,
+    ) -> GpuLoadRunner:
         """Return the runner on the first visible GPU, for a model's operations in batches with contexts as in `mix`."""
         from nanoflow_kernels import device as kernels
 
@@ -69,7 +77,7 @@ class GpuLoadRunner:
         return cls(
             device.name,
             device.sms,
-            OperationInputs(config, mix, kernels, page_tokens=page_tokens, dtype=getattr(torch, config.dtype)),
+            OperationInputs(config, mix, kernels, page_tokens=page_tokens, precision=precision),
             GpuMeter(),
             lambda calls, stream: CapturedCalls(*calls, stream),
             lane_streams,

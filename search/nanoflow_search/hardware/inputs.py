@@ -12,7 +12,8 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, Value
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.model import build
@@ -46,13 +47,13 @@ class OperationInputs:
         kernels: ModuleType | SimpleNamespace,
         *,
         page_tokens: int = 64,
-        dtype: torch.dtype = torch.bfloat16,
+        precision: Precision = BFLOAT16,
         device: str = "cuda",
     ) -> None:
         self.graph = build(config).layer
         self._config, self._mix, self._kernels = config, mix, kernels
         self._page_tokens, self._device = page_tokens, device
-        self._dtypes = {"activation": dtype, "float32": torch.float32, "int32": torch.int32}
+        self._precision = precision
         self._parameters = {p.name: p for p in self.graph.parameters}
         self._generator = torch.Generator(device).manual_seed(0)
 
@@ -132,11 +133,11 @@ class OperationInputs:
     def _random(self, value: Value, rows: int, num_pages: int, user: Operation) -> Tensor:
         if value.kind is Kind.PAGES:
             one_layer = replace(self._config, num_layers=1)
-            dtype = self._dtypes["activation"]
+            dtype = self._dtype(value.dtype)
             pages = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device).layer(0)
             return pages.normal_(generator=self._generator)
         width = -(-value.width // 8) * 8  # rows begin at multiples of 16 bytes, as in the engine
-        tensor = torch.empty(rows, width, dtype=self._dtypes[value.dtype], device=self._device)[:, : value.width]
+        tensor = torch.empty(rows, width, dtype=self._dtype(value.dtype), device=self._device)[:, : value.width]
         if value.dtype == "int32":  # experts
             experts = self._parameters[user.parameters[0]].shape[0] if user.parameters else 1
             return tensor.random_(0, experts, generator=self._generator)
@@ -146,5 +147,9 @@ class OperationInputs:
         """Return a parameter with values as `weights.dummy` draws them: values change the power that a GPU draws."""
         if parameter.constant is not None:
             return torch.tensor(parameter.constant, dtype=torch.float32, device=self._device)
-        made = torch.ones(parameter.shape, dtype=self._dtypes["activation"], device=self._device)
+        made = torch.ones(parameter.shape, dtype=self._dtype(parameter.dtype), device=self._device)
         return made if parameter.name.endswith("norm.weight") else made.normal_(0, 0.02, generator=self._generator)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._precision.dtype(name))
+        return dtype

@@ -31,13 +31,13 @@ class GpuMachine:
         """See Machine."""
         from nanoflow_search.hardware.gpu import GpuLoadRunner
 
-        return GpuLoadRunner.here(request.config, mix)
+        return GpuLoadRunner.here(request.config, mix, precision=request.precision)
 
     def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
         """See Machine."""
         from nanoflow_search.hardware.plan_timer import PlanTimer
 
-        return PlanTimer.here(request.config, mix, num_layers=num_layers, seconds=seconds)
+        return PlanTimer.here(request.config, mix, num_layers=num_layers, seconds=seconds, precision=request.precision)
 
 
 class SyntheticMachine:
@@ -102,7 +102,8 @@ def measure_profile(
     if shared or ranks > 1:
         others = shared_loads(graph, device.sms, mix, max(sizes))
         alone, together = (*alone, *others.alone), (*together, *others.together)
-    profile = take_profile(device, profile_header(device, graph, ranks), alone, together, path, say)
+    header = profile_header(device, graph, ranks, request.precision)
+    profile = take_profile(device, header, alone, together, path, say)
     say(f"{len(profile.points)} points, {len(profile.pairs)} pairs; {_interpolation_error(profile)}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +11,8 @@ import msgspec
 import torch
 from nanoflow_kernels import reference
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -49,6 +49,7 @@ class PlanTimer:
         burst: Callable[[Callable[[], None]], Burst],
         *,
         num_layers: int | None = None,
+        precision: Precision = BFLOAT16,
         page_tokens: int = 64,
         seconds: float = 1.0,
         warm_s: float = WARM_UP_S,
@@ -59,28 +60,29 @@ class PlanTimer:
         device = binding_options.get("device", "cpu")
         layers = num_layers or config.num_layers
         distinct = min(layers, DISTINCT_LAYERS)
-        dtype = getattr(torch, config.dtype)
         batch = SteadyBatch.of(requests_of(mix), page_tokens)
-        self._model = replace(build(config), num_layers=layers)
-        made = weights.dummy(replace(self._model, num_layers=distinct), dtype=dtype, device=device)
-        names = [p.name for p in self._model.layer.parameters]
+        self._model = build(config).with_layers(layers)
+        made = weights.dummy(self._model.with_layers(distinct), precision=precision, device=device)
         self._weights = made | {
-            f"layers.{i}.{name}": made[f"layers.{i % distinct}.{name}"] for i in range(layers) for name in names
+            f"layers.{i}.{parameter.name}": made[f"layers.{i % distinct}.{parameter.name}"]
+            for i, graph in enumerate(self._model.in_order)
+            for parameter in graph.parameters
         }
         shape = msgspec.structs.replace(config, num_layers=distinct)
-        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, dtype, device=device)
+        kv_dtype: torch.dtype = getattr(torch, precision.kv)
+        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, kv_dtype, device=device)
         self._kv.tensor.normal_(generator=torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
         self._seconds, self._warm_s, self._sleep = seconds, warm_s, sleep
-        self._kernels, self._binding_options = kernels, {"dtype": dtype, **binding_options}
+        self._kernels, self._binding_options = kernels, {"precision": precision, **binding_options}
         self._forward = lru_cache(KEPT_PROGRAMS)(self._make_forward)
 
     @classmethod
     def here(cls, config: ModelConfig, mix: Mix, **options: Any) -> PlanTimer:
-        """Return a timer on the first visible GPU; `options` are num_layers, page_tokens, seconds and warm_s."""
+        """Return a timer on the first visible GPU; `options` are those of the constructor, such as num_layers."""
         from nanoflow_kernels import device as kernels
 
         from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from nanoflow_backend.config.precision import Precision
 from nanoflow_search.profile.load import Point, ProfileError
 from nanoflow_search.profile.surface import SAME_CLOCK, Surface, at_clock
 
-PROFILE_FORMAT_VERSION = 2
+PROFILE_FORMAT_VERSION = 3  # 3: precision
 
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,11 +35,20 @@ class ProfileHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     format_version: int = PROFILE_FORMAT_VERSION
     model_fingerprint: str
+    precision: Precision
     device: str
     device_sms: int
     tensor_parallel: int
     static_w: float
     power_cap_w: float
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class _Versioned(msgspec.Struct):
+    header: _Version
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,15 +66,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             ProfileError: the file cannot be read; the message names the file and the place in it.
         """
         try:
-            profile = msgspec.json.decode(path.read_bytes(), type=cls)
+            content = path.read_bytes()
+            version = msgspec.json.decode(content, type=_Versioned).header.format_version
+            if version != PROFILE_FORMAT_VERSION:  # before keys that another version may have
+                raise ProfileError(
+                    f"{path}: format version {version}, expected {PROFILE_FORMAT_VERSION}: measure it anew"
+                )
+            return msgspec.json.decode(content, type=cls)
         except OSError as error:
             raise ProfileError(f"{path}: {error.strerror}") from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProfileError(f"{path}: {error}") from None
-        version = profile.header.format_version
-        if version != PROFILE_FORMAT_VERSION:
-            raise ProfileError(f"{path}: format version {version}, expected {PROFILE_FORMAT_VERSION}")
-        return profile
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON, all of it or nothing, so that a run that is cut can go on from the file."""

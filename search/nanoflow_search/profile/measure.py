@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
@@ -16,10 +17,13 @@ SECOND_CLOCK_DUTY = 0.5  # duty cycle of the second measurement, which lets the 
 CAPPED = 0.97  # share of the highest clock: below it, the power cap is what holds the clock down
 
 
-def profile_header(device: LoadRunner, graph: Graph, tensor_parallel: int = 1) -> ProfileHeader:
+def profile_header(
+    device: LoadRunner, graph: Graph, tensor_parallel: int = 1, precision: Precision = BFLOAT16
+) -> ProfileHeader:
     """Return the header of a profile of `graph` (a layer of one rank) on `device`."""
     return ProfileHeader(
         model_fingerprint=fingerprint(graph),
+        precision=precision,
         device=device.name,
         device_sms=device.sms,
         tensor_parallel=tensor_parallel,

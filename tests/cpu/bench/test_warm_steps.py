@@ -8,7 +8,7 @@ import pytest
 from nanoflow_backend.bench import warm_steps
 from nanoflow_backend.bench.offline import queue_all
 from nanoflow_backend.bench.workload import constant
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine
 
 

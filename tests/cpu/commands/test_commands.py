@@ -8,7 +8,7 @@ import pytest
 from command_line import ROOT, assert_one_line, run, run_here
 
 from nanoflow_backend.bench import result
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, SamplingParams
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, auto_schedule
 from nanoflow_backend.engine.auto_schedule import COMMAND, find_auto_schedule
 from nanoflow_backend.runtime.device import Device
@@ -45,7 +46,9 @@ def script(tmp_path: Path, text: str) -> tuple[str, ...]:
 
 def test_what_is_found_is_kept(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
     found = find_auto_schedule(auto, GPU, command=SYNTHETIC)
-    assert re.fullmatch(r".*/cache/synthetic-H200-sustained-132/[0-9a-f]{16}-2_tp1_1024-512_250\.json", found.schedule)
+    assert re.fullmatch(
+        r".*/cache/synthetic-H200-sustained-132/[0-9a-f]{16}-2_bfloat16_tp1_1024-512_250\.json", found.schedule
+    )
     assert ScheduleFile.load(Path(found.schedule)).plans[-1].tokens == 256
     assert "nanoflow-search: plans" in caplog.text
     caplog.clear()
@@ -54,21 +57,24 @@ def test_what_is_found_is_kept(auto: EngineConfig, caplog: pytest.LogCaptureFixt
     assert "searching" not in caplog.text
 
 
-def test_other_workloads_sizes_and_devices_are_other_files(auto: EngineConfig, tmp_path: Path) -> None:
+def test_other_workloads_sizes_devices_and_precisions_are_other_files(auto: EngineConfig, tmp_path: Path) -> None:
     command = script(tmp_path, "import sys; open(sys.argv[sys.argv.index('--out') + 1], 'w').write(' '.join(sys.argv))")
     arms = {
         auto: GPU,
         EngineConfig(**{**fields(auto), "schedule_workload": "9/9"}): GPU,
         EngineConfig(**{**fields(auto), "dense_batch_tokens": None}): GPU,
         EngineConfig(**{**fields(auto), "seed": 1}): Device("cuda", "NVIDIA H100", 132),
+        EngineConfig(**{**fields(auto), "dtype": "float16"}): GPU,
     }
     paths = [Path(find_auto_schedule(config, device, command=command).schedule) for config, device in arms.items()]
-    assert len(set(paths)) == 4
+    assert len(set(paths)) == 5
     asked = [path.read_text().split()[1:] for path in paths]
     assert "--dense-batch-tokens" not in asked[2]
     for arguments in asked:
         assert arguments[:4] == ["--model", auto.model, "--tp", "1"]
-    assert [arguments[5] for arguments in asked] == ["1024/512", "9/9", "1024/512", "1024/512"]
+    assert [arguments[5] for arguments in asked] == ["1024/512", "9/9", *["1024/512"] * 3]
+    dtypes = [arguments[arguments.index("--dtype") + 1] for arguments in asked]
+    assert dtypes == [*["bfloat16"] * 4, "float16"]
     assert asked[0][asked[0].index("--dense-batch-tokens") + 1] == "256"
 
 
@@ -112,9 +118,10 @@ def test_a_cache_that_cannot_be_written_is_no_reason_not_to_serve(
 def test_a_file_of_another_version_is_found_again(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
     path = Path(find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule)
     content = path.read_text()
-    path.write_text(content.replace('"format_version": 2', '"format_version": 1'))
+    path.write_text(content.replace('"format_version": 3', '"format_version": 1'))
     assert find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule == str(path)
-    assert "format version 1, this engine reads 2; searching again" in caplog.text
+    assert "format version 1, this engine reads 3" in caplog.text
+    assert "searching again" in caplog.text
     assert path.read_text() == content
 
 

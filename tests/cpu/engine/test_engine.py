@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import checkpoints, tiny_tokenizers
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ledger_executor import LedgerExecutor, Story
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 from nanoflow_backend.engine.settle import Settled
 

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from schedules import save
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.completion import Completion
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.presets import overlapped, sequential, synchronise
@@ -41,7 +41,7 @@ def expected(folder: Path) -> list[Completion]:
 
 
 def prompts(folder: Path) -> list[list[int]]:
-    vocab_size, rng = ModelConfig.from_pretrained(folder).vocab_size, random.Random(3)
+    vocab_size, rng = read_model_config(folder).vocab_size, random.Random(3)
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, 70))] for _ in ASKED]
 
 
@@ -69,7 +69,7 @@ def test_groups_change_no_token(
     folder: Path, expected: list[Completion], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = watch(monkeypatch)
-    layer = build(ModelConfig.from_pretrained(folder)).layer
+    layer = build(read_model_config(folder)).layer
     path = save(tmp_path / "plan.json", layer, plan(layer, name))
     llm = LLM.from_pretrained(folder, schedule=path, dense_batch_tokens=TOKENS, chunk_tokens=30, page_tokens=4)
     found = llm.generate(prompts(folder), ASKED)

@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
 from nanoflow_backend.engine import Engine, program_builder
 from nanoflow_backend.engine.memory import check_room
 from nanoflow_backend.models import weights
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.host_memory import available_bytes
 
@@ -22,17 +24,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save(checkpoints.make("mixtral"), tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_size_of_the_weights_is_what_loading_allocates(folder: Path, dtype: torch.dtype) -> None:
-    config = ModelConfig.from_pretrained(folder)
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=str)
+def test_the_size_of_the_weights_is_what_loading_allocates(folder: Path, precision: Precision) -> None:
+    config = read_model_config(folder)
     model = build(config)
-    loaded = weights.load(folder, config, model, dtype=dtype)
+    loaded = weights.load(folder, config, model, precision=precision)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in loaded.values()}
-    assert weights.size_bytes(model, dtype) == sum(storages.values())
+    assert weights.size_bytes(model, precision) == sum(storages.values())
 
 
 def test_what_is_proposed_fits_and_a_page_more_does_not(folder: Path) -> None:
-    model = ModelConfig.from_pretrained(folder)
+    model = read_model_config(folder)
 
     def check(kv_cache_tokens: int) -> None:
         config = EngineConfig(model="m", kv_cache_tokens=kv_cache_tokens, page_tokens=16).settle("cpu")

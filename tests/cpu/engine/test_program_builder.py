@@ -7,7 +7,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.settle import Settled, settle
 from nanoflow_backend.engine.worker import Worker

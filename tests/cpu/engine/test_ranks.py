@@ -7,7 +7,7 @@ import pytest
 from process_tree import alive
 
 from benchmarks.models import checkpoints, tiny_tokenizers
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, ranks
 from nanoflow_backend.process.child import Child
 from nanoflow_backend.text.tokenizer import Tokenizer

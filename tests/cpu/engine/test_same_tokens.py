@@ -11,8 +11,8 @@ from searched import schedule_file, searched
 from torch import Tensor
 
 from benchmarks.models import checkpoints
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.device import find_device
@@ -26,7 +26,7 @@ B_DENSE = 32
 def test_every_schedule_file_gives_the_tokens_of_sequential(architecture: str, tmp_path: Path) -> None:
     """Steps of all sizes: prompts fill some, decodes alone are others; and those of one size change plans."""
     folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")
-    model, rng = build(ModelConfig.from_pretrained(folder)), random.Random(6)
+    model, rng = build(read_model_config(folder)), random.Random(6)
     prompts = [[rng.randrange(331) for _ in range(rng.randint(1, 40))] for _ in range(30)]
     options = {"page_tokens": 4, "max_running": 10, "kv_cache_tokens": 2048, "device": "cpu"}
     greedy = [SamplingParams(max_tokens=rng.randint(1, 24), temperature=0.0) for _ in prompts]

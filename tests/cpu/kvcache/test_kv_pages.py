@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanoflow_backend.config import ModelConfig, RopeConfig
+from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
 from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 
 CONFIG = ModelConfig(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.models.checkpoints import CONFIGS
-from nanoflow_backend.config import ConfigError, ModelConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.models.hugging_face import from_hf
 
 NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -59,9 +60,9 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     theirs = CONFIGS[architecture].from_dict(deepcopy(hf))  # it writes into what it is given
     if has_windows(theirs):
         with pytest.raises(ConfigError, match="sliding_window"):
-            ModelConfig.from_hf(hf, {})
+            from_hf(hf, {})
         return
-    ours = ModelConfig.from_hf(hf, {})
+    ours = from_hf(hf, {})
     eos = theirs.eos_token_id
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
@@ -101,7 +102,7 @@ def test_sizes_of_matrices_must_be_given(architecture: str, key: str) -> None:
     hf = config_json(architecture, Random(0)) | {"sliding_window": None}
     del hf[key]
     with pytest.raises(ConfigError, match=f"'{key}' is missing"):
-        ModelConfig.from_hf(hf, {})
+        from_hf(hf, {})
 
 
 def test_every_key_of_the_classes_is_read_or_without_effect() -> None:

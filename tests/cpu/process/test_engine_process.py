@@ -11,7 +11,7 @@ from process_tree import alive, children
 from waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess

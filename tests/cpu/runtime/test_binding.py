@@ -12,6 +12,7 @@ from nanoflow_kernels import reference
 from schedules import plans, random_interleaving, random_schedule
 from support.collectives.in_process import Group, InProcess
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
@@ -41,7 +42,7 @@ def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_
 
 
 def bound(case: Case, *schedules: Schedule) -> Binding:
-    pages, options = case.requests.empty_pages(), {"max_tokens": schedules[-1].tokens, "dtype": torch.float32}
+    pages, options = case.requests.empty_pages(), {"max_tokens": schedules[-1].tokens, "precision": FLOAT32}
     binding = Binding(case.model, schedules, case.weights, pages, OneRank(), reference, in_place=True, **options)
     binding.page_table = case.requests.page_table
     return binding
@@ -79,7 +80,7 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
             OneRank(),
             reference,
             max_tokens=TOKENS,
-            dtype=torch.float32,
+            precision=FLOAT32,
             limit_sms=limit_sms,
         )
         binding.page_table = case.requests.page_table
@@ -97,7 +98,7 @@ def test_an_sm_cap_reaches_collectives_too(case: Case, form: str) -> None:
         schedule = replace(sequential(split_all_reduce(graph, reduces, 1), TOKENS), split_all_reduces=reduces)
     capped = tuple(replace(x, sms=5) if "reduce" in x.operation else x for x in schedule.launches)
     schedule = replace(schedule, launches=capped)
-    options = {"max_tokens": TOKENS, "dtype": torch.float32, "limit_sms": True}
+    options = {"max_tokens": TOKENS, "precision": FLOAT32, "limit_sms": True}
     pages = case.requests.empty_pages()
     binding = Binding(case.model, [schedule], case.weights, pages, OneRank(), reference, **options)
     binding.page_table = case.requests.page_table
@@ -137,7 +138,7 @@ def test_a_batch_runs_under_the_first_plan_that_holds_it(case: Case) -> None:
 
 def test_collectives_that_no_graph_can_hold_are_refused_before_the_device_is_touched(case: Case) -> None:
     pages, schedules = case.requests.empty_pages(), [sequential(case.model.layer, TOKENS)]
-    collectives, options = InProcess(Group(2), 0), {"max_tokens": TOKENS, "dtype": torch.float32}
+    collectives, options = InProcess(Group(2), 0), {"max_tokens": TOKENS, "precision": FLOAT32}
     binding = Binding(case.model, schedules, case.weights, pages, collectives, reference, **options)
     with pytest.raises(ValueError, match="cuda_graphs: expected collectives that a CUDA graph can hold, got InProcess"):
         CudaProgram(binding, max_rows=1)

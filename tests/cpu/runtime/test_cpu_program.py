@@ -16,6 +16,7 @@ from schedules import interleavings, plans, random_interleaving, random_schedule
 from torch import Tensor
 
 from benchmarks.models import checkpoints
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.binding import Binding, FittedPlan
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
@@ -83,7 +84,7 @@ def test_bfloat16_follows_float32(case: Case) -> None:
         name: w if name.endswith("frequencies") else w.bfloat16() for name, w in case.weights.items()
     }  # fmt: skip
     schedule = nano_batched(case.model.layer, TOKENS, 3)
-    options: dict[str, Any] = {"max_tokens": TOKENS, "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"max_tokens": TOKENS, "precision": BFLOAT16}
     binding = Binding(case.model, [schedule], weights, pages, OneRank(), reference, **options)
     program = CpuProgram(binding, checked=True)
     forward(program, case.requests.inputs(BATCHES[0]))

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine
 from nanoflow_backend.runtime.device import show_only
 

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +16,10 @@ from schedules import delayed, in_lanes, interleavings, plans, random_schedule, 
 from shapes import CONFIGS, config
 from torch import Tensor
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.builder import GraphBuilder
-from nanoflow_backend.graph.operation import Graph, Model
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
@@ -43,11 +44,11 @@ NO_KERNELS = SimpleNamespace(**{name: nothing for name in vars(reference) if not
 
 def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     """The program without its arithmetic."""
-    graphs = {"": model.embed} | {f"layers.{i}.": model.layer for i in range(model.num_layers)}
+    graphs = {"": model.embed} | {f"layers.{i}.": graph for i, graph in enumerate(model.in_order)}
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
     kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
-    options: dict[str, Any] = {"max_tokens": schedule.tokens, "dtype": torch.float32}
+    options: dict[str, Any] = {"max_tokens": schedule.tokens, "precision": FLOAT32}
     return CpuProgram(Binding(model, [schedule], weights, kv, OneRank(), NO_KERNELS, **options))
 
 
@@ -140,7 +141,7 @@ def attention_model(num_layers: int) -> Model:
     q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2)
     attended = g.attention("attention", q, pages, batch)
     layer = g.build(residual, g.linear("o", attended, llama.o_parameter(g, shape)))
-    return Model(llama.embed(shape), layer, llama.head(shape), num_layers)
+    return Model(llama.embed(shape), (layer,), (0,) * num_layers, llama.head(shape))
 
 
 def attention_schedules(graph: Graph) -> dict[str, Schedule]:
@@ -189,7 +190,7 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    options: dict[str, Any] = {"max_tokens": 6, "dtype": torch.float32}
+    options: dict[str, Any] = {"max_tokens": 6, "precision": FLOAT32}
     return CpuProgram(Binding(attention.model, [schedule], attention.weights, pages, OneRank(), reference, **options))
 
 
@@ -246,12 +247,12 @@ def moved(plan: BufferPlan, value: LayerValue, buffer: int, width: int) -> Buffe
 
 def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every value moved into every other buffer: tags refuse some interleaving just where rows conflict."""
-    model = replace(build(config("llama")), num_layers=2)
+    model = build(config("llama")).with_layers(2)
     graph = model.layer
     caught = harmless = 0
     for name in ("sequential", "two", "append in the network lane", "ahead"):
         schedule = plans(graph, 8)[name]
-        plan, order = plan_buffers(graph, schedule, 2), PartialOrder(schedule, 2)
+        plan, order = plan_buffers((graph,) * 2, schedule), PartialOrder(schedule, 2)
         for value, home in plan.holder.items():
             for buffer in set(range(len(plan.buffers))) - {home}:
                 wrong = moved(plan, value, buffer, graph.values[value.name].width)

@@ -6,15 +6,16 @@ import pytest
 import shapes
 
 from nanoflow_backend.bench.model_work import ModelWork
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32
+from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 from nanoflow_backend.models.model import build
 
 LLAMA_3_8B = Path(__file__).parents[3] / "benchmarks" / "models" / "llama-3-8b"
 
 
 def test_llama_3_8b_has_its_published_size():
-    config = ModelConfig.from_pretrained(LLAMA_3_8B)
-    work = ModelWork.of(build(config), config, element_bytes=2)
+    config = read_model_config(LLAMA_3_8B)
+    work = ModelWork.of(build(config), config, BFLOAT16)
     assert work.parameters == 8_030_261_248
     embedding, norms = 128_256 * 4096, 65 * 4096
     assert work.weight_bytes == work.token_weight_bytes == 2 * (work.parameters - embedding - norms)
@@ -24,7 +25,7 @@ def test_llama_3_8b_has_its_published_size():
 
 
 def test_a_mixture_uses_some_of_its_experts():
-    config = ModelConfig.from_hf(
+    config = from_hf(
         {
             "architectures": ["MixtralForCausalLM"],
             "hidden_size": 4096,
@@ -41,7 +42,7 @@ def test_a_mixture_uses_some_of_its_experts():
         },
         {},
     )
-    work = ModelWork.of(build(config), config, element_bytes=2)
+    work = ModelWork.of(build(config), config, BFLOAT16)
     idle_experts = 6 * 3 * 4096 * 14336 * 32
     assert work.parameters == 46_702_792_704 - idle_experts  # the checkpoint's size, from its card
     assert work.weight_bytes - work.token_weight_bytes == 2 * idle_experts
@@ -50,7 +51,7 @@ def test_a_mixture_uses_some_of_its_experts():
 @pytest.mark.parametrize("architecture", shapes.CONFIGS)
 def test_two_ranks_share_the_work(architecture):
     config = shapes.config(architecture, intermediate_size=38, vocab_size=68)
-    one, two = (ModelWork.of(build(config, ranks), config, element_bytes=4) for ranks in (1, 2))
+    one, two = (ModelWork.of(build(config, ranks), config, FLOAT32) for ranks in (1, 2))
     assert two.parameters == one.parameters
     assert two.attention_flop_per_pair * 2 == one.attention_flop_per_pair
     assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from nanoflow_backend.bench.plot import bench_plot, utilisation
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 POINT = {
     "at_s": 2.0,

@@ -5,7 +5,7 @@ from statistics import mean, stdev
 import pytest
 
 from nanoflow_backend.bench.workload import DATASETS, constant, drawn, of_trace
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from shapes import CONFIGS, config
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.graph.builder import GraphBuilder, local_shape
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.nano_batch import Dependency, NanoOperation, dependencies

@@ -6,7 +6,7 @@ import threading
 import pytest
 from json_lines import write_lines
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.request.invalid_request import InvalidRequest
 

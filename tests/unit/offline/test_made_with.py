@@ -5,7 +5,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.offline.made_with import SPAN_BYTES, SPANS, MadeWith, file_digest
 
 
@@ -39,6 +39,7 @@ def test_every_change_is_named(folder):
     now = made_with(folder, dtype="bfloat16", seed=3)
     assert now.changes_from(before) == [
         "dtype was 'float32', is 'bfloat16'",
+        "kv_cache_dtype was 'float32', is 'bfloat16'",  # as dtype, where it is not said
         "seed was 0, is 3",
         "the model's config.json has changed",
         "the model's tokenizer.json has changed",

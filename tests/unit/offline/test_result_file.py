@@ -9,7 +9,7 @@ from arithmetic_runner import MADE_WITH, ArithmeticRunner
 from json_lines import read_lines, write_lines
 from msgspec.structs import replace
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile
 from nanoflow_backend.offline.run import run

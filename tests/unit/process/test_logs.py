@@ -7,7 +7,7 @@ import re
 import pytest
 from command_line import log_as_it_was
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.process import logs
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"

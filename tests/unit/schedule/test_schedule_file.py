@@ -7,12 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from schedules import random_schedule, rotated
 from shapes import config
 
-from nanoflow_backend.config import EngineConfig, SettledConfig
+from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
+from nanoflow_backend.config.precision import BFLOAT16, FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -21,7 +23,13 @@ from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequenti
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 MODEL = build(config("llama"), 2)
-HEADER = Header(model_fingerprint=fingerprint(MODEL.layer), device="cpu", tensor_parallel=2, dense_batch_tokens=32)
+HEADER = Header(
+    model_fingerprint=fingerprint(MODEL.layer),
+    precision=FLOAT32,
+    device="cpu",
+    tensor_parallel=2,
+    dense_batch_tokens=32,
+)
 
 
 def configured(schedule: str | Path, tokens: int = 64) -> SettledConfig:
@@ -129,7 +137,7 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
         (("plans", 1, "launches", 0, "stream"), 1, r"unknown field `stream` - at `\$\.plans\[1\]\.launches\[0\]`"),
         (("plans", 0, "tokens"), "32", r"Expected `int`, got `str` - at `\$\.plans\[0\]\.tokens`"),
         (("plans", 0, "tokens"), 0, "tokens: expected an integer >= 1, got 0"),
-        (("header", "format_version"), 1, "format version 1, this engine reads 2"),
+        (("header", "format_version"), 1, "format version 1, this engine reads 3: search again"),
         (("header", "format_version"), None, r"Expected `int`, got `null` - at `\$\.header\.format_version`"),
         (("header",), {}, r"missing required field `format_version` - at `\$\.header`"),
         (
@@ -137,6 +145,9 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
             "NVIDIA H200",
             "made for something else: device is 'NVIDIA H200' in the file and 'cpu' here",
         ),
+        (("header", "precision", "kv"), "float16", "precision is .* kv float16 in the file and float32 here"),
+        (("header", "precision"), msgspec.to_builtins(BFLOAT16), "precision is bfloat16 in the file and float32 here"),
+        (("header", "precision"), {}, r"missing required field `weights` - at `\$\.header\.precision`"),
         (("header", "tensor_parallel"), 4, "tensor_parallel is 4 in the file and 2 here"),
         (("header", "model_fingerprint"), "0" * 16, "model_fingerprint is '0000000000000000' in the file and"),
         (("header", "dense_batch_tokens"), 129, r"dense_batch_tokens: expected 1\.\.128, which plans reach, got 129"),
@@ -167,7 +178,7 @@ def test_what_is_not_json_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b'{"header": ')
     with pytest.raises(ScheduleError, match=r"plans\.json: Input data was truncated"):
         ScheduleFile.load(path)
-    path.write_bytes(b'{"header": {"format_version": 2, "model_fingerprint": "\xff"}}')
+    path.write_bytes(b'{"header": {"format_version": 3, "model_fingerprint": "\xff"}}')
     with pytest.raises(ScheduleError, match=r"plans\.json: 'utf-8' codec can't decode"):
         ScheduleFile.load(path)
 

@@ -27,7 +27,8 @@ from nanoflow_search.search import search
 from rich.console import Console
 from shapes import config
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.schedule.file import Header, ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
@@ -234,6 +235,8 @@ def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_file_without_an_account_is_explained_as_such(capsys: pytest.CaptureFixture[str]) -> None:
-    header = Header(model_fingerprint="0" * 16, device="cpu", tensor_parallel=1, dense_batch_tokens=8)
+    header = Header(
+        model_fingerprint="0" * 16, precision=BFLOAT16, device="cpu", tensor_parallel=1, dense_batch_tokens=8
+    )
     explain(ScheduleFile(header=header, plans=(sequential(request_for().model.layer, 8),)))
     assert "Nothing is told in this file of how its plans were found." in capsys.readouterr().out

@@ -17,7 +17,7 @@ from waiting import until
 from benchmarks.models import tiny_tokenizers
 from benchmarks.stress import stub_backend
 from benchmarks.stress.stub_backend import ServerRequest
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Queue, Ready, Refusal
 from nanoflow_backend.scheduler.batch import Delta, FinishReason

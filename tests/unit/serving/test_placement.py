@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanoflow_backend.config import ConfigError, EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.serving.placement import place
 
 TWO_AND_ONE = [

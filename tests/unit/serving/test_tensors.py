@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoflow_backend.config import EngineConfig
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete
 
 FOLDER = Path(__file__).parents[3] / "model_repository" / "nanoflow"

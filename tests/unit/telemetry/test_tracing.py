@@ -6,7 +6,7 @@ import time
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from nanoflow_backend.config import ConfigError
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.telemetry.tracing import Tracer
 

@@ -23,9 +23,10 @@ from simulated_programs import Programs
 
 from benchmarks.models import checkpoints
 from benchmarks.overlap import ablation, halves, steady_batches
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.layout import deal
@@ -53,7 +54,7 @@ def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph, profile: Profi
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     checkpoints.save(checkpoints.make("llama"), tmp_path)
-    model = ModelConfig.from_pretrained(tmp_path)
+    model = read_model_config(tmp_path)
     layer, rng = build(model).layer, random.Random(5)
     prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -93,14 +94,14 @@ def test_halves_are_on_the_partition_that_is_predicted_best(graph: Graph, profil
 def test_arms_on_programs_that_compute() -> None:
     made: list[Programs] = []
     timers: list[weakref.ref[PlanTimer]] = []
-    shape = config("llama", num_layers=2, dtype="float32")
+    shape = config("llama", num_layers=2)
 
     def timer_of(mix: Mix) -> PlanTimer:
         assert [timer() for timer in timers] == [None] * len(timers), "what was timed before has left the memory"
         programs = Programs(layers=2)
         timer = PlanTimer(
             shape, mix, programs.gpu, programs, programs.burst, page_tokens=16, seconds=0.1, warm_s=0.05,
-            num_layers=2, device="cpu", sleep=programs.gpu.sleep,
+            num_layers=2, precision=FLOAT32, device="cpu", sleep=programs.gpu.sleep,
         )  # fmt: skip
         timers.append(weakref.ref(timer))
         made.append(programs)

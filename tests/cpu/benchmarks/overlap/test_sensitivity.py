@@ -21,8 +21,9 @@ from nanoflow_search.profile.load import ProfileError
 from overlap_machine import CPU, H200, MODEL, SHARES, Machine, map_of
 
 from benchmarks.overlap import sensitivity, steady_batches
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.plan import Schedule
@@ -175,7 +176,7 @@ def test_a_cell_is_one_round_and_its_margin_is_pooled(
     found = run("sensitivity", tmp_path / "map.json", "--tokens", "512", "--tokens", "1024", "--context", "1024")
     one, other = machine.timed[:4], machine.timed[4:]
     for a, b, c, d in (one, other):
-        assert a == d == sequential(build(ModelConfig.from_pretrained(MODEL)).layer, a.tokens)
+        assert a == d == sequential(build(read_model_config(MODEL)).layer, a.tokens)
         assert b == c != a
     logs = [[math.log(gain) for gain in cell["pairs"]] for cell in found["cells"]]
     for cell, both in zip(found["cells"], logs, strict=True):

@@ -20,7 +20,8 @@ from nanoflow_search.profile.points import partition_loads
 from profiled import profiled
 from typer.testing import CliRunner
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cuda import bucket
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -28,7 +29,7 @@ from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.scheduler.batch import Batch, Prefill
 
 MODEL = Path(__file__).parents[4] / "benchmarks" / "models" / "llama-3-8b"
-LLAMA = build(ModelConfig.from_pretrained(MODEL))
+LLAMA = build(read_model_config(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ def test_a_run_is_its_steps(profile: Profile, tmp_path: Path) -> None:
     assert paced["steps"] == 6 + 7
     header = Header(
         model_fingerprint=fingerprint(LLAMA.layer),
+        precision=BFLOAT16,
         device=profile.header.device,
         device_sms=132,
         tensor_parallel=1,

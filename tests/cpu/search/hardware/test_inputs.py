@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from nanoflow_kernels import reference
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.inputs import SETS, OperationInputs
@@ -12,6 +11,7 @@ from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, 
 from nanoflow_search.profile.load import Load, ProfileError
 from shapes import CONFIGS, config
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build
 
@@ -38,7 +38,7 @@ class Recorded:
 
 
 def operands(name: str, recorded: Recorded, mix: Mix = MIX) -> OperationInputs:
-    return OperationInputs(config(name), mix, recorded.kernels, page_tokens=4, dtype=torch.float32, device="cpu")
+    return OperationInputs(config(name), mix, recorded.kernels, page_tokens=4, precision=FLOAT32, device="cpu")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -11,6 +11,7 @@ from shapes import CONFIGS, config
 from simulated_gpu import IDLE_W
 from simulated_programs import LAUNCH_S, Programs
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
@@ -21,10 +22,10 @@ LAYERS = 6
 
 def timer(name: str, **options: Any) -> tuple[PlanTimer, Programs]:
     programs = Programs(LAYERS)
-    shape = config(name, num_layers=LAYERS, dtype="float32")
+    shape = config(name, num_layers=LAYERS)
     made = PlanTimer(
         shape, MIX, programs.gpu, programs, programs.burst, page_tokens=4, seconds=0.2, device="cpu",
-        sleep=programs.gpu.sleep, **options
+        sleep=programs.gpu.sleep, precision=FLOAT32, **options
     )  # fmt: skip
     return made, programs
 

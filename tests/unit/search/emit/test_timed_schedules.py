@@ -16,6 +16,7 @@ from nanoflow_search.request import SearchRequest
 from profiled import profiled
 from typer.testing import CliRunner
 
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
@@ -33,7 +34,12 @@ def run(*words: str) -> Result:
 @pytest.fixture
 def plans(tmp_path: Path) -> Path:
     header = Header(
-        model_fingerprint=fingerprint(LAYER), device="d", device_sms=132, tensor_parallel=1, dense_batch_tokens=TOKENS
+        model_fingerprint=fingerprint(LAYER),
+        precision=BFLOAT16,
+        device="d",
+        device_sms=132,
+        tensor_parallel=1,
+        dense_batch_tokens=TOKENS,
     )
     path = tmp_path / "plans.json"
     ScheduleFile(header=header, plans=(sequential(LAYER, 256), PLAN, sequential(LAYER, TOKENS))).save(path)

@@ -9,13 +9,13 @@ from nanoflow_search.profile.load import Load, SoloLoad
 from nanoflow_search.profile.measure import profile_header, take_profile
 from simulated_gpu import IDLE_W, SimulatedGpu, SimulatedWork
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.green_contexts import Shares
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 
 
 class Cases:

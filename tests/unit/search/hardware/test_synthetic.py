@@ -8,11 +8,11 @@ from nanoflow_search.cost.devices import DEVICES
 from nanoflow_search.hardware.synthetic import LAUNCH_US, SyntheticDevice
 from nanoflow_search.profile.load import Load, ProfileError
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 H200 = DEVICES["H200-sustained"]
 
 

@@ -11,11 +11,12 @@ from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
 from nanoflow_search.profile.load import Point
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
 
 
 def test_tasks_slow_down_as_their_operations_do() -> None:
@@ -38,7 +39,13 @@ def test_tasks_slow_down_as_their_operations_do() -> None:
         pair("down", "attention/decode", 32, (1.3, 1.2)),
     )
     header = ProfileHeader(
-        model_fingerprint="f", device="d", device_sms=100, tensor_parallel=1, static_w=0, power_cap_w=1e9
+        model_fingerprint="f",
+        precision=BFLOAT16,
+        device="d",
+        device_sms=100,
+        tensor_parallel=1,
+        static_w=0,
+        power_cap_w=1e9,
     )
     measured = TimingModel(Profile(header=header, points=tuple(points), pairs=pairs), Mix(2, 2, 512.0, 512.0))
     problem = layer_problem(layer, 1, 4, 2, measured.operations_us)

@@ -10,14 +10,14 @@ from nanoflow_search.plan.problem import TaskDependency
 from nanoflow_search.plan.stage_one import stage_one
 from shapes import CONFIGS, config
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b"))
-MODEL_70B = build(ModelConfig.from_pretrained(MODELS / "llama-2-70b"), 8)
+MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
+MODEL_70B = build(read_model_config(MODELS / "llama-2-70b"), 8)
 
 
 def seeded_times(seed: int):

@@ -19,14 +19,14 @@ from nanoflow_search.profile.points import partition_loads
 from nanoflow_search.request import Effort
 from profiled import capped, profiled
 
-from nanoflow_backend.config import ModelConfig
 from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.schedule.validate import validate
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 MIX = Mix(704, 1344, 1280, 512)
 
 

@@ -11,12 +11,12 @@ from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.request import Effort
 
 from benchmarks.paper import a100_tables as a100
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
 PROFILE_8B = a100.profile(MODEL_8B.layer, 1, a100.LLAMA_3_8B)
 
 

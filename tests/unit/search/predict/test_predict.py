@@ -18,14 +18,15 @@ from nanoflow_search.profile.points import shared_loads
 from profiled import capped, profiled
 from schedules import plans, random_schedule
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.operation import Graph, Resource
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
 from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 MIX = Mix(1365, 683, 1024, 256)
 
 
@@ -35,7 +36,9 @@ def launch(operation: str, lane: str, *waits: Wait, start: int = 0, stop: int = 
 
 def header(**fields: float) -> ProfileHeader:
     shape = {"static_w": 200.0, "power_cap_w": 700.0} | fields
-    return ProfileHeader(model_fingerprint="f", device="d", device_sms=100, tensor_parallel=1, **shape)
+    return ProfileHeader(
+        model_fingerprint="f", precision=BFLOAT16, device="d", device_sms=100, tensor_parallel=1, **shape
+    )
 
 
 def points(graph: Graph, us: float, watts: float, *, cycles: bool) -> list[Point]:

@@ -8,12 +8,12 @@ import pytest
 from nanoflow_search.predict.simulate import LaunchPhase, Pace, simulate_launches
 from schedules import random_schedule
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 TIMES_US = {"gemm": 100.0, "read": 60.0}
 
 

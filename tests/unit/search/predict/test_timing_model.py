@@ -8,11 +8,11 @@ from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.load import ProfileError
 
 from benchmarks.paper import a100_tables as a100
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
 PROFILE_8B = a100.profile(MODEL_8B.layer, 1, a100.LLAMA_3_8B)
 
 

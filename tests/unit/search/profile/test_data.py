@@ -7,8 +7,16 @@ from msgspec.structs import replace as change
 from nanoflow_search.profile.data import Pair, Profile, ProfileHeader, held_out
 from nanoflow_search.profile.load import Point, ProfileError
 
+from nanoflow_backend.config.precision import BFLOAT16
+
 HEADER = ProfileHeader(
-    model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0
+    model_fingerprint="f",
+    precision=BFLOAT16,
+    device="d",
+    device_sms=132,
+    tensor_parallel=1,
+    static_w=185.0,
+    power_cap_w=700.0,
 )
 
 
@@ -62,8 +70,9 @@ def test_a_bad_file_is_refused_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"profile\.json: No such file"):
         Profile.load(path)
     change(SQUARE, header=change(HEADER, format_version=1)).save(path)
-    with pytest.raises(ProfileError, match=r"profile\.json: format version 1, expected 2"):
+    with pytest.raises(ProfileError, match=r"profile\.json: format version 1, expected 3: measure it anew"):
         Profile.load(path)
+    SQUARE.save(path)
     path.write_text(path.read_text().replace('"sms"', '"SMs"', 1))
     with pytest.raises(ProfileError, match=r"unknown field `SMs` - at `\$\.points\[0\]`"):
         Profile.load(path)

@@ -10,14 +10,21 @@ from nanoflow_search.profile.data import Profile, ProfileHeader, held_out
 from nanoflow_search.profile.load import Load, ProfileError, SoloLoad
 from nanoflow_search.profile.measure import take_profile
 
-from nanoflow_backend.config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
 MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(ModelConfig.from_pretrained(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
 H200 = DEVICES["H200-sustained"]
 HEADER = ProfileHeader(
-    model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0
+    model_fingerprint="f",
+    precision=BFLOAT16,
+    device="d",
+    device_sms=132,
+    tensor_parallel=1,
+    static_w=185.0,
+    power_cap_w=700.0,
 )
 
 

@@ -5,8 +5,16 @@ from nanoflow_search.profile.data import Profile, ProfileHeader
 from nanoflow_search.profile.load import Point, ProfileError
 from nanoflow_search.profile.surface import Surface
 
+from nanoflow_backend.config.precision import BFLOAT16
+
 HEADER = ProfileHeader(
-    model_fingerprint="f", device="d", device_sms=132, tensor_parallel=1, static_w=185.0, power_cap_w=700.0
+    model_fingerprint="f",
+    precision=BFLOAT16,
+    device="d",
+    device_sms=132,
+    tensor_parallel=1,
+    static_w=185.0,
+    power_cap_w=700.0,
 )
 
 

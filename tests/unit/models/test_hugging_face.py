@@ -1,17 +1,17 @@
-"""config.json in its old and new spellings, engine.json, and what is said where either is wrong."""
+"""config.json in its old and new spellings, and what is said where it is wrong."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanoflow_backend.config import ConfigError, EngineConfig, ModelConfig, RopeConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
+from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 from nanoflow_backend.models.llama import scale_frequency
 
 LLAMA2 = {
@@ -125,7 +125,7 @@ def new_spelling(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(hf: dict[str, Any], **generation: Any) -> ModelConfig:
-    return ModelConfig.from_hf(hf, generation)
+    return from_hf(hf, generation)
 
 
 @pytest.mark.parametrize("model", EXPECTED)
@@ -155,9 +155,9 @@ def test_defaults_of_old_configs() -> None:
 
 def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA31))
-    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (128001, 128008, 128009)
+    assert read_model_config(tmp_path).eos_token_ids == (128001, 128008, 128009)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (5,)
+    assert read_model_config(tmp_path).eos_token_ids == (5,)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_folder_without_a_readable_config(text: str | None, tmp_path: Path) ->
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        ModelConfig.from_pretrained(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_llama3_scaling_by_wavelength() -> None:
@@ -293,105 +293,3 @@ def test_llama3_scaling_by_wavelength() -> None:
             smooth = (8192 / wavelength - 1) / (4 - 1)
             expected = (1 - smooth) * frequency / 8 + smooth * frequency
         assert scale_frequency(frequency, rope) == pytest.approx(expected, rel=1e-12)
-
-
-# engine.json
-
-
-def engine_json(folder: Path, **fields: Any) -> Path:
-    path = folder / "engine.json"
-    path.write_text(json.dumps(fields))
-    return path
-
-
-def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
-    path = engine_json(tmp_path, model="../weights", schedule="plans/a.json", python="env/bin/python")
-    config = EngineConfig.load(path)
-    assert config.model == str(tmp_path.parent / "weights")
-    assert config.schedule == str(tmp_path / "plans/a.json")
-    assert config.python == str(tmp_path / "env/bin/python")
-    other = EngineConfig.load(engine_json(tmp_path, model="/models/x", schedule="nano-batched-3", python="python3.11"))
-    assert (other.model, other.schedule, other.python) == ("/models/x", "nano-batched-3", "python3.11")
-
-
-def test_a_link_to_an_interpreter_stays_a_link(tmp_path: Path) -> None:
-    (tmp_path / "python").symlink_to(sys.executable)
-    config = EngineConfig.load(engine_json(tmp_path, model="m", python="./python"))
-    assert config.python == str(tmp_path / "python")
-
-
-def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
-    path = engine_json(tmp_path, model="m", page_tokens=64, prefix_caching=True)
-    parameters = {"page_tokens": "32", "prefix_caching": "false", "chunk_tokens": "7", "model": "other"}
-    config = EngineConfig.load(path, parameters)
-    assert (config.page_tokens, config.prefix_caching, config.chunk_tokens) == (32, False, 7)
-    assert config.model == str(tmp_path / "other")
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"page_token": 4}, ["page_token"]),
-        ({"page_tokens": 0}, ["page_tokens", ">= 1", "0"]),
-        ({"page_tokens": "many"}, ["page_tokens", "Expected `int | null`"]),
-        ({"page_tokens": 1.5}, ["page_tokens", "Expected `int | null`"]),
-        ({"chunk_tokens": 0}, ["chunk_tokens", ">= 1 or null"]),
-        ({"prompt_tokens": 0}, ["prompt_tokens", ">= 1 or null"]),
-        ({"tensor_parallel": 3}, ["tensor_parallel", "1, 2, 4 or 8", "3"]),
-        ({"dense_batch_tokens": 8, "max_running": 9}, ["max_running", "dense_batch_tokens (8)", "9"]),
-        ({"max_queue_size": 0}, ["max_queue_size", ">= 1", "0"]),
-        ({"queue_timeout_us": 0}, ["queue_timeout_us", ">= 1", "0"]),
-        ({"priority_aging_s": -1}, ["priority_aging_s", ">= 0", "-1"]),
-        ({"max_engine_restarts": -1}, ["max_engine_restarts", ">= 0", "-1"]),
-        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "(0, 1]", "1.5"]),
-        ({"otlp_traces_endpoint": "collector:4317"}, ["otlp_traces_endpoint", "http(s) URL", "collector:4317"]),
-        ({"load_format": "pickle"}, ["load_format", "pickle"]),
-        ({"dtype": "int8"}, ["int8", "dtype"]),
-        ({"device": "tpu"}, ["tpu", "device"]),
-        ({"prefix_caching": "perhaps"}, ["prefix_caching"]),
-        ({"model": 3}, ["model", "Expected `str`"]),
-    ],
-)
-def test_what_is_wrong_in_engine_json_is_named(fields: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        EngineConfig.load(engine_json(tmp_path, **{"model": "m"} | fields))
-    assert all(word in str(error.value) for word in ["engine.json", *words]), str(error.value)
-
-
-def test_what_is_left_open_is_settled_by_the_device() -> None:
-    config = EngineConfig(model="m")
-    cpu, cuda = config.settle("cpu"), config.settle("cuda")
-    assert (cpu.device, cpu.dtype, cpu.page_tokens, cpu.kv_cache_tokens) == ("cpu", "float32", 16, 65536)
-    assert (cpu.dense_batch_tokens, cpu.chunk_tokens, cpu.max_running) == (512, 512, 512)
-    assert (cuda.device, cuda.dtype, cuda.page_tokens, cuda.kv_cache_tokens) == ("cuda", "bfloat16", 64, None)
-    assert (cuda.dense_batch_tokens, cuda.chunk_tokens, cuda.max_running) == (2048, 2048, 2048)
-    assert (cpu.prompt_tokens, cuda.prompt_tokens) == (512, 2048)
-
-
-def test_what_is_said_stays_said_on_every_device() -> None:
-    said = {"dtype": "float16", "page_tokens": 8, "kv_cache_tokens": 99, "dense_batch_tokens": 64, "max_running": 3}
-    for device in ("cpu", "cuda"):
-        settled = EngineConfig(model="m", **said).settle(device)
-        assert {name: getattr(settled, name) for name in said} == said
-        assert settled.chunk_tokens == 64
-        assert settled.settle(device) == settled
-
-
-def test_what_a_device_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"max_running: expected at most dense_batch_tokens \(512\).*got 600"):
-        EngineConfig(model="m", max_running=600).settle("cpu")
-    with pytest.raises(ConfigError, match="tensor_parallel: expected 1 on cuda, got 2"):
-        EngineConfig(model="m", tensor_parallel=2).settle("cuda")
-
-
-@pytest.mark.parametrize("text", [None, "{", "[1]", "{}"])
-def test_an_engine_json_that_is_none(text: str | None, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "engine.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"engine\.json"):
-        EngineConfig.load(tmp_path / "engine.json")
-
-
-def test_configs_need_no_torch() -> None:
-    code = "import sys, nanoflow_backend.config, nanoflow_backend.models.model; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True)

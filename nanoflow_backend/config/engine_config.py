@@ -1,0 +1,176 @@
+"""EngineConfig is engine.json, field for field; SettledConfig is the same on its device."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import convert, read_json
+from nanoflow_backend.config.precision import Dtype, Precision
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """engine.json, field for field. Paths are absolute here; in the file they may be relative to it."""
+
+    model: str  # Hugging Face folder
+    schedule: str = "sequential"  # a preset ("sequential", "nano-batched-3"), a schedule file, or "auto": find one
+    schedule_workload: str = "1024/512"  # mean prompt/output tokens of a request, that "auto" finds a schedule for
+    schedule_cache: str | None = None  # folder of what "auto" has found; None: nanoflow/schedules in the user's cache
+    python: str | None = None  # the engine process's interpreter; None: the one that runs the server's stub
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of weights and activations; auto: by device
+    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of KV pages; auto: as dtype
+    load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
+    tensor_parallel: int = 1  # ranks
+    gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
+    dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
+    chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
+    prompt_tokens: int | None = None  # most of all prompts in one step, if B_dense has room; None: dense_batch_tokens
+    max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
+    max_queue_size: int = 4096  # requests that wait beyond those; more are refused
+    queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
+    priority_aging_s: float = 60.0  # a request overtakes those of the next priority that came so much before it
+    max_engine_restarts: int = 5  # in a row, when its process dies; then the model must be reloaded
+    max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
+    page_tokens: int | None = None  # KV page size; None: by device
+    kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device
+    gpu_memory_utilization: float = 0.92  # of the GPU's memory, for weights, workspace and the KV cache
+    prefix_caching: bool = True
+    async_scheduling: bool = True  # launch step i+1 before the results of step i are read
+    cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
+    otlp_traces_endpoint: str | None = None  # of a collector, OTLP over HTTP: "http://collector:4318/v1/traces"
+    seed: int = 0  # draws the seeds of requests that come without one
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.schedule_workload, re.ASCII):
+            raise ConfigError(
+                f"schedule_workload: expected PROMPT/OUTPUT tokens such as 1024/512, got {self.schedule_workload!r}"
+            )
+        if self.max_queue_size < 1:
+            raise ConfigError(f"max_queue_size: expected an integer >= 1, got {self.max_queue_size}")
+        if not 0 <= self.priority_aging_s < math.inf:
+            raise ConfigError(f"priority_aging_s: expected a finite number >= 0, got {self.priority_aging_s}")
+        if self.max_engine_restarts < 0:
+            raise ConfigError(f"max_engine_restarts: expected an integer >= 0, got {self.max_engine_restarts}")
+        for field in (
+            "dense_batch_tokens", "chunk_tokens", "prompt_tokens", "max_running", "max_model_tokens", "page_tokens",
+            "kv_cache_tokens", "queue_timeout_us",
+        ):  # fmt: skip
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization: expected a number in (0, 1], got {self.gpu_memory_utilization}")
+        collector = self.otlp_traces_endpoint
+        if collector is not None and not collector.startswith(("http://", "https://")):
+            raise ConfigError(f"otlp_traces_endpoint: expected an http(s) URL or null, got {collector!r}")
+        if self.tensor_parallel not in (1, 2, 4, 8):
+            raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
+        gpus, ranks = self.gpus, self.tensor_parallel
+        if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
+            raise ConfigError(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
+        if gpus is not None and self.device == "cpu":
+            raise ConfigError(f"gpus: expected none with device cpu, got {list(gpus)}")
+        if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
+            raise ConfigError(
+                f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
+                f"since every running request decodes in every step; got {self.max_running}"
+            )
+
+    def settle(self, device: Literal["cpu", "cuda"]) -> SettledConfig:
+        """The same on a device: what was left to it has a value.
+
+        Raises:
+            ConfigError: what this device cannot do.
+        """
+        if device == "cuda" and self.tensor_parallel > 1:
+            raise ConfigError(f"tensor_parallel: expected 1 on cuda, got {self.tensor_parallel}")
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        precision = self.precision_on(device)
+        fields |= {"device": device, "dtype": precision.weights, "kv_cache_dtype": precision.kv}
+        defaults = DEFAULTS[device]._asdict()
+        dense_batch_tokens = self.dense_batch_tokens or defaults["dense_batch_tokens"]
+        defaults |= dict.fromkeys(("chunk_tokens", "prompt_tokens", "max_running"), dense_batch_tokens)
+        unset = {name: value for name, value in defaults.items() if fields[name] is None}
+        return SettledConfig(**fields | unset)
+
+    def precision_on(self, device: Literal["cpu", "cuda"]) -> Precision:
+        """What weights, activations and KV pages are kept in.
+
+        Raises:
+            ConfigError: KV pages of another dtype than the kernels of this device read.
+        """
+        dtype = DEFAULTS[device].dtype if self.dtype == "auto" else self.dtype
+        kv = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        if device == "cuda" and kv != dtype:
+            raise ConfigError(f"kv_cache_dtype: expected {dtype} on cuda, as dtype is, got {kv}")
+        return Precision(weights=dtype, activations=dtype, kv=kv)
+
+    @classmethod
+    def load(cls, path: Path, parameters: Mapping[str, Any] | None = None) -> EngineConfig:
+        """Read an engine.json; `parameters` (numbers may be strings, as in config.pbtxt) win over it.
+
+        Raises:
+            ConfigError: naming the file, the key and what was expected.
+        """
+        return cls.resolve({**read_json(path), **(parameters or {})}, relative_to=path.parent, origin=str(path))
+
+    @classmethod
+    def resolve(cls, fields: Mapping[str, Any], relative_to: Path, origin: str = "engine config") -> EngineConfig:
+        """Check `fields` and make their paths absolute."""
+
+        def rooted(key: str, value: Any) -> Any:
+            is_path = (
+                key in ("model", "schedule_cache")
+                or (key == "python" and "/" in str(value))
+                or str(value).endswith(".json")
+            )
+            if not is_path or not isinstance(value, str):
+                return value
+            # Not resolve(): the python of a virtual environment is a link that must stay one.
+            return os.path.normpath(relative_to / Path(value).expanduser())
+
+        absolute = {key: rooted(key, value) for key, value in fields.items()}
+        return convert(absolute, cls, origin, strict=False)
+
+
+class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An EngineConfig on its device. Only the size of the KV cache may be open: a GPU's is measured."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+    kv_cache_dtype: Dtype
+    dense_batch_tokens: int
+    chunk_tokens: int
+    prompt_tokens: int
+    max_running: int
+    page_tokens: int
+
+    @property
+    def precision(self) -> Precision:
+        """What weights, activations and KV pages are kept in."""
+        return self.precision_on(self.device)
+
+
+class DeviceDefaults(NamedTuple):
+    """What None or "auto" means on a device."""
+
+    dtype: Dtype
+    dense_batch_tokens: int
+    page_tokens: int
+    kv_cache_tokens: int | None  # None: what weights and workspace leave of the device's memory
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults("float32", 512, 16, 65536),
+    # On all SMs of an H200 decode attention reads pages of 64 tokens as fast as 128; a request's last page wastes half.
+    # 2048 tokens a step: Llama-3-8B runs Splitwise's lengths at 32.8k tokens/s, with 4096 at 31.5k; 512/1024 at 22.2k,
+    # with 1280, which its mix would fill, at 20.5k (benchmarks/results/offline_*, ablation_*).
+    "cuda": DeviceDefaults("bfloat16", 2048, 64, None),
+}

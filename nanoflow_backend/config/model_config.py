@@ -1,0 +1,67 @@
+"""ModelConfig is the shape of a model: what its graphs, weights and pages are made from."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.precision import Dtype
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding. `llama3` scaling stretches low frequencies by `factor` (Llama-3.1), `linear` all of them."""
+
+    theta: float = 10000.0
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
+        if self.scaling == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ConfigError(
+                f"expected 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor}, {self.high_freq_factor}"
+            )
+        if self.original_max_positions < 1:
+            raise ConfigError(
+                f"original_max_position_embeddings: expected an integer >= 1, got {self.original_max_positions}"
+            )
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of a model, as models.hugging_face reads it from a folder. Sizes are counts of elements."""
+
+    architecture: str  # its name in models.registry
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_model_tokens: int
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    dtype: Dtype = "bfloat16"  # of the checkpoint's tensors
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok {self.experts_per_token} is more than num_local_experts {self.num_experts}"
+            )

@@ -1,0 +1,34 @@
+"""Architecture is what this engine knows of one of transformers' model classes; each has a file beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.config_json import ConfigJson
+
+
+def all_alike(config: ModelConfig) -> tuple[int, ...]:
+    """Every layer is of kind 0."""
+    return (0,) * config.num_layers
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of models: the name that config.json has for it, what its keys mean, and its graphs of one rank.
+
+    `defaults` are what a key means that config.json leaves out: the default of the config class in transformers (4.57
+    and 5.23 agree). Sizes of matrices are not among them, since nobody leaves those to a default.
+    """
+
+    name: str  # ModelConfig.architecture
+    hf_class: str  # in config.json's `architectures`
+    defaults: Mapping[str, Any]
+    fields: Callable[[ConfigJson], dict[str, Any]]  # of ModelConfig, that not every architecture has
+    embed: Callable[[ModelConfig], Graph]
+    layers: Callable[[ModelConfig, int], tuple[Graph, ...]]  # config, ranks -> a graph for each kind of layer
+    head: Callable[[ModelConfig, int], Graph]  # config, ranks
+    kind_of: Callable[[ModelConfig], tuple[int, ...]] = all_alike  # of each layer

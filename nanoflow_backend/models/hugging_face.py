@@ -1,0 +1,88 @@
+"""read_model_config reads a ModelConfig from a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.file import convert, read_json
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.model_folder import what_is_wrong
+from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.registry import ARCHITECTURES
+from nanoflow_backend.models.rope_json import read_rope
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Read config.json and generation_config.json; keys may be spelled as before or since transformers 5.
+
+    Raises:
+        ConfigError: a missing file or key, or a feature this engine does not compute.
+    """
+    if wrong := what_is_wrong(folder):
+        raise ConfigError(wrong)
+    generation = folder / "generation_config.json"
+    return from_hf(
+        read_json(folder / "config.json"),
+        read_json(generation) if generation.exists() else {},
+        origin=str(folder / "config.json"),
+    )
+
+
+def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
+    """Read what the two files hold. A key that is absent means what transformers' class means by that.
+
+    Raises:
+        ConfigError: naming `origin`, the key and what was expected.
+    """
+    architecture = _architecture(given, origin)
+    hf = ConfigJson(given, architecture.defaults, origin)
+    hf.refuse_if(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
+    hf.refuse_if(hf["attention_bias"], "attention_bias")
+    hf.refuse_if(hf["mlp_bias"], "mlp_bias")
+    quantization = hf["quantization_config"]
+    hf.refuse_if(quantization, f"quantization_config{_method(quantization)}")
+    kinds = hf["layer_types"]
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        hf.refuse(f"layer_types: expected full_attention for every layer, got {kinds!r}")
+    hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
+    divides = hf["head_dim"] is not None or hidden % heads == 0
+    hf.refuse_if(not divides, f"hidden_size {hidden} without head_dim, over {heads} heads")
+    head_dim = hf.size("head_dim", hidden // heads)
+    hf.refuse_if(head_dim % 2, f"an odd head_dim, {head_dim},")
+    eos = generation.get("eos_token_id", hf["eos_token_id"])
+    fields = {
+        "architecture": architecture.name,
+        "vocab_size": hf.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": hf.size("intermediate_size"),
+        "num_layers": hf.repeats("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": hf.size("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": hf["rms_norm_eps"],
+        "rope": read_rope(hf),
+        "max_model_tokens": hf.size("max_position_embeddings"),
+        "tie_word_embeddings": hf["tie_word_embeddings"],
+        "dtype": hf.agreed("dtype", "torch_dtype") or "float32",  # what transformers assumes
+        "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
+    }
+    return convert(fields | architecture.fields(hf), ModelConfig, origin)
+
+
+def _method(quantization: Any) -> str:
+    """The name of a quantization method, for a message."""
+    name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return "" if name is None else f" ({name})"
+
+
+def _architecture(given: Mapping[str, Any], origin: str) -> Architecture:
+    names, known = given.get("architectures"), {a.hf_class: a for a in ARCHITECTURES.values()}
+    if names is None:
+        raise ConfigError(f"{origin}: key 'architectures' is missing")
+    if not isinstance(names, list) or not names or names[0] not in list(known):
+        raise ConfigError(f"{origin}: architectures: expected one of {', '.join(known)}, got {names!r}")
+    return known[names[0]]
