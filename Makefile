@@ -14,8 +14,9 @@ GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 MODEL_REPOSITORY ?= model_repository
 TESTS ?= tests
+# Processes that share the tests, or the models of `make parity`; each takes some 2 GiB.
+JOBS ?= 2
 SOAK_MINUTES ?= 30
-PROCESSES ?= 2
 
 BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
@@ -44,7 +45,7 @@ serve: setup
 	$(BIN)/nanoflow serve $(PORTS) --model-repository $(MODEL_REPOSITORY)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(TESTS)
 
 # The search on published tables, whose results are in (benchmarks/paper/README.md): not part of `make test`.
 test-paper: setup
@@ -62,7 +63,7 @@ fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks fuzz --output benchmarks/results/fuzz.json
 
 parity: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(PROCESSES) --output benchmarks/results/parity.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(JOBS) --output benchmarks/results/parity.json
 
 # Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 templates: setup

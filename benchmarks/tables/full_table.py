@@ -44,6 +44,13 @@ def _correctness() -> Iterator[ResultRow]:
             f"{wrong} of {tokens:,} tokens differ; worst logits error {worst:.1e} relative RMS",
             parity["device"],
         )
+    if chat := load("chat_templates"):
+        wrong = chat["counts"]["different"] + chat["counts"]["the engine refuses"]
+        yield ResultRow(
+            f"{chat['templates']} chat templates against transformers, {chat['conversations']} conversations",
+            f"{wrong} of {chat['pairs']:,} texts differ",
+            chat["device"],
+        )
     if tests := load("gpu_tests_h200"):
         yield ResultRow(
             "Tests that need a GPU: kernels, programs, engine and search against their references",

@@ -165,6 +165,7 @@ def time(
     layers: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
     rounds: Annotated[int, typer.Option(min=2, max=21, help="Rounds, A B B A each.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds of each run that are measured.")] = 1.0,
+    dtype: Annotated[InDtype, typer.Option(help="Of weights, activations and KV pages.")] = InDtype.BFLOAT16,
     device: MeasureOn = On.AUTO,
 ) -> None:
     """Time schedules beside sequential in a steady state, on the GPU that is here; with a profile, predict them first.
@@ -179,7 +180,7 @@ def time(
     from nanoflow_search.predict.timing_model import TimingModel
     from nanoflow_search.profile.data import Profile
 
-    request = SearchRequest.of(model, 1, [workload])
+    request = SearchRequest.of(model, 1, [workload], dtype.value)
     schedules = named_schedules(schedule, request.model, tokens)
     if (machine := find_machine(device.value, 1)) is None:
         raise ValueError("here is no GPU to time schedules on; --device synthetic has a law in its place")

@@ -9,12 +9,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from batches import Requests, decode_kv_tokens, forward
-from cases import BATCHES, LENGTHS, TOKENS, Case
-from comparison import assert_close, relative_rms
 from msgspec.structs import replace
 from nanoflow_kernels import device, pdl, reference
-from schedules import plans, random_schedule
+from support.comparison import assert_close, relative_rms
+from support.models.batches import Requests, decode_kv_tokens, forward
+from support.models.cases import BATCHES, LENGTHS, TOKENS, Case
+from support.schedule.schedules import plans, random_schedule
 from torch import Tensor
 from triton.language.extra.cuda import smid
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from schedules import random_schedule, save
-from searched import schedule_file, searched
+from support.places import DEMO_MODEL
+from support.schedule.schedules import random_schedule, save
+from support.schedule.searched import schedule_file, searched
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.config.error import ConfigError
@@ -26,14 +27,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-MODEL = Path(__file__).parents[2] / "demo" / "tiny-llama"
 PROMPTS = ("Return a list of", "The with statement", "This module provides", "Raise an exception if")
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 
 def llm(**options: Any) -> LLM:
     return LLM.from_pretrained(
-        MODEL, **{"device": "cuda", "dense_batch_tokens": 256, "kv_cache_tokens": 65536} | options
+        DEMO_MODEL, **{"device": "cuda", "dense_batch_tokens": 256, "kv_cache_tokens": 65536} | options
     )
 
 
@@ -52,7 +52,7 @@ def prompts() -> list[list[int]]:
 
 def save_halves(path: Path, precision: Precision) -> str:
     """A plan of two halves: decodes dealt out, attention on SMs of its own."""
-    layer, device = build(read_model_config(MODEL)).layer, find_device("cuda")
+    layer, device = build(read_model_config(DEMO_MODEL)).layer, find_device("cuda")
     assert device.sms is not None
     plan = overlapped(layer, 256, 128, 0.6, 40, device.sms)
     return save(path, layer, plan, device.name, device.sms, precision)
@@ -93,7 +93,7 @@ def test_greedy_tokens_are_those_of_sequential_under_every_schedule_file(archite
 
 def test_greedy_tokens_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).cuda().eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).cuda().eval()
     made = llm(dtype="float32")
     ours = token_ids(made, list(PROMPTS), SamplingParams(max_tokens=64, min_tokens=64, temperature=0.0))
     for prompt, tokens in zip(PROMPTS, ours, strict=True):

@@ -11,7 +11,7 @@ from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.load import Load
 from nanoflow_search.profile.measure import profile_header, take_profile
 from nanoflow_search.profile.points import partition_loads, shared_loads
-from shapes import CONFIGS, config
+from support.models.shapes import CONFIGS, config
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.models.model import build

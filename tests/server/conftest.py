@@ -1,17 +1,28 @@
 """Real servers for tests: `server(model_repository=..., **options)` starts one that lives until the session ends."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from support.places import DEMO_MODEL, DROP_IN_FOLDER
 
-from benchmarks.server import DEMO_MODEL, add_model
+from benchmarks.server import add_model
 from nanoflow_backend.embedded.server import EmbeddedServer
 from nanoflow_backend.engine import LLM
 
+HERE = Path(__file__).parent
+
 # The server looks once a second whether its models have unloaded; two looks were needed for one model.
 EXIT_TIMEOUT_S = 5
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder starts the real server."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.server)
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +56,14 @@ def process_tree() -> Callable[[int], dict[int, str]]:
 
 @pytest.fixture(scope="session")
 def demo(server: Callable[..., EmbeddedServer], tmp_path_factory: pytest.TempPathFactory) -> EmbeddedServer:
-    """The demo model behind the drop-in folder, as `nanoflow`, and with `decoupled: false`, as `unary`."""
-    repository = tmp_path_factory.mktemp("demo")
-    for name, decoupled in (("nanoflow", "true"), ("unary", "false")):
-        config = add_model(repository, DEMO_MODEL, name=name) / "config.pbtxt"
-        config.write_text(config.read_text().replace("decoupled: true", f"decoupled: {decoupled}"))
-    return server(repository, log=repository.parent / "demo.log")
+    """The demo model behind the drop-in folder as it is, as `nanoflow`, and with `decoupled: false`, as `unary`."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    (checkout / "demo").symlink_to(DEMO_MODEL.parent)
+    repository = checkout / DROP_IN_FOLDER.parent.name
+    shutil.copytree(DROP_IN_FOLDER, repository / "nanoflow")
+    config = add_model(repository, DEMO_MODEL, name="unary") / "config.pbtxt"
+    config.write_text(config.read_text().replace("decoupled: true", "decoupled: false"))
+    return server(repository, log=checkout / "log")
 
 
 @pytest.fixture(scope="session")

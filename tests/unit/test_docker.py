@@ -5,17 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from support.places import DEMO_MODEL, ROOT
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 
-ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-DEMO = ROOT / "demo" / "tiny-llama"
 
 
 def script(name):
@@ -42,7 +40,7 @@ def command(tmp_path):
 def test_the_environment_becomes_a_model_folder(command, tmp_path):
     environment = {
         "PATH": "/bin",
-        "NANOFLOW_MODEL": str(DEMO),
+        "NANOFLOW_MODEL": str(DEMO_MODEL),
         "NANOFLOW_MODEL_NAME": "chat",
         "NANOFLOW_TENSOR_PARALLEL": "2",
         "NANOFLOW_PREFIX_CACHING": "false",
@@ -58,7 +56,7 @@ def test_the_environment_becomes_a_model_folder(command, tmp_path):
         "--log-verbose=1",
     ]
     config = EngineConfig.load(generated / "chat" / "1" / "engine.json")
-    assert config == EngineConfig(model=str(DEMO), tensor_parallel=2, prefix_caching=False)
+    assert config == EngineConfig(model=str(DEMO_MODEL), tensor_parallel=2, prefix_caching=False)
     pbtxt = (generated / "chat" / "config.pbtxt").read_text()
     assert 'backend: "nanoflow"' in pbtxt
     assert "count: 2, kind: KIND_MODEL" in pbtxt
@@ -68,8 +66,10 @@ def test_the_environment_becomes_a_model_folder(command, tmp_path):
 def test_every_field_can_be_set(command, tmp_path):
     defaults = zip(EngineConfig.__struct_fields__[1:], EngineConfig.__struct_defaults__, strict=True)
     values = {f"NANOFLOW_{name.upper()}": str(default) for name, default in defaults if default is not None}
-    command({"NANOFLOW_MODEL": str(DEMO), **values})
-    assert EngineConfig.load(tmp_path / "generated" / "nanoflow" / "1" / "engine.json") == EngineConfig(model=str(DEMO))
+    command({"NANOFLOW_MODEL": str(DEMO_MODEL), **values})
+    assert EngineConfig.load(tmp_path / "generated" / "nanoflow" / "1" / "engine.json") == EngineConfig(
+        model=str(DEMO_MODEL)
+    )
 
 
 def test_a_mounted_repository_is_served_as_it_is(command, tmp_path):
@@ -85,15 +85,24 @@ def test_a_mounted_repository_is_served_as_it_is(command, tmp_path):
         ({}, "NANOFLOW_MODEL is not set, and .*/mounted has no model folder"),
         ({"NANOFLOW_SEED": "1"}, "NANOFLOW_SEED: expected NANOFLOW_MODEL too"),
         ({"NANOFLOW_PAGE_SIZE": "1"}, "NANOFLOW_PAGE_SIZE: unknown; known are .*NANOFLOW_PAGE_TOKENS"),
-        ({"NANOFLOW_MODEL": "/nowhere"}, "/nowhere/config.json: No such file"),
+        ({"NANOFLOW_MODEL": "/nowhere"}, "/nowhere: there is no such folder"),
         (
-            {"NANOFLOW_MODEL": str(DEMO), "NANOFLOW_SEED": "x"},
+            {"NANOFLOW_MODEL": str(DEMO_MODEL), "NANOFLOW_SEED": "x"},
             r"environment: Expected `int`, got `str` - at `\$\.seed`",
         ),
-        ({"NANOFLOW_MODEL": str(DEMO), "NANOFLOW_TENSOR_PARALLEL": "3"}, "tensor_parallel: expected 1, 2, 4 or 8"),
-        ({"NANOFLOW_MODEL": str(DEMO), "NANOFLOW_MODEL_NAME": "../up"}, "NANOFLOW_MODEL_NAME: expected letters"),
-        ({"NANOFLOW_MODEL": str(DEMO), "NANOFLOW_GPU_DEVICE_IDS": '0" }'}, "NANOFLOW_GPU_DEVICE_IDS: expected groups"),
-        ({"NANOFLOW_MODEL": str(DEMO), "NANOFLOW_EXIT_TIMEOUT_S": "2m"}, "NANOFLOW_EXIT_TIMEOUT_S: expected whole"),
+        (
+            {"NANOFLOW_MODEL": str(DEMO_MODEL), "NANOFLOW_TENSOR_PARALLEL": "3"},
+            "tensor_parallel: expected 1, 2, 4 or 8",
+        ),
+        ({"NANOFLOW_MODEL": str(DEMO_MODEL), "NANOFLOW_MODEL_NAME": "../up"}, "NANOFLOW_MODEL_NAME: expected letters"),
+        (
+            {"NANOFLOW_MODEL": str(DEMO_MODEL), "NANOFLOW_GPU_DEVICE_IDS": '0" }'},
+            "NANOFLOW_GPU_DEVICE_IDS: expected groups",
+        ),
+        (
+            {"NANOFLOW_MODEL": str(DEMO_MODEL), "NANOFLOW_EXIT_TIMEOUT_S": "2m"},
+            "NANOFLOW_EXIT_TIMEOUT_S: expected whole",
+        ),
     ],
 )
 def test_a_bad_environment_is_named_and_writes_nothing(command, tmp_path, environment, complaint):
@@ -105,7 +114,7 @@ def test_a_bad_environment_is_named_and_writes_nothing(command, tmp_path, enviro
 def test_too_little_shared_memory_is_refused(command, monkeypatch):
     monkeypatch.setattr(entrypoint, "SHARED_MEMORY_BYTES", 2**62)
     with pytest.raises(ConfigError, match=r"MiB, expected .*--shm-size=1g"):
-        command({"NANOFLOW_MODEL": str(DEMO)})
+        command({"NANOFLOW_MODEL": str(DEMO_MODEL)})
 
 
 def test_the_entrypoint_runs_another_command_and_refuses_without_a_traceback(tmp_path):

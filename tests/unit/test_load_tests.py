@@ -5,15 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.places import DEMO_MODEL, ROOT
 
 from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "perf_analyzer_configs"
 WORKLOADS = json.loads((CONFIGS / "workloads.json").read_text())
 
@@ -28,7 +27,7 @@ def run(script, *arguments):
 def model(request, tmp_path_factory):
     """A folder with a tokenizer that knows words."""
     if request.param.startswith("byte"):
-        return ROOT / "demo" / "tiny-llama"
+        return DEMO_MODEL
     corpus = (ROOT / "docs" / "architecture.md").read_text().splitlines()
     return tiny_tokenizers.llama2(tmp_path_factory.mktemp("llama2"), corpus, vocab_size=1000)
 

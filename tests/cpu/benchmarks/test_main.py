@@ -4,13 +4,12 @@ import re
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
 from benchmarks.__main__ import ROOMS
 
-ROOT = Path(__file__).parents[3]
 COMMANDS = [command for commands in ROOMS.values() for command in commands]
 
 

@@ -6,8 +6,8 @@ import subprocess
 import time
 
 import pytest
-from command_line import assert_one_line, command, environment, run_here
-from json_lines import read_lines, write_lines
+from support.commands.command_line import assert_one_line, command, environment, run_here
+from support.commands.json_lines import read_lines, write_lines
 
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.offline.result_file import ResultFile
@@ -80,7 +80,8 @@ def test_a_killed_and_an_interrupted_batch_go_on_where_they_were(model, tmp_path
         return output.read_bytes().count(b"\n") if output.exists() else 0
 
     def stopped(sign, after):
-        child = subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True)
+        behind = ("nice", "-n", "19")  # this test, which must notice in time what was written
+        child = subprocess.Popen([*behind, *command(*arguments)], env=environment(), stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
         while finished() < after:
             assert child.poll() is None, "it ended before it could be stopped"

@@ -5,7 +5,7 @@ import shutil
 from importlib.metadata import version
 
 import pytest
-from command_line import ROOT, assert_one_line, run, run_here
+from support.commands.command_line import ROOT, assert_one_line, run, run_here
 
 from nanoflow_backend.bench import result
 from nanoflow_backend.config.error import ConfigError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from nanoflow_search.cost.model import ModelSize
 from nanoflow_search.cost.work import Mix, layer_work
-from shapes import config
+from support.models.shapes import config
 
 from nanoflow_backend.bench.model_work import ModelWork
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision

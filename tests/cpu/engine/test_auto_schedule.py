@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.config.engine_config import EngineConfig
@@ -18,7 +19,6 @@ from nanoflow_backend.schedule.file import ScheduleFile
 
 GPU = Device("cuda", "synthetic H200-sustained", 132)
 SYNTHETIC = (*COMMAND, "--device", "synthetic")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
-from schedules import save
+from support.schedule.schedules import save
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.engine import LLM, SamplingParams

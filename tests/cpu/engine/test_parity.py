@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import pairwise_rows
+from support.pairwise import pairwise_rows
 
 from benchmarks.accuracy.against_transformers import MODELS, OUTPUT_TOKENS, RUNS, checkpoint, prompts, run
 from nanoflow_backend.engine import LLM, SamplingParams

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import schedules
 import torch
+from support.schedule import schedules
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32

@@ -1,11 +1,11 @@
 """The three steps to a program, each on its own; how many pages fit is measured on a device of simulated memory."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from msgspec.structs import replace
+from support.places import DEMO_MODEL
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
@@ -19,13 +19,12 @@ from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.scheduler.batch import Batch
 
-DEMO = Path(__file__).parents[3] / "demo" / "tiny-llama"
 WORKSPACE_BYTES = 100_000_000
 
 
 @pytest.fixture
 def settled() -> Settled:
-    return settle(EngineConfig(model=str(DEMO), device="cpu", dense_batch_tokens=32))
+    return settle(EngineConfig(model=str(DEMO_MODEL), device="cpu", dense_batch_tokens=32))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from process_tree import alive
+from support.process_tree import alive
 
 from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config.error import ConfigError

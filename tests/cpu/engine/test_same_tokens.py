@@ -5,9 +5,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from cases import LENGTHS, TOKENS, Case
-from schedules import random_schedule
-from searched import schedule_file, searched
+from support.models.cases import LENGTHS, TOKENS, Case
+from support.schedule.schedules import random_schedule
+from support.schedule.searched import schedule_file, searched
 from torch import Tensor
 
 from benchmarks.models import checkpoints

@@ -12,8 +12,8 @@ if torch.cuda.is_available():
     pytest.skip("the kernels are compiled here: see tests/gpu", allow_module_level=True)
 
 from nanoflow_kernels import device as kernels
-from shapes import config
 from support.kernels.checks import Checks
+from support.models.shapes import config
 
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build

@@ -10,8 +10,8 @@ import math
 
 import pytest
 import torch
-from comparison import assert_close
 from nanoflow_kernels import reference
+from support.comparison import assert_close
 from torch import Tensor
 
 from benchmarks.models.checkpoints import make

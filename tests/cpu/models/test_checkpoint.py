@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from loading import load_rank
 from safetensors.torch import load_file, save_file
+from support.models.loading import load_rank
 from torch import Tensor
 
 from benchmarks.models.checkpoints import make, save

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import layer_kinds
 import pytest
 import torch
-from layer_kinds import ALTERNATING, CONFIG, LAYERS
-from loading import load_rank
 from nanoflow_search.request import SearchRequest
 from safetensors.torch import save_file
+from support.models import layer_kinds
+from support.models.layer_kinds import ALTERNATING, CONFIG, LAYERS
+from support.models.loading import load_rank
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, SamplingParams

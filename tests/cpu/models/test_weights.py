@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loading import load_rank
 from safetensors.torch import load_file, save_file
+from support.models.loading import load_rank
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from process_tree import alive, children
-from waiting import until
+from support.process_tree import alive, children
+from support.waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config.engine_config import EngineConfig

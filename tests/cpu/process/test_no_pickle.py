@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-DEMO = Path(__file__).parents[3] / "demo" / "tiny-llama"
+from support.places import DEMO_MODEL
+
 # In every process of the run: Python says when an unpickler looks up what to call.
 WATCH = """
 import os, sys
@@ -36,7 +36,7 @@ def test_no_process_of_a_run_unpickles(tmp_path):
     unpickled, watched = tmp_path / "unpickled", tmp_path / "watched"
     path = os.pathsep.join([str(tmp_path), *(entry for entry in sys.path if entry)])
     environment = {**os.environ, "PYTHONPATH": path, "UNPICKLED": str(unpickled), "WATCHED": str(watched)}
-    run = [sys.executable, "-c", RUN, str(DEMO)]
+    run = [sys.executable, "-c", RUN, str(DEMO_MODEL)]
     mode, text = subprocess.run(
         run, env=environment, check=True, capture_output=True, text=True, timeout=300
     ).stdout.split("\n", 1)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BATCHES, LENGTHS, TOKENS, Case
-from comparison import assert_close
 from msgspec.structs import replace
 from nanoflow_kernels import reference
-from schedules import plans, random_interleaving, random_schedule
 from support.collectives.in_process import Group, InProcess
+from support.comparison import assert_close
+from support.models.cases import BATCHES, LENGTHS, TOKENS, Case
+from support.schedule.schedules import plans, random_interleaving, random_schedule
 
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from batches import forward
-from cases import BATCHES, LENGTHS, TOKENS, Case
-from comparison import assert_close, relative_rms
 from msgspec.structs import replace
 from nanoflow_kernels import reference
-from schedules import interleavings, plans, random_interleaving, random_schedule
+from support.comparison import assert_close, relative_rms
+from support.models.batches import forward
+from support.models.cases import BATCHES, LENGTHS, TOKENS, Case
+from support.schedule.schedules import interleavings, plans, random_interleaving, random_schedule
 from torch import Tensor
 
 from benchmarks.models import checkpoints

@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import layer_kinds
 import pytest
 import torch
-from batches import Requests, decode_kv_tokens, forward
-from cases import BATCHES, LENGTHS, TOKENS
-from comparison import assert_close
-from layer_kinds import CONFIG, LAYERS, alternating
 from nanoflow_kernels import reference
-from schedules import plans, random_interleaving, random_schedule
+from support.comparison import assert_close
+from support.models import layer_kinds
+from support.models.batches import Requests, decode_kv_tokens, forward
+from support.models.cases import BATCHES, LENGTHS, TOKENS
+from support.models.layer_kinds import CONFIG, LAYERS, alternating
+from support.schedule.schedules import plans, random_interleaving, random_schedule
 from torch import Tensor
 
 from nanoflow_backend.config.precision import FLOAT32

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Requests, forward
-from cases import LENGTHS, TOKENS, Case
-from comparison import assert_close
 from nanoflow_kernels import reference
-from row_conflicts import conflicts
-from schedules import delayed, in_lanes, interleavings, plans, random_schedule, without_wait
-from shapes import CONFIGS, config
+from support.comparison import assert_close
+from support.models.batches import Requests, forward
+from support.models.cases import LENGTHS, TOKENS, Case
+from support.models.shapes import CONFIGS, config
+from support.runtime.row_conflicts import conflicts
+from support.schedule.schedules import delayed, in_lanes, interleavings, plans, random_schedule, without_wait
 from torch import Tensor
 
 from nanoflow_backend.config.precision import FLOAT32

@@ -1,13 +1,13 @@
 """Two ranks over gloo compute what one does."""
 
 import pytest
-import tensor_parallel_rank
 import torch
 import torch.multiprocessing
-from batches import forward
-from cases import BATCHES, LENGTHS, TOKENS, Case
-from comparison import assert_close
-from tensor_parallel_rank import Work
+from support.comparison import assert_close
+from support.models.batches import forward
+from support.models.cases import BATCHES, LENGTHS, TOKENS, Case
+from support.runtime import tensor_parallel_rank
+from support.runtime.tensor_parallel_rank import Work
 from torch import Tensor
 
 from nanoflow_backend.schedule.presets import sequential

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from masks import ids, make, params
+from support.sampling.masks import ids, make, params
 from transformers import NoBadWordsLogitsProcessor
 
 from benchmarks.models import tiny_tokenizers

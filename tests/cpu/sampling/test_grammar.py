@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from masks import ids, make, params
+from support.sampling.masks import ids, make, params
 
 from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.internal_error import InternalError

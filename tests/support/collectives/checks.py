@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from comparison import assert_close
+from support.comparison import assert_close
 from torch import Tensor
 
 from nanoflow_backend.runtime.collectives.protocol import Collectives, rank_rows

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from comparison import assert_close
 from nanoflow_kernels import device as kernels
 from nanoflow_kernels import reference, reference_sampling
+from support.comparison import assert_close
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

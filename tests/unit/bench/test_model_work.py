@@ -1,16 +1,13 @@
 """What a forward pass costs, against the published sizes of models and counts by hand."""
 
-from pathlib import Path
-
 import pytest
-import shapes
+from support.models import shapes
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.bench.model_work import ModelWork
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32
 from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 from nanoflow_backend.models.model import build
-
-LLAMA_3_8B = Path(__file__).parents[3] / "benchmarks" / "models" / "llama-3-8b"
 
 
 def test_llama_3_8b_has_its_published_size():

@@ -4,7 +4,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from shapes import CONFIGS, config
+from support.models.shapes import CONFIGS, config
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.graph.builder import GraphBuilder, local_shape

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from layer_kinds import alternating
-from shapes import CONFIGS, config
+from support.models.layer_kinds import alternating
+from support.models.shapes import CONFIGS, config
 
 from nanoflow_backend.graph.model import Model, union
 from nanoflow_backend.graph.nano_batch import dependencies

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from host_tier import HostTier
+from support.scheduler.host_tier import HostTier
 
 from nanoflow_backend.kvcache.device_tier import DeviceTier
 from nanoflow_backend.kvcache.tier import Direction, Tier, Transfer, leading_slots

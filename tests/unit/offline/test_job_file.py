@@ -4,7 +4,7 @@ import os
 import threading
 
 import pytest
-from json_lines import write_lines
+from support.commands.json_lines import write_lines
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobFile

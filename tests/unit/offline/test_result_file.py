@@ -5,9 +5,9 @@ import json
 import os
 
 import pytest
-from arithmetic_runner import MADE_WITH, ArithmeticRunner
-from json_lines import read_lines, write_lines
 from msgspec.structs import replace
+from support.commands.json_lines import read_lines, write_lines
+from support.runtime.arithmetic_runner import MADE_WITH, ArithmeticRunner
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobFile

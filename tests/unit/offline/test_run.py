@@ -8,10 +8,10 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import arithmetic_runner
 import pytest
-from arithmetic_runner import MADE_WITH, ArithmeticRunner, TwoRunners
-from json_lines import read_lines, write_lines
+from support.commands.json_lines import read_lines, write_lines
+from support.runtime import arithmetic_runner
+from support.runtime.arithmetic_runner import MADE_WITH, ArithmeticRunner, TwoRunners
 
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile

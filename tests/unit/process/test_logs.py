@@ -5,7 +5,7 @@ import logging
 import re
 
 import pytest
-from command_line import log_as_it_was
+from support.commands.command_line import log_as_it_was
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.process import logs

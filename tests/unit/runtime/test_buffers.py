@@ -4,9 +4,9 @@ import random
 from itertools import combinations, zip_longest
 
 import pytest
-from row_conflicts import conflicts
-from schedules import plans, random_schedule
-from shapes import CONFIGS, config
+from support.models.shapes import CONFIGS, config
+from support.runtime.row_conflicts import conflicts
+from support.schedule.schedules import plans, random_schedule
 
 from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.operation import Graph

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 from jsonschema_specifications import REGISTRY
-from random_schemas import random_schema, random_text
+from support.sampling.random_schemas import random_schema, random_text
 
 from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.request.invalid_request import InvalidRequest

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import config
+from support.models.shapes import config
 
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.layout import deal

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from schedules import in_lanes, random_schedule, rotated, without_wait
-from shapes import CONFIGS, config
+from support.models.shapes import CONFIGS, config
+from support.schedule.schedules import in_lanes, random_schedule, rotated, without_wait
 
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.nano_batch import dependencies

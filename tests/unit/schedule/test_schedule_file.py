@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec.structs import replace
-from schedules import random_schedule, rotated
-from shapes import config
+from support.models.shapes import config
+from support.schedule.schedules import random_schedule, rotated
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from host_tier import HostTier
+from support.scheduler.host_tier import HostTier
 
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.kvcache.tier import Direction

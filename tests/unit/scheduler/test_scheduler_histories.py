@@ -12,8 +12,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
-from host_tier import HostTier
-from ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
+from support.scheduler.host_tier import HostTier
+from support.scheduler.ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.request.request import Request
@@ -24,8 +24,8 @@ from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
-HISTORIES_IN_CI = 10_000
-TIERED_IN_CI = 2_000
+HISTORIES_IN_CI = 2_000
+TIERED_IN_CI = 1_000
 CHUNK = 1_000
 INTERRUPTIONS = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.REFUSED)
 SEEDS_EACH = 3  # the most sequences of a request

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from support.places import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

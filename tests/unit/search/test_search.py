@@ -1,6 +1,7 @@
 """The search from end to end on the synthetic device: what it writes, when, and how it goes on after a cut."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,8 @@ from nanoflow_search.profile.load import ProfileError
 from nanoflow_search.request import Effort, Phase, SearchRequest
 from nanoflow_search.search import search
 from rich.console import Console
-from shapes import config
+from support.models.shapes import config
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.precision import BFLOAT16
@@ -36,11 +38,10 @@ from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_t
 
 EFFORT = Effort(plans=2, turns=1, time_limit_s=20.0, rounds=2)
 SIZES = (256, 384)
-MODELS = Path(__file__).parents[3] / "benchmarks" / "models"
 
 
 def request_for(*workloads: str) -> SearchRequest:
-    return SearchRequest.of(MODELS / "llama-3-8b", 1, workloads or ("512/1024",))
+    return SearchRequest.of(LLAMA_3_8B, 1, workloads or ("512/1024",))
 
 
 def run(
@@ -76,15 +77,29 @@ class Biased(SyntheticMachine):
         return timer
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the profile and the plans that every search here begins with: they know nothing of a bias."""
+    folder = tmp_path_factory.mktemp("planned")
+    run(folder, SyntheticMachine(), Phase.PLANS)
+    return folder
+
+
+@pytest.fixture
+def half_done(planned: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, where only the timing is left to do."""
+    return shutil.copytree(planned, tmp_path / "search")
+
+
 def saved(found: tuple[ScheduleFile, Outcome] | None, path: Path) -> bytes:
     assert found is not None
     found[0].save(path)
     return path.read_bytes()
 
 
-def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(tmp_path, Biased(0.9))
-    path = tmp_path / "schedule.json"
+def test_the_engine_takes_what_the_search_has_found(half_done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(half_done, Biased(0.9))
+    path = half_done / "schedule.json"
     saved(found, path)
     file = ScheduleFile.load(path)
     model = request_for().model
@@ -98,7 +113,7 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pyte
     assert named_dense_batch_tokens(config) == file.header.dense_batch_tokens == 384
     config = replace(config, dense_batch_tokens=384).settle("cuda")
     assert find_schedules(config, model, "synthetic H200-sustained", 132) == file.plans
-    profile = Profile.load(tmp_path / "profile.json")
+    profile = Profile.load(half_done / "profile.json")
     assert (file.header.profile_hash, file.header.workloads) == (profile.hash(), ("512/1024",))
     assert ElementTree.fromstring(draw_plan(found[1].case, found[1].winner.schedule)).tag.endswith("svg")
     chosen = [trial for trial in file.trials if trial.chosen]
@@ -117,18 +132,18 @@ def test_the_engine_takes_what_the_search_has_found(tmp_path: Path, capsys: pyte
         assert f"Others of {sizes} tokens: sequential." in told
 
 
-def test_plans_that_lose_are_rejected(tmp_path: Path) -> None:
+def test_plans_that_lose_are_rejected(half_done: Path) -> None:
     """However good their predictions; then one sequential plan is all that the file needs."""
-    file = run(tmp_path, Biased(1.02))[0]
+    file = run(half_done, Biased(1.02))[0]
     assert file.plans == (sequential(request_for().model.layer, 384),)
     assert {trial.plan for trial in file.trials if trial.chosen} == {"sequential"}
     assert all(trial.gain == pytest.approx(1 / 1.02) for trial in file.trials if trial.plan != "sequential")
 
 
-def test_predictions_are_on_file_before_anything_is_timed(tmp_path: Path) -> None:
+def test_predictions_are_on_file_before_anything_is_timed(half_done: Path) -> None:
     kept: list[bytes] = []
-    paths = [tmp_path / "state" / str(tokens) / "predictions.json" for tokens in SIZES]
-    found = run(tmp_path, Biased(0.9, before=lambda: kept.append(b"".join(path.read_bytes() for path in paths))))
+    paths = [half_done / "state" / str(tokens) / "predictions.json" for tokens in SIZES]
+    found = run(half_done, Biased(0.9, before=lambda: kept.append(b"".join(path.read_bytes() for path in paths))))
     timed = [trial for trial in found[0].trials if trial.plan != "sequential"]
     assert len(kept) == len(timed) * EFFORT.rounds * 4
     assert set(kept) == {b"".join(path.read_bytes() for path in paths)}
@@ -174,21 +189,21 @@ def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, m
 def test_what_is_done_needs_no_machine(tmp_path: Path) -> None:
     """A profile from the GPU's machine, plans from one without, times from the first again."""
     with pytest.raises(SearchError, match=r"profile\.json: there is no profile, and no GPU here"):
-        run(tmp_path, None, Phase.PLANS)
-    assert run(tmp_path, Biased(0.9), Phase.PROFILE) is None
+        run(tmp_path, None, Phase.PLANS, sizes=(256,))
+    assert run(tmp_path, Biased(0.9), Phase.PROFILE, sizes=(256,)) is None
     assert not (tmp_path / "state").exists()
-    assert run(tmp_path, None, Phase.PLANS) is None
+    assert run(tmp_path, None, Phase.PLANS, sizes=(256,)) is None
     with pytest.raises(SearchError, match="the plans are found; run the same command where a GPU is to time them"):
-        run(tmp_path, None)
-    there = run(tmp_path, Biased(0.9))
+        run(tmp_path, None, sizes=(256,))
+    there = run(tmp_path, Biased(0.9), sizes=(256,))
     assert there is not None
-    assert run(tmp_path, None) == there
+    assert run(tmp_path, None, sizes=(256,)) == there
 
 
 def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
     def plans(name: str, **options: bool) -> list[Schedule]:
-        run(tmp_path / name, SyntheticMachine(), Phase.PLANS, sizes=(512,), effort=replace(EFFORT, plans=8, **options))
-        path = tmp_path / name / "state" / "512" / "plans.msgpack"
+        run(tmp_path / name, SyntheticMachine(), Phase.PLANS, sizes=(256,), effort=replace(EFFORT, plans=8, **options))
+        path = tmp_path / name / "state" / "256" / "plans.msgpack"
         return [found.schedule for found in msgspec.msgpack.decode(path.read_bytes(), type=list[Candidate])[1:]]
 
     assert all(plan.partition for plan in plans("own"))

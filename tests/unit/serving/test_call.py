@@ -1,4 +1,4 @@
-"""What a client asks for: each rule of the inputs, and nothing a client sends breaks the parsing."""
+"""A request of the server becomes calls of the engine, or is refused with the field named."""
 
 import contextlib
 import json
@@ -8,38 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.serving.parsed_call import VOCAB_SIZE, parse, tensor
 
-from benchmarks.models import tiny_tokenizers
 from nanoflow_backend.process.messages import Submit
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.serving.call import ALL_OUTPUTS, Call
-from nanoflow_backend.serving.tensors import INPUTS
-from nanoflow_backend.text.tokenizer import Tokenizer
-
-VOCAB_SIZE = 400
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.from_pretrained(tiny_tokenizers.llama3(tmp_path_factory.mktemp("llama3")))
-
-
-def tensor(name, value):
-    kind = next(t.type for t in INPUTS if t.name == name)
-    if kind == "STRING":
-        texts = value if isinstance(value, list) else [value]
-        return np.array([text if isinstance(text, bytes) else text.encode() for text in texts], dtype=np.object_)
-    return np.array(value, dtype={"BOOL": bool, "INT32": np.int32}[kind]).reshape(-1)
-
-
-def parse(tokenizer, *, requested=ALL_OUTPUTS, parameters=None, **inputs):
-    sampling = inputs.get("sampling_parameters")
-    if isinstance(sampling, dict):
-        inputs["sampling_parameters"] = json.dumps(sampling)
-    tensors = {name: tensor(name, value) for name, value in inputs.items()}
-    calls = Call.parse(tensors, parameters or {}, requested, tokenizer, VOCAB_SIZE)
-    return calls if {"prompts", "input_lengths"} & set(inputs) else calls[0]
 
 
 def test_a_bare_prompt(tokenizer):
@@ -138,75 +112,6 @@ def test_reserved_parameters_are_not_sampling(tokenizer, name):
 def test_priority_and_timeout(tokenizer):
     call = parse(tokenizer, text_input="a", parameters={"priority": "-2", "timeout": 1500})
     assert (call.priority, call.timeout_us, call.params) == (-2, 1500, SamplingParams())
-
-
-CHAT = '[{"role": "user", "content": "the dog"}]'
-CONTINUED = '{"bos_token": "", "continue_final_message": true}'
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory):
-    """A tokenizer whose chat template shows all that it is given."""
-    folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("chatty"))
-    (folder / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{{ tools | tojson }} {{ mood }}{% if add_generation_prompt %} assistant:{% endif %}"
-    )
-    return Tokenizer.from_pretrained(folder)
-
-
-def test_chat_template_kwargs_go_before_special_tokens_and_may_continue_the_final_message(chatty):
-    call = parse(chatty, messages=CHAT, chat_template_kwargs=CONTINUED)
-    assert chatty.decode(call.prompt, skip_special_tokens=False) == "user: the dog"
-
-
-@pytest.mark.parametrize(
-    ("inputs", "end"),
-    [
-        ({}, "null  assistant:"),
-        ({"tools": '[{"name": "f"}]', "add_generation_prompt": False}, '[{"name": "f"}] '),
-        ({"chat_template_kwargs": '{"mood": "calm"}'}, "null calm assistant:"),
-    ],
-)
-def test_messages_go_through_the_chat_template(chatty, inputs, end):
-    call = parse(chatty, messages=CHAT, **inputs)
-    assert chatty.decode(call.prompt, skip_special_tokens=False) == f"<|begin_of_text|>user: the dog\n{end}"
-    assert call.prompt.count(chatty.bos_id) == 1
-    assert (call.shown_prompt, call.outputs) == ("", {"text_output"})
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"messages": CHAT, "text_input": "a"}, "expected one of them, got text_input and messages"),
-        ({"text_input": "a", "tools": "[]"}, "tools: expected it with messages only"),
-        ({"input_ids": [1], "add_generation_prompt": True}, "add_generation_prompt: expected it with messages only"),
-        ({"messages": "hello"}, "messages: not valid JSON"),
-        ({"messages": "{}"}, "messages: expected a JSON list"),
-        ({"messages": "[]"}, "messages: expected a list of at least one message"),
-        ({"messages": '[{"content": "x"}]'}, r'messages\[0\]: expected an object with a "role"'),
-        ({"messages": CHAT, "tools": "{}"}, "tools: expected a JSON list"),
-        ({"messages": CHAT, "tools": '["f"]'}, r"tools\[0\]: expected an object, got 'f'"),
-        ({"messages": CHAT, "chat_template_kwargs": "[]"}, "chat_template_kwargs: expected a JSON object"),
-        ({"messages": CHAT, "chat_template_kwargs": '{"messages": []}'}, "chat_template_kwargs: expected no messages"),
-        ({"messages": CHAT, "chat_template_kwargs": '{"tokenize": false}'}, "kwargs: expected no tokenize"),
-        (
-            {"messages": CHAT, "add_generation_prompt": True, "chat_template_kwargs": CONTINUED},
-            "continue_final_message: expected add_generation_prompt to be false with it",
-        ),
-        ({"messages": CHAT, "exclude_input_in_output": False}, "exclude_input_in_output: expected true, or nothing"),
-    ],
-)
-def test_bad_messages_are_refused(chatty, inputs, message):
-    with pytest.raises(InvalidRequest, match=message):
-        parse(chatty, **inputs)
-
-
-def test_messages_need_a_template(tokenizer):
-    with pytest.raises(InvalidRequest, match="messages: the model has no default chat template"):
-        parse(tokenizer, messages=CHAT)
-    with pytest.raises(InvalidRequest, match=r"messages: expected none, for the model has no tokenizer\.json"):
-        parse(None, messages=CHAT)
 
 
 def test_bad_words_become_tokens(tokenizer):
@@ -308,7 +213,11 @@ def test_text_needs_a_tokenizer(request_, message):
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+
+
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+
+
 names = st.sampled_from([*SamplingParams.__struct_fields__, "n", "min_p", "logit_bias"]) | st.text(max_size=8)
 
 

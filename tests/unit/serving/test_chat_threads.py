@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from waiting import until
+from support.waiting import until
 
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import chat_threads

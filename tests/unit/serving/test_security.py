@@ -1,11 +1,10 @@
 """What docs/security.md promises of the source: no pickle, no code of a checkpoint, no socket with a name."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
-ROOT = Path(__file__).parents[3]
 SHIPPED = sorted(
     path
     for folder in ("nanoflow_backend", "kernels", "search", "backends", "docker", "model_repository")

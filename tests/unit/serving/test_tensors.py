@@ -2,19 +2,20 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from support.places import DEMO_MODEL, DROP_IN_FOLDER
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete
 
-FOLDER = Path(__file__).parents[3] / "model_repository" / "nanoflow"
 ENTRY = re.compile(r'\{ name: "(\w+)", data_type: TYPE_(\w+), dims: \[ ([-\d, ]+) \](, optional: true)? \}')
 
 
 def entries(section):
-    body = re.search(rf"^{section} \[\n(.*?)^\]", (FOLDER / "config.pbtxt").read_text(), re.DOTALL | re.MULTILINE)[1]
+    body = re.search(
+        rf"^{section} \[\n(.*?)^\]", (DROP_IN_FOLDER / "config.pbtxt").read_text(), re.DOTALL | re.MULTILINE
+    )[1]
     found = ENTRY.findall(body)
     assert len(found) == body.count("name:")
     return [(name, kind, tuple(map(int, dims.split(","))), bool(optional)) for name, kind, dims, optional in found]
@@ -93,8 +94,8 @@ def test_every_other_output_has_its_switch():
 
 
 def test_engine_json_is_a_config_and_takes_parameters_of_config_pbtxt():
-    file = FOLDER / "1" / "engine.json"
-    assert EngineConfig.load(file).model == str(FOLDER.parents[1] / "demo" / "tiny-llama")
+    file = DROP_IN_FOLDER / "1" / "engine.json"
+    assert EngineConfig.load(file).model == str(DEMO_MODEL)
     assert EngineConfig.load(file, {"page_tokens": "64", "prefix_caching": "false"}).page_tokens == 64
     assert set(json.loads(file.read_text())) <= set(EngineConfig.__struct_fields__)
 

@@ -4,9 +4,9 @@ import re
 import shutil
 import subprocess
 
-import observability
 import promql_parser
 import pytest
+from support.telemetry import observability
 
 from nanoflow_backend.telemetry.families import FAMILIES
 

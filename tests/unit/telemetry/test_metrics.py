@@ -2,9 +2,9 @@
 
 import re
 import threading
-from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
 from nanoflow_backend.process.messages import Ready, Stats
 from nanoflow_backend.scheduler.observed import Observed
@@ -12,7 +12,6 @@ from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.telemetry.families import FAMILIES
 from nanoflow_backend.telemetry.metrics import Metrics, Page
 
-ROOT = Path(__file__).parents[3]
 READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from jinja2 import Environment
-from own_templates import TEMPLATES
+from support.text.own_templates import TEMPLATES
 
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_messages import MessageForms

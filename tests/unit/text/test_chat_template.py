@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_templates import TEMPLATES
+from support.text.own_templates import TEMPLATES
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.accuracy.chat_templates import BAD, TOKENS, compare, generation_prompts

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from nanoflow_search.profile.data import Profile
-from overlap_machine import LAYER, MIX, Machine, command, profile_of
+from support.simulated.overlap_machine import LAYER, MIX, Machine, command, profile_of
 
 from nanoflow_backend.graph.operation import Graph
 

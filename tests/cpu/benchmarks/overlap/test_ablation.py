@@ -16,10 +16,11 @@ from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
-from overlap_machine import SHARES, Machine, profile_of
-from schedules import save
-from shapes import config
-from simulated_programs import Programs
+from support.models.shapes import config
+from support.places import ROOT
+from support.schedule.schedules import save
+from support.simulated.overlap_machine import SHARES, Machine, profile_of
+from support.simulated.programs import Programs
 
 from benchmarks.models import checkpoints
 from benchmarks.overlap import ablation, halves, steady_batches
@@ -33,8 +34,6 @@ from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Group
 from nanoflow_backend.schedule.presets import overlapped
 from nanoflow_backend.schedule.validate import validate
-
-ROOT = Path(__file__).parents[4]
 
 
 def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph, profile: Profile) -> None:

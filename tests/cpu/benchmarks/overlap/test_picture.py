@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from overlap_machine import CPU, H200, Machine, map_of
+from support.simulated.overlap_machine import CPU, H200, Machine, map_of
 
 from benchmarks.overlap.picture import main as draw
 from benchmarks.tables import result_files

@@ -18,7 +18,7 @@ from nanoflow_search.predict.predict import Timing, predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.load import ProfileError
-from overlap_machine import CPU, H200, MODEL, SHARES, Machine, map_of
+from support.simulated.overlap_machine import CPU, H200, MODEL, SHARES, Machine, map_of
 
 from benchmarks.overlap import sensitivity, steady_batches
 from nanoflow_backend.config.model_config import ModelConfig

@@ -17,7 +17,8 @@ from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.points import partition_loads
-from profiled import profiled
+from support.places import LLAMA_3_8B
+from support.simulated.profiles import profiled
 from typer.testing import CliRunner
 
 from nanoflow_backend.config.precision import BFLOAT16
@@ -28,8 +29,7 @@ from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.scheduler.batch import Batch, Prefill
 
-MODEL = Path(__file__).parents[4] / "benchmarks" / "models" / "llama-3-8b"
-LLAMA = build(read_model_config(MODEL))
+LLAMA = build(read_model_config(LLAMA_3_8B))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,17 @@ def test_a_batch_runs_under_the_first_plan_that_holds_it(profile: Profile) -> No
 def run(output: Path, profile: Path, *words: str) -> dict[str, Any]:
     """Run the command, and return its result."""
     settings = ["--set", "kv_cache_tokens=100000"]
-    command = ["predict-run", "--model", str(MODEL), "--profile", str(profile), "--out", str(output), *settings, *words]
+    command = [
+        "predict-run",
+        "--model",
+        str(LLAMA_3_8B),
+        "--profile",
+        str(profile),
+        "--out",
+        str(output),
+        *settings,
+        *words,
+    ]
     CliRunner().invoke(app, command, catch_exceptions=False)
     found: dict[str, Any] = json.loads(output.read_text())
     return found
@@ -124,4 +134,6 @@ def test_the_size_of_the_kv_cache_is_asked_for(profile: Profile, tmp_path: Path)
     path = tmp_path / "profile.json"
     profile.save(path)
     with pytest.raises(ValueError, match="--set kv_cache_tokens=N: expected how many tokens the KV cache holds"):
-        CliRunner().invoke(app, ["predict-run", "--model", str(MODEL), "--profile", str(path)], catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["predict-run", "--model", str(LLAMA_3_8B), "--profile", str(path)], catch_exceptions=False
+        )

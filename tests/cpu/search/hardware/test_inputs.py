@@ -9,7 +9,7 @@ from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.inputs import SETS, OperationInputs
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests, requests_of
 from nanoflow_search.profile.load import Load, ProfileError
-from shapes import CONFIGS, config
+from support.models.shapes import CONFIGS, config
 
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.operation import Resource

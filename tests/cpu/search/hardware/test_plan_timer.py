@@ -7,9 +7,9 @@ import torch
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.emit.trials import run_trials
 from nanoflow_search.hardware.plan_timer import DISTINCT_LAYERS, PlanTimer
-from shapes import CONFIGS, config
-from simulated_gpu import IDLE_W
-from simulated_programs import LAUNCH_S, Programs
+from support.models.shapes import CONFIGS, config
+from support.simulated.gpu import IDLE_W
+from support.simulated.programs import LAUNCH_S, Programs
 
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.models.model import build

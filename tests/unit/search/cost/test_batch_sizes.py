@@ -1,18 +1,15 @@
 """Which batches are worth a plan, and how they are cut."""
 
-from pathlib import Path
-
 import pytest
 from nanoflow_search.checkpoint import SearchError
 from nanoflow_search.cost.batch_sizes import batch_mix, checked_sizes, chunk_tokens, natural_tokens, suitable_sizes
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.request import SearchRequest
-
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
+from support.places import LLAMA_3_8B
 
 
 def request_for(*workloads: str) -> SearchRequest:
-    return SearchRequest.of(MODELS / "llama-3-8b", 1, workloads or ("512/1024",))
+    return SearchRequest.of(LLAMA_3_8B, 1, workloads or ("512/1024",))
 
 
 def test_sizes_follow_the_memory() -> None:

@@ -1,7 +1,6 @@
 """The cost model against the paper's tables and figures, and against what an H200 was measured to do."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from nanoflow_search.cost.devices import DEVICES
@@ -9,15 +8,15 @@ from nanoflow_search.cost.model import CostModel, ModelSize
 from nanoflow_search.cost.roofs import dynamic_energy_j, roofs
 from nanoflow_search.cost.work import Work, layer_work
 from nanoflow_search.cost.workload import MeanWorkload, Mix
+from support.places import LLAMA_3_8B, MODELS
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
 CONFIG_70B = read_model_config(MODELS / "llama-2-70b")
-CONFIG_8B = read_model_config(MODELS / "llama-3-8b")
+CONFIG_8B = read_model_config(LLAMA_3_8B)
 # The paper counts with round parameters.
 SIZE_70B = replace(ModelSize.of(CONFIG_70B), parameters=70e9, active_parameters=70e9)
 SIZE_8B = replace(ModelSize.of(CONFIG_8B), parameters=8e9, active_parameters=8e9)
@@ -29,7 +28,7 @@ A100 = DEVICES["A100"]
 def test_sizes_are_those_of_the_checkpoints() -> None:
     assert ModelSize.of(CONFIG_70B).parameters == 68_976_648_192
     assert ModelSize.of(CONFIG_8B).parameters == 8_030_261_248
-    moe = read_model_config(MODELS / "llama-3-8b")
+    moe = read_model_config(LLAMA_3_8B)
     fields = {name: getattr(moe, name) for name in moe.__struct_fields__}
     fields |= {"architecture": "mixtral", "num_experts": 8, "experts_per_token": 2, "vocab_size": 32000}
     mixtral = ModelSize.of(ModelConfig(**fields))

@@ -1,7 +1,5 @@
 """From which reading of the KV cache on a plan is worth its cuts: by prediction, against the device's own law."""
 
-from pathlib import Path
-
 import pytest
 from nanoflow_search.cost.workload import MeanWorkload, Mix, ramp_mix
 from nanoflow_search.emit.threshold import RAMP_STEPS, least_decode_kv_tokens
@@ -10,14 +8,15 @@ from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.plan.batch_case import BatchCase
 from nanoflow_search.profile.points import partition_loads
 from nanoflow_search.request import SearchRequest
-from profiled import profiled
+from support.places import LLAMA_3_8B
+from support.simulated.profiles import profiled
 
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import overlapped, sequential
 
 WORKLOAD = "1024/512"
 BOTH = (WORKLOAD, "512/1024")
-REQUEST = SearchRequest.of(Path(__file__).parents[4] / "benchmarks" / "models" / "llama-3-8b", 1, BOTH)
+REQUEST = SearchRequest.of(LLAMA_3_8B, 1, BOTH)
 SIZES = (28, 32, 36)  # SMs of attention
 LAYER, LAYERS, TOKENS = REQUEST.model.layer, REQUEST.model.num_layers, 2048
 

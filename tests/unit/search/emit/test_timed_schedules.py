@@ -13,7 +13,8 @@ from nanoflow_search.hardware.machine import SyntheticMachine
 from nanoflow_search.predict.predict import Timing
 from nanoflow_search.profile.points import partition_loads
 from nanoflow_search.request import SearchRequest
-from profiled import profiled
+from support.places import LLAMA_3_8B
+from support.simulated.profiles import profiled
 from typer.testing import CliRunner
 
 from nanoflow_backend.config.precision import BFLOAT16
@@ -21,13 +22,13 @@ from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
-REQUEST = SearchRequest.of(Path(__file__).parents[4] / "benchmarks" / "models" / "llama-3-8b", 1, ("512/1024",))
+REQUEST = SearchRequest.of(LLAMA_3_8B, 1, ("512/1024",))
 LAYER, TOKENS = REQUEST.model.layer, 1024
 PLAN = replace(overlapped(LAYER, TOKENS, TOKENS // 2, 0.5, 32, 132, granularity=128), least_decode_kv_tokens=9)
 
 
 def run(*words: str) -> Result:
-    command = ["time", "--model", str(Path(__file__).parents[4] / "benchmarks" / "models" / "llama-3-8b"), *words]
+    command = ["time", "--model", str(LLAMA_3_8B), *words]
     return CliRunner().invoke(app, [*command, "--tokens", str(TOKENS), "--device", "synthetic", "--rounds", "2"])
 
 

@@ -7,15 +7,15 @@ from nanoflow_search.hardware.gpu import GpuLoadRunner, partition_of
 from nanoflow_search.hardware.inputs import RotatingCalls
 from nanoflow_search.profile.load import Load, SoloLoad
 from nanoflow_search.profile.measure import profile_header, take_profile
-from simulated_gpu import IDLE_W, SimulatedGpu, SimulatedWork
+from support.places import LLAMA_3_8B
+from support.simulated.gpu import IDLE_W, SimulatedGpu, SimulatedWork
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.green_contexts import Shares
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 
 
 class Cases:

@@ -2,7 +2,7 @@
 
 import pytest
 from nanoflow_search.hardware.sustain import sustain
-from simulated_gpu import IDLE_W, SimulatedGpu, SimulatedWork
+from support.simulated.gpu import IDLE_W, SimulatedGpu, SimulatedWork
 
 
 def test_back_to_back_leaves_no_gap() -> None:

@@ -1,18 +1,17 @@
 """The synthetic device's law."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from nanoflow_search.cost.devices import DEVICES
 from nanoflow_search.hardware.synthetic import LAUNCH_US, SyntheticDevice
 from nanoflow_search.profile.load import Load, ProfileError
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 H200 = DEVICES["H200-sustained"]
 
 

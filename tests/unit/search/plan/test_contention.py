@@ -1,7 +1,5 @@
 """Contention: how tasks slow each other down, from what was measured of their operations."""
 
-from pathlib import Path
-
 import pytest
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.plan.contention import TaskShare, measured_contention
@@ -10,13 +8,13 @@ from nanoflow_search.plan.stage_one import stage_one
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
 from nanoflow_search.profile.load import Point
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(LLAMA_3_8B))
 
 
 def test_tasks_slow_down_as_their_operations_do() -> None:

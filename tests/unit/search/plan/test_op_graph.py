@@ -2,21 +2,20 @@
 
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from nanoflow_search.plan.op_graph import layer_problem, schedule_of
 from nanoflow_search.plan.problem import TaskDependency
 from nanoflow_search.plan.stage_one import stage_one
-from shapes import CONFIGS, config
+from support.models.shapes import CONFIGS, config
+from support.places import LLAMA_3_8B, MODELS
 
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(LLAMA_3_8B))
 MODEL_70B = build(read_model_config(MODELS / "llama-2-70b"), 8)
 
 

@@ -2,7 +2,6 @@
 
 import random
 import sys
-from pathlib import Path
 
 import pytest
 from nanoflow_search.checkpoint import Run
@@ -17,7 +16,8 @@ from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.load import ProfileError
 from nanoflow_search.profile.points import partition_loads
 from nanoflow_search.request import Effort
-from profiled import capped, profiled
+from support.places import LLAMA_3_8B
+from support.simulated.profiles import capped, profiled
 
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.hugging_face import read_model_config
@@ -25,8 +25,7 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.presets import overlapped, sequential
 from nanoflow_backend.schedule.validate import validate
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 MIX = Mix(704, 1344, 1280, 512)
 
 

@@ -1,7 +1,5 @@
 """The two stages together, on published times."""
 
-from pathlib import Path
-
 import pytest
 from nanoflow_search.checkpoint import Run
 from nanoflow_search.cost.workload import MeanWorkload
@@ -9,14 +7,14 @@ from nanoflow_search.plan.op_graph import layer_problem, schedule_of
 from nanoflow_search.plan.two_stages import find_plans
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.request import Effort
+from support.places import LLAMA_3_8B
 
 from benchmarks.paper import a100_tables as a100
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(LLAMA_3_8B))
 PROFILE_8B = a100.profile(MODEL_8B.layer, 1, a100.LLAMA_3_8B)
 
 

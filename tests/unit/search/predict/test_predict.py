@@ -3,7 +3,6 @@ neither lost nor done twice."""
 
 import json
 import random
-from pathlib import Path
 from statistics import median
 
 import pytest
@@ -15,8 +14,9 @@ from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Pair, Profile, ProfileHeader
 from nanoflow_search.profile.load import Load, Point, ProfileError
 from nanoflow_search.profile.points import shared_loads
-from profiled import capped, profiled
-from schedules import plans, random_schedule
+from support.places import LLAMA_3_8B, MODELS
+from support.schedule.schedules import plans, random_schedule
+from support.simulated.profiles import capped, profiled
 
 from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.operation import Graph, Resource
@@ -25,8 +25,7 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
 from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 MIX = Mix(1365, 683, 1024, 256)
 
 

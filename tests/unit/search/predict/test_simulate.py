@@ -2,18 +2,17 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from nanoflow_search.predict.simulate import LaunchPhase, Pace, simulate_launches
-from schedules import random_schedule
+from support.places import LLAMA_3_8B
+from support.schedule.schedules import random_schedule
 
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError, Wait
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 TIMES_US = {"gemm": 100.0, "read": 60.0}
 
 

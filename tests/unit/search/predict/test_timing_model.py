@@ -1,18 +1,16 @@
 """The timing model: what operations take on ranges of rows."""
 
-from pathlib import Path
-
 import pytest
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.load import ProfileError
+from support.places import LLAMA_3_8B
 
 from benchmarks.paper import a100_tables as a100
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-MODEL_8B = build(read_model_config(MODELS / "llama-3-8b"))
+MODEL_8B = build(read_model_config(LLAMA_3_8B))
 PROFILE_8B = a100.profile(MODEL_8B.layer, 1, a100.LLAMA_3_8B)
 
 

@@ -9,13 +9,13 @@ from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.profile.data import Profile, ProfileHeader, held_out
 from nanoflow_search.profile.load import Load, ProfileError, SoloLoad
 from nanoflow_search.profile.measure import take_profile
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 H200 = DEVICES["H200-sustained"]
 HEADER = ProfileHeader(
     model_fingerprint="f",

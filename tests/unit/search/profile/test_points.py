@@ -1,15 +1,13 @@
 """Which loads a profile is to hold."""
 
-from pathlib import Path
-
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.profile.points import attention_sms, attention_sms_for, partition_loads
+from support.places import LLAMA_3_8B
 
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
-MODELS = Path(__file__).parents[4] / "benchmarks" / "models"
-LAYER = build(read_model_config(MODELS / "llama-3-8b")).layer
+LAYER = build(read_model_config(LLAMA_3_8B)).layer
 MIX = Mix(704, 1344, 1280, 512)
 
 

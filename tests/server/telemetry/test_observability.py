@@ -1,0 +1,252 @@
+"""What an operator sees of a real server: its metrics page, its load headers, its traces; and what a client sees."""
+
+import contextlib
+import http.client
+import http.server
+import json
+import re
+import threading
+import time
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from support.server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
+from support.telemetry import observability
+from support.waiting import until
+
+from benchmarks.models import checkpoints, tiny_tokenizers
+from benchmarks.server import add_model
+from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS
+from nanoflow_backend.telemetry.families import FAMILIES
+from nanoflow_backend.text.tokenizer import Tokenizer
+
+ACCOUNT_FLAGS = {f"return_{name}": True for name in ACCOUNT_OUTPUTS}
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14] * 4
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+SERVICE = "nanoflow"
+
+
+class Collector:
+    """An OpenTelemetry collector, as far as two exporters need it: the server's speaks JSON, the SDK's protobuf."""
+
+    def __init__(self):
+        self.spans = []  # (service, trace id, span id, parent's id, name, begin ns, end ns, attributes)
+        collector = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                collector.take(body, self.headers["Content-Type"])
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1/traces"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def take(self, body, kind):
+        if kind == "application/x-protobuf":
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                service = {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"]
+                for span in (span for scope in resource.scope_spans for span in scope.spans):
+                    ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
+                    values = {a.key: a.value.string_value or a.value.int_value for a in span.attributes}
+                    times = (span.start_time_unix_nano, span.end_time_unix_nano)
+                    self.spans.append((service, *ids, span.name, *times, values))
+        else:
+            for resource in json.loads(body)["resourceSpans"]:
+                for span in (span for scope in resource["scopeSpans"] for span in scope["spans"]):
+                    ids = (span["traceId"], span["spanId"], span.get("parentSpanId", ""))
+                    times = (int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"]))
+                    self.spans.append(("the server", *ids, span["name"], *times, {}))
+
+
+@pytest.fixture(scope="module")
+def collector():
+    collector = Collector()
+    yield collector
+    collector.http.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(server, collector, tmp_path_factory):
+    checkpoint = tiny_tokenizers.llama3(tmp_path_factory.mktemp("checkpoint"))
+    vocab_size = Tokenizer.from_pretrained(checkpoint).vocab_size
+    checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), checkpoint)
+    repository = tmp_path_factory.mktemp("repository")
+    add_model(repository, checkpoint, max_running=2, max_queue_size=1, otlp_traces_endpoint=collector.url)
+    trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
+    arguments = [f"--trace-config={setting}" for setting in trace]
+    return server(repository, log=tmp_path_factory.mktemp("log") / "server.log", arguments=arguments)
+
+
+def shown(served):
+    return metrics(served.metrics_url, "nanoflow")
+
+
+INVALID = 'nanoflow_requests_refused_total{reason="invalid"}'
+
+
+def change(served, before, *, until_finished, invalid=0):
+    """What the metrics grew by, once so many requests more are counted as finished, and so many as invalid.
+
+    The page is written series by series, and that of the refusals after all that the engine counts: one that shows
+    the refusal of a request that came last of all is whole, however slowly it was written.
+    """
+
+    def finished(values):
+        return sum(value for series, value in values.items() if series.startswith("nanoflow_request_success_total"))
+
+    until(lambda: finished(shown(served)) == finished(before) + until_finished)
+    assert post(served.http_url, "nanoflow", "generate", {"input_ids": PROMPT, "temperature": -1})[0] == 400
+    until(lambda: shown(served)[INVALID] == before[INVALID] + invalid + 1)
+    now = shown(served)
+    now[INVALID] -= 1
+    return {series: value - before.get(series, 0) for series, value in now.items()}
+
+
+def test_every_metric_of_table_dashboard_and_alerts_is_on_the_page(served):
+    page = metrics_page(served.metrics_url)
+    series = set(re.findall(r"^(\w+){", page, re.MULTILINE))
+    for family in FAMILIES:
+        kind = "gauge" if family.kind == "gauge" else "counter"
+        suffixes = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
+        for name in (family.name + suffix for suffix in suffixes):
+            assert name in series
+            assert f"# HELP {name} {family.meaning}\n# TYPE {name} {kind}\n" in page
+    for title, expression in observability.expressions().items():
+        assert observability.series_names(expression) <= series, title
+
+
+def test_requests_are_counted_exactly(served):
+    before = shown(served)
+    begun_s = time.monotonic()
+    for max_tokens in (1, 2, 3, 4, 5, 6, 7, 8):
+        sampling = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+        assert generate(served.http_url, "nanoflow", input_ids=PROMPT, **sampling)
+    took_s = time.monotonic() - begun_s
+    grown = change(served, before, until_finished=8)
+    assert grown['nanoflow_request_success_total{finished_reason="length"}'] == 8
+    assert grown["nanoflow_generation_tokens_total"] == 36
+    assert grown["nanoflow_prompt_tokens_total"] == 8 * 40
+    hits = grown["nanoflow_prefix_cache_hits_total"]
+    assert grown["nanoflow_computed_tokens_total"] == 8 * 40 - hits + 36 - 8  # the last of each is never an input
+    assert hits >= 7 * 32  # pages of 16 tokens
+    for name, count in (
+        ("time_to_first_token_seconds", 8),
+        ("e2e_request_latency_seconds", 8),
+        ("request_queue_time_seconds", 8),
+        ("request_prompt_tokens", 8),
+        ("request_generation_tokens", 8),
+        ("inter_token_latency_seconds", 36 - 8),
+    ):
+        assert grown[f"nanoflow_{name}_count"] == count, name
+        assert grown[f'nanoflow_{name}_bucket{{le="+Inf"}}'] == count, name
+    assert grown['nanoflow_request_generation_tokens_bucket{le="4"}'] == 4
+    assert 0 < grown["nanoflow_time_to_first_token_seconds_sum"] < grown["nanoflow_e2e_request_latency_seconds_sum"]
+    assert grown["nanoflow_e2e_request_latency_seconds_sum"] < took_s
+    assert grown["nanoflow_step_time_seconds_count"] == grown["nanoflow_dense_batch_fill_ratio_count"] >= 36
+    assert grown["nanoflow_step_time_seconds_sum"] < took_s
+
+
+def test_ends_of_every_kind_are_counted_by_their_kind(served):
+    before = shown(served)
+    long = {"input_ids": PROMPT, "stream": True, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+    assert post(served.http_url, "nanoflow", "generate", {"input_ids": PROMPT, "temperature": -1})[0] == 400
+    assert post(served.http_url, "nanoflow", "generate", {"input_ids": PROMPT, "timeout": 1000, "max_tokens": 4000})[0]
+    streams = [GrpcStream(served.grpc_url, "nanoflow", **long) for _ in range(2)]
+    for stream in streams:
+        next(iter(stream))
+    streams.append(GrpcStream(served.grpc_url, "nanoflow", **long))
+    until(lambda: shown(served)["nanoflow_num_requests_waiting"] == 1)
+    assert shown(served)["nanoflow_num_requests_running"] == 2
+    _, text = post(served.http_url, "nanoflow", "generate", {"input_ids": PROMPT})
+    assert "are waiting, as many as max_queue_size allows" in text
+    for stream in streams:
+        stream.close(cancel=True)
+    until(lambda: shown(served)["nanoflow_requests_cancelled_total"] == before["nanoflow_requests_cancelled_total"] + 3)
+    stopped = generate(
+        served.http_url, "nanoflow", text_input="the dog", stop=["a", "e", "i", "o", " "], max_tokens=400
+    )
+    assert stopped
+    grown = change(served, before, until_finished=1, invalid=1)
+    assert grown['nanoflow_request_success_total{finished_reason="stop"}'] == 1, "not cancelled: a stop string"
+    refused = {"invalid": 1, "deadline": 1, "queue_full": 1, "unavailable": 0, "engine_failure": 0, "internal": 0}
+    for reason, requests in refused.items():
+        assert grown[f'nanoflow_requests_refused_total{{reason="{reason}"}}'] == requests, reason
+    until(lambda: shown(served)["nanoflow_kv_cache_usage_perc"] == 0)
+
+
+def orca(page):
+    """As the server's orca_http.cc reads its own page, to the expression."""
+    found = re.findall(r"nv_trt_llm_kv_cache_block_metrics(?:{(.*?)})?\s*(\d+(?:\.\d+)?)", page)
+    blocks = {dict(re.findall(r'(\w+)="([^"]*)"', labels)).get("kv_cache_block_type"): float(n) for labels, n in found}
+    return {
+        "kv_cache_utilization": blocks["used"] / blocks["max"],
+        "max_token_capacity": int(blocks["max"] * blocks["tokens_per"]),
+    }
+
+
+def test_load_headers_find_what_they_need(served):
+    """The embedded server is too old to send them; one that does must send what its rule finds on the page."""
+    assert orca(metrics_page(served.metrics_url)) == {"kv_cache_utilization": 0, "max_token_capacity": 65536}
+    long = {"input_ids": PROMPT, "stream": True, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+    with contextlib.closing(GrpcStream(served.grpc_url, "nanoflow", **long)) as stream:
+        next(iter(stream))
+        until(lambda: 0 < orca(metrics_page(served.metrics_url))["kv_cache_utilization"] < 0.1)
+        stream.close(cancel=True)
+    with contextlib.closing(http.client.HTTPConnection(served.http_url, timeout=60)) as connection:
+        body, asks = json.dumps({"input_ids": PROMPT}), {"endpoint-load-metrics-format": "json"}
+        connection.request("POST", "/v2/models/nanoflow/generate", body, asks)
+        header = connection.getresponse().getheader("endpoint-load-metrics")
+    if header is not None:
+        assert json.loads(header.removeprefix("JSON "))["named_metrics"]["max_token_capacity"] == 65536
+
+
+@pytest.mark.parametrize("stop", [[], ["a", "e", "i", "o", " "]])
+def test_a_client_may_ask_what_its_request_took(served, stop):
+    begun_s = time.monotonic()
+    request = {"text_input": "the quick brown fox", "sampling_parameters": '{"max_tokens": 60, "ignore_eos": true}'}
+    responses = grpc(
+        served.grpc_url, "nanoflow", stream=True, **request, **ACCOUNT_FLAGS, **({"stop": stop} if stop else {})
+    )
+    took_s = time.monotonic() - begun_s
+    assert all(ACCOUNT_OUTPUTS.isdisjoint(response) for response in responses[:-1])
+    last = responses[-1]
+    assert ACCOUNT_OUTPUTS - last.keys() == {"energy_j"}, "nothing measures it on a CPU"
+    times = [last[f"{name}_time_s"] for name in ("queue", "prefill", "decode")]
+    assert all(time_s > 0 for time_s in times)
+    assert sum(times) == pytest.approx(last["total_time_s"], rel=1e-4)
+    assert last["total_time_s"] < took_s
+    assert last["peak_kv_pages"] >= 1
+
+
+def spans_of(collector, trace_id):
+    return [span for span in collector.spans if span[1] == trace_id]
+
+
+def test_spans_join_the_servers_own_trace(served, collector):
+    trace_id = TRACEPARENT.split("-")[1]
+    with contextlib.closing(http.client.HTTPConnection(served.http_url, timeout=60)) as connection:
+        body = json.dumps({"input_ids": PROMPT, "max_tokens": 5, "ignore_eos": True, "temperature": 0})
+        connection.request("POST", "/v2/models/nanoflow/generate", body, {"traceparent": TRACEPARENT})
+        assert connection.getresponse().status == 200
+    until(lambda: len([s for s in spans_of(collector, trace_id) if s[0] == SERVICE]) == 4)
+    until(lambda: any(s[0] != SERVICE for s in spans_of(collector, trace_id)))  # the server sends its own every 2 s
+    ours = {span[4]: span for span in spans_of(collector, trace_id) if span[0] == SERVICE}
+    servers = {span[2] for span in spans_of(collector, trace_id) if span[0] != SERVICE}
+    assert ours.keys() == {"llm_request", "queue", "prefill", "decode"}
+    _, _, span_id, parent_id, _, begin_ns, end_ns, attributes = ours["llm_request"]
+    assert parent_id in servers
+    assert attributes["gen_ai.usage.input_tokens"] == 40
+    assert attributes["gen_ai.usage.output_tokens"] == 5
+    assert attributes["gen_ai.response.finish_reason"] == "length"
+    phases = [ours[name] for name in ("queue", "prefill", "decode")]
+    assert {phase[3] for phase in phases} == {span_id}
+    moments = [begin_ns, *(moment for phase in phases for moment in phase[5:7]), end_ns]
+    assert moments == sorted(moments), "one after the other, inside the request"
+    assert abs(end_ns / 1e9 - time.time()) < 120
