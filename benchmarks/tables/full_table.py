@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.tables.result_files import load, load_all, whole_runs_of_the_search
+from benchmarks.tables.result_files import load, load_all, runs_beside_vllm, whole_runs_of_the_search
 
-STEADY_S = 60.0  # results from before this was asked for have shorter ones
+STEADY_S = 60.0  # a stationary part that is shorter says too little
 
 
 class ResultRow(NamedTuple):
@@ -60,14 +60,29 @@ def _correctness() -> Iterator[ResultRow]:
 
 
 def _offline() -> Iterator[ResultRow]:
+    beside = [ours["date"] for ours, _ in runs_beside_vllm()]  # told with vLLM's
     for run in load_all("offline"):
+        if run["date"] in beside:
+            continue
         what = f"{requests(run)}, schedule {run['schedule']}"
         yield ResultRow(f"Offline, {what}: whole run", rates(run), run["gpu"])
         if isinstance(run["steady"], dict) and run["steady"]["wall_s"] >= STEADY_S:
             what = f"The same, {run['steady']['wall_s']:.0f} s of its stationary part"
             yield ResultRow(what, rates(run["steady"]), run["gpu"])
-    for run in load_all("peer_vllm"):
-        yield ResultRow(f"vLLM {run['versions']['vllm']}, {requests(run)}: whole run", rates(run), run["gpu"])
+    for ours, vllm in runs_beside_vllm():
+        ratio = ours["total_tokens_per_s"] / vllm["total_tokens_per_s"]
+        yield ResultRow(
+            f"vLLM {vllm['versions']['vllm']}, {requests(vllm)}: whole run",
+            f"{rates(vllm)}; NanoFlow, on the same card: {rates(ours)} ({ratio:.2f}x)",
+            vllm["gpu"],
+        )
+    for turns in load_all("two_builds"):
+        new, old = turns["builds"]["A"], turns["builds"]["B"]
+        yield ResultRow(
+            f"Build {new} against {old}, which had the same schedule, {turns['order']}: {requests(turns)}",
+            f"{turns['A_over_B']:.3f}x",
+            turns["gpu"],
+        )
 
 
 def _overlap() -> Iterator[ResultRow]:

@@ -124,7 +124,7 @@ class TritonPythonModel:
                 self._refuse(channel, error)
 
     def is_ready(self) -> bool:
-        """Servers since 26.03 ask this for the readiness of the model; older ones do not, and say that it is ready."""
+        """Servers since 26.04 ask this for the readiness of the model; older ones do not, and say that it is ready."""
         return self._engine.is_ready
 
     def finalize(self) -> None:
