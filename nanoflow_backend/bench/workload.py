@@ -13,7 +13,7 @@ from nanoflow_backend.bench.trace import read_trace
 from nanoflow_backend.config.error import ConfigError
 
 SEED = 0
-TRACE_SEED = 1  # as the rival's figures for the Azure trace were drawn
+TRACE_SEED = 1  # as another engine's figures for the Azure trace were drawn
 
 # (mean, standard deviation) of input and of output tokens: the NanoFlow paper (OSDI'25), Table 4. The datasets
 # themselves are others' texts; log-normal lengths have the same two moments, and the long tail of such texts.
