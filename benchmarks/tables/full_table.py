@@ -189,7 +189,7 @@ def _faults() -> Iterator[ResultRow]:
             f"Fuzz of {fuzz['input_tensors']} input tensors and {fuzz['sampling_fields']} sampling fields, "
             f"{fuzz['cases']:,} requests, {fuzz['over_grpc']['cases'] + fuzz['over_http']['cases']:,} of them through "
             "the real server",
-            "no crash, no hang, no internal error" if fuzz["failure"] is None else fuzz["failure"],
+            "all answered, no internal error" if fuzz["failure"] is None else fuzz["failure"],
             fuzz["device"],
         )
     if soak := load("soak"):
