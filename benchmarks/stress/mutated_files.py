@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,7 @@ FILES = {  # and how often each is changed
     "tokenizer_config.json": 2,
     "special_tokens_map.json": 1,
     "added_tokens.json": 1,
+    "chat_template.jinja": 1,
     "model.safetensors.index.json": 2,
     "engine.json": 5,
     "plans.json": 5,
@@ -48,7 +49,9 @@ VALUES: tuple[Any, ...] = (
     0.0, -0.0, 0.5, -1.5, 1e-300, 1e300, "", "0", "1", "\x00", "a\x00b", "../up", "x" * 300, "\ud7ff", "ÿ", "float16",
     [], [0], [-1], [[]], [None], ["x"], {}, {"": 0}, {"a": {"b": []}}, {"rope_type": "linear"}, {"content": "x"},
 )  # fmt: skip
-TEXTS = (b"", b"{", b"[]", b"null", b"1e999", b'"x"', b"[" * 2000, b"\xff", b"{}")
+TEXTS = (
+    b"", b"{", b"{}", b"[]", b"null", b"1e999", b'"x"', b"[" * 2000, b"\xff", b"{{ m[0", b"{% for a in b %}" * 40,
+)  # fmt: skip
 EXCERPT = 300  # characters of a change that broke something
 
 
@@ -67,9 +70,9 @@ def main(
 
 
 def run(folder: Path, count: int, first_seed: int) -> Counter[str]:
-    """How `count` starts end, each with one file of the model in `folder` changed: "works", "refused" or "broken ...":
+    """How `count` starts end, each with one file of the model in `folder` changed.
 
-    what was changed, and what happened.
+    An end is "works", "refused", or "broken ..." with the seed, what was changed and what happened.
     """
     ends: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + count):
@@ -93,11 +96,10 @@ def start(folder: Path) -> str:
     """Start an engine of the folder and let it answer: "works", or "refused" with a clear error."""
     try:
         llm = LLM(Engine(EngineConfig.load(folder / "engine.json")))
-    except (ConfigError, ScheduleError) as error:
-        assert not str(error).endswith(": "), "an error that says nothing"
+    except (ConfigError, ScheduleError):
         return "refused"
     try:
-        (answer,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+        (answer,) = llm.generate([[5]], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
         assert len(answer.token_ids) == 2
     finally:
         llm.engine.close()
@@ -106,7 +108,7 @@ def start(folder: Path) -> str:
 
 def changed(content: bytes, rng: random.Random) -> bytes:
     """A file with one change: of a value, a key or, seldom, its text."""
-    if rng.random() < 0.05:
+    if not content.startswith(b'{"') or rng.random() < 0.05:
         place = rng.randrange(len(content))
         return rng.choice((rng.choice(TEXTS), content[:place], content[:place] + b"\xff" + content[place + 1 :]))
     tree = json.loads(content)
@@ -125,7 +127,7 @@ def changed(content: bytes, rng: random.Random) -> bytes:
     return json.dumps(tree).encode()
 
 
-def places(tree: Any) -> Any:
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) of a JSON value; of long lists and objects a few."""
     items = list(tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ())
     for key, value in items[:20] + items[20::97]:
@@ -153,6 +155,7 @@ def tiny_model(folder: Path) -> Path:
         write(folder / name, json.loads((folder / name).read_bytes()))
     settings = {"dense_batch_tokens": 32, "page_tokens": 4, "kv_cache_tokens": 256, "max_model_tokens": 64}
     defaults = dict(zip(EngineConfig.__struct_fields__[1:], EngineConfig.__struct_defaults__, strict=True))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
     write(folder / "engine.json", {**defaults, "model": ".", "device": "cpu", "schedule": "plans.json", **settings})
     layer = build(read_model_config(folder)).layer
     header = Header(
