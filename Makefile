@@ -56,7 +56,7 @@ test-paper: setup
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(XDIST) tests/gpu
 
-# The long modes of four tests. Each writes its result file and fails if it found anything.
+# The long modes of tests. Each writes its result file and fails if it found anything.
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --duration-min $(SOAK_MINUTES) --output benchmarks/results/soak.json
 
