@@ -23,7 +23,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-paper test-gpu soak fuzz parity histories templates lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-paper test-gpu soak fuzz mutate parity histories templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -56,12 +56,15 @@ test-paper: setup
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(XDIST) tests/gpu
 
-# The long modes of three tests. Each writes its result file and fails if it found anything.
+# The long modes of tests. Each writes its result file and fails if it found anything.
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --duration-min $(SOAK_MINUTES) --output benchmarks/results/soak.json
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks fuzz --output benchmarks/results/fuzz.json
+
+mutate: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutate --output benchmarks/results/mutated_files.json
 
 parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(JOBS) --output benchmarks/results/parity.json

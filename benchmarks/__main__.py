@@ -45,6 +45,7 @@ ROOMS = {
         Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),
         Command("overload", "stress.overload", "What becomes of requests that are too many."),
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
+        Command("mutate", "stress.mutated_files", "Whether any file of a model breaks the start."),
         Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),
     "accuracy": (

@@ -1,14 +1,15 @@
 """Start tritonserver from environment variables, or say what is wrong with them before anything starts.
 
 NANOFLOW_MODEL=/weights/Llama-3.1-8B serves that folder as the model "nanoflow". Every other field of EngineConfig may
-be set likewise (NANOFLOW_KV_CACHE_TOKENS=131072), and three things that are not fields:
+be set likewise (NANOFLOW_KV_CACHE_TOKENS=131072), and four things that are not fields:
 
-    NANOFLOW_MODEL_NAME       the name that clients use; default "nanoflow"
-    NANOFLOW_GPU_DEVICE_IDS   an engine for each group of GPUs: "0;1" or "0,1;2,3"
-    NANOFLOW_EXIT_TIMEOUT_S   how long requests may go on after SIGTERM; default 120
+    NANOFLOW_MODEL_NAME        the name that clients use; default "nanoflow"
+    NANOFLOW_GPU_DEVICE_IDS    an engine for each group of GPUs: "0;1" or "0,1;2,3"
+    NANOFLOW_EXIT_TIMEOUT_S    how long requests may go on after SIGTERM; default 120
+    NANOFLOW_MODEL_REPOSITORY  where a repository is mounted; default /models
 
-Without NANOFLOW_MODEL the mounted repository /models is served as it is. Arguments go to tritonserver; a first argument
-that is no option is run instead of it.
+Without NANOFLOW_MODEL the mounted repository is served as it is. Arguments go to tritonserver; a first argument that is
+no option is run instead of it.
 """
 
 import json
@@ -23,7 +24,7 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.models.hugging_face import read_model_config
 
 PREFIX = "NANOFLOW_"
-NOT_FIELDS = ("MODEL_NAME", "GPU_DEVICE_IDS", "EXIT_TIMEOUT_S")
+NOT_FIELDS = ("MODEL_NAME", "GPU_DEVICE_IDS", "EXIT_TIMEOUT_S", "MODEL_REPOSITORY")
 MOUNTED = Path("/models")
 GENERATED = Path("/tmp/nanoflow/models")
 SHARED_MEMORY = Path("/dev/shm")
@@ -51,6 +52,10 @@ def command(
     exit_timeout_s = given.pop("EXIT_TIMEOUT_S", "120")
     if not re.fullmatch(r"[0-9]+", exit_timeout_s):
         raise ConfigError(f"{PREFIX}EXIT_TIMEOUT_S: expected whole seconds, got {exit_timeout_s!r}")
+    repository = given.pop("MODEL_REPOSITORY", None)
+    if repository is not None and "MODEL" in given:
+        raise ConfigError(f"{PREFIX}MODEL_REPOSITORY: expected it or {PREFIX}MODEL, got both")
+    mounted = mounted if repository is None else Path(repository)
     room = os.statvfs(shared_memory)
     if room.f_blocks * room.f_frsize < SHARED_MEMORY_BYTES:
         raise ConfigError(

@@ -140,7 +140,7 @@ def receive(client: GrpcStreams, model: str, until_s: float) -> Iterator[list[in
 
 
 def drain(client: GrpcStreams, live: set[int]) -> None:
-    """To the end of every request. (The 2.51 server can crash when a call vanishes that had earlier requests.)"""
+    """To the end of every request: so a client should leave (examples/README.md)."""
     waiting = set(live)
     for stream, answer in client.receive(time.monotonic() + DRAIN_S):
         if answer.infer_response.parameters["triton_final_response"].bool_param:

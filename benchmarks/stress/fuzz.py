@@ -1,4 +1,4 @@
-"""The request surface is fuzzed: whatever a client sends, the server neither crashes nor hangs nor answers INTERNAL.
+"""The request surface is fuzzed: whatever a client sends, it is answered, and never INTERNAL.
 
 In process: the model beside a stand-in for the stub's module, on a real engine. Over gRPC and HTTP: the real server.
 The first request that breaks something is in the result, shrunk. A seed gives the same requests again.

@@ -32,8 +32,8 @@ MAX_REFUSAL_P99_MS = 100.0
 # inherits what the server has open, some 25 descriptors; shared memory grows by 1 MiB at a time.
 MAX_GROWTH = {"stub_fds": 32.0, "fds": 4.0, "lost_sockets": math.inf, "shm_mib": 1.0, "processes": 0.0}
 MAX_RSS_GROWTH, ALLOCATOR_MIB = 0.05, 8.0
-# Sockets that the 2.51 server loses, by clients that left (see soak_client.py): 8 of some 240 in a soak, 26 of 1,125
-# with a trivial model. None without such clients.
+# Connections that the 2.51 server keeps, by clients that left (see soak_client.py): 8 of some 240 in a soak. None
+# without such clients.
 MAX_LOST_SOCKETS, LOST_BY_CHANCE = 0.1, 1
 
 
@@ -57,17 +57,17 @@ def soak(duration_s: float, round_s: float, seed: int, say: Callable[[str], None
         log = Path(folder, "server.log")
         with serve_model(DEMO_MODEL, arguments=arguments, log=log, **SETTINGS) as server:
             client = SoakClient(server, seed)
-            capacity, crash = 0.0, None
+            capacity, broken = 0.0, None
             rounds: list[dict[str, Any]] = []
             try:
                 capacity = client.capacity(SETTINGS["max_running"], min(10.0, round_s))
                 say(f"capacity: {capacity:.1f} requests/s")
                 rounds += _rounds(client, server, capacity, duration_s, round_s, say)
             except Exception as error:  # the server is gone, most likely: what happened before is still worth having
-                crash = f"{type(error).__name__}: {error}; the log ends: {log.read_text()[-2000:]}"
+                broken = f"{type(error).__name__}: {error}; the log ends: {log.read_text()[-2000:]}"
             finally:
                 client.close()
-    return _report(client, capacity, rounds, crash)
+    return _report(client, capacity, rounds, broken)
 
 
 def _rounds(
@@ -120,11 +120,11 @@ def server_requests(server: EmbeddedServer) -> int:
     return int(now["nv_inference_request_success"] + now["nv_inference_request_failure"])
 
 
-def _report(client: SoakClient, capacity: float, rounds: list[dict[str, Any]], crash: str | None) -> dict[str, Any]:
+def _report(client: SoakClient, capacity: float, rounds: list[dict[str, Any]], broken: str | None) -> dict[str, Any]:
     refusals = client.ledger.refusals
     p50, p99 = np.percentile([r.after_ms for r in refusals], [50, 99]).tolist() if refusals else (0.0, 0.0)
     growth = {name: _growth([r["held"][name] for r in rounds]) for name in (rounds[0]["held"] if rounds else ())}
-    failures = [*([crash] if crash else []), *client.ledger.faults, *client.not_ready]
+    failures = [*([broken] if broken else []), *client.ledger.faults, *client.not_ready]
     failures += [f"{name} grew from {old} to {new}" for name, (old, new) in growth.items() if _leaks(name, old, new)]
     failures += list(itertools.islice(lost_too_much(rounds), 1))  # what is lost stays so in all later rounds
     if p99 > MAX_REFUSAL_P99_MS:

@@ -4,10 +4,8 @@ In a round, requests come at random times over gRPC (plain ones, deadlines, malf
 clients that leave) and HTTP (some leave in the middle of a stream); the engine is killed or the model reloaded. Then
 every request must have ended, once, and the server must hold no more than before.
 
-A gRPC call can stay in the 2.51 server for ever, one in some hundreds to thousands that are cancelled, or whose client
-leaves, just as they end. The model that it was for never unloads: so no reload comes after one. The descriptor of its
-connection stays open after the client has left: it is counted for itself. A model of ten lines has the same, and has
-seen worse (examples/README.md; the races are those of pull requests 7840 and 8078 of the server).
+The 2.51 server sometimes keeps the connection of a client that left, and waits for it when the model is to unload
+(examples/README.md). So no reload comes after clients that cancel or leave, and such connections are counted apart.
 """
 
 from __future__ import annotations

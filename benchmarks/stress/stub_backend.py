@@ -19,21 +19,21 @@ FINAL = 1
 
 
 class ResponseSender:
-    """The server's end: checks what would hang or crash a real one."""
+    """The server's end: checks that nothing is asked of it after the final response."""
 
     def __init__(self):
         self.responses, self.final, self.cancelled, self.slow_s = [], threading.Event(), False, 0.0
 
     def send(self, response=None, flags=0):
-        assert not self.final.is_set(), "the server raises here"
+        assert not self.final.is_set(), "sent after the final response"
         self.responses.append(response)
         if flags == FINAL:
             self.final.set()
 
     def is_cancelled(self):
-        assert not self.final.is_set(), "the server crashes here"
+        assert not self.final.is_set(), "asked after the final response"
         time.sleep(self.slow_s)
-        assert not self.final.is_set(), "the server crashes here"
+        assert not self.final.is_set(), "asked after the final response"
         return self.cancelled
 
 

@@ -204,8 +204,15 @@ def _faults() -> Iterator[ResultRow]:
             f"Fuzz of {fuzz['input_tensors']} input tensors and {fuzz['sampling_fields']} sampling fields, "
             f"{fuzz['cases']:,} requests, {fuzz['over_grpc']['cases'] + fuzz['over_http']['cases']:,} of them through "
             "the real server",
-            "no crash, no hang, no internal error" if fuzz["failure"] is None else fuzz["failure"],
+            "all answered, no internal error" if fuzz["failure"] is None else fuzz["failure"],
             fuzz["device"],
+        )
+    if files := load("mutated_files"):
+        answers, errors = files["ends"].get("works", 0), files["ends"].get("refused", 0)
+        yield ResultRow(
+            f"Files of a model, engine.json and schedules with one random change each: {files['cases']:,} starts",
+            f"{answers:,} engines that answer, {errors:,} clear errors, {files['cases'] - answers - errors:,} others",
+            files["device"],
         )
     if soak := load("soak"):
         kills, reloads = ([r["event"] for r in soak["rounds"]].count(event) for event in ("kill_engine", "reload"))

@@ -14,6 +14,34 @@ import msgspec
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import convert, read_json
 from nanoflow_backend.config.precision import Dtype, Precision
+from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, whole
+
+TOKENS = whole(1, or_null=True)
+RULES = {  # of engine.json, beyond the types of its fields
+    "model": PATH,
+    "schedule": PATH,
+    "schedule_workload": Rule(
+        "PROMPT/OUTPUT tokens such as 1024/512",
+        lambda value: re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,8}", value, re.ASCII) is not None,
+    ),
+    "schedule_cache": PATH,
+    "python": PATH,
+    "tensor_parallel": one_of(1, 2, 4, 8),
+    "dense_batch_tokens": TOKENS,
+    "chunk_tokens": TOKENS,
+    "prompt_tokens": TOKENS,
+    "max_running": TOKENS,
+    "max_queue_size": whole(1),
+    "queue_timeout_us": whole(1, 2**53, or_null=True),
+    "priority_aging_s": Rule("a finite number >= 0", lambda value: 0 <= value < math.inf),
+    "max_engine_restarts": whole(0),
+    "max_model_tokens": whole(2, or_null=True),  # one of a prompt, one of an answer
+    "page_tokens": TOKENS,
+    "kv_cache_tokens": TOKENS,
+    "gpu_memory_utilization": Rule("a number in (0, 1]", lambda value: 0 < value <= 1),
+    "otlp_traces_endpoint": Rule("an http(s) URL or null", lambda value: value.startswith(("http://", "https://"))),
+    "seed": whole(-(2**63), 2**63),
+}
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,39 +77,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.schedule_workload, re.ASCII):
-            raise ConfigError(
-                f"schedule_workload: expected PROMPT/OUTPUT tokens such as 1024/512, got {self.schedule_workload!r}"
-            )
-        if self.max_queue_size < 1:
-            raise ConfigError(f"max_queue_size: expected an integer >= 1, got {self.max_queue_size}")
-        if not 0 <= self.priority_aging_s < math.inf:
-            raise ConfigError(f"priority_aging_s: expected a finite number >= 0, got {self.priority_aging_s}")
-        if self.max_engine_restarts < 0:
-            raise ConfigError(f"max_engine_restarts: expected an integer >= 0, got {self.max_engine_restarts}")
-        for field in (
-            "dense_batch_tokens", "chunk_tokens", "prompt_tokens", "max_running", "max_model_tokens", "page_tokens",
-            "kv_cache_tokens", "queue_timeout_us",
-        ):  # fmt: skip
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ConfigError(f"{field}: expected an integer >= 1 or null, got {getattr(self, field)}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization: expected a number in (0, 1], got {self.gpu_memory_utilization}")
-        collector = self.otlp_traces_endpoint
-        if collector is not None and not collector.startswith(("http://", "https://")):
-            raise ConfigError(f"otlp_traces_endpoint: expected an http(s) URL or null, got {collector!r}")
-        if self.tensor_parallel not in (1, 2, 4, 8):
-            raise ConfigError(f"tensor_parallel: expected 1, 2, 4 or 8, got {self.tensor_parallel}")
+        faults = broken(RULES, {name: getattr(self, name) for name in self.__struct_fields__})
         gpus, ranks = self.gpus, self.tensor_parallel
         if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
-            raise ConfigError(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
+            faults.append(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
         if gpus is not None and self.device == "cpu":
-            raise ConfigError(f"gpus: expected none with device cpu, got {list(gpus)}")
+            faults.append(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
-            raise ConfigError(
+            faults.append(
                 f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
                 f"since every running request decodes in every step; got {self.max_running}"
             )
+        if faults:
+            raise ConfigError("; ".join(faults))
 
     def settle(self, device: Literal["cpu", "cuda"]) -> SettledConfig:
         """The same on a device: what was left to it has a value.
@@ -134,10 +142,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if not is_path or not isinstance(value, str):
                 return value
             # Not resolve(): the python of a virtual environment is a link that must stay one.
-            return os.path.normpath(relative_to / Path(value).expanduser())
+            return os.path.normpath(relative_to / os.path.expanduser(value))
 
         absolute = {key: rooted(key, value) for key, value in fields.items()}
-        return convert(absolute, cls, origin, strict=False)
+        return convert(absolute, cls, origin, strict=False, rules=RULES)
 
 
 class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.rules import Rule, broken
 from nanoflow_backend.model_folder import is_lfs_pointer, lfs_hint
 
 MOST_FILE_BYTES = 256 * 2**20  # of JSON; the largest tokenizer.json of today has some 35 MB
@@ -49,13 +50,41 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
 
-def convert(fields: Mapping[str, Any], kind: type[T], origin: str, strict: bool = True) -> T:
+def convert(
+    fields: Mapping[str, Any], kind: type[T], origin: str, strict: bool = True, rules: Mapping[str, Rule] | None = None
+) -> T:
     """The struct `kind` made of `fields`; strings stand for numbers unless `strict`.
 
+    Args:
+        rules: what `kind` itself checks, so that it is told beside fields of a wrong type.
+
     Raises:
-        ConfigError: `origin`, and the field that is not what it should be.
+        ConfigError: `origin`, and every field that is not what it should be.
     """
     try:
         return msgspec.convert(fields, kind, strict=strict)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{origin}: {error.__cause__ or error}") from None
+        faults = [str(error.__cause__)] if error.__cause__ else _faults(fields, kind, strict, rules or {})
+        faults = faults or [str(error)]
+        count = f"{len(faults)} faults: " if len(faults) > 1 else ""
+        raise ConfigError(f"{origin}: {count}{'; '.join(faults)}") from None
+
+
+def _faults(fields: Mapping[str, Any], kind: Any, strict: bool, rules: Mapping[str, Rule]) -> list[str]:
+    """What is wrong with each field by itself: msgspec stops at the first."""
+    faults, values = [], {}
+    known = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    for name, field in known.items():
+        try:
+            if name in fields:
+                values[name] = msgspec.convert(fields[name], field.type, strict=strict)
+            elif field.required:
+                faults.append(f"Object missing required field `{name}`")
+        except msgspec.ValidationError as error:
+            inner = str(error).partition(" - at `$")
+            faults.append(f"{inner[0]} - at `$.{name}{inner[2] or '`'}")
+    unknown = [f"`{name}`" for name in fields if name not in known]
+    if unknown and kind.__struct_config__.forbid_unknown_fields:
+        several = "s" if len(unknown) > 1 else ""
+        faults.append(f"Object contains unknown field{several} {', '.join(unknown)}; known are {', '.join(known)}")
+    return faults + broken(rules, values)

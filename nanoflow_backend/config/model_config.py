@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.precision import Dtype
+from nanoflow_backend.config.rules import Rule, broken, whole
+
+# Wider than any model's, and so that frequencies are neither 0 nor infinite in float32.
+FACTOR = Rule("a number > 0, from 0.001 to 1000000", lambda value: 1e-3 <= value <= 1e6)
+ROPE_RULES = {
+    "theta": Rule("a number > 0, from 1 to 1e15", lambda value: 1 <= value <= 1e15),
+    "factor": FACTOR,
+    "low_freq_factor": FACTOR,
+    "high_freq_factor": FACTOR,
+    "original_max_position_embeddings": whole(1),
+}
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,17 +32,13 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("theta", "factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
-        if self.scaling == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
-            raise ConfigError(
-                f"expected 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor}, {self.high_freq_factor}"
-            )
-        if self.original_max_positions < 1:
-            raise ConfigError(
-                f"original_max_position_embeddings: expected an integer >= 1, got {self.original_max_positions}"
-            )
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        faults = broken(ROPE_RULES, {**values, "original_max_position_embeddings": self.original_max_positions})
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.scaling == "llama3" and not low < high:
+            faults.append(f"expected low_freq_factor < high_freq_factor, got {low}, {high}")
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -227,8 +227,8 @@ def _check_numpy() -> None:
     version = importlib.metadata.version("numpy")
     if int(version.split(".")[0]) >= 2:
         raise ServerError(
-            f"numpy {version} is installed, but the embedded server (2.51) reads string tensors wrongly with "
-            "numpy 2 and dies: pip install 'numpy<2'"
+            f"numpy {version} is installed, but the embedded server (2.51) is older than numpy 2 and cannot read "
+            "string tensors with it: pip install 'numpy<2'"
         )
 
 

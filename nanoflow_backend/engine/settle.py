@@ -14,7 +14,7 @@ from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
-from nanoflow_backend.schedule.source import named_dense_batch_tokens
+from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
 
     Raises:
         ConfigError: naming the field, or the file of the model's folder, and what was expected.
-        ScheduleError: the schedule file cannot be read.
+        ScheduleError: the schedule file cannot be read, or does not fit the ranks.
     """
     if config.gpus is not None:
         show_only(config.gpus)
@@ -52,7 +52,9 @@ def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
     if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
         model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
     max_model_tokens = _max_model_tokens(settled, model_config)
-    build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
+    model = build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
+    if settled.tensor_parallel > 1:  # else the one rank says so itself
+        find_schedules(settled, model, device.name, device.sms)
     return Settled(settled, model_config, max_model_tokens)
 
 

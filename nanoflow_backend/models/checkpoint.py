@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import read_file
+from nanoflow_backend.config.rules import is_file_name
 from nanoflow_backend.model_folder import LFS_START, is_lfs_pointer, lfs_hint
 
 INDEX = "model.safetensors.index.json"
@@ -48,7 +49,7 @@ def find_files(folder: Path) -> dict[Path, set[str] | None]:
         raise WeightsError(f"{folder}: {INDEX} names other files than {SINGLE}, which is here too: remove one of them")
     files: dict[Path, set[str] | None] = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise WeightsError(f"{index}: expected names of files in this folder, got {name!r}")
         files[folder / name] = {tensor for tensor, file in weight_map.items() if file == name}
     return files

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.rules import INT32_END
 
 MOST_REPEATS = 4096  # of what is a loop here: layers, experts
 
@@ -21,7 +22,7 @@ class ConfigJson:
         """What the key says or, where it is absent, what the model class means; None where that has no such key."""
         return self._all.get(key)
 
-    def size(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+    def size(self, key: str, default: int | None = None, most: int = INT32_END - 1) -> int:
         """An integer in 1..most; `default` where the key says null or is absent.
 
         Raises:
@@ -38,7 +39,26 @@ class ConfigJson:
 
     def count(self, key: str) -> int:
         """An integer that may be 0. Raises: ConfigError, it is something else."""
-        return self.integer(key, self[key], 0, 2**31 - 1)
+        return self.integer(key, self[key], 0, INT32_END - 1)
+
+    def flag(self, key: str) -> bool:
+        """True or false; false where it says null or is absent. Raises: ConfigError, it is something else."""
+        value = self[key]
+        if value is not None and not isinstance(value, bool):
+            self.refuse(f"{key}: expected true or false, got {value!r}")
+        return value is True
+
+    def share(self, key: str) -> float:
+        """A number in 0..1, without 1. Raises: ConfigError, it is something else."""
+        value = self[key]
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            self.refuse(f"{key}: expected a number >= 0 and < 1, got {value!r}")
+        return float(value)
+
+    def token_ids(self, key: str, value: object) -> tuple[int, ...]:
+        """`value` of a key: an id, a list of ids or null. Raises: ConfigError, it is something else."""
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        return tuple(self.integer(key, token_id, 0, INT32_END - 1) for token_id in ids)
 
     def integer(self, key: str, value: object, least: int, most: int) -> int:
         """`value` of a key, checked. Raises: ConfigError, it is not an integer in least..most."""

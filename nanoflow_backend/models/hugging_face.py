@@ -15,6 +15,8 @@ from nanoflow_backend.models.config_json import ConfigJson
 from nanoflow_backend.models.registry import ARCHITECTURES
 from nanoflow_backend.models.rope_json import read_rope
 
+MOST_HEAD_DIM = 4096
+
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Read config.json and generation_config.json; keys may be spelled as before or since transformers 5.
@@ -41,34 +43,37 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
     architecture = _architecture(given, origin)
     hf = ConfigJson(given, architecture.defaults, origin)
     hf.refuse_if(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
-    hf.refuse_if(hf["attention_bias"], "attention_bias")
-    hf.refuse_if(hf["mlp_bias"], "mlp_bias")
+    hf.refuse_if(hf.flag("attention_bias"), "attention_bias")
+    hf.refuse_if(hf.flag("mlp_bias"), "mlp_bias")
     quantization = hf["quantization_config"]
     hf.refuse_if(quantization, f"quantization_config{_method(quantization)}")
-    kinds = hf["layer_types"]
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        hf.refuse(f"layer_types: expected full_attention for every layer, got {kinds!r}")
+    num_layers, kinds = hf.repeats("num_hidden_layers"), hf["layer_types"]
+    if kinds is not None and kinds != ["full_attention"] * num_layers:
+        hf.refuse(f"layer_types: expected full_attention for every layer ({num_layers}), got {kinds!r}")
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     divides = hf["head_dim"] is not None or hidden % heads == 0
     hf.refuse_if(not divides, f"hidden_size {hidden} without head_dim, over {heads} heads")
-    head_dim = hf.size("head_dim", hidden // heads)
+    head_dim = hf.size("head_dim", hidden // heads, most=MOST_HEAD_DIM)
     hf.refuse_if(head_dim % 2, f"an odd head_dim, {head_dim},")
-    eos = generation.get("eos_token_id", hf["eos_token_id"])
+    eos = hf.token_ids("eos_token_id", hf["eos_token_id"])
+    if "eos_token_id" in generation:
+        in_generation = ConfigJson(generation, {}, str(Path(origin).with_name("generation_config.json")))
+        eos = in_generation.token_ids("eos_token_id", generation["eos_token_id"])
     fields = {
         "architecture": architecture.name,
         "vocab_size": hf.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": hf.size("intermediate_size"),
-        "num_layers": hf.repeats("num_hidden_layers"),
+        "num_layers": num_layers,
         "num_heads": heads,
         "num_kv_heads": hf.size("num_key_value_heads", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": hf["rms_norm_eps"],
+        "rms_norm_eps": hf.share("rms_norm_eps"),
         "rope": read_rope(hf),
         "max_model_tokens": hf.size("max_position_embeddings"),
-        "tie_word_embeddings": hf["tie_word_embeddings"],
+        "tie_word_embeddings": hf.flag("tie_word_embeddings"),
         "dtype": hf.agreed("dtype", "torch_dtype") or "float32",  # what transformers assumes
-        "eos_token_ids": eos if isinstance(eos, list) else [] if eos is None else [eos],
+        "eos_token_ids": eos,
     }
     return convert(fields | architecture.fields(hf), ModelConfig, origin)
 

@@ -11,7 +11,7 @@ from nanoflow_backend.models.config_json import ConfigJson
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """With `use_sliding_window`, layers from `max_window_layers` on have a window, unless `layer_types` says which."""
-    if hf["use_sliding_window"] and hf["layer_types"] is None:
+    if hf.flag("use_sliding_window") and hf["layer_types"] is None:
         windowed = hf["sliding_window"] is not None and hf.count("max_window_layers") < hf.repeats("num_hidden_layers")
         hf.refuse_if(windowed, f"sliding_window {hf['sliding_window']!r}")
     return {"qkv_bias": True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -17,6 +18,9 @@ from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 
 FORMAT_VERSION = 3  # 3: precision
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Measure = Annotated[float, msgspec.Meta(ge=0)]
+
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the plans were made for, and what they promise. Times are of one layer at B_dense; None: not known."""
@@ -25,31 +29,31 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model_fingerprint: str
     precision: Precision
     device: str  # "NVIDIA H200", "cpu"
-    device_sms: int | None = None
-    tensor_parallel: int
-    dense_batch_tokens: int  # B_dense: the size of a step that was found best
+    device_sms: Count | None = None
+    tensor_parallel: Count
+    dense_batch_tokens: Count  # B_dense: the size of a step that was found best
     workloads: tuple[str, ...] = ()  # "1024/512"
     profile_hash: str | None = None
     solver: str | None = None
-    gap: float | None = None  # the solver's, relative
-    predicted_us: float | None = None
-    measured_us: float | None = None
+    gap: Measure | None = None  # the solver's, relative
+    predicted_us: Measure | None = None
+    measured_us: Measure | None = None
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plan that a search predicted, and then timed against sequential: what `nanoflow-search explain` tells of."""
 
     plan: str  # "sequential", "plan 1"
-    dense_batch_tokens: int
+    dense_batch_tokens: Count
     workload: str
-    predicted_us: float  # of one layer, before it was timed
-    measured_us: float
-    gain: float  # over sequential; and the 95 % interval
+    predicted_us: Measure  # of one layer, before it was timed
+    measured_us: Measure
+    gain: Measure  # over sequential; and the 95 % interval, whose low end may be below 0
     gain_low: float
     gain_high: float
-    power_w: float
-    clock_mhz: float
-    token_mj: float  # of all layers
+    power_w: Measure
+    clock_mhz: Measure
+    token_mj: Measure  # of all layers
     chosen: bool
 
 
@@ -64,7 +68,7 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     header: Header
     plans: tuple[Schedule, ...]
     trials: tuple[Trial, ...] = ()
-    bounds_us: dict[str, float] = {}  # by name, what no plan's layer at B_dense goes below
+    bounds_us: dict[str, Measure] = {}  # by name, what no plan's layer at B_dense goes below
 
     def __post_init__(self) -> None:
         _check_order(self.plans)

@@ -285,7 +285,7 @@ class _ServerMetrics:
 
 
 def _check_numpy() -> None:
-    """Servers before 24.11 read string tensors wrongly under numpy 2, and their stub dies of it.
+    """Servers before 24.11 cannot read string tensors under numpy 2.
 
     They do not say which they are. Parameters of a response came with 25.02: what has them is new enough.
     """

@@ -15,7 +15,7 @@ from nanoflow_backend.serving.tensors import Arrays, Parameters
 class ServerChannel:
     """A `reply.Channel` over one response sender.
 
-    The final response frees what `is_cancelled` looks at: asked later, or meanwhile, the server (2.51) crashes.
+    A sender is the server's until the final response: one lock keeps `is_cancelled` from asking it then or later.
     """
 
     def __init__(self, sender: Any, request_id: str) -> None:

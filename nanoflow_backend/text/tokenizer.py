@@ -38,7 +38,7 @@ class Tokenizer:
         config: _Config,
         tokens: SpecialTokens,
         framing: Framing | None,
-        templates: Mapping[str, str],
+        templates: Mapping[str, ChatTemplate],
     ) -> None:
         backend.no_truncation()  # a tokenizer.json may carry its training's
         backend.no_padding()
@@ -53,7 +53,7 @@ class Tokenizer:
         self._adds_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
         self._bytes = TokenBytes(backend, decoding, self.vocab_size)
         self._bytes_without_special = TokenBytes(backend, decoding, self.vocab_size, hidden=self.special_ids)
-        self._templates = {name: ChatTemplate(source, self.special_tokens) for name, source in templates.items()}
+        self._templates = dict(templates)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
@@ -66,7 +66,15 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise InvalidTokenizer(_without_file(folder))
-        content = read_file(file)
+        try:
+            return cls._read(folder, file, read_file(file))
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's, which is no Exception
+                raise
+            raise InvalidTokenizer(f"{file}: not a valid tokenizer: it contradicts itself ({error})") from error
+
+    @classmethod
+    def _read(cls, folder: Path, file: Path, content: bytes) -> Tokenizer:
         try:
             decoding = Decoding.of(msgspec.json.decode(content, type=_File).decoder)
             backend = Backend.from_buffer(content)
@@ -75,14 +83,13 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise InvalidTokenizer(f"{file}: not a valid tokenizer: {error}") from error
         config = read_optional_json(folder / "tokenizer_config.json", _Config) or _Config()
-        try:
-            tokens = SpecialTokens.read(folder)
-            if config.added_tokens_decoder is None:
-                _add_older_tokens(folder, backend, tokens)
-            framing = Framing.read(folder, tokens.named)
-            return cls(backend, decoding, config, tokens, framing, _chat_templates(folder, config))
-        except TemplateSyntaxError as error:
-            raise InvalidTokenizer(f"{folder}: chat template, line {error.lineno}: {error.message}") from error
+        tokens = SpecialTokens.read(folder)
+        if config.added_tokens_decoder is None:
+            _add_older_tokens(folder, backend, tokens)
+        framing = Framing.read(folder, tokens.named)
+        sources = _chat_templates(folder, config).items()
+        templates = {name: _compiled(folder, name, source, tokens.named) for name, source in sources}
+        return cls(backend, decoding, config, tokens, framing, templates)
 
     @classmethod
     def find(cls, folder: str | Path) -> Tokenizer | None:
@@ -222,7 +229,24 @@ def _chat_templates(folder: Path, config: _Config) -> dict[str, str]:
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return {name: read_file(path).decode() for name, path in files.items()}
+        return {name: _text(path) for name, path in files.items()}
     if isinstance(config.chat_template, str):
         return {"default": config.chat_template}
     return {named.name: named.template for named in config.chat_template or []}
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidTokenizer(f"{path}: expected UTF-8: {error}") from error
+
+
+def _compiled(folder: Path, name: str, source: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    where = f"{folder}: chat template" + ("" if name == "default" else f" {name!r}")
+    try:
+        return ChatTemplate(source, special_tokens)
+    except TemplateSyntaxError as error:
+        raise InvalidTokenizer(f"{where}, line {error.lineno}: {error.message}") from error
+    except Exception as error:  # what Python says of the code that the template becomes
+        raise InvalidTokenizer(f"{where}: cannot be compiled: {error}") from error

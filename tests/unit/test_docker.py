@@ -79,6 +79,17 @@ def test_a_mounted_repository_is_served_as_it_is(command, tmp_path):
     assert not (tmp_path / "generated").exists()
 
 
+def test_the_repository_may_be_mounted_elsewhere(command, tmp_path):
+    elsewhere = tmp_path / "mnt"
+    (elsewhere / "mine").mkdir(parents=True)
+    (elsewhere / "mine" / "config.pbtxt").touch()
+    environment = {"NANOFLOW_MODEL_REPOSITORY": str(elsewhere), "NANOFLOW_EXIT_TIMEOUT_S": "7"}
+    server = command(environment, ["--http-port=8080"])
+    assert server == ["tritonserver", f"--model-repository={elsewhere}", "--exit-timeout-secs=7", "--http-port=8080"]
+    with pytest.raises(ConfigError, match="NANOFLOW_MODEL_REPOSITORY: expected it or NANOFLOW_MODEL, got both"):
+        command({**environment, "NANOFLOW_MODEL": str(DEMO_MODEL)})
+
+
 @pytest.mark.parametrize(
     ("environment", "complaint"),
     [

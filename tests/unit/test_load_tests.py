@@ -151,7 +151,7 @@ FAULTS = {  # what perf_analyzer leaves when it loses results: (status, export),
     "empty": ("exit 0", "", "periodic.json: expected JSON: Expecting value"),
     "cut off": ("exit 0", '{"experiments":[{"requests":[', "periodic.json: expected JSON: Expecting value"),
     "short": ("exit 0", json.dumps(exported((0, [(1, 1)]))), "periodic.json: expected 3 requests, found 1"),
-    "crash": ("kill -SEGV $$", "", "ended by signal 11"),
+    "signal": ("kill -TERM $$", "", "ended by signal 15"),
 }
 
 

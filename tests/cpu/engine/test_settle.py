@@ -8,6 +8,7 @@ from support.places import DEMO_MODEL
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.schedule.plan import ScheduleError
 
 CONFIG = EngineConfig(model=str(DEMO_MODEL), device="cpu")
 
@@ -35,3 +36,8 @@ def test_what_the_model_cannot_do_is_refused() -> None:
 def test_other_ranks_get_what_rank_0_has() -> None:
     settled = settle(CONFIG)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(settled), type=Settled) == settled
+
+
+def test_a_schedule_that_ranks_cannot_follow_is_refused_before_any_starts() -> None:
+    with pytest.raises(ScheduleError, match="schedule fast: expected sequential, nano-batched-N"):
+        settle(replace(CONFIG, schedule="fast", tensor_parallel=2))

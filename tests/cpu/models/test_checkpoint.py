@@ -143,8 +143,10 @@ def _replaced(make: Callable[[Path], None], name: str = SINGLE) -> Callable[[Pat
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "parent": (_index_names("../secret.safetensors"), "expected names of files in this folder, got '../secret"),
     "absolute": (_index_names("/etc/passwd"), "expected names of files in this folder, got '/etc/passwd'"),
-    "empty": (_index_names(""), "expected a file, got something else"),
-    "dots": (_index_names(".."), "expected a file, got something else"),
+    "empty": (_index_names(""), "expected names of files in this folder, got ''"),
+    "dots": (_index_names(".."), "expected names of files in this folder, got '..'"),
+    "long": (_index_names("x" * 300), "expected names of files in this folder, got 'xxx"),
+    "NUL": (_index_names("a\0b"), r"expected names of files in this folder, got 'a\\x00b'"),
     "deep index": (_replaced(lambda path: path.write_bytes(b'{"a":' * 10**5) and None, INDEX), "recursion"),
     "huge header": (_header(2**62), "not a whole safetensors file"),
     "header beyond the file": (_header(10**6, b"{}"), "not a whole safetensors file"),

@@ -1,4 +1,4 @@
-"""Whatever comes over gRPC or HTTP: an answer or an error, never a crash or a hang, and nobody else is disturbed."""
+"""Whatever comes over gRPC or HTTP is answered, by a result or an error, and nobody else is disturbed."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings

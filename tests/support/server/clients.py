@@ -21,7 +21,7 @@ from nanoflow_backend.serving.tensors import INPUTS
 
 NUMPY = {"STRING": np.object_, "BOOL": np.bool_, "INT32": np.int32}
 TYPES = {t.name: t.type for t in INPUTS}
-PATIENCE_S = 120  # nothing here takes long; a hang must not last for ever
+PATIENCE_S = 120  # nothing here takes longer
 
 
 def tensors(**inputs: Any) -> list[tritonclient.grpc.InferInput]:
@@ -41,7 +41,7 @@ class GrpcStream:
     ):
         self.responses: queue.Queue[Any] = queue.Queue()
         self.client = tritonclient.grpc.InferenceServerClient(url)
-        # Errors have their message only: the header that adds their code (triton_grpc_error) made this server abort.
+        # Errors have their message only: the header that adds their code (triton_grpc_error) is not for server 2.51.
         self.client.start_stream(lambda result, error: self.responses.put(error or result))
         self.client.async_stream_infer(
             model,

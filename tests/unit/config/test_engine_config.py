@@ -60,6 +60,9 @@ def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
         ({"queue_timeout_us": 0}, ["queue_timeout_us", ">= 1", "0"]),
         ({"priority_aging_s": -1}, ["priority_aging_s", ">= 0", "-1"]),
         ({"max_engine_restarts": -1}, ["max_engine_restarts", ">= 0", "-1"]),
+        ({"priority_aging_s": "nan"}, ["priority_aging_s", "finite number"]),
+        ({"dense_batch_tokens": 2**63}, ["dense_batch_tokens", "below 2147483648"]),
+        ({"max_model_tokens": 1}, ["max_model_tokens", ">= 2 or null"]),
         ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "(0, 1]", "1.5"]),
         ({"otlp_traces_endpoint": "collector:4317"}, ["otlp_traces_endpoint", "http(s) URL", "collector:4317"]),
         ({"load_format": "pickle"}, ["load_format", "pickle"]),
@@ -74,6 +77,35 @@ def test_what_is_wrong_in_engine_json_is_named(fields: dict[str, Any], words: li
     with pytest.raises(ConfigError) as error:
         EngineConfig.load(engine_json(tmp_path, **{"model": "m"} | fields))
     assert all(word in str(error.value) for word in ["engine.json", *words]), str(error.value)
+
+
+def test_all_faults_are_told_at_once_with_the_known_fields(tmp_path: Path) -> None:
+    fields = {"model": 3, "page_token": 4, "chunk": 5, "page_tokens": 0, "gpus": ["a"], "dtype": "int8", "seed": 2**63}
+    with pytest.raises(ConfigError) as error:
+        EngineConfig.load(engine_json(tmp_path, **fields))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'engine.json'}: 6 faults: Expected `str`, got `int` - at `$.model`; ")
+    for words in (
+        "Expected `int`, got `str` - at `$.gpus[0]`",
+        "Invalid enum value 'int8' - at `$.dtype`",
+        "Object contains unknown fields `page_token`, `chunk`; known are model, schedule, ",
+        "page_tokens: expected an integer >= 1 or null, below 2147483648, got 0",
+        "seed: expected an integer >= -9223372036854775808, below 9223372036854775808, got 9223372036854775808",
+    ):
+        assert words in message
+
+
+def test_rules_are_told_together_with_what_fields_say_of_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"^max_queue_size: .*got 0; gpus: expected 1 different ids.*; max_running: "):
+        EngineConfig(model="m", max_queue_size=0, gpus=(1, 1), dense_batch_tokens=8, max_running=9)
+
+
+@pytest.mark.parametrize("field", ["model", "schedule", "schedule_cache", "python"])
+def test_paths_that_no_file_can_have_are_refused(field: str, tmp_path: Path) -> None:
+    for path in ("a\0b.json", "x" * 300 + ".json", "x/" * 2100 + ".json"):
+        with pytest.raises(ConfigError, match=rf"{field}: expected a path of names up to 255 bytes"):
+            EngineConfig.load(engine_json(tmp_path, **{"model": "m", field: path}))
+    assert EngineConfig.load(engine_json(tmp_path, model="~nobody-of-that-name/m")).model.endswith("name/m")
 
 
 def test_what_is_left_open_is_settled_by_the_device() -> None:

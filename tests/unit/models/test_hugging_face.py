@@ -190,7 +190,7 @@ def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
         ),
         ({"dtype": "bfloat16"}, ["dtype 'bfloat16' and torch_dtype 'float16'"]),
         ({"num_key_value_heads": 0}, ["num_key_value_heads: expected an integer in 1..2147483647, got 0"]),
-        ({"head_dim": 0}, ["head_dim: expected an integer in 1..2147483647, got 0"]),
+        ({"head_dim": 0}, ["head_dim: expected an integer in 1..4096, got 0"]),
         ({"architectures": [["LlamaForCausalLM"]]}, ["architectures: expected one of"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
         ({"num_key_value_heads": 5}, ["num_attention_heads 32", "num_key_value_heads 5"]),

@@ -185,6 +185,15 @@ def test_tokens_of_an_older_folder(tmp_path: Path, names: dict[str, object], tex
         Tokenizer.from_pretrained(tmp_path)
 
 
+def test_a_tokenizer_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    file = llama3(tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["post_processor"]["processors"][1]["special_tokens"] = {}  # though the template before names one
+    file.write_text(json.dumps(content))
+    with pytest.raises(InvalidTokenizer, match=r"tokenizer\.json: not a valid tokenizer: it contradicts itself"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -194,10 +203,13 @@ def test_tokens_of_an_older_folder(tmp_path: Path, names: dict[str, object], tex
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: Expected `object`"),
         ("tokenizer_config.json", '{"bos_token": 1}', r"tokenizer_config\.json: Expected .*bos_token"),
         ("chat_template.jinja", "{% if %}", "chat template, line 1"),
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja: expected UTF-8"),
+        ("chat_template.jinja", "{{ " + "9" * 5000 + " }}", "chat template: cannot be compiled: Exceeds the limit"),
+        ("chat_template.jinja", "{% for a in b %}" * 40 + "{% endfor %}" * 40, "chat template: cannot be compiled"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, file: str, content: str, message: str) -> None:
-    (llama3(tmp_path) / file).write_text(content)
+def test_a_broken_file_is_named(tmp_path: Path, file: str, content: str | bytes, message: str) -> None:
+    (llama3(tmp_path) / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InvalidTokenizer, match=message):
         Tokenizer.from_pretrained(tmp_path)
 
