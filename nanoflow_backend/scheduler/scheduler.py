@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled, TokenLogprobs
+from nanoflow_backend.scheduler.deadlines import Deadlines
 from nanoflow_backend.scheduler.length_forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
@@ -66,7 +66,7 @@ class Scheduler:
         self.observer = Observer(clock, limits.dense_batch_tokens)
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
-        self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
+        self._deadlines = Deadlines()
         self._pending_deltas: list[Delta] = []  # last deltas of requests that ended between steps
         self._waiting = WaitingQueue()
         self._slots = Slots(limits.max_running)
@@ -107,9 +107,7 @@ class Scheduler:
         self._live[request.id] = sequences
         if not held:
             self._waiting.release(sequences[:1])
-        for deadline in (request.deadline, request.queue_deadline):
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, request.id))
+        self._deadlines.add(request)
 
     def release(self, request_id: int) -> None:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
@@ -202,16 +200,11 @@ class Scheduler:
         assert ids == live, f"requests are lost or in two places: {ids} and {live}"
 
     def _expire(self) -> None:
-        now = self._clock() if self._deadlines else 0.0
-        while self._deadlines and self._deadlines[0][0] <= now:
-            due, request_id = heapq.heappop(self._deadlines)
-            sequences = self._live.get(request_id)
-            if sequences is None:
-                continue
-            if sequences[0].deadline == due:  # not so where the id is in its second life
-                self.cancel(request_id, FinishReason.DEADLINE)
-            elif sequences[0].queue_deadline == due and not sequences[0].has_begun:
-                self.cancel(request_id, FinishReason.QUEUE_TIMEOUT)
+        if not self._deadlines:
+            return
+        for _, request_id, reason in self._deadlines.take_due(self._clock()):
+            if reason is FinishReason.DEADLINE or not self._live[request_id][0].has_begun:
+                self.cancel(request_id, reason)
 
     def _collect(self, sampled: Sampled) -> list[Delta]:
         """A delta for each token that a step sampled. Most of a step's thousand tokens take the fast path."""
@@ -257,6 +250,7 @@ class Scheduler:
         self._live[request_id] = [s for s in self._live[request_id] if s.index != index]
         if not self._live[request_id]:
             del self._live[request_id]
+            self._deadlines.forget(request_id)
 
     def _finish(self, s: Sequence, reason: FinishReason) -> Account:
         account = self.observer.ended(s, reason)
