@@ -1,4 +1,4 @@
-"""nanoflow bench offline: throughput with all requests queued at once."""
+"""`nanoflow bench offline` measures throughput with all requests queued at once."""
 
 from __future__ import annotations
 

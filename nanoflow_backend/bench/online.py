@@ -1,4 +1,4 @@
-"""nanoflow bench online: latency with a fixed number of requests in flight."""
+"""`nanoflow bench online` measures latency with a fixed number of requests in flight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoflow batch: a file of prompts to a file of completions, line for line."""
+"""`nanoflow batch` completes a file of prompts, line for line, and goes on where a run before it was cut off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoflow demo: the whole path once: server, model, gRPC stream, HTTP stream, and a clean end."""
+"""`nanoflow demo` walks the whole path once: server, model, a gRPC stream, an HTTP stream, and a clean end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StructuredOutputs: the form that a request's output must have, in vLLM's words."""
+"""StructuredOutputs is the form that a request's output must have, in vLLM's words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of the model: one table, from which config.pbtxt, auto-completion, parsing and responses derive.
+"""This table of the model's tensors is what config.pbtxt, auto-completion, parsing and responses derive from.
 
 Names and meanings are those of Triton's vLLM backend, so that its clients work unchanged; what is new here says so.
 

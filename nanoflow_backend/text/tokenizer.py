@@ -1,4 +1,4 @@
-"""Tokenizer: text <-> token ids of a Hugging Face model folder, through the `tokenizers` library alone."""
+"""Tokenizer turns text into token ids and back for a Hugging Face model folder, by the `tokenizers` library alone."""
 
 from __future__ import annotations
 
