@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 
 from nanoflow_backend.kvcache.tier import Tier
@@ -23,7 +23,7 @@ from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.scheduler.step_planner import StepPlanner
 from nanoflow_backend.scheduler.steps_in_flight import StepsInFlight
-from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue
+from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue, check_can_wait
 
 
 class Scheduler:
@@ -83,31 +83,36 @@ class Scheduler:
         self._finished = 0
         self._overshoot_tokens = 0
 
-    def add(self, request: Request, held: bool = False) -> None:
-        """Queue a request; one that is `held` is admitted after `release` only.
+    def add(self, *requests: Request, held: Collection[int] = ()) -> None:
+        """Queue requests, all of them or none; those whose ids are `held` are admitted after `release` only.
 
-        Its first sequence goes first: when that one's prompt is in the pages, the others share it.
+        The first sequence of each goes first: when that one's prompt is in the pages, the others share it.
 
         Raises:
-            InvalidRequest: it could never run; the message names the field and what was expected.
+            InvalidRequest: one of them could never run, or all together could never wait; the message names the field
+                and what was expected.
             QueueFull: too many are waiting.
         """
-        if request.id in self._live:
-            raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
-        params = request.params
-        if params.n > self._max_queue_size:
-            raise InvalidRequest(f"n: expected at most {self._max_queue_size} (max_queue_size), got {params.n}")
-        arrived_s = self._clock() if request.arrived_s is None else request.arrived_s
-        sequences = self._factory.make_sequences(request, arrived_s)
-        if self.queue_room < len(sequences):
-            raise QueueFull(self.waiting)
-        for s in sequences:
-            self.observer.arrived(s, arrived_s)
-            self._waiting.hold(s)
-        self._live[request.id] = sequences
-        if not held:
-            self._waiting.release(sequences[:1])
-        self._deadlines.add(request)
+        wanted = sum(request.params.n for request in requests)
+        check_can_wait(len(requests), wanted, self._max_queue_size)
+        now_s = self._clock()
+        sequences: dict[int, list[Sequence]] = {}
+        for request in requests:
+            if request.id in self._live or request.id in sequences:
+                raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
+            arrived_s = now_s if request.arrived_s is None else request.arrived_s
+            sequences[request.id] = self._factory.make_sequences(request, arrived_s)
+            for s in sequences[request.id]:
+                self.observer.arrived(s, arrived_s)
+        if wanted > self.queue_room:
+            raise QueueFull(self.waiting, self.queue_room, wanted)
+        for request in requests:
+            for s in sequences[request.id]:
+                self._waiting.hold(s)
+            if request.id not in held:
+                self._waiting.release(sequences[request.id][:1])
+            self._deadlines.add(request)
+        self._live |= sequences
 
     def release(self, request_id: int) -> None:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
