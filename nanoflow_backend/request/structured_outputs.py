@@ -69,7 +69,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
                 raise InvalidRequest(f"structured_outputs.{name}: not implemented; expected it not to be set")
         if isinstance(known.get("json"), Mapping | bool):
             try:
-                known["json"] = exact_json.encode(known["json"])
+                known["json"] = exact_json.dumps(known["json"])
             except InexactJson as error:
                 raise InvalidRequest(f"structured_outputs.json: expected a JSON schema: {error}") from None
         if known.get("json_object") in (False, "false"):
@@ -108,6 +108,6 @@ def decoded(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return exact_json.decode(value)
+        return exact_json.loads(value)
     except InexactJson as error:
         raise InvalidRequest(f"{name}: not valid JSON: {error}") from None

@@ -27,7 +27,7 @@ from nanoflow_backend.schedule.validate import describe
 Kernels = ModuleType | SimpleNamespace
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """A kernel on its tensors. `rows` are the outputs of this call alone: pages hold what earlier steps wrote too."""
 
     where: str
@@ -121,7 +121,7 @@ class Binding:
                 return FittedPlan(plan, tokens)
         raise ValueError(f"no plan for {tokens} tokens whose decodes read {decode_kv_tokens} tokens of the KV cache")
 
-    def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[Call]:
+    def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[KernelCall]:
         """Token ids [T] to the inputs of the first layer."""
         plan, tokens = fitted
         embedded = {
@@ -130,11 +130,11 @@ class Binding:
         }
         return self._bind_graph(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
 
-    def layers(self, fitted: FittedPlan) -> list[Call | None]:
+    def layers(self, fitted: FittedPlan) -> list[KernelCall | None]:
         """The call of each step; None where there is nothing to do."""
         plan, tokens = fitted
         ranges = plan.schedule.fit(tokens)
-        calls: list[Call | None] = []
+        calls: list[KernelCall | None] = []
         for layer, number in plan.steps:
             start, stop = ranges[number]
             launch, graph = plan.schedule.launches[number], plan.layers[layer]
@@ -156,11 +156,11 @@ class Binding:
         (plan, tokens), last = fitted, self.model.num_layers - 1
         return tuple(self._buffer_rows(plan, LayerValue(last, value), 0, tokens) for value in plan.layers[last].outputs)
 
-    def head(self, values: dict[str, Tensor]) -> list[Call]:
+    def head(self, values: dict[str, Tensor]) -> list[KernelCall]:
         """Rows of the results to logits; `values` has the head's inputs, and gets all that it computes."""
         return self._bind_graph(self.model.head, values)
 
-    def _bind_graph(self, graph: Graph, values: dict[str, Tensor]) -> list[Call]:
+    def _bind_graph(self, graph: Graph, values: dict[str, Tensor]) -> list[KernelCall]:
         """All of a graph on whole tensors. Outputs that are not among `values` are allocated."""
         rows = len(values[graph.inputs[0]])
         aliases = self._aliases(graph)
@@ -204,7 +204,7 @@ class Binding:
         where: str,
         prefix: str = "",
         sms: int | None = None,
-    ) -> Call:
+    ) -> KernelCall:
         implementation = self.collectives if operation.resource is Resource.NETWORK else self.kernels
         inputs = [value(name) for name in operation.inputs] + [self.weights[prefix + p] for p in operation.parameters]
         outputs = tuple(value(name) for name in operation.outputs)
@@ -216,7 +216,7 @@ class Binding:
             **({} if sms is None else {"num_sms": sms}),
         )
         rows = tuple(value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS)
-        return Call(where, run, rows)
+        return KernelCall(where, run, rows)
 
 
 def _split(model: Model, schedule: Schedule, ranks: int) -> tuple[Graph, ...]:

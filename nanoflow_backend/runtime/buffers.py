@@ -32,7 +32,7 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Uses:
+class ValueUses:
     """What each step of an unrolled schedule touches.
 
     Segment i is the tokens boundaries[i] .. boundaries[i + 1] - 1: no launch begins or ends inside one, so it is
@@ -67,7 +67,7 @@ def layer_value(graph: Graph, layer: int, value: str) -> LayerValue:
     return LayerValue(layer - 1, graph.carried[value]) if value in graph.carried else LayerValue(layer, value)
 
 
-def uses(layers: Sequence[Graph], schedule: Schedule, steps: list[tuple[int, int]]) -> Uses:
+def uses(layers: Sequence[Graph], schedule: Schedule, steps: list[tuple[int, int]]) -> ValueUses:
     """The reads and writes of `steps` (layer, launch number), without the inputs that are the same for every layer.
 
     `layers` are the graphs of all layers in order. A launch whose operation the layer does not have touches nothing.
@@ -91,7 +91,7 @@ def uses(layers: Sequence[Graph], schedule: Schedule, steps: list[tuple[int, int
         operation = graph[nano.operation]
         reads.append(tuple(use(layer, v, *rows_read(graph, v, nano)) for v in operation.inputs if v not in outside))
         writes.append(tuple(use(layer, v, nano.start, nano.stop) for v in operation.outputs))
-    return Uses(boundaries, tuple(reads), tuple(writes))
+    return ValueUses(boundaries, tuple(reads), tuple(writes))
 
 
 def plan_buffers(layers: Sequence[Graph], schedule: Schedule, aliases: Mapping[str, str] | None = None) -> BufferPlan:

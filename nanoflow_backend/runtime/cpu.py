@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan
+from nanoflow_backend.runtime.binding import Binding, FittedPlan, KernelCall
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in a model of 4 layers with 3 nano-batches
@@ -106,11 +106,11 @@ class CpuProgram:
     def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
         return [self._ready(call) if call else _nothing for call in self.binding.layers(plan)]
 
-    def _ready(self, call: Call) -> Callable[[], None]:
+    def _ready(self, call: KernelCall) -> Callable[[], None]:
         return partial(_checked, call) if self.checked else call.run
 
 
-def _checked(call: Call) -> None:
+def _checked(call: KernelCall) -> None:
     for output in call.rows:
         output.fill_(_poison(output.dtype))
     call.run()

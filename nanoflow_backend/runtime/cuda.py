@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan
+from nanoflow_backend.runtime.binding import Binding, BoundPlan, FittedPlan, KernelCall
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
@@ -160,7 +160,9 @@ class CudaProgram:
         for stream in streams.values():
             main.wait_event(stream.record_event())
 
-    def _attention_plans(self, plan: BoundPlan, calls: Sequence[Call | None]) -> dict[tuple[int, int], dict[str, Any]]:
+    def _attention_plans(
+        self, plan: BoundPlan, calls: Sequence[KernelCall | None]
+    ) -> dict[tuple[int, int], dict[str, Any]]:
         """By kind of layer and launch number, the keyword with attention's plan: the same in every layer of a kind."""
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for (layer, number), call in zip(plan.steps, calls, strict=True):

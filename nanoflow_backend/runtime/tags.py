@@ -24,7 +24,7 @@ class _Claim(NamedTuple):
 
 
 class RowTags:
-    """The holder of every buffer's rows, by segment (see Uses); rows of the pages are tagged like a buffer's.
+    """The holder of every buffer's rows, by segment (see ValueUses); rows of the pages are tagged like a buffer's.
 
     Tags see what the interleaving of a run shows; that no interleaving goes wrong is for `validate` to say.
     """

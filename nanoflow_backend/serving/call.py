@@ -73,7 +73,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         inputs = Inputs(tensors)
         sampling = "sampling_parameters" in inputs
         fields = _merge(
-            ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.decode) if sampling else {}),
+            ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
             ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
         )

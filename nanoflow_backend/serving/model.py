@@ -45,7 +45,7 @@ from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
-from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete
+from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete_config
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -65,7 +65,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        complete(config)
+        complete_config(config)
         return config
 
     def initialize(self, args: Mapping[str, str]) -> None:

@@ -85,7 +85,7 @@ INPUTS = (
 )
 
 
-def complete(config: Any) -> None:
+def complete_config(config: Any) -> None:
     """Fill in what a model configuration leaves out (the server's `ModelConfig`, for auto_complete_config).
 
     Raises:

@@ -141,7 +141,7 @@ def attention_model(num_layers: int) -> Model:
     q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2)
     attended = g.attention("attention", q, pages, batch)
     layer = g.build(residual, g.linear("o", attended, llama.o_parameter(g, shape)))
-    return Model(llama.embed(shape), (layer,), (0,) * num_layers, llama.head(shape))
+    return Model(llama.embedding(shape), (layer,), (0,) * num_layers, llama.lm_head(shape))
 
 
 def attention_schedules(graph: Graph) -> dict[str, Schedule]:
