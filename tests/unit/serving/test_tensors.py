@@ -7,7 +7,7 @@ import pytest
 from support.places import DEMO_MODEL, DROP_IN_FOLDER
 
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete
+from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete_config
 
 ENTRY = re.compile(r'\{ name: "(\w+)", data_type: TYPE_(\w+), dims: \[ ([-\d, ]+) \](, optional: true)? \}')
 
@@ -48,7 +48,7 @@ def test_config_pbtxt_spells_out_the_table():
 
 def test_auto_completion_adds_the_same():
     config = ModelConfig()
-    complete(config)
+    complete_config(config)
 
     def row(entry):
         return (entry["name"], entry["data_type"][5:], tuple(entry["dims"]), entry.get("optional", False))
@@ -60,7 +60,7 @@ def test_auto_completion_adds_the_same():
 
 def test_auto_completion_leaves_a_chosen_policy():
     config = ModelConfig(model_transaction_policy={"decoupled": False})
-    complete(config)
+    complete_config(config)
     assert config.policy is None
 
 
