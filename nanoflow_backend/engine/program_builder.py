@@ -36,6 +36,7 @@ class ProgramBuilder:
     """What a program is made of before there is memory for it: the model's graphs, schedules and kernels.
 
     Raises:
+        ConfigError: weights, or the KV cache or batch that is configured, do not fit.
         ScheduleError: the schedule does not fit the model or the device.
     """
 
@@ -54,6 +55,7 @@ class ProgramBuilder:
         if len(self.schedules) > 1:
             log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
         self.free_bytes = device.free_bytes() // (self.tp if device.kind == "cpu" else 1)  # before anything is loaded
+        check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, device.name)
 
     def build(self) -> tuple[Program, Tensor, int]:
         """The program, ready to run; the page table that it is to read in every step; its KV cache's size in pages.
@@ -76,11 +78,7 @@ class ProgramBuilder:
         return program, page_table, num_pages
 
     def load_weights(self) -> Mapping[str, Tensor]:
-        """This rank's part of every parameter of the model, by name (see Binding), on the device.
-
-        Nothing is read before it is known that weights fit, and beside them the KV cache if its size is given.
-        """
-        check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, self.device.name)
+        """This rank's part of every parameter of the model, by name (see Binding), on the device."""
         model, precision, device = self.model, self.precision, self.device.kind
         if self.config.load_format == "dummy":
             return weights.dummy(model, precision=precision, device=device)
