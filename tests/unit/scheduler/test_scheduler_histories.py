@@ -276,7 +276,7 @@ def run_histories(seeds: range, tiers: bool = False) -> Counter[str]:
 @pytest.mark.parametrize("first", range(0, HISTORIES, CHUNK))
 def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK))
-    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
+    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "together", "scored", "siblings")
     for event in (*FinishReason, *others):
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
 
