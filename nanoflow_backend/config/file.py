@@ -17,7 +17,7 @@ MOST_FILE_BYTES = 256 * 2**20  # of JSON; the largest tokenizer.json of today ha
 T = TypeVar("T")
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, most_bytes: int = MOST_FILE_BYTES) -> bytes:
     """A whole file of a model's folder. It may be a link, as in a cache of downloads.
 
     Raises:
@@ -26,8 +26,8 @@ def read_file(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: expected a file, got something else")
-        if (size := path.stat().st_size) > MOST_FILE_BYTES:
-            raise ConfigError(f"{path}: expected at most {MOST_FILE_BYTES} bytes, got {size}")
+        if (size := path.stat().st_size) > most_bytes:
+            raise ConfigError(f"{path}: expected at most {most_bytes} bytes, got {size}")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None

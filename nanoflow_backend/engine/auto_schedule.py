@@ -17,11 +17,14 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
-from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
+from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_backend.schedule.plan import ScheduleError
+from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
@@ -36,25 +39,32 @@ def find_auto_schedule(
 ) -> EngineConfig:
     """`config`; where its schedule is "auto", with the file in the cache of this model, device, group and workload.
 
-    Where there is none, and none can be found, the schedule is sequential; a line of the log says why.
+    A file that this engine could not run, such as one of another model, is replaced. Where there is none, and none can
+    be found, the schedule is sequential; a line of the log says why.
     """
     if config.schedule != AUTO:
         return config
-    path = _cached(config, device)
+    model = build(read_model_config(Path(config.model)), config.tensor_parallel)
+    path = _cached(config, device, model)
+    found = replace(config, schedule=str(path))
+    why = None
     try:
         with _alone(path):
-            why = None if _is_good(path) else _search(config, device, path, command, minutes)
-    except OSError as error:  # such as a cache that cannot be written
+            if path.exists() and (fault := _fault(found, device, model)):
+                log.warning("schedule auto: %s; searching again", fault)
+                path.unlink()
+            if not path.exists():
+                why = _search(config, device, path, command, minutes) or _fault(found, device, model)
+    except (OSError, ConfigError) as error:  # such as a cache that cannot be written
         why = str(error)
     if why is not None:
         log.warning("schedule auto: sequential, for %s", why)
         return replace(config, schedule="sequential")
     log.info("schedule auto: %s", path)
-    return replace(config, schedule=str(path))
+    return found
 
 
-def _cached(config: EngineConfig, device: Device) -> Path:
-    model = build(read_model_config(Path(config.model)), config.tensor_parallel)
+def _cached(config: EngineConfig, device: Device, model: Model) -> Path:
     precision = config.precision_on(device.kind)
     cache = config.schedule_cache or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanoflow", "schedules"
@@ -78,16 +88,18 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_good(path: Path) -> bool:
-    """The file is there, and of this version."""
+def _fault(config: EngineConfig, device: Device, model: Model) -> str | None:
+    """What is wrong with the file that is the configuration's schedule; None: this engine can run it.
+
+    Raises:
+        ConfigError: nothing is, but the configuration does not go with it: its steps are smaller than `max_running`.
+    """
     try:
-        if path.exists():
-            ScheduleFile.load(path)
-            return True
+        sized = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
+        find_schedules(sized.settle(device.kind), model, device.name, device.sms)
     except ScheduleError as error:
-        log.warning("schedule auto: %s; searching again", error)
-        path.unlink()
-    return False
+        return str(error)
+    return None
 
 
 def _search(config: EngineConfig, device: Device, path: Path, command: Sequence[str], minutes: float) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.sampling.constraints import Constraints, Masks
-from nanoflow_backend.sampling.grammar import Grammars
+from nanoflow_backend.sampling.grammar import Grammar, Grammars
 from nanoflow_backend.sampling.pending_grammars import PendingGrammars
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.limits import SchedulerLimits
@@ -104,23 +105,26 @@ class Engine:
         """The queue takes one more request, of so many sequences."""
         return self.scheduler.queue_room >= sequences
 
-    def add(self, request: Request) -> None:
-        """Queue a request; one with a grammar waits until that is compiled.
+    def add(self, *requests: Request) -> None:
+        """Queue requests, all of them or none; one with a grammar waits until that is compiled.
 
         Raises: InvalidRequest, InternalError, QueueFull.
         """
-        params = request.params
-        self._check_ids("prompt", request.prompt)
-        self._check_ids("logit_bias", params.logit_bias)
-        self._check_ids("allowed_token_ids", params.allowed_token_ids)
-        self._check_ids("bad_words_token_ids", list(chain.from_iterable(params.bad_words_token_ids)))
-        grammar = self.constraints.prepare(params)
-        held = grammar is not None and not grammar.done()  # asked once: it may be done in the next moment
-        if grammar is not None and not held:
-            grammar.result()
-        self.scheduler.add(request, held)
-        if grammar is not None and held:
-            self._pending.hold(request.id, grammar)
+        compiling: dict[int, Future[Grammar]] = {}
+        for request in requests:
+            params = request.params
+            self._check_ids("prompt", request.prompt)
+            self._check_ids("logit_bias", params.logit_bias)
+            self._check_ids("allowed_token_ids", params.allowed_token_ids)
+            self._check_ids("bad_words_token_ids", list(chain.from_iterable(params.bad_words_token_ids)))
+            grammar = self.constraints.prepare(params)
+            if grammar is not None and not grammar.done():  # asked once: it may be done in the next moment
+                compiling[request.id] = grammar
+            elif grammar is not None:
+                grammar.result()
+        self.scheduler.add(*requests, held=compiling)
+        for request_id, grammar in compiling.items():
+            self._pending.hold(request_id, grammar)
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
         """End a request, or one of its sequences, early; the last delta of each gives the reason.

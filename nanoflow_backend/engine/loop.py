@@ -88,12 +88,13 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
     while not stopping or engine.has_work:
         while parent.has_message() or not engine.has_work:
             match parent.receive(decoder):
-                case Submit(request):
-                    received += request.params.n
+                case Submit(requests):
+                    received += sum(request.params.n for request in requests)
                     try:
-                        engine.add(request)
+                        engine.add(*requests)
                     except (InvalidRequest, InternalError, QueueFull) as error:
-                        parent.send(refusal(request.id, error))
+                        for request in requests:
+                            parent.send(refusal(request.id, error))
                         parent.send(News([], queue(engine, received)))  # with nothing else to do no step brings it
                 case Cancel(request_id, reason, index):
                     engine.cancel(request_id, reason, index)

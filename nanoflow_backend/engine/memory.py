@@ -25,6 +25,14 @@ def check_room(config: SettledConfig, model: ModelConfig, weights_bytes: int, fr
             f"model: its weights take {weights_bytes / GIB:.2f} GiB in {config.dtype} on each of {ranks} ranks, but "
             f"{free}: free some, choose a narrower dtype, more ranks (tensor_parallel) or a smaller model"
         )
+    row_bytes = model.hidden_size * getattr(torch, config.precision.activations).itemsize
+    hidden_bytes = row_bytes * config.dense_batch_tokens  # of the several values of a step
+    if hidden_bytes > free_bytes - weights_bytes:
+        raise ConfigError(
+            f"dense_batch_tokens: the hidden states of {config.dense_batch_tokens} tokens alone take "
+            f"{hidden_bytes / GIB:.2f} GiB beside weights of {weights_bytes / GIB:.2f} GiB, but {free}: "
+            f"expected less than {(free_bytes - weights_bytes) // row_bytes}"
+        )
     kv_dtype = getattr(torch, config.precision.kv)
     page_bytes = kv_pages.page_bytes(model, config.page_tokens, kv_dtype, config.tensor_parallel)
     room_tokens = (free_bytes - weights_bytes) // page_bytes * config.page_tokens

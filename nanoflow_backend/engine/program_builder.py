@@ -36,15 +36,18 @@ class ProgramBuilder:
     """What a program is made of before there is memory for it: the model's graphs, schedules and kernels.
 
     Raises:
+        ConfigError: weights, or the KV cache or batch that is configured, do not fit.
         ScheduleError: the schedule does not fit the model or the device.
     """
 
     def __init__(self, settled: Settled, device: Device, rank: int = 0) -> None:
         self.config, self.model_config, self.device, self.rank = settled.config, settled.model_config, device, rank
+        self.max_model_tokens = settled.max_model_tokens
         self.tp, self.precision = self.config.tensor_parallel, self.config.precision
         self.kv_dtype = getattr(torch, self.precision.kv)
         self.model = build(self.model_config, self.tp)
         self.weights_bytes = weights.size_bytes(self.model, self.precision)
+        self.bytes_a_page = page_bytes(self.model_config, self.config.page_tokens, self.kv_dtype, self.tp)
         self.kernels = find_kernels(device)
         if self.kernels is not None:
             _log_implementations(self.model, self.kernels)
@@ -52,17 +55,17 @@ class ProgramBuilder:
         if len(self.schedules) > 1:
             log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
         self.free_bytes = device.free_bytes() // (self.tp if device.kind == "cpu" else 1)  # before anything is loaded
+        check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, device.name)
 
-    def build(self, page_table: Tensor) -> tuple[Program, int]:
-        """The program, ready to run, and the size of its KV cache in pages.
-
-        page_table: int32 [slots, pages of a request], on the device, where the program will read it in every step.
+    def build(self) -> tuple[Program, Tensor, int]:
+        """The program, ready to run; the page table that it is to read in every step; its KV cache's size in pages.
 
         Raises:
             ConfigError: too little memory, with the numbers and the settings to change.
         """
         try:
             loaded = self.load_weights()
+            page_table = self.make_page_table()
             num_pages = self.size_kv_cache(loaded, page_table)
             program = self.make_program(loaded, num_pages)
             program.warm_up(page_table)
@@ -72,14 +75,10 @@ class ProgramBuilder:
                 f"out of memory: lower dense_batch_tokens ({config.dense_batch_tokens}), kv_cache_tokens "
                 f"({config.kv_cache_tokens}) or gpu_memory_utilization ({config.gpu_memory_utilization}): {error}"
             ) from None
-        return program, num_pages
+        return program, page_table, num_pages
 
     def load_weights(self) -> Mapping[str, Tensor]:
-        """This rank's part of every parameter of the model, by name (see Binding), on the device.
-
-        Nothing is read before it is known that weights fit, and beside them the KV cache if its size is given.
-        """
-        check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, self.device.name)
+        """This rank's part of every parameter of the model, by name (see Binding), on the device."""
         model, precision, device = self.model, self.precision, self.device.kind
         if self.config.load_format == "dummy":
             return weights.dummy(model, precision=precision, device=device)
@@ -88,6 +87,21 @@ class ProgramBuilder:
             folder, self.model_config, model, rank=self.rank, tp=self.tp, precision=precision, device=device
         )
 
+    @property
+    def most_pages(self) -> int:
+        """Pages of the KV cache: as configured, or what weights leave of the free memory if there were no workspace."""
+        if self.config.kv_cache_tokens is not None:
+            return -(-self.config.kv_cache_tokens // self.config.page_tokens)
+        return (self.free_bytes - self.weights_bytes) // self.bytes_a_page
+
+    def make_page_table(self) -> Tensor:
+        """int32 [slots, pages of a request], on the device; a request has what model and KV cache hold, not more.
+
+        A model may have 2^26 positions: a table for them all would be larger than the cache it points into.
+        """
+        pages = min(-(-self.max_model_tokens // self.config.page_tokens), max(self.most_pages, 1))
+        return torch.zeros((self.config.max_running, pages), dtype=torch.int32, device=self.config.device)
+
     def size_kv_cache(self, loaded: Mapping[str, Tensor], page_table: Tensor) -> int:
         """The number of pages: as configured, or as many as fit beside weights and workspace.
 
@@ -95,11 +109,11 @@ class ProgramBuilder:
         """
         config = self.config
         if config.kv_cache_tokens is not None:
-            return -(-config.kv_cache_tokens // config.page_tokens)
+            return self.most_pages
         trial = self.make_program(loaded, num_pages=1)
         trial.fill(page_table)
-        bytes_a_page = page_bytes(self.model_config, config.page_tokens, self.kv_dtype, self.tp)
-        num_pages = self.device.free_bytes(config.gpu_memory_utilization) // bytes_a_page
+        measured = self.device.free_bytes(config.gpu_memory_utilization) // self.bytes_a_page
+        num_pages = min(measured, self.most_pages)  # others may have freed memory: the page table has no place for it
         del trial
         torch.cuda.empty_cache()
         if num_pages < 1:

@@ -55,15 +55,13 @@ class Worker:
         config, model_config = settled.config, settled.model_config
         self.device = find_device(config.device)
         self._torch_device = torch.device(config.device)
-        page_table_shape = (config.max_running, -(-settled.max_model_tokens // config.page_tokens))
-        self._page_table = torch.zeros(page_table_shape, dtype=torch.int32, device=self._torch_device)
+        builder = ProgramBuilder(settled, self.device, rank)  # first: it says what does not fit
         # The last sampled id of each slot: the next step reads its decode inputs here, the host sees them later.
         self._last_sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self._torch_device)
-        builder = ProgramBuilder(settled, self.device, rank)
         kernels, vocab_size = builder.kernels or reference_sampling, model_config.vocab_size
         self._sampler = Sampler(config.max_running, vocab_size, model_config.eos_token_ids, kernels, self._torch_device)
         self._scorer = PromptScorer(vocab_size, kernels, self._torch_device, config.max_running)
-        self.program, self.num_pages = builder.build(self._page_table)
+        self.program, self._page_table, self.num_pages = builder.build()
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
         """Embedding and layers on all T tokens."""

@@ -86,17 +86,20 @@ class EngineProcess:
     def pid(self) -> int:
         return self._running().pid
 
-    def check_room(self) -> None:
-        """Raises: QueueFull, where the engine would refuse a request: it says so itself only after its next step."""
+    def check_room(self, sequences: int = 1) -> None:
+        """Raises: QueueFull, where the engine would refuse so many: it says so itself only after its next step."""
         queue, submitted = self._queue, self._submitted
-        if queue is not None and submitted - queue.received >= queue.room:
-            raise QueueFull(queue.waiting + submitted - queue.received)
+        if queue is None:
+            return
+        coming = submitted - queue.received
+        if sequences > queue.room - coming:
+            raise QueueFull(queue.waiting + coming, max(0, queue.room - coming), sequences)
 
-    def submit(self, request: Request) -> None:
-        """Raises: EngineError when the process is gone."""
+    def submit(self, *requests: Request) -> None:
+        """The engine queues them all, or refuses each. Raises: EngineError when the process is gone."""
         with self._changing:
-            self._submitted += request.params.n
-        self._send(Submit(request))
+            self._submitted += sum(request.params.n for request in requests)
+        self._send(Submit(requests))
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
         """End a request, or one of its sequences, early: the last delta of each gives the reason.

@@ -20,7 +20,9 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    request: Request
+    """The prompts of one client's request: all of them are queued, or each is refused."""
+
+    requests: tuple[Request, ...]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -53,15 +53,15 @@ class Supervisor:
     def is_ready(self) -> bool:
         return self._down is None
 
-    def check_room(self) -> None:
-        """Raises: EngineError or QueueFull, where a request would be refused now."""
+    def check_room(self, sequences: int = 1) -> None:
+        """Raises: EngineError or QueueFull, where a request of so many would be refused now."""
         if self._down is not None:
             raise EngineError(self._down)
-        self._engine.check_room()
+        self._engine.check_room(sequences)
 
-    def submit(self, request: Request) -> None:
-        """Raises: EngineError."""
-        self._engine.submit(request)
+    def submit(self, *requests: Request) -> None:
+        """All of them or none. Raises: EngineError."""
+        self._engine.submit(*requests)
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED, index: int | None = None) -> None:
         """Raises: EngineError."""

@@ -17,6 +17,8 @@ from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 
 FORMAT_VERSION = 3  # 3: precision
+MOST_FILE_BYTES = 16 * 2**20  # what the search has written so far has some 12 kB
+MOST_PLANS = 32  # each is validated, bound to buffers and captured
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Measure = Annotated[float, msgspec.Meta(ge=0)]
@@ -82,7 +84,7 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     def load(cls, path: Path) -> ScheduleFile:
         """Raises: ScheduleError, naming the file and the place in it."""
         try:
-            content = read_file(path)
+            content = read_file(path, MOST_FILE_BYTES)
             version = msgspec.json.decode(content, type=_Versioned).header.format_version
             if version != FORMAT_VERSION:  # before keys that another version may have
                 raise ScheduleError(
@@ -124,6 +126,8 @@ class ScheduleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 def _check_order(plans: Sequence[Schedule]) -> None:
+    if len(plans) > MOST_PLANS:
+        raise ScheduleError(f"plans: expected at most {MOST_PLANS}, got {len(plans)}")
     order = [(plan.tokens, -plan.least_decode_kv_tokens) for plan in plans]
     if not order or order != sorted(set(order)):
         listed = ", ".join(f"{plan.tokens} ({plan.least_decode_kv_tokens})" for plan in plans)

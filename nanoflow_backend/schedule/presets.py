@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Group, Launch, Schedule, ScheduleError, Wait
-from nanoflow_backend.schedule.validate import describe
+from nanoflow_backend.schedule.validate import MOST_LAUNCHES, describe
 
 
 def sequential(graph: Graph, tokens: int) -> Schedule:
@@ -21,8 +21,9 @@ def sequential(graph: Graph, tokens: int) -> Schedule:
 def nano_batched(graph: Graph, tokens: int, parts: int, granularity: int = 1) -> Schedule:
     """`parts` nano-batches of nearly equal size; each resource is a lane, and lanes overlap where values let them."""
     grains = -(-tokens // granularity)
-    if not 1 <= parts <= grains:
-        raise ValueError(f"parts: expected 1..{grains} nano-batches of {tokens} tokens, got {parts}")
+    most = min(grains, MOST_LAUNCHES // len(graph.operations))
+    if not 1 <= parts <= most:
+        raise ValueError(f"parts: expected 1..{most} nano-batches of {tokens} tokens, got {parts}")
     boundaries = [min(grains * part // parts * granularity, tokens) for part in range(parts + 1)]
     launches = [
         Launch(operation=op.name, start=start, stop=stop, lane=op.resource.value)

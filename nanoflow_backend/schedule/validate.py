@@ -8,7 +8,11 @@ from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError
 
 ROUNDING = 1e-6  # of shares that are 1 together
-MOST_LAUNCHES = 4096  # of a layer; a plan of 16 nano-batches has some 200
+# A plan of 16 nano-batches has some 200 launches. What has certainly ended before a step is a bit mask of all steps, so
+# validation takes the square of them in bits: at most 64 MiB.
+MOST_LAUNCHES = 1024  # of a layer
+MOST_STEPS = 2**15  # launches of all layers
+MOST_WAITS = 2**17  # of all layers
 
 
 def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int | None = None) -> None:
@@ -19,8 +23,7 @@ def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int 
             granularity, every dependency (by token range, and through the KV pages) is ordered by lanes and waits,
             SM shares keep inside a declared partition, and groups hold every row and decode.
     """
-    if len(schedule.launches) > MOST_LAUNCHES:
-        raise ScheduleError(f"launches: expected at most {MOST_LAUNCHES}, got {len(schedule.launches)}")
+    _check_size(schedule, num_layers)
     for number, launch in enumerate(schedule.launches):
         _check_launch(number, launch, schedule, graph, num_layers)
     _check_coverage(schedule, graph)
@@ -31,6 +34,18 @@ def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int 
 
 def describe(number: int, launch: Launch) -> str:
     return f"launch {number} ({launch.operation} {launch.start}..{launch.stop})"
+
+
+def _check_size(schedule: Schedule, num_layers: int) -> None:
+    launches = len(schedule.launches)
+    if launches > MOST_LAUNCHES:
+        raise ScheduleError(f"launches: expected at most {MOST_LAUNCHES}, got {launches}")
+    waits = sum(len(launch.waits) for launch in schedule.launches)
+    for name, count, most in (("launches", launches, MOST_STEPS), ("waits", waits, MOST_WAITS)):
+        if count * num_layers > most:
+            raise ScheduleError(
+                f"{name}: expected at most {most} in all layers together, got {count} in each of {num_layers}"
+            )
 
 
 def _check_launch(number: int, launch: Launch, schedule: Schedule, graph: Graph, num_layers: int) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 
 from nanoflow_backend.kvcache.tier import Tier
@@ -13,6 +12,7 @@ from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled, TokenLogprobs
+from nanoflow_backend.scheduler.deadlines import Deadlines
 from nanoflow_backend.scheduler.length_forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
@@ -23,7 +23,7 @@ from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.scheduler.step_planner import StepPlanner
 from nanoflow_backend.scheduler.steps_in_flight import StepsInFlight
-from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue
+from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue, check_can_wait
 
 
 class Scheduler:
@@ -66,7 +66,7 @@ class Scheduler:
         self.observer = Observer(clock, limits.dense_batch_tokens)
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
-        self._deadlines: list[tuple[float, int]] = []  # a heap of (deadline, request id); an ended one stays until due
+        self._deadlines = Deadlines()
         self._pending_deltas: list[Delta] = []  # last deltas of requests that ended between steps
         self._waiting = WaitingQueue()
         self._slots = Slots(limits.max_running)
@@ -83,33 +83,36 @@ class Scheduler:
         self._finished = 0
         self._overshoot_tokens = 0
 
-    def add(self, request: Request, held: bool = False) -> None:
-        """Queue a request; one that is `held` is admitted after `release` only.
+    def add(self, *requests: Request, held: Collection[int] = ()) -> None:
+        """Queue requests, all of them or none; those whose ids are `held` are admitted after `release` only.
 
-        Its first sequence goes first: when that one's prompt is in the pages, the others share it.
+        The first sequence of each goes first: when that one's prompt is in the pages, the others share it.
 
         Raises:
-            InvalidRequest: it could never run; the message names the field and what was expected.
+            InvalidRequest: one of them could never run, or all together could never wait; the message names the field
+                and what was expected.
             QueueFull: too many are waiting.
         """
-        if request.id in self._live:
-            raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
-        params = request.params
-        if params.n > self._max_queue_size:
-            raise InvalidRequest(f"n: expected at most {self._max_queue_size} (max_queue_size), got {params.n}")
-        arrived_s = self._clock() if request.arrived_s is None else request.arrived_s
-        sequences = self._factory.make_sequences(request, arrived_s)
-        if self.queue_room < len(sequences):
-            raise QueueFull(self.waiting)
-        for s in sequences:
-            self.observer.arrived(s, arrived_s)
-            self._waiting.hold(s)
-        self._live[request.id] = sequences
-        if not held:
-            self._waiting.release(sequences[:1])
-        for deadline in (request.deadline, request.queue_deadline):
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, request.id))
+        wanted = sum(request.params.n for request in requests)
+        check_can_wait(len(requests), wanted, self._max_queue_size)
+        now_s = self._clock()
+        sequences: dict[int, list[Sequence]] = {}
+        for request in requests:
+            if request.id in self._live or request.id in sequences:
+                raise InvalidRequest(f"id: expected one that is not in use, got {request.id}")
+            arrived_s = now_s if request.arrived_s is None else request.arrived_s
+            sequences[request.id] = self._factory.make_sequences(request, arrived_s)
+            for s in sequences[request.id]:
+                self.observer.arrived(s, arrived_s)
+        if wanted > self.queue_room:
+            raise QueueFull(self.waiting, self.queue_room, wanted)
+        for request in requests:
+            for s in sequences[request.id]:
+                self._waiting.hold(s)
+            if request.id not in held:
+                self._waiting.release(sequences[request.id][:1])
+            self._deadlines.add(request)
+        self._live |= sequences
 
     def release(self, request_id: int) -> None:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
@@ -202,16 +205,11 @@ class Scheduler:
         assert ids == live, f"requests are lost or in two places: {ids} and {live}"
 
     def _expire(self) -> None:
-        now = self._clock() if self._deadlines else 0.0
-        while self._deadlines and self._deadlines[0][0] <= now:
-            due, request_id = heapq.heappop(self._deadlines)
-            sequences = self._live.get(request_id)
-            if sequences is None:
-                continue
-            if sequences[0].deadline == due:  # not so where the id is in its second life
-                self.cancel(request_id, FinishReason.DEADLINE)
-            elif sequences[0].queue_deadline == due and not sequences[0].has_begun:
-                self.cancel(request_id, FinishReason.QUEUE_TIMEOUT)
+        if not self._deadlines:
+            return
+        for _, request_id, reason in self._deadlines.take_due(self._clock()):
+            if reason is FinishReason.DEADLINE or not self._live[request_id][0].has_begun:
+                self.cancel(request_id, reason)
 
     def _collect(self, sampled: Sampled) -> list[Delta]:
         """A delta for each token that a step sampled. Most of a step's thousand tokens take the fast path."""
@@ -257,6 +255,7 @@ class Scheduler:
         self._live[request_id] = [s for s in self._live[request_id] if s.index != index]
         if not self._live[request_id]:
             del self._live[request_id]
+            self._deadlines.forget(request_id)
 
     def _finish(self, s: Sequence, reason: FinishReason) -> Account:
         account = self.observer.ended(s, reason)

@@ -33,8 +33,6 @@ class Sequence:
     params: SamplingParams  # with a seed
     effective_arrival_s: float  # of the scheduler's clock: its arrival, later by what its priority costs
     arrival_number: int  # counts all sequences
-    deadline: float | None
-    queue_deadline: float | None
     prompt_tokens: int
     max_total_tokens: int  # prompt and output, by max_tokens and by what the model and the cache can hold
     stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own

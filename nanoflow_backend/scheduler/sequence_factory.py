@@ -57,8 +57,6 @@ class SequenceFactory:
             params=params,
             effective_arrival_s=arrived_s + request.priority * self._priority_aging_s,
             arrival_number=self._arrivals,
-            deadline=request.deadline,
-            queue_deadline=request.queue_deadline,
             prompt_tokens=prompt_tokens,
             # nobody reads K and V of the last token: it needs no room in the cache
             max_total_tokens=min(prompt_tokens + params.max_tokens, self._max_model_tokens, self._cache_tokens + 1),

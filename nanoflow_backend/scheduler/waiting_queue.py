@@ -6,14 +6,25 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.sequence import Sequence, State, service_order
 
 
 class QueueFull(RuntimeError):
     """The server is saturated: the client may come back later."""
 
-    def __init__(self, waiting: int) -> None:
-        super().__init__(f"{waiting} requests are waiting, as many as max_queue_size allows: try again later")
+    def __init__(self, waiting: int, room: int = 0, wanted: int = 1) -> None:
+        """`room` sequences could still come, too few for the `wanted` of one request."""
+        full = "as many as max_queue_size allows: try again later"
+        partly = f"and max_queue_size leaves room for {room} more, too few for {wanted} at once: try again later"
+        super().__init__(f"{waiting} requests are waiting, {partly if room else full}")
+
+
+def check_can_wait(prompts: int, sequences: int, max_queue_size: int) -> None:
+    """Raises: InvalidRequest, where a request has more `sequences`, of all its prompts together, than may ever wait."""
+    if sequences > max_queue_size:
+        name = "n" if prompts == 1 else "prompts x n"
+        raise InvalidRequest(f"{name}: expected at most {max_queue_size} (max_queue_size), got {sequences}")
 
 
 class WaitingQueue:

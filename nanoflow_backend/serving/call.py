@@ -10,6 +10,7 @@ import numpy as np
 
 from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.waiting_queue import check_can_wait
 from nanoflow_backend.serving.inputs import Inputs
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 from nanoflow_backend.text.bad_words import encode_bad_words
@@ -17,6 +18,7 @@ from nanoflow_backend.text.tokenizer import Tokenizer
 
 ALL_OUTPUTS = frozenset(tensor.name for tensor in OUTPUTS)
 PROMPTS = ("text_input", "prompts", "input_ids", "messages")
+SEVERAL = ("prompts", "input_lengths")  # an element for each prompt
 
 # Request parameters that belong to the server or to what stands before it, not to sampling: the client's request id
 # (curl users' "id" arrives as a parameter too), headers that the server was told to forward, and protocol switches.
@@ -52,6 +54,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         tokenizer: Tokenizer | None,
         vocab_size: int,
         max_queue_us: int = 0,
+        max_queue_size: int = 4096,
     ) -> list[Call]:
         """Understand a request: a call for each of its prompts.
 
@@ -62,6 +65,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             requested: names of the outputs that the client wants; all of them where it names none.
             vocab_size: of the model; ids of `input_ids` are below it.
             max_queue_us: no request may wait longer, whatever it says; 0 is no limit.
+            max_queue_size: sequences of one request, `n` of each prompt; more could never wait.
 
         Raises:
             InvalidRequest: the message names the field and what was expected.
@@ -80,9 +84,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         queue_timeout_us = min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
         params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
+        num_prompts = max((inputs.flat(name).size for name in SEVERAL if name in inputs), default=1)
+        check_can_wait(num_prompts, num_prompts * params.n, max_queue_size)  # before any text becomes tokens
         params = encode_bad_words(params, tokenizer)
         prompts = _prompts(inputs, tokenizer, vocab_size)
-        is_batch = "prompts" in inputs or "input_lengths" in inputs
+        is_batch = any(name in inputs for name in SEVERAL)
         stream = inputs.flag("stream") or False
         exclude = inputs.flag("exclude_input_in_output")
         outputs = _outputs(inputs, requested, tokenizer, is_batch)

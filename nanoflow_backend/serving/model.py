@@ -41,7 +41,7 @@ from nanoflow_backend.serving.failure import Code, Failure, without_words
 from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
-from nanoflow_backend.serving.reply import Channel, Reply
+from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
@@ -88,7 +88,7 @@ class TritonPythonModel:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
-        self._max_queue_us = config.queue_timeout_us or 0
+        self._max_queue_us, self._max_queue_size = config.queue_timeout_us or 0, config.max_queue_size
         endpoint = config.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
         self._engine = Supervisor(
@@ -169,8 +169,8 @@ class TritonPythonModel:
         return functools.partial(self._parse, tensors, parameters, outputs)
 
     def _parse(self, tensors: Arrays, parameters: Mapping[str, Any], outputs: Collection[str]) -> list[Call]:
-        vocab_size = self._ready.vocab_size
-        calls = Call.parse(tensors, parameters, outputs, self._tokenizer, vocab_size, self._max_queue_us)
+        tokenizer, vocab_size, longest_us = self._tokenizer, self._ready.vocab_size, self._max_queue_us
+        calls = Call.parse(tensors, parameters, outputs, tokenizer, vocab_size, longest_us, self._max_queue_size)
         if calls[0].stream and not self._streams:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
         return calls
@@ -181,31 +181,31 @@ class TritonPythonModel:
         channel.fail(failure)
 
     def _submit_prompts(self, channel: ServerChannel, arrived_s: float, context: str | None, calls: list[Call]) -> None:
+        """All or none of them. Whatever it raises, nothing was sent then. `context`: of the server's trace."""
+        self._engine.check_room(sum(call.params.n for call in calls))
         is_batch = calls[0].batch_index is not None
         channels = PromptFanIn(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
-        for call, own_channel in zip(calls, channels, strict=True):
-            self._submit_prompt(call, own_channel, arrived_s, context)
-
-    def _submit_prompt(self, call: Call, channel: Channel, arrived_s: float, context: str | None) -> None:
-        """Never raises: what fails here is answered. `context`: of the server's trace."""
-        request_id = next(self._ids)
-        trace = self._tracer.request(context, arrived_s) if self._tracer else None
-        cancel = functools.partial(self._cancel, request_id)
+        requests = [self._request(call, arrived_s) for call in calls]
         try:
-            self._senders.add(request_id, Reply(call, channel, self._tokenizer, cancel, trace))
+            for request, call, own_channel in zip(requests, calls, channels, strict=True):
+                trace = self._tracer.request(context, arrived_s) if self._tracer else None
+                cancel = functools.partial(self._cancel, request.id)
+                self._senders.add(request.id, Reply(call, own_channel, self._tokenizer, cancel, trace))
         except Failure as closed:
             self._metrics.refused(REFUSED[closed.code])
-            channel.fail(closed)
+            channels[0].fail(closed)  # it is one failure, whoever tells of it first
             return
+        try:
+            self._engine.submit(*requests)
+        except Exception as error:
+            # The replies are on their senders' hands, and news of the engine's death may have come first.
+            for request in requests:
+                self._senders.fail(request.id, _failure(error))
+
+    def _request(self, call: Call, arrived_s: float) -> Request:
         timeouts_us = call.timeout_us, call.queue_timeout_us
         deadline, queue_deadline = (arrived_s + us / 1e6 if us else None for us in timeouts_us)
-        try:
-            self._engine.submit(
-                Request(request_id, call.prompt, call.params, call.priority, deadline, queue_deadline, arrived_s)
-            )
-        except Exception as error:
-            # The reply is on its sender's hands, and news of the engine's death may have come first.
-            self._senders.fail(request_id, _failure(error))
+        return Request(next(self._ids), call.prompt, call.params, call.priority, deadline, queue_deadline, arrived_s)
 
     def _cancel_named(self, client_id: str) -> int:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, auto_schedule
 from nanoflow_backend.engine.auto_schedule import COMMAND, find_auto_schedule
+from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
-from nanoflow_backend.schedule.file import ScheduleFile
+from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
+from nanoflow_backend.schedule.presets import sequential
 
 GPU = Device("cuda", "synthetic H200-sustained", 132)
 SYNTHETIC = (*COMMAND, "--device", "synthetic")
@@ -58,7 +62,7 @@ def test_what_is_found_is_kept(auto: EngineConfig, caplog: pytest.LogCaptureFixt
 
 
 def test_other_workloads_sizes_devices_and_precisions_are_other_files(auto: EngineConfig, tmp_path: Path) -> None:
-    command = script(tmp_path, "import sys; open(sys.argv[sys.argv.index('--out') + 1], 'w').write(' '.join(sys.argv))")
+    command = script(tmp_path, f"import sys; print(*sys.argv[1:], file=open({str(tmp_path / 'asked')!r}, 'a'))")
     arms = {
         auto: GPU,
         EngineConfig(**{**fields(auto), "schedule_workload": "9/9"}): GPU,
@@ -66,9 +70,10 @@ def test_other_workloads_sizes_devices_and_precisions_are_other_files(auto: Engi
         EngineConfig(**{**fields(auto), "seed": 1}): Device("cuda", "NVIDIA H100", 132),
         EngineConfig(**{**fields(auto), "dtype": "float16"}): GPU,
     }
-    paths = [Path(find_auto_schedule(config, device, command=command).schedule) for config, device in arms.items()]
-    assert len(set(paths)) == 5
-    asked = [path.read_text().split()[1:] for path in paths]
+    for config, device in arms.items():
+        find_auto_schedule(config, device, command=command)
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    assert len({arguments[arguments.index("--out") + 1] for arguments in asked}) == 5
     assert "--dense-batch-tokens" not in asked[2]
     for arguments in asked:
         assert arguments[:4] == ["--model", auto.model, "--tp", "1"]
@@ -115,14 +120,76 @@ def test_a_cache_that_cannot_be_written_is_no_reason_not_to_serve(
     assert "sequential, for [Errno" in caplog.text
 
 
-def test_a_file_of_another_version_is_found_again(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
-    path = Path(find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule)
-    content = path.read_text()
-    path.write_text(content.replace('"format_version": 3', '"format_version": 1'))
-    assert find_auto_schedule(auto, GPU, command=SYNTHETIC).schedule == str(path)
-    assert "format version 1, this engine reads 3" in caplog.text
-    assert "searching again" in caplog.text
-    assert path.read_text() == content
+@pytest.fixture
+def whole(model: Path, auto: EngineConfig, tmp_path: Path) -> Path:
+    """A file that an engine on GPU can run."""
+    graphs = build(read_model_config(model))
+    header = Header(
+        model_fingerprint=fingerprint(*graphs.layers),
+        precision=auto.precision_on("cuda"),
+        device=GPU.name,
+        device_sms=GPU.sms,
+        tensor_parallel=1,
+        dense_batch_tokens=256,
+    )
+    path = tmp_path / "whole.json"
+    ScheduleFile(header=header, plans=(sequential(graphs.layer, 256),)).save(path)
+    return path
+
+
+def finds(tmp_path: Path, file: Path) -> tuple[str, ...]:
+    """A search that ends with this file."""
+    return script(tmp_path, f"import shutil, sys; shutil.copy({str(file)!r}, sys.argv[sys.argv.index('--out') + 1])")
+
+
+FAULTS: dict[str, tuple[Callable[[str], str], str]] = {
+    "another version": (
+        lambda text: text.replace('"format_version": 3', '"format_version": 1'),
+        "format version 1, this engine reads 3",
+    ),
+    "another model": (
+        lambda text: re.sub(r'"model_fingerprint": "\w+"', '"model_fingerprint": "0123456789abcdef"', text),
+        "made for something else: model_fingerprint is '0123456789abcdef' in the file",
+    ),
+    "another device": (
+        lambda text: text.replace(GPU.name, "NVIDIA H100"),
+        "made for something else: device is 'NVIDIA H100' in the file",
+    ),
+    "invalid": (lambda text: text.replace('"stop": 256', '"stop": 255', 1), "tokens 255..256 are never computed"),
+    "cut": (lambda text: text[:-9], "Input data was truncated"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "why"), FAULTS.values(), ids=FAULTS)
+def test_a_file_that_could_not_run_is_found_again(
+    auto: EngineConfig, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture, spoil, why: str
+) -> None:
+    path = Path(find_auto_schedule(auto, GPU, command=finds(tmp_path, whole)).schedule)
+    path.write_text(spoil(path.read_text()))
+    assert path.read_bytes() != whole.read_bytes()
+    assert find_auto_schedule(auto, GPU, command=finds(tmp_path, whole)).schedule == str(path)
+    assert path.read_bytes() == whole.read_bytes()
+    assert re.search(f"schedule auto: .*{re.escape(why)}.*; searching again", caplog.text)
+
+
+@pytest.mark.parametrize(("spoil", "why"), FAULTS.values(), ids=FAULTS)
+def test_a_search_that_finds_what_cannot_run_is_no_reason_not_to_serve(
+    auto: EngineConfig, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture, spoil, why: str
+) -> None:
+    spoilt = tmp_path / "spoilt.json"
+    spoilt.write_text(spoil(whole.read_text()))
+    assert find_auto_schedule(auto, GPU, command=finds(tmp_path, spoilt)).schedule == "sequential"
+    assert re.search(f"schedule auto: sequential, for .*{re.escape(why)}", caplog.text)
+
+
+def test_a_file_of_smaller_steps_than_must_run_is_left_to_others(
+    auto: EngineConfig, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = EngineConfig(**{**fields(auto), "dense_batch_tokens": None, "max_running": 512})
+    for command in (finds(tmp_path, whole), ("/nowhere/search",)):
+        caplog.clear()
+        assert find_auto_schedule(wide, GPU, command=command).schedule == "sequential"
+        assert "sequential, for max_running: expected at most dense_batch_tokens (256)" in caplog.text
 
 
 def test_engines_that_load_together_search_once(auto: EngineConfig, tmp_path: Path) -> None:

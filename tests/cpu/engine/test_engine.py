@@ -99,7 +99,7 @@ def test_an_interrupted_step_is_an_error_and_no_endless_loop(model, prompts, mon
     [
         ({"max_model_tokens": 10**6}, "max_model_tokens: expected at most 512"),
         ({"schedule": "fastest"}, "schedule fastest: expected sequential, nano-batched-N"),
-        ({"schedule": "nano-batched-600"}, "schedule nano-batched-600: parts: expected 1..512"),
+        ({"schedule": "nano-batched-600"}, "schedule nano-batched-600: parts: expected 1..102"),
         ({"page_size": 16}, "unknown field `page_size`"),
         (
             {"kv_cache_tokens": 10**12},

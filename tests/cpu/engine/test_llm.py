@@ -1,6 +1,8 @@
 """LLM: prompts and parameters that do not fit together, prompts that are refused, streams that are given up."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,16 @@ def test_prompts_and_params_that_do_not_match_are_refused(model, prompts, params
     llm = LLM.from_pretrained(model)
     with pytest.raises(InvalidRequest, match=message):
         llm.generate(prompts, params)
+
+
+def test_a_model_of_endless_positions_is_held_to_what_the_kv_cache_holds(model, prompts, tmp_path):
+    """2^31 - 1 positions in 512 slots: an entry for each of their pages would be 256 GiB."""
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**31 - 1}))
+    long = SamplingParams(max_tokens=10**6, temperature=0.0, ignore_eos=True)
+    (bounded, endless) = (
+        LLM.from_pretrained(folder, kv_cache_tokens=128).generate(prompts[:4], long) for folder in (model, tmp_path)
+    )
+    assert [c.token_ids for c in endless] == [c.token_ids for c in bounded]
+    assert {c.num_input_tokens + len(c.token_ids) for c in endless} == {128 + 1}

@@ -72,10 +72,29 @@ def test_no_room_for_a_page_is_refused_with_the_setting_to_change(settled: Settl
 
 def test_a_given_size_is_rounded_up_to_pages_and_tries_nothing(settled: Settled, trials: list[int]) -> None:
     given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config, settled.max_model_tokens)
-    program, pages = ProgramBuilder(given, Device("cpu", "cpu", None)).build(torch.zeros(4, 4, dtype=torch.int32))
-    assert (pages, trials) == (3, [])
+    program, page_table, pages = ProgramBuilder(given, Device("cpu", "cpu", None)).build()
+    assert (page_table.shape, pages, trials) == ((32, 3), 3, [])
     assert isinstance(program, CpuProgram)
     assert program.binding.kv.num_pages == 3
+
+
+def test_the_page_table_is_no_longer_than_the_kv_cache_can_be(settled: Settled) -> None:
+    """A model of 2^40 positions: no machine has room for a table of them all."""
+    endless = Settled(settled.config, settled.model_config, 2**40)
+    configured = ProgramBuilder(endless, Device("cpu", "cpu", None))
+    assert configured.make_page_table().shape == (32, 65536 // settled.config.page_tokens)
+    measured = builder(endless, 10**8)
+    bytes_a_page = page_bytes(settled.model_config, settled.config.page_tokens, torch.float32)
+    assert measured.make_page_table().shape == (32, (10**8 - measured.weights_bytes) // bytes_a_page)
+    assert builder(settled, 10**9).make_page_table().shape == (32, -(-settled.max_model_tokens // 16))
+
+
+def test_no_more_pages_are_taken_than_the_page_table_has_place_for(settled: Settled, trials: list[int]) -> None:
+    """Another process of the GPU ends between the two measurements."""
+    made = builder(settled, 2 * WORKSPACE_BYTES)
+    made.free_bytes = made.weights_bytes + 5 * made.bytes_a_page
+    table = made.make_page_table()
+    assert (made.size_kv_cache(made.load_weights(), table), table.shape[1]) == (5, 5)
 
 
 def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, monkeypatch: pytest.MonkeyPatch) -> None:

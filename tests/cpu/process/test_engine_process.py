@@ -141,6 +141,25 @@ def test_a_full_queue_is_known_before_the_engine_says_so(model, prompts):
     client.process.stop()
 
 
+def test_requests_that_are_submitted_together_run_or_are_refused_together(model, prompts):
+    client = Client(config(model, max_running=1, max_queue_size=3))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    client.process.submit(Request(0, prompts[0], long), Request(1, prompts[1], long))
+    client.wait_for(lambda: 0 in client.tokens)  # it runs, and one waits
+    with pytest.raises(QueueFull, match="1 requests are waiting, and max_queue_size leaves room for 2 more, too few"):
+        client.process.check_room(3)
+    client.process.submit(*(Request(number, prompts[number], GREEDY) for number in (2, 3, 4)))
+    client.process.submit(Request(5, prompts[5], GREEDY), Request(6, [7] * 9999, GREEDY))
+    client.wait_for(lambda: client.refused.keys() == {2, 3, 4, 5, 6})
+    assert client.refused[5] == client.refused[6]
+    client.process.submit(*(Request(number, prompts[number], GREEDY) for number in (7, 8)))
+    for number in (0, 1):
+        client.process.cancel(number)
+    client.wait_for(lambda: client.finished.keys() == {0, 1, 7, 8})
+    client.process.stop()
+
+
 def test_refused_requests_take_no_room(model, prompts):
     client = Client(config(model, max_running=1, max_queue_size=1))
     client.process.start()

@@ -26,6 +26,10 @@ MALFORMED = {
     "id too high": ({"input_ids": [1, 99999]}, r"input_ids: expected ids in 0\.\.\d+, got 1\.\.99999"),
     "id negative": ({"input_ids": [-1]}, "input_ids: expected ids in .* got -1"),
     "too long": ({"input_ids": [5] * 5000}, "prompt: expected at most 4095 tokens .* got 5000"),
+    "more than can wait": (
+        {"prompts": ["a"] * 2049, "n": 2},
+        r"prompts x n: expected at most 4096 \(max_queue_size\), got 4098",
+    ),
     "prompt in a stream": (
         {**A, "stream": True, "exclude_input_in_output": False},
         "exclude_input_in_output: expected true, or nothing, when streaming",

@@ -4,6 +4,7 @@ import numpy as np
 
 from nanoflow_backend.process.messages import News, Queue, Ready
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
 
@@ -19,19 +20,23 @@ class FakeEngine:
         self.say = lambda *deltas: callbacks.on_news(News(list(deltas), Queue(0, 9, 0)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
         self.full, self.is_ready = None, True
+        self.room, self.submissions = 10**6, []
         FakeEngine.latest = self
 
     def start(self):
         return READY
 
-    def check_room(self):
+    def check_room(self, sequences=1):
         if self.full:
             raise self.full
+        if sequences > self.room:
+            raise QueueFull(0, self.room, sequences)
 
-    def submit(self, request):
+    def submit(self, *requests):
         if self.broken:
             raise self.broken
-        self.requests.append(request)
+        self.submissions.append(len(requests))
+        self.requests += requests
 
     def cancel(self, request_id, reason, index=None):
         self.cancelled.append(request_id)

@@ -30,11 +30,11 @@ class Process:
             raise EngineError(self.start_)
         return READY
 
-    def check_room(self):
+    def check_room(self, sequences):
         pass
 
-    def submit(self, request):
-        self.requests.append(request)
+    def submit(self, *requests):
+        self.requests += requests
 
     def stop(self):
         self.stopped.set()

@@ -17,7 +17,7 @@ from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.model import build
-from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
+from nanoflow_backend.schedule.file import MOST_PLANS, Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
@@ -200,11 +200,12 @@ def test_the_fingerprint_sees_operations_widths_and_shapes() -> None:
     ("change", "complaint"),
     [
         (lambda plan: plan["launches"][0].update(layers_ahead=10**12), "layers_ahead is 1000000000000, expected 0.."),
-        (lambda plan: plan.update(launches=plan["launches"] * 1000), "launches: expected at most 4096"),
+        (lambda plan: plan.update(launches=plan["launches"] * 1000), "launches: expected at most 1024"),
+        (lambda plan: plan["launches"][0].update(waits=[[0, 0]] * 10**5), "waits: expected at most 131072 in all"),
         (lambda plan: plan.update(tokens=10**15), "are never computed"),
         (lambda plan: plan["launches"][0].update(waits=[[10**12, 0]]), "there is no launch 1000000000000"),
     ],
-    ids=["layers ahead", "launches", "tokens", "waits"],
+    ids=["layers ahead", "launches", "waits in all", "tokens", "waits"],
 )
 def test_a_file_that_would_run_for_ever_is_refused_at_once(tmp_path: Path, change: Any, complaint: str) -> None:
     path = saved(tmp_path / "plans.json")
@@ -217,11 +218,29 @@ def test_a_file_that_would_run_for_ever_is_refused_at_once(tmp_path: Path, chang
         find_schedules(configured(path), MODEL, "cpu")
 
 
+def test_what_would_take_gigabytes_to_validate_is_refused_by_its_size() -> None:
+    """The memory goes with the square of the launches of all layers."""
+    deep = build(config("llama", num_layers=4000), 2)
+    with pytest.raises(ScheduleError, match="launches: expected at most 32768 in all layers together, got 10 in"):
+        find_schedules(configured("sequential"), deep)
+    with pytest.raises(ScheduleError, match=r"parts: expected 1\.\.102 nano-batches of 4096 tokens, got 4000"):
+        find_schedules(configured("nano-batched-4000", 4096), MODEL)
+    assert len(find_schedules(configured("nano-batched-102", 4096), MODEL)[0].launches) == 1020
+
+
+def test_a_file_has_a_bounded_number_of_plans() -> None:
+    plans = tuple(sequential(MODEL.layer, tokens) for tokens in range(1, MOST_PLANS + 2))
+    header = replace(HEADER, dense_batch_tokens=1)
+    assert len(ScheduleFile(header=header, plans=plans[:MOST_PLANS]).plans) == MOST_PLANS
+    with pytest.raises(ScheduleError, match=f"plans: expected at most {MOST_PLANS}, got {MOST_PLANS + 1}"):
+        ScheduleFile(header=header, plans=plans)
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
         (lambda path: path.write_bytes(b'{"header":' * 10**5), "maximum recursion"),
-        (lambda path: (path.touch(), os.truncate(path, 2**40)), "expected at most 268435456 bytes, got 1099511627776"),
+        (lambda path: (path.touch(), os.truncate(path, 2**40)), "expected at most 16777216 bytes, got 1099511627776"),
         (os.mkfifo, "expected a file, got something else"),
         (lambda path: path.symlink_to("/dev/zero"), "expected a file, got something else"),
     ],

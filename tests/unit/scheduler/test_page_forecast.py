@@ -19,8 +19,6 @@ def sequence(prompt_tokens: int, output_tokens: int, max_tokens: int, first_toke
         params=SamplingParams(),
         effective_arrival_s=0.0,
         arrival_number=0,
-        deadline=None,
-        queue_deadline=None,
         prompt_tokens=prompt_tokens,
         max_total_tokens=prompt_tokens + max_tokens,
         stop_ids=frozenset(),

@@ -112,7 +112,7 @@ class History:
         self.verify()
         return self.seen
 
-    def add(self) -> None:
+    def draw_request(self, request_id: int) -> Request:
         rng = self.rng
         known = [life.story.tokens for life in self.lives.values()]
         prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 8))]
@@ -123,37 +123,54 @@ class History:
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
-            seed=SEEDS_EACH * len(self.requests),
+            seed=SEEDS_EACH * request_id,
             n=rng.choice((1, 1, 1, 2, SEEDS_EACH)),
             prompt_logprobs=rng.choice((None, None, None, 0)),
             stop_token_ids=(1,) if rng.random() < 0.3 else (),
             ignore_eos=rng.random() < 0.3,
         )
         deadline, queue_deadline = (self.now + rng.randint(0, 20) if rng.random() < 0.15 else None for _ in range(2))
-        held = rng.random() < 0.1
-        priority = rng.choice((0, 0, 0, 1, -1))
-        request = Request(len(self.requests), prompt, params, priority, deadline, queue_deadline)
+        return Request(request_id, prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline, queue_deadline)
+
+    def add(self) -> None:
+        """One request, or some together."""
+        first, count = len(self.requests), self.rng.choice((1, 1, 1, 2, 3))
+        requests = [self.draw_request(request_id) for request_id in range(first, first + count)]
+        held = [request.id for request in requests if self.rng.random() < 0.1]
+        sequences = sum(request.params.n for request in requests)
+        room, waiting = self.scheduler.queue_room, self.scheduler.waiting
         try:
-            self.scheduler.add(request, held)
+            self.scheduler.add(*requests, held=held)
         except InvalidRequest:
-            too_long = len(prompt) >= self.max_model_tokens or len(prompt) > self.num_pages * self.page_tokens
-            assert too_long or params.n > self.max_queue_size
+            longest = min(self.max_model_tokens - 1, self.num_pages * self.page_tokens)
+            assert any(len(r.prompt) > longest for r in requests) or sequences > self.max_queue_size
+            assert self.scheduler.waiting == waiting
             self.seen["invalid"] += 1
         except QueueFull:
+            assert sequences > room
+            assert self.scheduler.waiting == waiting
             self.seen["queue full"] += 1
         else:
-            most = min(len(prompt) + max_tokens, self.max_model_tokens, self.num_pages * self.page_tokens + 1)
-            # a sampler masks them; the scheduler does not rely on it. Two tokens more than anyone can see: overshoot
-            masked = rng.choice((frozenset({EOS, 1}), frozenset[int]()))
-            self.requests.append(request.id)
-            self.held += [request.id] if held else []
-            for index in range(params.n):
-                seed = params.of_sequence(index).seed
-                assert seed is not None
-                story = Story.of(prompt, seed, max_tokens + 2, masked, params.min_tokens)
-                self.lives[request.id, index] = Life(request, story, most)
-                self.executor.stories[seed] = story
+            assert self.scheduler.waiting == waiting + sequences
+            self.seen["together"] += count > 1
+            self.held += held
+            for request in requests:
+                self.begin_lives(request)
         self.scheduler.check()
+
+    def begin_lives(self, request: Request) -> None:
+        """The request was taken: tell the executor what each of its sequences will say."""
+        prompt, params = request.prompt, request.params
+        most = min(len(prompt) + params.max_tokens, self.max_model_tokens, self.num_pages * self.page_tokens + 1)
+        # a sampler masks them; the scheduler does not rely on it. Two tokens more than anyone can see: overshoot
+        masked = self.rng.choice((frozenset({EOS, 1}), frozenset[int]()))
+        self.requests.append(request.id)
+        for index in range(params.n):
+            seed = params.of_sequence(index).seed
+            assert seed is not None
+            story = Story.of(prompt, seed, params.max_tokens + 2, masked, params.min_tokens)
+            self.lives[request.id, index] = Life(request, story, most)
+            self.executor.stories[seed] = story
 
     def step(self) -> bool:
         """The engine's step; False if it did nothing at all."""
@@ -259,7 +276,7 @@ def run_histories(seeds: range, tiers: bool = False) -> Counter[str]:
 @pytest.mark.parametrize("first", range(0, HISTORIES, CHUNK))
 def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK))
-    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
+    others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "together", "scored", "siblings")
     for event in (*FinishReason, *others):
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
 

@@ -6,7 +6,7 @@ import pytest
 from support.scheduler.scheduling import finish, make, request, step
 
 from nanoflow_backend.request.request import Request
-from nanoflow_backend.request.sampling_params import SamplingParams
+from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
@@ -80,3 +80,38 @@ def test_free_slots_are_room_too_unless_there_are_no_pages() -> None:
         s.add(request(5, 12))
     step(s)
     assert (s.stats.running_requests, s.stats.waiting_requests, s.queue_room) == (1, 4, 0)
+
+
+def test_requests_that_come_together_are_all_queued_or_none() -> None:
+    s = make(max_queue_size=6, max_running=1)
+    s.add(request(0, 3))
+    step(s)
+    s.add(*(request(id, 3, n=2) for id in (1, 2)), request(3, 3))
+    with pytest.raises(
+        QueueFull, match="5 requests are waiting, and max_queue_size leaves room for 1 more, too few for 2"
+    ):
+        s.add(request(4, 3), request(5, 3))
+    with pytest.raises(InvalidRequest, match="prompt: expected at most 63 tokens"):
+        s.add(request(4, 3), request(5, 99))
+    with pytest.raises(InvalidRequest, match="id: expected one that is not in use, got 4"):
+        s.add(request(4, 3), request(4, 3))
+    assert (s.waiting, s.queue_room, s.live_ids) == (5, 1, [0, 1, 2, 3])
+    s.add(request(4, 3))
+    assert sorted(finish(s)) == [0, 1, 2, 3, 4]
+
+
+def test_more_than_may_ever_wait_is_invalid_however_empty_the_queue_is() -> None:
+    s = make(max_queue_size=4)
+    with pytest.raises(InvalidRequest, match=r"^prompts x n: expected at most 4 \(max_queue_size\), got 6"):
+        s.add(request(0, 3, n=2), request(1, 3, n=2), request(2, 3, n=2))
+    with pytest.raises(InvalidRequest, match=r"^n: expected at most 4 \(max_queue_size\), got 5"):
+        s.add(request(0, 3, n=5))
+    assert (s.waiting, s.live_ids) == (0, [])
+
+
+def test_of_requests_that_come_together_some_may_be_held() -> None:
+    s = make()
+    s.add(request(0, 3), request(1, 3), held=[0])
+    assert [delta.request_id for delta in step(s)] == [1]
+    s.release(0)
+    assert sorted(finish(s)) == [0, 1]

@@ -227,8 +227,8 @@ def test_any_json_is_refused_or_can_be_sent_to_the_engine(tokenizer, sampling, p
     with contextlib.suppress(InvalidRequest):
         call = parse(tokenizer, text_input="a", sampling_parameters=json.dumps(sampling), parameters=parameters)
         request = Request(1, call.prompt, call.params)
-        encoded = msgspec.msgpack.encode(Submit(request))
-        assert msgspec.msgpack.decode(encoded, type=Submit).request == request
+        encoded = msgspec.msgpack.encode(Submit((request,)))
+        assert msgspec.msgpack.decode(encoded, type=Submit).requests == (request,)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

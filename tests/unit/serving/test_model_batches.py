@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.serving.fake_engine import FLAG, last
+from support.serving.fake_engine import FLAG, last, text
 from support.waiting import until
 
 from benchmarks.stress.stub_backend import ServerRequest
@@ -63,3 +63,39 @@ def test_death_fails_a_batch_once(served):
     engine.broken = EngineError("the engine is gone")
     model.execute(requests[1:])
     assert [request.result().error.code for request in requests] == ["UNAVAILABLE"] * 2
+
+
+def test_prompts_of_one_request_reach_the_engine_together(served):
+    model, engine = served
+    model.execute([ServerRequest(prompts=np.array([b"a", b"b", b"c"], np.object_))])
+    assert engine.submissions == [3]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"prompts": np.array([b"a"] * 3, np.object_)},
+        {"input_ids": np.array([5, 6, 7], np.int32), "input_lengths": np.array([1, 1, 1])},
+    ],
+    ids=["prompts", "input_lengths"],
+)
+def test_more_than_may_ever_wait_is_invalid_before_it_becomes_tokens(served, monkeypatch, tensors):
+    model, engine = served
+    monkeypatch.setattr(model, "_max_queue_size", 5)
+    monkeypatch.setattr(model._tokenizer, "encode", lambda *_, **__: pytest.fail("nothing is tokenised"))
+    request = ServerRequest(parameters='{"n": 2, "temperature": 1}', **tensors)
+    model.execute([request])
+    error = request.result().error
+    assert (error.code, error.message) == ("INVALID_ARG", "prompts x n: expected at most 5 (max_queue_size), got 6")
+    assert not engine.requests
+
+
+def test_a_request_that_the_queue_has_no_room_for_leaves_nothing_in_it(served):
+    model, engine = served
+    engine.room = 3
+    refused = ServerRequest(prompts=np.array([b"a", b"b"], np.object_), parameters='{"n": 2, "temperature": 1}')
+    model.execute([refused, ServerRequest(text_input=text("a"))])
+    assert refused.result().error.code == "UNAVAILABLE"
+    assert "room for 3 more, too few for 4 at once: try again later" in refused.result().error.message
+    assert engine.submissions == [1]
+    assert model._metrics.view().refused["queue_full"] == 1
