@@ -71,6 +71,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             ("sampling_parameters", _json(tensors, "sampling_parameters", dict, exact_json.decode) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
             ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
+            ("the input stop_words", _words(tensors, "stop_words", "stop")),
+            ("the input bad_words", _words(tensors, "bad_words", "bad_words")),
         )
         # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
@@ -269,6 +271,12 @@ def _flag(tensors: Arrays, name: str) -> bool | None:
 def _text(tensors: Arrays, name: str) -> str:
     _only(tensors, name)
     return _texts(tensors, name)[0]
+
+
+def _words(tensors: Arrays, name: str, field: str) -> dict[str, str | list[str]]:
+    """A sampling field from an input that some clients always send, with empty texts where they mean none."""
+    words = [text for text in _texts(tensors, name) if text] if name in tensors else []
+    return {field: words[0] if len(words) == 1 else words} if words else {}
 
 
 def _only(tensors: Arrays, name: str) -> Any:

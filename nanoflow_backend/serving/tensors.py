@@ -76,6 +76,9 @@ INPUTS = (
     Tensor("stream", "BOOL", (1,), "a response per step instead of one at the end; default false"),
     Tensor("sampling_parameters", "STRING", (1,), "JSON object of sampling parameters; numbers may be strings"),
     Tensor("stop", "STRING", (-1,), "stop strings (a list cannot be an HTTP parameter; not in the vLLM backend)"),
+    # A list cannot be an HTTP parameter; TensorRT-LLM's clients, LiteLLM among them, send these, [""] for none.
+    Tensor("stop_words", "STRING", (-1,), 'stop strings under another name; "" is none (not in the vLLM backend)'),
+    Tensor("bad_words", "STRING", (-1,), 'texts that never appear; "" is none (not in the vLLM backend)'),
     Tensor("exclude_input_in_output", "BOOL", (1,), "default: true for streams, else false: the prompt comes first"),
     *(
         Tensor(f"return_{t.name}", "BOOL", (1,), f"send {t.name}; default false")

@@ -40,7 +40,7 @@ MALFORMED = {
     "temperature": ({**A, "temperature": -0.5}, "temperature: expected .* got -0.5"),
     "top_p": ({**A, "top_p": 1.5}, "top_p: expected .* got 1.5"),
     "top_k": ({**A, "top_k": -7}, "top_k: expected .* got -7"),
-    "seed": ({**A, "seed": -1}, "seed: expected .* got -1"),
+    "seed": ({**A, "seed": -2}, "seed: expected .* got -2"),
     "logprobs": ({**A, "logprobs": 1000}, "logprobs: expected .* got 1000"),
     "empty stop": ({**A, "stop": [""]}, "stop: expected non-empty strings"),
     "not implemented": ({**A, "best_of": 3}, "best_of: not implemented"),
