@@ -188,7 +188,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def _normalise(name: str, value: Any) -> Any:
-    """The spellings clients use: one stop string, -1 for "all tokens" or "any seed", JSON in a text, None for no limit."""
+    """The spellings clients use: one stop string, -1 for "all tokens" or "any seed", JSON in a text, None: no limit."""
     if value is None:
         return MOST_TOKENS
     if name == "stop" and isinstance(value, str):

@@ -86,6 +86,8 @@ INPUTS = (
         if t.name not in UNSWITCHED
     ),
 )
+VLLM_DIMS = {"num_input_tokens": (1,)}  # where its config.pbtxt may differ: it takes one prompt a request
+INPUT_NAMES = frozenset(tensor.name for tensor in INPUTS)
 
 
 def complete(config: Any) -> None:
@@ -94,11 +96,15 @@ def complete(config: Any) -> None:
     Raises:
         ValueError: the configuration contradicts the table.
     """
+    given = config.as_dict()
+    declared = {entry["name"] for entry in given.get("input", ())}  # which may be required: the vLLM backend's are
     for tensor in INPUTS:
-        config.add_input({**_entry(tensor), "optional": True})
+        config.add_input(_entry(tensor) if tensor.name in declared else {**_entry(tensor), "optional": True})
+    with_dims = {(entry["name"], *entry["dims"]) for entry in given.get("output", ())}
     for tensor in OUTPUTS:
-        config.add_output(_entry(tensor))
-    if "model_transaction_policy" not in config.as_dict():  # false is a choice: no streams, but the /infer endpoints
+        if (tensor.name, *VLLM_DIMS.get(tensor.name, ())) not in with_dims:
+            config.add_output(_entry(tensor))
+    if "model_transaction_policy" not in given:  # false is a choice: no streams, but the /infer endpoints
         config.set_model_transaction_policy({"decoupled": True})
     config.set_max_batch_size(0)
 
