@@ -104,6 +104,23 @@ def test_the_entrypoints_folder_serves(twins, expected):
     assert answer["text_output"] == expected[0].text
 
 
+def test_the_health_check_asks_each_model(twins):
+    check = [sys.executable, "-I", ROOT / "docker" / "healthcheck.py"]
+    assert subprocess.run([*check, f"http://{twins.http_url}"], timeout=60).returncode == 0
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(twins.grpc_url)) as client:
+        client.unload_model("described")
+    sick = subprocess.run([*check, f"http://{twins.http_url}"], capture_output=True, text=True, timeout=60)
+    assert sick.returncode == 1
+    assert sick.stderr.startswith("not ready: model described: UN")  # UNLOADING or UNAVAILABLE
+    nobody = subprocess.run([*check, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    assert (nobody.returncode, nobody.stderr[:10]) == (1, "not ready:")
+
+
+def test_the_shared_memory_is_private(twins):
+    modes = {file.stat().st_mode & 0o777 for file in Path("/dev/shm").glob(f"{twins.shm_prefix}*")}
+    assert modes == {0o600}
+
+
 VLLM_CONFIG = """
 name: "vllm_model"
 backend: "vllm"
@@ -141,25 +158,7 @@ def test_a_folder_of_the_vllm_backend_serves_unchanged(twins, expected):
         assert (status, json.loads(text)["error"]) == (400, "image: not implemented; expected no such input")
         status, text = post(twins.http_url, "vllm_model", "generate", {**prompt, "text_input": "Return " * 300})
         assert (status, "prompt: expected at most 255 tokens" in text) == (400, True)
-        client.unload_model("vllm_model")
     assert "without effect here: disable_log_requests (" in Path(twins.log).read_text()
-
-
-def test_the_health_check_asks_each_model(twins):
-    check = [sys.executable, "-I", ROOT / "docker" / "healthcheck.py"]
-    assert subprocess.run([*check, f"http://{twins.http_url}"], timeout=60).returncode == 0
-    with contextlib.closing(tritonclient.grpc.InferenceServerClient(twins.grpc_url)) as client:
-        client.unload_model("described")
-    sick = subprocess.run([*check, f"http://{twins.http_url}"], capture_output=True, text=True, timeout=60)
-    assert sick.returncode == 1
-    assert sick.stderr.startswith("not ready: model described: UN")  # UNLOADING or UNAVAILABLE
-    nobody = subprocess.run([*check, "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
-    assert (nobody.returncode, nobody.stderr[:10]) == (1, "not ready:")
-
-
-def test_the_shared_memory_is_private(twins):
-    modes = {file.stat().st_mode & 0o777 for file in Path("/dev/shm").glob(f"{twins.shm_prefix}*")}
-    assert modes == {0o600}
 
 
 def test_a_packed_environment(server, process_tree, tmp_path, monkeypatch, expected):
