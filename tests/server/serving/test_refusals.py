@@ -76,8 +76,12 @@ def test_a_full_queue_is_unavailable(served):
     next(iter(running))
     waiting = GrpcStream(served.grpc_url, "narrow", **long)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_waiting"] == 1)
-    with refused("1 requests are waiting, as many as max_queue_size allows"):
+    reason = "1 requests are waiting, as many as max_queue_size allows"
+    with refused(reason):
         grpc(served.grpc_url, "narrow", input_ids=[5])
+    for endpoint in ("generate", "generate_stream"):  # 503 is meant: docs/using.md says what a balancer does
+        status, text = post(served.http_url, "narrow", endpoint, {"input_ids": [5]})
+        assert (status, reason in json.loads(text.removeprefix("data: "))["error"]) == (400, True)
     for stream in (running, waiting):
         stream.close(cancel=True)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_running"] == 0)
