@@ -17,12 +17,13 @@ TESTS ?= tests
 # Processes that share the tests, or the models of `make parity`; each takes some 2 GiB.
 JOBS ?= 2
 SOAK_MINUTES ?= 30
+HISTORIES ?= 20000
 
 BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-paper test-gpu soak fuzz parity templates lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-paper test-gpu soak fuzz parity histories templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -64,6 +65,10 @@ fuzz: setup
 
 parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(JOBS) --output benchmarks/results/parity.json
+
+# The scheduler on ten times as many random histories as `make test` gives it.
+histories: setup
+	HISTORIES=$(HISTORIES) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/unit/scheduler/test_scheduler_histories.py
 
 # Chat templates of yours beside transformers: make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 templates: setup

@@ -108,4 +108,3 @@ def checkpoints() -> list[dict[str, Any]]:
         {"architecture": a, "gqa_ratio": g, "head_dim": d, "llama3_rope": i % 2 == 0, "tied": i // 2 % 2 == 0}
         for i, (a, g, d) in enumerate(shapes)
     ]
-

@@ -98,4 +98,3 @@ def lognormal_trace(input_mean: float, input_std: float, output_mean: float, out
         lengths = rng.lognormal(np.log(mean) - variance / 2, np.sqrt(variance), 20_000)
         columns.append(np.clip(lengths.round().astype(int), 1, 4096).tolist())
     return Trace(tuple(zip(*columns, strict=True)), (0.0,) * 20_000)
-

@@ -142,4 +142,3 @@ def compare_checkouts(here: Path, there: Path, options: list[str], rounds: int) 
             "totals_ms": [run["total_ms_per_step"] for run in theirs],
         },
     }
-

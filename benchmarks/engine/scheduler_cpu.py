@@ -82,4 +82,3 @@ def main(
         "full_cache_and_queue": measure_load(waiting=6_000, num_pages=15_625, max_tokens=(200, 600)),
     }
     result.write(loads, output)
-

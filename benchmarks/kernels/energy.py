@@ -103,4 +103,3 @@ def main(
         )
         print(points[-1], flush=True)
     result.write({"idle_power_w": round(idle, 1), "tokens": TOKENS, "points": points}, output)
-

@@ -88,4 +88,3 @@ def main(
             points.append(point)
     loads = {"attention": f"{DECODES} decodes of {CONTEXT}", "product": f"gate_up with SwiGLU, {TOKENS} tokens"}
     result.write({**loads, "points": points}, output)
-

@@ -140,4 +140,3 @@ def main(
             results.append({"work": work, "error": f"{type(error).__name__}: {error}"[:300]})
         print(results[-1], flush=True)
         result.write({"flashinfer": version, "results": results}, output)
-

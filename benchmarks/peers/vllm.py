@@ -138,4 +138,3 @@ def generate_all(llm: Any, work: workload.Workload, vocab_size: int) -> dict[str
         found["mean_power_w"] = round(energy_j / (after.time_s - before.time_s), 1)
         found["mj_per_token"] = round(1e3 * energy_j / total, 3)
     return found
-

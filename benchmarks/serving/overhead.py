@@ -65,4 +65,3 @@ def main(
         },
         output,
     )
-

@@ -171,4 +171,3 @@ def request(model: str, stream: int) -> ModelInferRequest:
 
 def with_length(content: bytes) -> bytes:
     return len(content).to_bytes(4, "little") + content
-

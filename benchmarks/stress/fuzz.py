@@ -87,4 +87,3 @@ def fuzz_layer(
         failure = f"{type(error).__name__}: {error}"
     seconds = round(time.monotonic() - start_s)
     return {"cases": ends.total(), "seconds": seconds, "ends": dict(sorted(ends.items())), "failure": failure}
-

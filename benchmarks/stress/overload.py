@@ -176,4 +176,3 @@ def percentiles_ms(seconds: list[float]) -> dict[str, float]:
     return {
         name: round(1000 * value, 1) for name, value in (("p50", cuts[49]), ("p99", cuts[98]), ("max", max(seconds)))
     }
-

@@ -79,4 +79,3 @@ def main(
         "processed_tokens": processed_tokens,
     }
     result.write(found, output)
-

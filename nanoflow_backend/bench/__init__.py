@@ -1,1 +1,1 @@
-"""`nanoflow bench`: workloads, offline and online runs, their results, rooflines and pictures."""
+"""This package is `nanoflow bench`: workloads, offline and online runs, their results, rooflines and pictures."""

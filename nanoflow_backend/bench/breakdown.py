@@ -1,4 +1,4 @@
-"""Breakdown: where the time of a step goes on a GPU, by torch's profiler."""
+"""break_down says where the time of a step goes on a GPU, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def linear_operations(engine: Engine) -> list[str]:
     in_head = [operation.name for operation in model.head.operations if operation.kernel == "linear"]
     order = [(model.in_order[layer], schedule.launches[number]) for layer, number in schedule.unroll(model.num_layers)]
     products = [
-        launch
-        for graph, launch in order
-        if launch.operation in graph and graph[launch.operation].kernel == "linear"
+        launch for graph, launch in order if launch.operation in graph and graph[launch.operation].kernel == "linear"
     ]
     one_lane = len({launch.lane for launch in products}) == 1
     return [launch.operation for launch in products] + in_head if one_lane else []

@@ -1,4 +1,4 @@
-"""ModelWork: what a model's forward pass must compute and read, by its op graph; no measurement."""
+"""ModelWork says what a model's forward pass must compute and read, by its op graph; nothing is measured."""
 
 from __future__ import annotations
 

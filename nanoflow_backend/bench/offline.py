@@ -1,4 +1,4 @@
-"""nanoflow bench offline: throughput with all requests queued at once."""
+"""`nanoflow bench offline` measures throughput with all requests queued at once."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def bench_offline(
         run = OfflineRun(engine, work, breakdown, meter)
         run.to_the_end()
         measured = {**facts, **run.measured()}
-        show(measured)
+        _show(measured)
     if output or breakdown_only:
         result.write(measured, output)
     engine.close()
@@ -112,7 +112,7 @@ def queue_all(engine: Engine, work: Workload) -> None:
         engine.add(Request(number, prompt, params))
 
 
-def show(measured: dict[str, Any]) -> None:
+def _show(measured: dict[str, Any]) -> None:
     """The figures that people ask for, of the whole run and of its stationary part. The result has all of them."""
     steady = measured["steady"]
     parts = {"whole run": measured, **({"steady": steady} if isinstance(steady, dict) else {})}

@@ -1,4 +1,4 @@
-"""nanoflow bench online: latency with a fixed number of requests in flight."""
+"""`nanoflow bench online` measures latency with a fixed number of requests in flight."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bench_online(
     found: dict[str, Any] = {"levels": [level.summary() for level in levels]}
     if alone := next((level for level in levels if level.clients == 1), None):
         found["single_stream"] = single_stream(engine, alone)
-    show(found)
+    _show(found)
     if output:
         result.write({"workload": f"{input_tokens}/{output_tokens}", **result.engine_facts(engine), **found}, output)
     engine.close()
@@ -135,7 +135,7 @@ def single_stream(engine: Engine, alone: Level) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any]) -> None:
     table = Table("in flight", *(f"{what} p{p}, ms" for what in ("first token", "between") for p in PERCENTILES))
     for level in found["levels"]:
         times = (*level["first_token_ms"].values(), *level["between_tokens_ms"].values())

@@ -1,4 +1,4 @@
-"""nanoflow bench plot: how much of the device an offline run used, second by second (as the paper's Fig. 10)."""
+"""`nanoflow bench plot` draws how much of the device an offline run used, second by second (as the paper's Fig. 10)."""
 
 from __future__ import annotations
 

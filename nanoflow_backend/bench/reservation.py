@@ -1,4 +1,4 @@
-"""Two simple rules of admission, with which the simulator compares the forecast of lengths."""
+"""These are two simple rules of admission, with which the simulator compares the forecast of lengths."""
 
 from __future__ import annotations
 

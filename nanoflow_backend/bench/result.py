@@ -1,4 +1,4 @@
-"""The header of a measured result: what ran where, with which versions, by which command."""
+"""Every measured result begins with this header: what ran where, with which versions, by which command."""
 
 from __future__ import annotations
 

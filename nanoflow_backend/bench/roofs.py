@@ -1,4 +1,4 @@
-"""Roofs: the rates that a device reaches when it does nothing else, measured in the process of the benchmark.
+"""A roof is a rate that a device reaches when it does nothing else, measured in the process of the benchmark.
 
 B tokens of a full step, E experts.
 """

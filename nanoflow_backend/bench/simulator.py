@@ -1,4 +1,4 @@
-"""Simulator: requests of known lengths through the scheduler, with a program that only pretends."""
+"""simulate runs requests of known lengths through the scheduler, with a program that only pretends."""
 
 from __future__ import annotations
 

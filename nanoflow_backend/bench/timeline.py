@@ -1,4 +1,4 @@
-"""Timeline: an offline run as it went, sampled about once a second, and the part of it that was stationary."""
+"""Timeline is an offline run as it went, sampled about once a second; it finds the part that was stationary."""
 
 from __future__ import annotations
 

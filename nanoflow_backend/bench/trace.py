@@ -1,4 +1,4 @@
-"""Trace: the lengths and arrivals of real requests, without their text."""
+"""Trace holds the lengths and arrivals of real requests, without their text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workload: the lengths of a benchmark's requests; constant, from a trace, or drawn as the paper's datasets are."""
+"""Workload holds the lengths of a benchmark's requests: constant, from a trace, or drawn as the paper draws them."""
 
 from __future__ import annotations
 

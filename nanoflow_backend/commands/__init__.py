@@ -1,1 +1,1 @@
-"""The command line: one file for each command."""
+"""This package is the command line: one file for each command, and the settings that they share."""

@@ -1,4 +1,4 @@
-"""nanoflow batch: a file of prompts to a file of completions, line for line."""
+"""`nanoflow batch` completes a file of prompts, line for line, and goes on where a run before it was cut off."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> in
     jobs = JobFile(input)
     with ResultFile(output, input) as results:
         try:
-            complete(jobs, config, results)
+            _complete(jobs, config, results)
         except KeyboardInterrupt:
             print(f"nanoflow: {results.lines} lines are done; the same command goes on there", file=sys.stderr)
             return INTERRUPTED
@@ -37,11 +37,11 @@ def batch(model: Path, input: Path, output: Path, settings: Sequence[str]) -> in
     return 1 if results.failed else 0
 
 
-def complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
+def _complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
     """Bring the results to the end of the jobs; the model is loaded only if there is something to do."""
     from nanoflow_backend.engine import LLM, Engine  # torch comes with them: what is wrong with a file is told first
     from nanoflow_backend.engine.settle import settled_here
-    from nanoflow_backend.offline.run import run
+    from nanoflow_backend.offline.run import run_jobs
 
     lines = results.resume(jobs.lines(), MadeWith.of(settled_here(config)))
     first = next(lines, None)
@@ -50,6 +50,6 @@ def complete(jobs: JobFile, config: EngineConfig, results: ResultFile) -> None:
     llm = LLM(Engine(config))
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         task = progress.add_task("completions", total=jobs.count(), completed=results.lines)
-        for _ in run(chain([first], lines), llm, results, config.seed):
+        for _ in run_jobs(chain([first], lines), llm, results, config.seed):
             progress.update(task, completed=results.lines)
     llm.close()

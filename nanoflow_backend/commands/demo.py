@@ -1,4 +1,4 @@
-"""nanoflow demo: the whole path once: server, model, gRPC stream, HTTP stream, and a clean end."""
+"""`nanoflow demo` walks the whole path once: server, model, a gRPC stream, an HTTP stream, and a clean end."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def demo(model_repository: Path, prompt: str, *, http_port: int, grpc_port: int,
             ("HTTP, generate_stream", stream_http(server.http_url, prompt)),
         ):
             console.print(f"\n[bold]{name}[/bold]")
-            show(console, prompt, pieces)
+            _show(console, prompt, pieces)
     console.print("\nstopped; nothing is left running", style="dim")
 
 
-def show(console: Console, prompt: str, pieces: Iterator[tuple[str, int]]) -> None:
+def _show(console: Console, prompt: str, pieces: Iterator[tuple[str, int]]) -> None:
     """Print the text as it comes, then the rate."""
     start, tokens = time.perf_counter(), 0
     console.print(prompt, end="", style="dim", markup=False)

@@ -1,4 +1,4 @@
-"""nanoflow generate: one prompt, in this process."""
+"""`nanoflow generate` completes one prompt in this process and prints the text as it comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoflow serve: the real server on this model repository, with what to try."""
+"""`nanoflow serve` starts the real server on this model repository and says what to try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: `--set field=value` on the command line; to an engine, or to an engine.json."""
+"""These functions read `--set field=value` of the command line into a configuration, and make an engine of it."""
 
 from __future__ import annotations
 

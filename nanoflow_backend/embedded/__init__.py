@@ -1,1 +1,1 @@
-"""The real Triton Inference Server from the `nvidia-pytriton` package, for demos, tests and laptops."""
+"""This package runs the real Triton Inference Server of the `nvidia-pytriton` wheel, for demos, tests and laptops."""

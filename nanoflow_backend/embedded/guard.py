@@ -1,4 +1,4 @@
-"""Own the server's process tree, so that nothing outlives whoever started it. Run as a script, standard library only.
+"""This script owns the server's process tree, so that nothing outlives whoever started it. It needs no package.
 
     python -I guard.py PARENT_PID GRACE_S SHM_PREFIX RUNTIME_FOLDER COMMAND...
 

@@ -1,4 +1,4 @@
-"""Find the shared library of the running Python: the server's Python stub needs it, an interpreter may not.
+"""libpython finds the shared library of the running Python: the server's stub needs it, an interpreter may not.
 
 `python -m nanoflow_backend.embedded.libpython` says what is missing, before anything is installed.
 """

@@ -1,4 +1,4 @@
-"""The real tritonserver that the nvidia-pytriton wheel brings, without the pytriton Python layer.
+"""EmbeddedServer runs the real tritonserver that the nvidia-pytriton wheel brings, without pytriton's Python layer.
 
 Everything of one server lives in a private folder (mostly links into the wheel, nothing is written there):
 

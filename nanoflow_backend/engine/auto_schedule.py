@@ -1,4 +1,4 @@
-"""find_auto_schedule: what "schedule": "auto" stands for: a file found before, or one that a short search finds."""
+"""find_auto_schedule finds the file that the schedule "auto" stands for: found before, or by a short search now."""
 
 from __future__ import annotations
 

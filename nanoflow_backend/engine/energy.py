@@ -1,4 +1,4 @@
-"""TokenEnergy: what a token costs at the moment, from the device's energy counter."""
+"""TokenEnergy says what a token costs at the moment, from the device's energy counter."""
 
 from __future__ import annotations
 

@@ -156,7 +156,8 @@ class Engine:
         deltas = self.scheduler.retire(results)
         if launched:
             self.executor.launch_tail(launched, self._masks(launched.batch))  # LM head and sampling
-        self.in_flight, self.last_batch = launched, batch
+        self.in_flight = launched
+        self.last_batch = batch
         if launched and not self.config.async_scheduling:
             deltas += self.scheduler.retire(self._collect(launched))
             self.in_flight = None

@@ -1,4 +1,4 @@
-"""Does it fit? Before anything is allocated: weights and KV cache against the memory that is free."""
+"""check_room compares weights and KV cache with the memory that is free, before anything is allocated."""
 
 from __future__ import annotations
 

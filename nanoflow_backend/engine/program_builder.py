@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.config.error import ConfigError
@@ -18,10 +19,11 @@ from nanoflow_backend.graph.model import Model
 from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.gloo import Gloo
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
-from nanoflow_backend.runtime.cuda import CudaProgram
+from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.schedule.plan import Schedule
@@ -113,29 +115,20 @@ class ProgramBuilder:
         """A program on these weights and on `num_pages` pages of the KV cache, which it allocates."""
         config, device = self.config, self.device.kind
         kv = KvPages.allocate(self.model_config, num_pages, config.page_tokens, self.kv_dtype, self.tp, device=device)
-        collectives = Gloo() if self.tp > 1 else OneRank()
-        if self.kernels is None:
-            return CpuProgram(
-                self.model,
-                self.schedules,
-                loaded,
-                kv,
-                collectives,
-                max_tokens=config.dense_batch_tokens,
-                precision=self.precision,
-            )
-        return CudaProgram(
+        binding = Binding(
             self.model,
             self.schedules,
             loaded,
             kv,
-            collectives,
+            Gloo() if self.tp > 1 else OneRank(),
+            self.kernels or reference,
             max_tokens=config.dense_batch_tokens,
-            max_rows=config.max_running,
-            kernels=self.kernels,
             precision=self.precision,
-            cuda_graphs=config.cuda_graphs,
+            **(ON_GPU if self.kernels else {}),
         )
+        if self.kernels is None:
+            return CpuProgram(binding)
+        return CudaProgram(binding, max_rows=config.max_running, cuda_graphs=config.cuda_graphs)
 
 
 def find_kernels(device: Device) -> ModuleType | None:

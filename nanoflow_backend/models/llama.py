@@ -20,13 +20,13 @@ EMBEDDINGS = "model.embed_tokens.weight"
 Mlp = Callable[[GraphBuilder, ModelConfig, str], str]
 
 
-def fields(hf: ConfigJson) -> dict[str, Any]:
+def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """The class has no window of attention: one that is asked for all the same is refused."""
     hf.refuse_if(hf["sliding_window"] is not None, f"sliding_window {hf['sliding_window']!r}")
     return {}
 
 
-def layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
+def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
     """One kind of layer."""
     return (layer(config, tp),)
 
@@ -61,14 +61,14 @@ def dense_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
     return g.linear("down", h, g.weight("down.weight", down))
 
 
-def embed(config: ModelConfig) -> Graph:
+def embedding(config: ModelConfig) -> Graph:
     """Token ids to the residual stream. Every rank holds the whole table: a gather costs less than its all-reduce."""
     g = GraphBuilder()
     table = g.weight("embed.weight", Source(EMBEDDINGS, (config.vocab_size, config.hidden_size)))
     return g.build(*g.embed("embed", g.input("token_ids", dtype="int32"), table))
 
 
-def head(config: ModelConfig, tp: int = 1) -> Graph:
+def lm_head(config: ModelConfig, tp: int = 1) -> Graph:
     """The rows that are sampled to logits [R, V padded to a multiple of tp], fp32."""
     g = GraphBuilder(tp)
     residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
@@ -134,8 +134,8 @@ LLAMA = Architecture(
         "tie_word_embeddings": False,
         "eos_token_id": 2,
     },
-    fields=fields,
-    embed=embed,
-    layers=layers,
-    head=head,
+    fields=config_fields,
+    embed=embedding,
+    layers=decoder_layers,
+    head=lm_head,
 )

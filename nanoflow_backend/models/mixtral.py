@@ -12,7 +12,7 @@ from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import MOST_REPEATS, ConfigJson
 
 
-def fields(hf: ConfigJson) -> dict[str, Any]:
+def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """Transformers reads both names of the number of experts, and gives all layers the window, if there is one."""
     hf.refuse_if(hf["sliding_window"] is not None, f"sliding_window {hf['sliding_window']!r}")
     experts = hf.agreed("num_local_experts", "num_experts")
@@ -22,7 +22,7 @@ def fields(hf: ConfigJson) -> dict[str, Any]:
     }
 
 
-def layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
+def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
     """One kind of layer."""
     return (llama.layer(config, tp, mlp=expert_mlp),)
 
@@ -58,8 +58,8 @@ MIXTRAL = Architecture(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    fields=fields,
-    embed=llama.embed,
-    layers=layers,
-    head=llama.head,
+    fields=config_fields,
+    embed=llama.embedding,
+    layers=decoder_layers,
+    head=llama.lm_head,
 )

@@ -9,7 +9,7 @@ from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import ConfigJson
 
 
-def fields(hf: ConfigJson) -> dict[str, Any]:
+def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """With `use_sliding_window`, layers from `max_window_layers` on have a window, unless `layer_types` says which."""
     if hf["use_sliding_window"] and hf["layer_types"] is None:
         windowed = hf["sliding_window"] is not None and hf.count("max_window_layers") < hf.repeats("num_hidden_layers")
@@ -31,8 +31,8 @@ QWEN2 = Architecture(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    fields=fields,
-    embed=llama.embed,
-    layers=llama.layers,
-    head=llama.head,
+    fields=config_fields,
+    embed=llama.embedding,
+    layers=llama.decoder_layers,
+    head=llama.lm_head,
 )

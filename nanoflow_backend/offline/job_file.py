@@ -88,7 +88,7 @@ def parse_line(text: bytes, number: int, place: int) -> JobLine:
     """Read the JSON object of one line; what is wrong with it becomes its `job`."""
     digest = hashlib.blake2b(text, digest_size=DIGEST_BYTES).hexdigest()
     try:
-        fields = msgspec.convert(exact_json.decode(text.decode()), dict[str, Any])
+        fields = msgspec.convert(exact_json.loads(text.decode()), dict[str, Any])
     except (InexactJson, UnicodeDecodeError, msgspec.ValidationError) as error:
         return JobLine(number, place, number, digest, InvalidRequest(f"expected a JSON object: {error}"))
     id = fields.pop("id", number)

@@ -34,7 +34,7 @@ class Runner(Protocol):
         ...
 
 
-def run(
+def run_jobs(
     lines: Iterable[JobLine],
     runner: Runner,
     results: ResultFile,

@@ -1,1 +1,1 @@
-"""The engine in a process of its own: its parent, its messages, and what restarts it when it dies."""
+"""This package runs the engine in a process of its own: child processes, the messages to them, and their restart."""

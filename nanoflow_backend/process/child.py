@@ -1,4 +1,4 @@
-"""Child: a process of ours that ends with us, joined to us by one socket pair.
+"""Child is a process of ours that ends when we end; one socket pair joins it to us.
 
 Messages are msgspec bytes, never pickle. The socket has no name in any file system, and its end of file is the
 lifeline: whichever side dies, the kernel tells the other at once, even after SIGKILL.

@@ -1,14 +1,14 @@
-"""EngineProcess: the engine in a process of its own, as the server's stub sees it. No torch here."""
+"""EngineProcess is the engine as the server's stub sees it: a process that takes requests and sends news."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 
 import msgspec
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.child import Child, ChildDied
 from nanoflow_backend.process.messages import (
     Cancel,
@@ -33,28 +33,15 @@ class EngineError(RuntimeError):
 
 
 class EngineProcess:
-    """Submit requests from any thread; news comes on a reader thread, whose callbacks must be quick.
+    """Submit requests from any thread; callbacks come on one reader thread. There is no torch in this process.
 
     Args:
-        on_news: what a step brought.
-        on_stats: how things stand, from time to time.
-        on_refusal: a request that was not accepted, or turned out to be invalid; deltas that follow mean nothing.
-        on_death: the process is gone without having been asked; nothing more will come.
         host_pid: a server whose end must also be the end of this process and of the engine's.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        on_news: Callable[[News], None],
-        on_stats: Callable[[Stats], None],
-        on_refusal: Callable[[Refusal], None],
-        on_death: Callable[[str], None],
-        host_pid: int | None = None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, callbacks: Callbacks, host_pid: int | None = None) -> None:
         self._config = config
-        self._on_news, self._on_stats, self._on_refusal = on_news, on_stats, on_refusal
-        self._on_death = on_death
+        self._callbacks = callbacks
         self._host_pid = host_pid
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
@@ -157,13 +144,13 @@ class EngineProcess:
                 match message:
                     case News():
                         self._queue = message.queue
-                        self._on_news(message)
+                        self._callbacks.on_news(message)
                     case Stats():
-                        self._on_stats(message)
+                        self._callbacks.on_stats(message)
                     case Refusal():
-                        self._on_refusal(message)
+                        self._callbacks.on_refusal(message)
                     case Failed():
                         raise ChildDied(message.message)
         except Exception as death:  # of the child; or of this thread, after which nothing more would come either
             if not self._stopping:
-                self._on_death(str(death) if isinstance(death, ChildDied) else repr(death))
+                self._callbacks.on_death(str(death) if isinstance(death, ChildDied) else repr(death))

@@ -1,4 +1,4 @@
-"""What crosses the socket between the server's stub and the engine process: msgspec structs, never pickle."""
+"""These msgspec structs cross the socket between the server's stub and the engine process; nothing is ever pickled."""
 
 from __future__ import annotations
 

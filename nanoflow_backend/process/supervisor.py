@@ -1,4 +1,4 @@
-"""Supervisor: an engine process that is started again when it dies. No torch here."""
+"""Supervisor is an engine process that is started again when it dies."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
-from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
+from nanoflow_backend.process.messages import Ready
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 
@@ -20,7 +22,7 @@ STABLE_S = LONGEST_DELAY_S  # an engine that has lived so long died of something
 
 
 class Supervisor:
-    """Like an EngineProcess (see there), and one again after each death.
+    """Like an EngineProcess (see there), and one again after each death. There is no torch in this process.
 
     Whatever ran when the process died is lost: `on_death` hears of it at once, and fails it. `on_restart` hears of the
     next process before anything of it. Until the next process is ready, requests are refused with an EngineError: a
@@ -28,21 +30,11 @@ class Supervisor:
     `max_engine_restarts` in a row, of which none lived for STABLE_S, or a stop, nothing is started any more.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        on_news: Callable[[News], None],
-        on_stats: Callable[[Stats], None],
-        on_refusal: Callable[[Refusal], None],
-        on_death: Callable[[str], None],
-        on_restart: Callable[[Ready], None],
-        host_pid: int | None = None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, callbacks: Callbacks, host_pid: int | None = None) -> None:
         self._max_restarts = config.max_engine_restarts
-        self._on_death, self._on_restart = on_death, on_restart
-        self._make: Callable[[], EngineProcess] = lambda: EngineProcess(
-            config, on_news, on_stats, on_refusal, self._died, host_pid
-        )
+        self._callbacks = callbacks
+        of_process = replace(callbacks, on_death=self._died)
+        self._make: Callable[[], EngineProcess] = lambda: EngineProcess(config, of_process, host_pid)
         self._engine = self._make()
         self._changing = threading.Lock()  # of `_engine`, against a stop
         self._stopping = threading.Event()
@@ -95,7 +87,7 @@ class Supervisor:
         if time.monotonic() - self._ready_since_s > STABLE_S:
             self._failures = 0
         self._fail(how)
-        self._on_death(self._down or how)
+        self._callbacks.on_death(self._down or how)
         self._restarting = threading.Thread(target=self._restart, args=(self._engine,), name="restart", daemon=True)
         self._restarting.start()
 
@@ -127,7 +119,7 @@ class Supervisor:
                 self._fail(str(error))
                 log.error("%s", self._down)
             else:
-                self._on_restart(ready)
+                self._callbacks.on_restart(ready)
                 self._up()
                 log.warning("the engine runs again after restart %d", self._failures)
                 return

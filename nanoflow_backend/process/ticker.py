@@ -1,4 +1,4 @@
-"""Ticker: does one thing again and again, on a thread of its own."""
+"""Ticker calls a function again and again, on a thread of its own."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a client asks for: the request, its sampling parameters and structured outputs, and what is wrong with them."""
+"""This package holds what a client asks for: request, sampling parameters, structured outputs, and their errors."""

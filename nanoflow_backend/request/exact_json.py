@@ -15,7 +15,7 @@ class InexactJson(ValueError):
     """The text is no JSON, or no reading of it keeps all that it says."""
 
 
-def decode(text: str) -> Any:
+def loads(text: str) -> Any:
     """The value of a JSON text: a number is an int, a float that stands for exactly its digits, or else a Decimal.
 
     NaN and Infinity are floats, as in the standard library: whoever wants a number refuses them by the field's name.
@@ -36,8 +36,8 @@ def decode(text: str) -> Any:
         raise InexactJson(str(error)) from None
 
 
-def encode(value: Any) -> str:
-    """The JSON text of a value that `decode` gave, without a digit lost.
+def dumps(value: Any) -> str:
+    """The JSON text of a value that `loads` gave, without a digit lost.
 
     Raises:
         InexactJson: it is nested too deeply, has a text that is not valid Unicode, or a float that JSON cannot write.

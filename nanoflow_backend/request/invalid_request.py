@@ -1,4 +1,4 @@
-"""InvalidRequest: the caller's fault."""
+"""InvalidRequest is the error of a request that is its client's fault."""
 
 
 class InvalidRequest(ValueError):

@@ -1,4 +1,4 @@
-"""Request: what a client submits, as ints."""
+"""Request is what a client submits to the engine: a prompt in token ids, sampling parameters, deadlines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SamplingParams: what a client may ask of sampling, under the names that vLLM made common."""
+"""SamplingParams holds what a client may ask of sampling, under the names that vLLM made common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StructuredOutputs: the form that a request's output must have, in vLLM's words."""
+"""StructuredOutputs is the form that a request's output must have, in vLLM's words."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
                 raise InvalidRequest(f"structured_outputs.{name}: not implemented; expected it not to be set")
         if isinstance(known.get("json"), Mapping | bool):
             try:
-                known["json"] = exact_json.encode(known["json"])
+                known["json"] = exact_json.dumps(known["json"])
             except InexactJson as error:
                 raise InvalidRequest(f"structured_outputs.json: expected a JSON schema: {error}") from None
         if known.get("json_object") in (False, "false"):
@@ -110,6 +110,6 @@ def decoded(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return exact_json.decode(value)
+        return exact_json.loads(value)
     except InexactJson as error:
         raise InvalidRequest(f"{name}: not valid JSON: {error}") from None

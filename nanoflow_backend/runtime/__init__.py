@@ -1,1 +1,1 @@
-"""Programs: a schedule compiled for a device."""
+"""This package runs schedules: a Program is a schedule compiled for a device, on buffers and streams of its own."""

@@ -1,4 +1,4 @@
-"""Binding: the kernel calls of schedules on one device's tensors; what all programs have in common.
+"""Binding turns the launches of schedules into kernel calls on one device's tensors. All programs have one.
 
 T tokens of a batch, R rows that are sampled.
 """
@@ -19,7 +19,7 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.runtime.buffers import BufferPlan, Instance, instance_of, plan_buffers, shared
+from nanoflow_backend.runtime.buffers import BufferPlan, LayerValue, layer_value, merge_plans, plan_buffers
 from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
@@ -27,7 +27,7 @@ from nanoflow_backend.schedule.validate import describe
 Kernels = ModuleType | SimpleNamespace
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """A kernel on its tensors. `rows` are the outputs of this call alone: pages hold what earlier steps wrote too."""
 
     where: str
@@ -86,13 +86,14 @@ class Binding:
             raise ValueError(f"max_tokens: expected at most the schedule's {schedules[-1].tokens}, got {max_tokens}")
         self.model, self.weights, self.kv = model, weights, kv
         self.device = torch.device(device)
-        self._collectives, self._kernels, self._limit_sms = collectives, kernels, limit_sms
+        self.max_tokens, self.collectives, self.kernels = max_tokens, collectives, kernels
+        self._limit_sms = limit_sms
         self._in_place = in_place and collectives.ranks == 1
         self._precision = precision
         layers = [_split(model, schedule, collectives.ranks) for schedule in schedules]
-        buffers = shared(
+        buffers = merge_plans(
             [
-                plan_buffers(graphs, schedule, self._same(*graphs))
+                plan_buffers(graphs, schedule, self._aliases(*graphs))
                 for graphs, schedule in zip(layers, schedules, strict=True)
             ]
         )
@@ -100,7 +101,7 @@ class Binding:
             BoundPlan(schedule, graphs, schedule.unroll(model.num_layers), plan)
             for schedule, graphs, plan in zip(schedules, layers, buffers, strict=True)
         ]
-        # Rows begin at multiples of 16 bytes, which bulk copies ask for; _rows cuts what a value has.
+        # Rows begin at multiples of 16 bytes, which bulk copies ask for; _buffer_rows cuts what a value has.
         self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in buffers[0].buffers]
         self.positions = self.empty(max_tokens, dtype="int32")
         self.slots = self.empty(max_tokens, dtype="int32")
@@ -120,20 +121,20 @@ class Binding:
                 return FittedPlan(plan, tokens)
         raise ValueError(f"no plan for {tokens} tokens whose decodes read {decode_kv_tokens} tokens of the KV cache")
 
-    def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[Call]:
+    def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[KernelCall]:
         """Token ids [T] to the inputs of the first layer."""
         plan, tokens = fitted
         embedded = {
-            name: self._rows(plan, Instance(-1, value), 0, tokens)
+            name: self._buffer_rows(plan, LayerValue(-1, value), 0, tokens)
             for name, value in zip(self.model.embed.outputs, plan.layers[0].outputs, strict=True)
         }
-        return self._all(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
+        return self._bind_graph(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
 
-    def layers(self, fitted: FittedPlan) -> list[Call | None]:
+    def layers(self, fitted: FittedPlan) -> list[KernelCall | None]:
         """The call of each step; None where there is nothing to do."""
         plan, tokens = fitted
         ranges = plan.schedule.fit(tokens)
-        calls: list[Call | None] = []
+        calls: list[KernelCall | None] = []
         for layer, number in plan.steps:
             start, stop = ranges[number]
             launch, graph = plan.schedule.launches[number], plan.layers[layer]
@@ -144,43 +145,43 @@ class Binding:
             if self._in_place and operation.resource is Resource.NETWORK:
                 calls.append(None)
                 continue
-            value = partial(self._value, plan, layer, start=start, stop=stop)
+            value = partial(self._operand, plan, layer, start=start, stop=stop)
             where = f"{describe(number, launch)} in layer {layer}"
             sms = plan.schedule.sms(launch) if self._limit_sms else None
-            calls.append(self._call(graph, operation, value, where, f"layers.{layer}.", sms))
+            calls.append(self._bind(graph, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
     def results(self, fitted: FittedPlan) -> tuple[Tensor, ...]:
         """The last layer's outputs [T, D]."""
         (plan, tokens), last = fitted, self.model.num_layers - 1
-        return tuple(self._rows(plan, Instance(last, value), 0, tokens) for value in plan.layers[last].outputs)
+        return tuple(self._buffer_rows(plan, LayerValue(last, value), 0, tokens) for value in plan.layers[last].outputs)
 
-    def head(self, values: dict[str, Tensor]) -> list[Call]:
+    def head(self, values: dict[str, Tensor]) -> list[KernelCall]:
         """Rows of the results to logits; `values` has the head's inputs, and gets all that it computes."""
-        return self._all(self.model.head, values)
+        return self._bind_graph(self.model.head, values)
 
-    def _all(self, graph: Graph, values: dict[str, Tensor]) -> list[Call]:
+    def _bind_graph(self, graph: Graph, values: dict[str, Tensor]) -> list[KernelCall]:
         """All of a graph on whole tensors. Outputs that are not among `values` are allocated."""
         rows = len(values[graph.inputs[0]])
-        same = self._same(graph)
+        aliases = self._aliases(graph)
         calls = []
         for operation in graph.operations:
             for name in operation.outputs:
-                if name in same:
-                    values[name] = values[same[name]]
+                if name in aliases:
+                    values[name] = values[aliases[name]]
                 elif name not in values:
                     values[name] = self.empty(rows, graph.values[name].width, dtype=graph.values[name].dtype)
-            if operation.outputs[0] not in same:
-                calls.append(self._call(graph, operation, values.__getitem__, operation.name))
+            if operation.outputs[0] not in aliases:
+                calls.append(self._bind(graph, operation, values.__getitem__, operation.name))
         return calls
 
-    def _same(self, *graphs: Graph) -> dict[str, str]:
+    def _aliases(self, *graphs: Graph) -> dict[str, str]:
         """Output -> input of the collectives that have nothing to do."""
         operations = (op for graph in graphs for op in graph.operations)
         idle = (op for op in operations if self._in_place and op.resource is Resource.NETWORK)
         return {op.outputs[0]: op.inputs[0] for op in idle}
 
-    def _value(self, plan: BoundPlan, layer: int, name: str, start: int, stop: int) -> Tensor:
+    def _operand(self, plan: BoundPlan, layer: int, name: str, start: int, stop: int) -> Tensor:
         """What a launch of `layer` on rows start .. stop - 1 means by a value's name."""
         if name == "page_table":
             assert self.page_table is not None
@@ -189,13 +190,13 @@ class Binding:
             return self.kv.layer(layer)
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
-        return self._rows(plan, instance_of(plan.layers[layer], layer, name), start, stop)
+        return self._buffer_rows(plan, layer_value(plan.layers[layer], layer, name), start, stop)
 
-    def _rows(self, plan: BoundPlan, instance: Instance, start: int, stop: int) -> Tensor:
-        width = plan.layers[max(instance.layer, 0)].values[instance.value].width
-        return self.buffers[plan.buffers.holder[instance]][start:stop, :width]
+    def _buffer_rows(self, plan: BoundPlan, value: LayerValue, start: int, stop: int) -> Tensor:
+        width = plan.layers[max(value.layer, 0)].values[value.name].width
+        return self.buffers[plan.buffers.holder[value]][start:stop, :width]
 
-    def _call(
+    def _bind(
         self,
         graph: Graph,
         operation: Operation,
@@ -203,8 +204,8 @@ class Binding:
         where: str,
         prefix: str = "",
         sms: int | None = None,
-    ) -> Call:
-        implementation = self._collectives if operation.resource is Resource.NETWORK else self._kernels
+    ) -> KernelCall:
+        implementation = self.collectives if operation.resource is Resource.NETWORK else self.kernels
         inputs = [value(name) for name in operation.inputs] + [self.weights[prefix + p] for p in operation.parameters]
         outputs = tuple(value(name) for name in operation.outputs)
         run = partial(
@@ -215,7 +216,7 @@ class Binding:
             **({} if sms is None else {"num_sms": sms}),
         )
         rows = tuple(value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS)
-        return Call(where, run, rows)
+        return KernelCall(where, run, rows)
 
 
 def _split(model: Model, schedule: Schedule, ranks: int) -> tuple[Graph, ...]:

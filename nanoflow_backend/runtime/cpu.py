@@ -1,24 +1,18 @@
-"""CpuProgram: schedules, launch by launch, in plain torch: the development default, and the oracle of other programs.
+"""CpuProgram runs schedules launch by launch in plain torch: the default of laptops, and the oracle of other programs.
 
 T tokens of a batch, R rows that are sampled, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
 import torch
-from nanoflow_kernels import reference
 from torch import Tensor
 
-from nanoflow_backend.config.precision import FLOAT32, Precision
-from nanoflow_backend.graph.model import Model
-from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.runtime.binding import Binding, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives.protocol import Collectives
+from nanoflow_backend.runtime.binding import Binding, FittedPlan, KernelCall
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
-from nanoflow_backend.schedule.plan import Schedule
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in a model of 4 layers with 3 nano-batches
 
@@ -26,33 +20,16 @@ CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in 
 class CpuProgram:
     """A Program (see there) whose activations lie in buffers shared by lifetime, with tags on their rows.
 
-    For schedules, weights and kv see Binding. Schedules are not validated here: a launch whose input is not there
-    raises StaleRead. With `checked`, buffers are poisoned (NaN, or the lowest int) before each forward and outputs
-    before each launch, and poison in an output raises too: a kernel read what it should not, or left rows unwritten.
+    Schedules are not validated here: a launch whose input is not there raises StaleRead. With `checked`, buffers are
+    poisoned (NaN, or the lowest int) before each forward and outputs before each launch, and poison in an output raises
+    too: a kernel read what it should not, or left rows unwritten.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        schedules: Sequence[Schedule],
-        weights: Mapping[str, Tensor],
-        kv: KvPages,
-        collectives: Collectives,
-        *,
-        max_tokens: int,
-        precision: Precision = FLOAT32,
-        kernels: Kernels = reference,
-        checked: bool = False,
-    ) -> None:
-        self.kv, self.max_tokens, self.checked = kv, max_tokens, checked
-        self.binding = Binding(
-            model, schedules, weights, kv, collectives, kernels, max_tokens=max_tokens, precision=precision
-        )  # fmt: skip
-        self.tags_of = {
-            plan: RowTags(plan.layers, plan.schedule, plan.buffers) for plan in self.binding.plans
-        }
-        self.plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
-        for buffer in self.binding.buffers:
+    def __init__(self, binding: Binding, *, checked: bool = False) -> None:
+        self.binding, self.checked = binding, checked
+        self.tags_of = {plan: RowTags(plan.layers, plan.schedule, plan.buffers) for plan in binding.plans}
+        self.plan = FittedPlan(binding.plans[-1], 0)  # of the last batch
+        for buffer in binding.buffers:
             buffer.fill_(_poison(buffer.dtype))
         # Launches are bound to their tensors once per plan and batch size, so what changes from step to step is copied.
         self._launches = lru_cache(CACHED_BATCH_SIZES)(self._bind)
@@ -64,8 +41,8 @@ class CpuProgram:
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """See Program."""
-        if tokens > self.max_tokens:
-            raise ValueError(f"tokens: expected at most {self.max_tokens}, got {tokens}")
+        if tokens > self.binding.max_tokens:
+            raise ValueError(f"tokens: expected at most {self.binding.max_tokens}, got {tokens}")
         return self.binding.plan_for(tokens, decode_kv_tokens)
 
     def forward(
@@ -129,11 +106,11 @@ class CpuProgram:
     def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
         return [self._ready(call) if call else _nothing for call in self.binding.layers(plan)]
 
-    def _ready(self, call: Call) -> Callable[[], None]:
+    def _ready(self, call: KernelCall) -> Callable[[], None]:
         return partial(_checked, call) if self.checked else call.run
 
 
-def _checked(call: Call) -> None:
+def _checked(call: KernelCall) -> None:
     for output in call.rows:
         output.fill_(_poison(output.dtype))
     call.run()

@@ -1,4 +1,15 @@
-"""CudaProgram: schedules on one GPU: lanes are streams, waits are events, and an iteration is one CUDA graph.
+"""CudaProgram runs schedules on one GPU: lanes become streams, waits become events, an iteration one CUDA graph.
+
+    lane     launches of a layer        stream    what _issue puts on it, for every layer
+    compute  qkv   .     o              A         qkv, record e0 ----------------- wait e1, o
+    memory   .     attn  .              B         wait e0, attn, record e1 -----------------
+    network  .     .     .   reduce     C         wait e2 (after o), reduce ...
+
+    _issue runs directly at first; under capture its kernels are the nodes of a CUDA graph, and order in a stream and
+    events are the edges. There is a graph for each plan and bucket; replay() launches an iteration at once.
+
+Streams of lanes with SMs of their own belong to green contexts. All begin behind the stream of the caller, and that one
+waits for all of them at the end.
 
 T tokens of a batch, R rows that are sampled, V vocabulary.
 """
@@ -6,26 +17,23 @@ T tokens of a batch, R rows that are sampled, V vocabulary.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.model import Model
-from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.runtime.binding import Binding, BoundPlan, Call, FittedPlan, Kernels
-from nanoflow_backend.runtime.collectives.protocol import Collectives
+from nanoflow_backend.runtime.binding import Binding, BoundPlan, FittedPlan, KernelCall
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
+ON_GPU: dict[str, Any] = {"device": "cuda", "in_place": True, "limit_sms": True}  # options of a CudaProgram's Binding
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
 
 class CudaProgram:
-    """A Program (see there) whose calls return at once. For schedules, weights and kv see Binding.
+    """A Program (see there) whose calls return at once.
 
     A batch is padded to a bucket (see `bucket`), which runs under one of the schedules for its size. The first batch of
     a bucket and a schedule runs a kernel at a time, which compiles what is not compiled yet, and is captured; later
@@ -36,61 +44,35 @@ class CudaProgram:
         ValueError: `cuda_graphs` with collectives that a CUDA graph cannot hold.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        schedules: Sequence[Schedule],
-        weights: Mapping[str, Tensor],
-        kv: KvPages,
-        collectives: Collectives,
-        *,
-        max_tokens: int,
-        max_rows: int,
-        kernels: Kernels,
-        precision: Precision = BFLOAT16,
-        cuda_graphs: bool = True,
-    ) -> None:
-        if cuda_graphs and not collectives.capturable:
-            raise ValueError(
-                f"cuda_graphs: expected collectives that a CUDA graph can hold, got {type(collectives).__name__}"
-            )
-        self.max_tokens, self.max_rows = max_tokens, max_rows
-        self.binding = Binding(
-            model,
-            schedules,
-            weights,
-            kv,
-            collectives,
-            kernels,
-            max_tokens=max_tokens,
-            precision=precision,
-            device="cuda",
-            in_place=True,
-            limit_sms=True,
-        )
-        for buffer in self.binding.buffers:
+    def __init__(self, binding: Binding, *, max_rows: int, cuda_graphs: bool = True) -> None:
+        """`binding` is one ON_GPU; `max_rows` of a batch are sampled at most."""
+        if cuda_graphs and not binding.collectives.capturable:
+            kind = type(binding.collectives).__name__
+            raise ValueError(f"cuda_graphs: expected collectives that a CUDA graph can hold, got {kind}")
+        self.binding, self.max_rows = binding, max_rows
+        for buffer in binding.buffers:
             buffer.zero_()  # pad rows are computed too, wherever that costs nothing: let them be numbers
-        self.binding.slots.zero_()
-        self._token_ids = torch.zeros(max_tokens, dtype=torch.int32, device="cuda")
-        head = model.head
+        binding.slots.zero_()
+        self._token_ids = torch.zeros(binding.max_tokens, dtype=torch.int32, device="cuda")
+        head = binding.model.head
         self._head_values = {
-            name: self.binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
+            name: binding.empty(max_rows, head.values[name].width, dtype=head.values[name].dtype)
             for name in (*head.inputs, *(name for op in head.operations for name in op.outputs))
         }
-        self._plan_attention = kernels.plan_attention
-        shared = [torch.cuda.Stream() for _ in range(max(len(s.lanes) for s in schedules) - 1)]
-        self._lanes = {plan: _streams(plan.schedule, shared) for plan in self.binding.plans}
-        self._waits = {plan: _waits(plan.schedule, model.num_layers) for plan in self.binding.plans}
+        self._plan_attention = binding.kernels.plan_attention
+        shared = [torch.cuda.Stream() for _ in range(max(len(plan.schedule.lanes) for plan in binding.plans) - 1)]
+        self._lanes = {plan: _streams(plan.schedule, shared) for plan in binding.plans}
+        self._waits = {plan: _waits(plan.schedule, binding.model.num_layers) for plan in binding.plans}
         self._cuda_graphs = cuda_graphs
         self._graphs: dict[FittedPlan, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
-        self._plan = FittedPlan(self.binding.plans[-1], 0)  # of the last batch
+        self._graph_pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
+        self._last_plan = FittedPlan(binding.plans[-1], 0)  # of the last batch
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """See Program."""
-        if tokens > self.max_tokens:
-            raise ValueError(f"tokens: expected at most {self.max_tokens}, got {tokens}")
-        return self.binding.plan_for(min(bucket(tokens), self.max_tokens), decode_kv_tokens)
+        if tokens > self.binding.max_tokens:
+            raise ValueError(f"tokens: expected at most {self.binding.max_tokens}, got {tokens}")
+        return self.binding.plan_for(min(bucket(tokens), self.binding.max_tokens), decode_kv_tokens)
 
     def forward(
         self, plan: FittedPlan, token_ids: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor
@@ -106,14 +88,14 @@ class CudaProgram:
         binding.slots[:tokens].copy_(slots)
         binding.positions[:tokens].copy_(positions)
         binding.positions[tokens:padded].fill_(PAD)
-        self._plan = plan
+        self._last_plan = plan
         if plan in self._graphs:
             self._graphs[plan].replay()
             return
         self._issue(plan)
         if self._cuda_graphs:
             graph = torch.cuda.CUDAGraph()
-            with _uncollected(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _uncollected(), torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 self._issue(plan)
             self._graphs[plan] = graph
 
@@ -127,27 +109,25 @@ class CudaProgram:
             raise ValueError(f"rows: expected at most {self.max_rows}, got {len(rows)}")
         head = self.binding.model.head
         values = {name: value[: len(rows)] for name, value in self._head_values.items()}
-        for name, result in zip(head.inputs, self.binding.results(self._plan), strict=True):
+        for name, result in zip(head.inputs, self.binding.results(self._last_plan), strict=True):
             torch.index_select(result, 0, rows, out=values[name])
         for call in self.binding.head(values):
             call.run()
         return values[head.outputs[0]][:, : self.binding.model.vocab_size]
 
     def fill(self, page_table: Tensor) -> None:
-        """Run the largest batch under each of its plans, and the tail, of padding: this takes all the memory that any
-        batch will need."""
-        self._pad(self.max_tokens, page_table)
+        """See Program. Runs the largest batch, of padding, under each of its plans, and the LM head on most rows."""
+        self._pad(self.binding.max_tokens, page_table)
         self.head(torch.zeros(self.max_rows, dtype=torch.int32, device="cuda"))
 
     def warm_up(self, page_table: Tensor) -> None:
-        """Run every bucket under every plan, the largest first, of padding: then nothing is left to be compiled or
-        captured."""
+        """See Program. Runs every bucket, of padding, under every plan, the largest first."""
         self.fill(page_table)
-        for tokens in sorted({bucket(tokens) for tokens in range(1, self.max_tokens)}, reverse=True):
-            self._pad(min(tokens, self.max_tokens), page_table)
+        for tokens in sorted({bucket(tokens) for tokens in range(1, self.binding.max_tokens)}, reverse=True):
+            self._pad(min(tokens, self.binding.max_tokens), page_table)
 
     def _pad(self, tokens: int, page_table: Tensor) -> None:
-        """A batch of padding, under each plan that batches of `tokens` may have."""
+        """Run a batch of padding under each plan that batches of `tokens` may have."""
         ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
         asked = [plan.schedule.least_decode_kv_tokens for plan in self.binding.plans]
         for plan in dict.fromkeys(self.plan_for(tokens, least) for least in asked):
@@ -181,7 +161,7 @@ class CudaProgram:
             main.wait_event(stream.record_event())
 
     def _attention_plans(
-        self, plan: BoundPlan, calls: Sequence[Call | None]
+        self, plan: BoundPlan, calls: Sequence[KernelCall | None]
     ) -> dict[tuple[int, int], dict[str, Any]]:
         """By kind of layer and launch number, the keyword with attention's plan: the same in every layer of a kind."""
         found: dict[tuple[int, int], dict[str, Any]] = {}
@@ -197,7 +177,7 @@ class CudaProgram:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection: a capture does not survive that the graphs of another program are destroyed."""
+    """Without garbage collection: it could destroy another program's graphs and so invalidate the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Device: what a program runs on."""
+"""Device says what a program runs on: a GPU or the CPU, by name, size and free memory."""
 
 from __future__ import annotations
 

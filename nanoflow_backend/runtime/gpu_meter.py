@@ -1,4 +1,4 @@
-"""GpuMeter: what the GPU has used so far, by its own counters (NVML)."""
+"""GpuMeter reads what the GPU has used so far, by its own counters (NVML)."""
 
 from __future__ import annotations
 

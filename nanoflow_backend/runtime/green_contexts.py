@@ -1,4 +1,4 @@
-"""Green contexts: streams whose kernels keep to SMs of their own.
+"""Green contexts give a lane a stream whose kernels keep to SMs of their own.
 
 What needs arithmetic and what needs bandwidth disturb each other on the same SMs; on SMs of their own, both gain.
 """

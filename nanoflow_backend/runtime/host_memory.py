@@ -1,4 +1,4 @@
-"""The host's memory: what may still be taken, of the machine's and of the container's."""
+"""available_bytes says how much memory of the host may still be taken, within the limit of the container."""
 
 from __future__ import annotations
 

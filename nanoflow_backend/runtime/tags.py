@@ -1,4 +1,4 @@
-"""RowTags: which value the rows of each buffer hold, so that no launch reads another one's."""
+"""RowTags knows which value the rows of each buffer hold, so that no launch reads another one's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from nanoflow_backend.graph.operation import Graph
-from nanoflow_backend.runtime.buffers import BufferPlan, Instance, Use, uses
+from nanoflow_backend.runtime.buffers import BufferPlan, LayerValue, Use, uses
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.validate import describe
 
@@ -18,13 +18,13 @@ class StaleRead(RuntimeError):
 class _Claim(NamedTuple):
     """Segments of a buffer, and what they hold after a write or must hold before a read."""
 
-    holders: list[Instance | None]
+    holders: list[LayerValue | None]
     segments: slice
-    held: list[Instance]
+    held: list[LayerValue]
 
 
 class RowTags:
-    """The holder of every buffer's rows, by segment (see Uses); rows of the pages are tagged like a buffer's.
+    """The holder of every buffer's rows, by segment (see ValueUses); rows of the pages are tagged like a buffer's.
 
     Tags see what the interleaving of a run shows; that no interleaving goes wrong is for `validate` to say.
     """
@@ -35,12 +35,12 @@ class RowTags:
         self.steps = schedule.unroll(len(layers))
         self.uses = uses(layers, schedule, self.steps)
         self._plan = plan
-        self._holders: dict[int | Instance, list[Instance | None]] = {}
+        self._holders: dict[int | LayerValue, list[LayerValue | None]] = {}
         self._writes = [self._claims(step) for step in self.uses.writes]
         self._reads = [self._claims(step) for step in self.uses.reads]
         whole = range(len(self.uses.boundaries) - 1)
         first, last = (
-            [Use(Instance(layer, value), whole.start, whole.stop) for value in layers[0].carried.values()]
+            [Use(LayerValue(layer, value), whole.start, whole.stop) for value in layers[0].carried.values()]
             for layer in (-1, len(layers) - 1)
         )
         self._embedded, self._results = self._claims(first), self._claims(last)
@@ -78,15 +78,15 @@ class RowTags:
         start, stop = self.uses.boundaries[at : at + 2]
         found = holders[at]
         raise StaleRead(
-            f"{reader} reads {held[0].value!r} of layer {held[0].layer}, but its rows {start}..{stop} hold "
-            + (f"{found.value!r} of layer {found.layer}" if found else "nothing yet")
+            f"{reader} reads {held[0].name!r} of layer {held[0].layer}, but its rows {start}..{stop} hold "
+            + (f"{found.name!r} of layer {found.layer}" if found else "nothing yet")
         )
 
     def _claims(self, step: Iterable[Use]) -> list[_Claim]:
         claims = []
-        for instance, start, stop in step:
+        for value, start, stop in step:
             holders = self._holders.setdefault(
-                self._plan.holder.get(instance, instance), [None] * (len(self.uses.boundaries) - 1)
+                self._plan.holder.get(value, value), [None] * (len(self.uses.boundaries) - 1)
             )
-            claims.append(_Claim(holders, slice(start, stop), [instance] * (stop - start)))
+            claims.append(_Claim(holders, slice(start, stop), [value] * (stop - start)))
         return claims

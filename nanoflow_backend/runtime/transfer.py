@@ -1,4 +1,4 @@
-"""Transfers between host and device that nobody waits for.
+"""to_device and to_host copy between host and device without anybody waiting for the copy.
 
 Pinned blocks come from torch's allocator, which gives none away before the copies that use it are over: whoever packs
 the next step while the last one is still being copied gets another block.

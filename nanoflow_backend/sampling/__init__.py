@@ -1,1 +1,1 @@
-"""From logits to token ids: sampling, penalties, masks of grammars and bad words, and scores of prompts."""
+"""This package makes token ids of logits: sampling, penalties, masks of grammars and bad words, scores of prompts."""

@@ -1,4 +1,4 @@
-"""Constraints: which tokens may come next, where that depends on those that came before. Known to rank 0's host.
+"""Constraints says which tokens may come next in requests where that depends on their output. Only rank 0 has them.
 
 A mask is made between the last step's results and the tail of this one, while the device runs the forward.
 """

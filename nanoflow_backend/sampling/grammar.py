@@ -1,4 +1,4 @@
-"""Grammars: from what a client calls the form of the output to masks of tokens, through the llguidance library.
+"""Grammars compiles the form that a client asks of an output to masks of tokens, through the llguidance library.
 
 A grammar is compiled on a thread of its own, for all requests that share it; llguidance holds no interpreter lock then,
 nor while it computes masks. Its own limits bound what a grammar may take: 250,000 lexer states, 500,000 symbols, and

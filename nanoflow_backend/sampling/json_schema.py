@@ -58,7 +58,7 @@ def enforceable(text: str, field: str = "structured_outputs.json") -> str:
         InvalidRequest: it is no schema, or has a keyword, a number or a text that would not be enforced.
     """
     try:
-        schema = exact_json.decode(text)
+        schema = exact_json.loads(text)
         if schema is True:
             schema = {}
         if not isinstance(schema, dict):
@@ -67,7 +67,7 @@ def enforceable(text: str, field: str = "structured_outputs.json") -> str:
         if draft is not None and not (isinstance(draft, str) and DRAFTS.fullmatch(draft)):
             raise _refusal("$schema", f"expected a draft of json-schema.org from 4 to 2020-12, got {draft!r}")
         _check(schema, "", _conflict(_bounds(schema, NESTED)))
-        return exact_json.encode(schema)
+        return exact_json.dumps(schema)
     except InexactJson as error:
         raise InvalidRequest(f"{field}: {error}") from None
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Edits of a few logits of a request: what they are is known from its parameters and its position alone."""
+"""LogitBias and MinTokens change a few logits of a row, by the request's parameters and the row's position alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Penalties: how often each penalised request has said what, on the device, counted there as tokens are drawn."""
+"""Penalties keeps on the device how often each penalised request has had each token, and lowers their logits by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PromptScorer: log-probabilities of prompts' tokens, for the requests that ask for them."""
+"""PromptScorer computes the log-probabilities of prompts' tokens, for the requests that ask for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampler: what each slot asked of sampling, and logits to token ids by it."""
+"""Sampler draws a token id from each row of logits, as the request in the row's slot asked for it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The engine behind Triton Inference Server. This file imports nothing: the stub and set-up import parts of it."""
+"""This package puts the engine behind Triton Inference Server. This file imports nothing: set-up reads parts of it."""

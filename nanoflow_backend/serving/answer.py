@@ -1,4 +1,4 @@
-"""Answer: the text and ids of one request -> the tensors of its responses."""
+"""Answer makes the tensors of a request's responses out of its text and token ids."""
 
 from __future__ import annotations
 

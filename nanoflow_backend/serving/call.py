@@ -1,9 +1,8 @@
-"""Call: what a client asks for, understood. Tensors and request parameters in; prompt ids and SamplingParams out."""
+"""Call is what a client asks for, understood: prompt ids and SamplingParams, out of tensors and request parameters."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ import numpy as np
 
 from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.serving.inputs import Inputs
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 from nanoflow_backend.text.bad_words import encode_bad_words
 from nanoflow_backend.text.tokenizer import Tokenizer
@@ -66,13 +66,14 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidRequest: the message names the field and what was expected.
         """
-        sampling = "sampling_parameters" in tensors
+        inputs = Inputs(tensors)
+        sampling = "sampling_parameters" in inputs
         fields = _merge(
-            ("sampling_parameters", _json(tensors, "sampling_parameters", dict, exact_json.decode) if sampling else {}),
+            ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
-            ("the input stop", {"stop": _texts(tensors, "stop")} if "stop" in tensors else {}),
-            ("the input stop_words", _words(tensors, "stop_words", "stop")),
-            ("the input bad_words", _words(tensors, "bad_words", "bad_words")),
+            ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
+            ("the input stop_words", _words(inputs, "stop_words", "stop")),
+            ("the input bad_words", _words(inputs, "bad_words", "bad_words")),
         )
         # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
@@ -82,11 +83,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
         params = encode_bad_words(params, tokenizer)
-        prompts = _prompts(tensors, tokenizer, vocab_size)
-        is_batch = "prompts" in tensors or "input_lengths" in tensors
-        stream = _flag(tensors, "stream") or False
-        exclude = _flag(tensors, "exclude_input_in_output")
-        outputs = _outputs(tensors, requested, tokenizer, is_batch)
+        prompts = _prompts(inputs, tokenizer, vocab_size)
+        is_batch = "prompts" in inputs or "input_lengths" in inputs
+        stream = inputs.flag("stream") or False
+        exclude = inputs.flag("exclude_input_in_output")
+        outputs = _outputs(inputs, requested, tokenizer, is_batch)
         return [
             cls(
                 prompt=prompt,
@@ -110,7 +111,7 @@ def is_cancellation(tensors: Arrays) -> bool:
     Raises:
         InvalidRequest: there is something else.
     """
-    if not _flag(tensors, "cancel"):
+    if not Inputs(tensors).flag("cancel"):
         return False
     if others := [name for name in tensors if name != "cancel"]:
         raise InvalidRequest(f"cancel: expected no other input, got {', '.join(others)}")
@@ -144,23 +145,6 @@ def _check_stop(stop: tuple[str, ...], tokenizer: Tokenizer | None) -> None:
         raise InvalidRequest(f"stop: expected valid Unicode text: {error}") from None
 
 
-def _json(
-    tensors: Arrays,
-    name: str,
-    kind: type[dict[str, Any]] | type[list[Any]],
-    decode: Callable[[str], Any] = json.loads,
-) -> Any:
-    """The JSON object or list in a text."""
-    text = _text(tensors, name)
-    try:
-        value = decode(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{name}: not valid JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise InvalidRequest(f"{name}: expected a JSON {'object' if kind is dict else 'list'}, got {text[:80]}")
-    return value
-
-
 def _merge(*sources: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One mapping of all sources; a name may come twice only with the same value ("5" is 5, a stop string a list)."""
     merged: dict[str, tuple[str, Any]] = {}
@@ -176,25 +160,25 @@ def _spelling(value: Any) -> str:
     return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
-def _prompts(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], str | None]]:
+def _prompts(inputs: Inputs, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], str | None]]:
     """(ids, text) of each prompt; no text where the ids came as such."""
-    given = [name for name in PROMPTS if name in tensors]
+    given = [name for name in PROMPTS if name in inputs]
     if len(given) != 1:
         raise InvalidRequest(f"{', '.join(PROMPTS)}: expected one of them, got {' and '.join(given) or 'none'}")
     (name,) = given
     if name != "messages":
-        _refuse_chat_inputs(tensors)
-    if "input_lengths" in tensors and name != "input_ids":
+        _refuse_chat_inputs(inputs)
+    if "input_lengths" in inputs and name != "input_ids":
         raise InvalidRequest(f"input_lengths: expected input_ids with them, got {name}")
     prompts: list[tuple[list[int], str | None]]
     if name == "input_ids":
-        prompts = [(ids, None) for ids in _ids(tensors, vocab_size)]
+        prompts = [(ids, None) for ids in _ids(inputs, vocab_size)]
     elif tokenizer is None:
         raise InvalidRequest(f"{name}: expected none, for the model has no tokenizer.json (use input_ids)")
     elif name == "messages":
-        prompts = [(tokenizer.encode(_chat(tensors, tokenizer), add_special_tokens=False), None)]
+        prompts = [(tokenizer.encode(_chat(inputs, tokenizer), add_special_tokens=False), None)]
     else:
-        texts = _texts(tensors, name) if name == "prompts" else [_text(tensors, name)]
+        texts = inputs.texts(name) if name == "prompts" else [inputs.text(name)]
         prompts = [(tokenizer.encode(text), text) for text in texts]
     if not prompts:
         raise InvalidRequest(f"{name}: expected at least one prompt, got none")
@@ -205,33 +189,33 @@ def _prompts(tensors: Arrays, tokenizer: Tokenizer | None, vocab_size: int) -> l
     return prompts
 
 
-def _ids(tensors: Arrays, vocab_size: int) -> list[list[int]]:
+def _ids(inputs: Inputs, vocab_size: int) -> list[list[int]]:
     """The prompts in `input_ids`: one, or those of `input_lengths`."""
-    ids = tensors["input_ids"].ravel()
+    ids = inputs.flat("input_ids")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise InvalidRequest(f"input_ids: expected ids in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
-    if "input_lengths" not in tensors:
+    if "input_lengths" not in inputs:
         return [ids.tolist()]
-    lengths = tensors["input_lengths"].ravel().astype(np.int64)
+    lengths = inputs.flat("input_lengths").astype(np.int64)
     if (lengths < 1).any() or lengths.sum() != ids.size:
         shown = lengths[:8].tolist() + ["..."] * (lengths.size > 8)
         raise InvalidRequest(f"input_lengths: expected lengths >= 1 with a sum of {ids.size} (input_ids), got {shown}")
     return [prompt.tolist() for prompt in np.split(ids, lengths.cumsum()[:-1])]
 
 
-def _refuse_chat_inputs(tensors: Arrays) -> None:
+def _refuse_chat_inputs(inputs: Inputs) -> None:
     for name in ("tools", "add_generation_prompt", "chat_template_kwargs"):
-        if name in tensors:
+        if name in inputs:
             raise InvalidRequest(f"{name}: expected it with messages only")
 
 
-def _chat(tensors: Arrays, tokenizer: Tokenizer) -> str:
+def _chat(inputs: Inputs, tokenizer: Tokenizer) -> str:
     """The text of a conversation, by the model's chat template."""
     return tokenizer.apply_chat_template(
-        _json(tensors, "messages", list),
-        _json(tensors, "tools", list) if "tools" in tensors else None,
-        _flag(tensors, "add_generation_prompt"),
-        _json(tensors, "chat_template_kwargs", dict) if "chat_template_kwargs" in tensors else {},
+        inputs.json("messages", list),
+        inputs.json("tools", list) if "tools" in inputs else None,
+        inputs.flag("add_generation_prompt"),
+        inputs.json("chat_template_kwargs", dict) if "chat_template_kwargs" in inputs else {},
     )
 
 
@@ -243,50 +227,26 @@ def _shown_prompt(exclude: bool | None, stream: bool, text: str | None) -> str:
     return "" if exclude or stream or text is None else text
 
 
-def _outputs(
-    tensors: Arrays, requested: Collection[str], tokenizer: Tokenizer | None, is_batch: bool
-) -> frozenset[str]:
+def _outputs(inputs: Inputs, requested: Collection[str], tokenizer: Tokenizer | None, is_batch: bool) -> frozenset[str]:
     """Which outputs to send; the comment at `OUTPUTS` has the rule."""
     chosen = frozenset(requested) if frozenset(requested) != ALL_OUTPUTS else frozenset()
     if tokenizer is None and "text_output" in chosen:
         raise InvalidRequest("text_output: expected not to be requested, for the model has no tokenizer.json")
-    wanted = chosen | {name for name in ALL_OUTPUTS if _flag(tensors, f"return_{name}")}
+    wanted = chosen | {name for name in ALL_OUTPUTS if inputs.flag(f"return_{name}")}
     if not chosen and tokenizer is not None:
         wanted |= {"text_output"}
-    if not chosen and "input_ids" in tensors:
+    if not chosen and "input_ids" in inputs:
         wanted |= {"output_ids"}
     if not chosen and is_batch:
         wanted |= {"batch_index", "num_output_tokens"} if "output_ids" in wanted else {"batch_index"}
     return wanted & frozenset(requested)
 
 
-def _with_logprobs(params: SamplingParams) -> SamplingParams:
-    return params if params.logprobs is not None else msgspec.structs.replace(params, logprobs=0)
-
-
-def _flag(tensors: Arrays, name: str) -> bool | None:
-    return bool(_only(tensors, name)) if name in tensors else None
-
-
-def _text(tensors: Arrays, name: str) -> str:
-    _only(tensors, name)
-    return _texts(tensors, name)[0]
-
-
-def _words(tensors: Arrays, name: str, field: str) -> dict[str, str | list[str]]:
+def _words(inputs: Inputs, name: str, field: str) -> dict[str, str | list[str]]:
     """A sampling field from an input that some clients always send, with empty texts where they mean none."""
-    words = [text for text in _texts(tensors, name) if text] if name in tensors else []
+    words = [text for text in inputs.texts(name) if text] if name in inputs else []
     return {field: words[0] if len(words) == 1 else words} if words else {}
 
 
-def _only(tensors: Arrays, name: str) -> Any:
-    if tensors[name].size != 1:
-        raise InvalidRequest(f"{name}: expected one element, got shape {list(tensors[name].shape)}")
-    return tensors[name].flat[0]
-
-
-def _texts(tensors: Arrays, name: str) -> list[str]:
-    try:
-        return [item if isinstance(item, str) else item.decode() for item in tensors[name].ravel().tolist()]
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{name}: expected UTF-8 text: {error}") from None
+def _with_logprobs(params: SamplingParams) -> SamplingParams:
+    return params if params.logprobs is not None else msgspec.structs.replace(params, logprobs=0)

@@ -1,4 +1,4 @@
-"""ChatThreads: where chats are rendered and tokenised, beside the server's thread.
+"""ChatThreads renders and tokenises chats beside the server's thread.
 
 A chat template is a program, and a long chat may keep it busy for seconds. All other requests come in by the server's
 one thread meanwhile, so that chats wait for each other only.

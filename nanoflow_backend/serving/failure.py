@@ -1,4 +1,4 @@
-"""Failure: an error for one client, with the code that the server's protocols know."""
+"""Failure is an error for one client, with the code that the server's protocols know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits: how much one request may carry. Checked before any of it is decoded, parsed or tokenised.
+"""Limits bounds how much one request may carry, before any of it is decoded, parsed or tokenised.
 
 Tokenising runs at a megabyte or so a second, and no other request is accepted meanwhile: a text that cannot fit the
 model, whatever its tokens are, is refused by its size.

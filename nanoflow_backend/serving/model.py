@@ -1,4 +1,4 @@
-"""TritonPythonModel: the model that the server's Python backend loads. Imported in its stub only, and torch-free.
+"""TritonPythonModel is the model that the server's Python backend loads, in its stub only and without torch.
 
 A request's way in, on the server's thread: tensors -> Call -> engine process. Chats become Calls on other threads.
 Its way out: news of the engine process (reader thread) -> Senders (a few threads) -> Reply -> client.
@@ -23,6 +23,7 @@ import triton_python_backend_utils as pb_utils
 
 from nanoflow_backend.config import version_folder
 from nanoflow_backend.process import logs
+from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor
@@ -37,12 +38,12 @@ from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
 from nanoflow_backend.serving.failure import Code, Failure, without_words
 from nanoflow_backend.serving.limits import Limits, check_parameters
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
-from nanoflow_backend.serving.prompt_fan_in import Batch
+from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
 from nanoflow_backend.serving.reply import Channel, Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
-from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete
+from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete_config
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -62,7 +63,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        complete(config)
+        complete_config(config)
         return config
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -87,11 +88,13 @@ class TritonPythonModel:
         self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
         self._engine = Supervisor(
             config,
-            on_news=self._on_news,
-            on_stats=self._on_stats,
-            on_refusal=self._on_refusal,
-            on_death=self._on_death,
-            on_restart=self._on_restart,
+            Callbacks(
+                on_news=self._on_news,
+                on_stats=self._on_stats,
+                on_refusal=self._on_refusal,
+                on_death=self._on_death,
+                on_restart=self._on_restart,
+            ),
             host_pid=os.getppid(),
         )
         self._ready = self._engine.start()
@@ -133,7 +136,7 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, channel: ServerChannel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
-        came_s = time.monotonic()
+        arrived_s = time.monotonic()
         tensors = _inputs(request)
         if is_cancellation(tensors):
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
@@ -141,7 +144,7 @@ class TritonPythonModel:
         self._engine.check_room()  # before any work for it: under overload most requests end here
         parse = self._parser(request, tensors)
         context = request.trace().get_context() if self._tracer else None
-        start = functools.partial(self._start_all, channel, came_s, context)
+        start = functools.partial(self._submit_prompts, channel, arrived_s, context)
         if "messages" in tensors:
             self._chats.add(Chat(channel, parse, start, functools.partial(self._refuse, channel)))
         else:
@@ -172,16 +175,16 @@ class TritonPythonModel:
         self._metrics.refused("queue_full" if isinstance(error, QueueFull) else REFUSED[failure.code])
         channel.fail(failure)
 
-    def _start_all(self, channel: ServerChannel, came_s: float, context: str | None, calls: list[Call]) -> None:
+    def _submit_prompts(self, channel: ServerChannel, arrived_s: float, context: str | None, calls: list[Call]) -> None:
         is_batch = calls[0].batch_index is not None
-        channels = Batch(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
+        channels = PromptFanIn(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
         for call, own_channel in zip(calls, channels, strict=True):
-            self._start(call, own_channel, came_s, context)
+            self._submit_prompt(call, own_channel, arrived_s, context)
 
-    def _start(self, call: Call, channel: Channel, came_s: float, context: str | None) -> None:
+    def _submit_prompt(self, call: Call, channel: Channel, arrived_s: float, context: str | None) -> None:
         """Never raises: what fails here is answered. `context`: of the server's trace."""
         request_id = next(self._ids)
-        trace = self._tracer.request(context, came_s) if self._tracer else None
+        trace = self._tracer.request(context, arrived_s) if self._tracer else None
         cancel = functools.partial(self._cancel, request_id)
         try:
             self._senders.add(request_id, Reply(call, channel, self._tokenizer, cancel, trace))
@@ -190,10 +193,10 @@ class TritonPythonModel:
             channel.fail(closed)
             return
         timeouts_us = call.timeout_us, call.queue_timeout_us
-        deadline, queue_deadline = (came_s + us / 1e6 if us else None for us in timeouts_us)
+        deadline, queue_deadline = (arrived_s + us / 1e6 if us else None for us in timeouts_us)
         try:
             self._engine.submit(
-                Request(request_id, call.prompt, call.params, call.priority, deadline, queue_deadline, came_s)
+                Request(request_id, call.prompt, call.params, call.priority, deadline, queue_deadline, arrived_s)
             )
         except Exception as error:
             # The reply is on its sender's hands, and news of the engine's death may have come first.

@@ -1,4 +1,4 @@
-"""Placement: the GPUs of each instance of a model. One instance is one engine; the server spreads requests over them.
+"""place gives each instance of a model its GPUs. One instance is one engine; the server spreads requests over them.
 
 `gpu_device_ids` in config.pbtxt gives each instance its group, as in the TensorRT-LLM backend: "0;1;2;3" are four
 engines, "0,1;2,3" two with tensor_parallel 2. `GPU_DEVICE_IDS` is the vLLM backend's: one group, for all instances of

@@ -1,4 +1,4 @@
-"""Batch: the prompts of one request answer on the one channel of their client."""
+"""PromptFanIn lets the prompts of one request answer on the one channel of their client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanoflow_backend.serving.reply import Channel
 from nanoflow_backend.serving.tensors import Arrays, Parameters
 
 
-class Batch:
+class PromptFanIn:
     """Each prompt has a reply of its own, fed by whichever thread; here they share a channel. Thread-safe.
 
     In a stream each response is one prompt's, and the last of them all is final. Otherwise the answers are gathered
@@ -64,16 +64,16 @@ class Batch:
 class _Part:
     """One prompt's channel."""
 
-    def __init__(self, batch: Batch, index: int, request_id: str) -> None:
+    def __init__(self, fan_in: PromptFanIn, index: int, request_id: str) -> None:
         self.request_id = request_id
-        self._batch = batch
+        self._fan_in = fan_in
         self._index = index
 
     def send(self, tensors: Arrays, final: bool, parameters: Parameters) -> None:
-        self._batch.send(self._index, tensors, final, parameters)
+        self._fan_in.send(self._index, tensors, final, parameters)
 
     def fail(self, failure: Failure) -> None:
-        self._batch.fail(failure)
+        self._fan_in.fail(failure)
 
     def is_cancelled(self) -> bool:
-        return self._batch.is_cancelled()
+        return self._fan_in.is_cancelled()

@@ -1,4 +1,4 @@
-"""Reply: one request's way back to its client. Deltas of the engine go in, responses come out, the last one final."""
+"""Reply is one request's way back to its client: deltas of the engine go in, responses come out, the last one final."""
 
 from __future__ import annotations
 

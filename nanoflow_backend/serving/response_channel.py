@@ -1,4 +1,4 @@
-"""ServerChannel: a response sender of the server. Imported in its stub only."""
+"""ServerChannel sends responses through the server's response sender. It is imported in its stub only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Senders: a few threads that turn the engine's news into responses, each request pinned to one of them.
+"""Senders are a few threads that turn the engine's news into responses; each request is pinned to one of them.
 
 A response is a blocking round trip of some 100 us, and a step brings news for hundreds of requests. So the engine's
 thread only files news; a request that is still queued when more comes gets one response for all of it. The slower the

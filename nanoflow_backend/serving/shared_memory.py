@@ -1,4 +1,4 @@
-"""make_private: the shared memory between server and stub holds every prompt and answer; it is for their user alone."""
+"""make_private closes the shared memory of server and stub, which holds all prompts and answers, to other users."""
 
 from __future__ import annotations
 

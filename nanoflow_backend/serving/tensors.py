@@ -1,4 +1,4 @@
-"""The tensors of the model: one table, from which config.pbtxt, auto-completion, parsing and responses derive.
+"""This table of the model's tensors is what config.pbtxt, auto-completion, parsing and responses derive from.
 
 Names and meanings are those of Triton's vLLM backend, so that its clients work unchanged; what is new here says so.
 
@@ -90,7 +90,7 @@ VLLM_DIMS = {"num_input_tokens": (1,)}  # where its config.pbtxt may differ: it 
 INPUT_NAMES = frozenset(tensor.name for tensor in INPUTS)
 
 
-def complete(config: Any) -> None:
+def complete_config(config: Any) -> None:
     """Fill in what a model configuration leaves out (the server's `ModelConfig`, for auto_complete_config).
 
     Raises:

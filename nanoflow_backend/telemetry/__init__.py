@@ -1,1 +1,1 @@
-"""What an operator sees: the families of metrics, the page of metrics, and traces."""
+"""This package shows the engine to its operators: families of metrics, the server's page of them, and traces."""

@@ -1,4 +1,4 @@
-"""Families: what the model has on the server's metrics page. One table; docs/metrics.md shows it to people.
+"""FAMILIES is the table of all metrics that the model has on the server's page; docs/metrics.md shows it to people.
 
 Names end as those of vLLM's metrics where it has the like; of each, the value is read from a `View`.
 """

@@ -1,4 +1,4 @@
-"""Metrics: what is known of the engine, and the server's page that shows it.
+"""Metrics collects what is known of the engine, and Page writes it to the server's metrics page.
 
 The server's histograms take one value a call, and a step brings a thousand. So a histogram is here what its exposition
 consists of: counters with an `le` label, raised a bucket at a time. To a query they are the same.

@@ -1,4 +1,4 @@
-"""Tracing: spans of requests, joined to the server's own trace of them, sent to an OpenTelemetry collector.
+"""Tracer makes the spans of a request, joins them to the server's own trace, and sends them to an OTLP collector.
 
 Nothing here runs in the engine: the spans of a request are made when it has ended, from its account, on the thread that
 sent its last response; a thread of the SDK exports them.
@@ -23,8 +23,8 @@ EXPORT_TIMEOUT_S = 5.0  # of one attempt; unloading the model may have to wait f
 class RequestTrace:
     """One request that the server traces. Tell it the end once."""
 
-    def __init__(self, tracer: Tracer, parent: Context, came_s: float) -> None:
-        self._tracer, self._parent, self._came_s = tracer, parent, came_s
+    def __init__(self, tracer: Tracer, parent: Context, arrived_s: float) -> None:
+        self._tracer, self._parent, self._arrived_s = tracer, parent, arrived_s
 
     def end(self, outcome: str, prompt_tokens: int, output_tokens: int, account: Account | None) -> None:
         """`outcome`: the finish reason, or the code of the failure. No account: the engine did not have it."""
@@ -42,7 +42,7 @@ class RequestTrace:
             began = [(name, begin_s) for name, begin_s in begins_s.items() if begin_s is not None]
             ends_s = [begin_s for _, begin_s in began[1:]] + [account.ended_s]
             phases = {name: (begin_s, end_s) for (name, begin_s), end_s in zip(began, ends_s, strict=True)}
-        self._tracer.write(self._parent, (self._came_s, time.monotonic()), attributes, phases)
+        self._tracer.write(self._parent, (self._arrived_s, time.monotonic()), attributes, phases)
 
 
 class Tracer:
@@ -76,11 +76,11 @@ class Tracer:
         self._tracer = self._provider.get_tracer("nanoflow")
         self._epoch_s = time.time() - time.monotonic()
 
-    def request(self, context: str | None, came_s: float) -> RequestTrace | None:
+    def request(self, context: str | None, arrived_s: float) -> RequestTrace | None:
         """`context`: of the server's own span, as JSON with a W3C traceparent. None: this request is not traced."""
         if not context:
             return None
-        return RequestTrace(self, self._propagator.extract(json.loads(context)), came_s)
+        return RequestTrace(self, self._propagator.extract(json.loads(context)), arrived_s)
 
     def write(
         self,

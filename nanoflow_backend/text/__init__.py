@@ -1,1 +1,1 @@
-"""Text and token ids: the tokenizer, chat templates, and the streaming of token ids back into text."""
+"""This package turns text to token ids and back: tokenizer, chat templates, streaming, stop strings."""

@@ -1,4 +1,4 @@
-"""Bad words as token sequences."""
+"""encode_bad_words turns the words that a client forbids into token sequences."""
 
 from __future__ import annotations
 

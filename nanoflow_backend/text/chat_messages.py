@@ -1,7 +1,7 @@
 """MessageForms: a client's chat messages in the forms that a chat template is written for.
 
 Clients speak OpenAI's wire format, templates what transformers' users write. Where both allow several forms of one
-thing, the template's own questions decide (`Uses`), so that it is the template that is obeyed:
+thing, the template's own questions decide (`TemplateUses`), so that it is the template that is obeyed:
 
     content             a list of text parts is joined by newlines, unless the template walks over the parts;
                         a text becomes a list of one part for a template that knows nothing but parts

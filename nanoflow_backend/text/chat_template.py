@@ -1,4 +1,4 @@
-"""ChatTemplate: messages to prompt text, by a checkpoint's jinja2 template, in a sandbox."""
+"""ChatTemplate turns chat messages into the text of a prompt, by a checkpoint's jinja2 template, in a sandbox."""
 
 from __future__ import annotations
 

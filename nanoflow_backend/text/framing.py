@@ -16,12 +16,12 @@ import msgspec
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from nanoflow_backend.text.special_tokens import read_json
+from nanoflow_backend.text.special_tokens import read_optional_json
 
 LLAMA_MODELS = ("llama", "mixtral")  # version 4 takes the Llama class for them, where none is named
 
 
-class Family(NamedTuple):
+class TokenizerFamily(NamedTuple):
     """A class that makes its own post-processor, and what it takes where a folder says nothing."""
 
     adds_bos: bool
@@ -30,11 +30,11 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "CodeLlama": Family(True, "<s>", "</s>"),
-    "Cohere": Family(True, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
-    "Gemma": Family(True, "<bos>", "<eos>"),
-    "GPTNeoX": Family(False, "<|endoftext|>", "<|endoftext|>"),
-    "Llama": Family(True, "<s>", "</s>"),
+    "CodeLlama": TokenizerFamily(True, "<s>", "</s>"),
+    "Cohere": TokenizerFamily(True, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
+    "Gemma": TokenizerFamily(True, "<bos>", "<eos>"),
+    "GPTNeoX": TokenizerFamily(False, "<|endoftext|>", "<|endoftext|>"),
+    "Llama": TokenizerFamily(True, "<s>", "</s>"),
 }
 
 
@@ -71,12 +71,12 @@ class Framing(msgspec.Struct, frozen=True):
         Raises:
             InvalidTokenizer: naming the file and the field.
         """
-        settings = read_json(folder / "tokenizer_config.json", _Settings) or _Settings()
+        settings = read_optional_json(folder / "tokenizer_config.json", _Settings) or _Settings()
         name = settings.tokenizer_class
         if name is None:  # version 4 goes by the model then; version 5 does not, so it must have been asked for
             if settings.add_bos_token is None and settings.add_eos_token is None:
                 return None
-            config = read_json(folder / "config.json", _ModelConfig)
+            config = read_optional_json(folder / "config.json", _ModelConfig)
             name = "Llama" if config is None or config.model_type in LLAMA_MODELS else ""
         family = FAMILIES.get(name.removesuffix("Fast").removesuffix("Tokenizer"))
         if family is None:

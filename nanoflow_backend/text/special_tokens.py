@@ -71,7 +71,7 @@ class SpecialTokens(msgspec.Struct, frozen=True):
         )
 
 
-def read_json(path: Path, kind: type[T]) -> T | None:
+def read_optional_json(path: Path, kind: type[T]) -> T | None:
     """What a JSON file of a tokenizer holds; None where there is none. Raises: InvalidTokenizer, naming the file."""
     if not path.is_file():
         return None
@@ -83,7 +83,7 @@ def read_json(path: Path, kind: type[T]) -> T | None:
 
 def _fields(path: Path) -> Fields:
     """The fields of one file that name tokens, each of the right type."""
-    fields: Fields = read_json(path, Fields) or {}
+    fields: Fields = read_optional_json(path, Fields) or {}
     types: dict[str, Any] = dict.fromkeys(STANDARD, str | Token | None)
     types[UNNAMED[0]] = list[str | Token] | None
     types[UNNAMED[1]] = list[str | Token] | dict[str, str | Token] | None

@@ -1,4 +1,4 @@
-"""StopStrings: ends a text at its first stop string and shows no part of one before it is known not to be one."""
+"""StopStrings ends a text at its first stop string and shows no part of one before it is known not to be one."""
 
 from __future__ import annotations
 

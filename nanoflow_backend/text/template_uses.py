@@ -1,4 +1,4 @@
-"""Uses: what a chat template does with one key of its messages (`content`, `arguments`), read from its source.
+"""TemplateUses: what a chat template does with one key of its messages (`content`, `arguments`), read from its source.
 
 A message may hold a key in several forms, and a template is written for one or two of them: a content that is a text or
 a list of parts, arguments that are JSON or an object, a null. Which ones shows in the template's own questions, as vLLM
@@ -22,7 +22,7 @@ SAME = frozenset({"d", "default", "metered", "safe"})  # what they are given is 
 NEUTRAL = SAME | {"count", "length"}
 
 
-class Uses(msgspec.Struct, frozen=True):
+class TemplateUses(msgspec.Struct, frozen=True):
     """What a template does with a key, anywhere and whatever message it is of.
 
     Attributes:
@@ -42,10 +42,10 @@ class Uses(msgspec.Struct, frozen=True):
     asks_null: bool
 
 
-NONE = Uses(**dict.fromkeys(Uses.__struct_fields__, False))
+NONE = TemplateUses(**dict.fromkeys(TemplateUses.__struct_fields__, False))
 
 
-def read_uses(tree: nodes.Template) -> defaultdict[str, Uses]:
+def read_uses(tree: nodes.Template) -> defaultdict[str, TemplateUses]:
     """What a template does with each key that it names; `NONE` for others."""
     sources = _Sources(tree)
     found: defaultdict[str, set[str]] = defaultdict(set)
@@ -53,7 +53,8 @@ def read_uses(tree: nodes.Template) -> defaultdict[str, Uses]:
         for use, value in _uses(node):
             for key in sources.keys(value):
                 found[key].add(use)
-    uses = {key: Uses(**{name: name in names for name in Uses.__struct_fields__}) for key, names in found.items()}
+    fields = TemplateUses.__struct_fields__
+    uses = {key: TemplateUses(**{name: name in names for name in fields}) for key, names in found.items()}
     return defaultdict(lambda: NONE, uses)
 
 

@@ -1,4 +1,4 @@
-"""TextStream: one request's token ids to text, as they come, up to its stop string."""
+"""TextStream turns one request's token ids into text as they come, up to its stop string."""
 
 from __future__ import annotations
 

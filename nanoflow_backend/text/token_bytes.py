@@ -1,4 +1,4 @@
-"""TokenBytes: what each token adds to the text, as bytes, whatever stands around it.
+"""TokenBytes knows what each token adds to the text, as bytes, whatever stands around it.
 
 The decoders of today's language models work token by token: ByteLevel (GPT-2, Llama-3, Qwen2, DeepSeek) writes each
 token's bytes one after the other, SentencePiece's (Llama-2, Mixtral: Replace, ByteFallback, Fuse, Strip) writes "▁" as

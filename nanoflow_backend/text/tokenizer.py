@@ -1,4 +1,4 @@
-"""Tokenizer: text <-> token ids of a Hugging Face model folder, through the `tokenizers` library alone."""
+"""Tokenizer turns text into token ids and back for a Hugging Face model folder, by the `tokenizers` library alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_messages import Message
 from nanoflow_backend.text.chat_template import ChatTemplate
 from nanoflow_backend.text.framing import Framing
-from nanoflow_backend.text.special_tokens import InvalidTokenizer, SpecialTokens, Token, read_json
+from nanoflow_backend.text.special_tokens import InvalidTokenizer, SpecialTokens, Token, read_optional_json
 from nanoflow_backend.text.token_bytes import Decoding, TokenBytes, UnsupportedDecoder
 
 OLDER_FILES = ("tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")  # each of another kind of tokenizer
@@ -74,7 +74,7 @@ class Tokenizer:
             raise InvalidTokenizer(f"{file}: {error}") from error
         except Exception as error:  # the library raises bare Exceptions
             raise InvalidTokenizer(f"{file}: not a valid tokenizer: {error}") from error
-        config = read_json(folder / "tokenizer_config.json", _Config) or _Config()
+        config = read_optional_json(folder / "tokenizer_config.json", _Config) or _Config()
         try:
             tokens = SpecialTokens.read(folder)
             if config.added_tokens_decoder is None:
@@ -190,7 +190,7 @@ def _add_older_tokens(folder: Path, backend: Backend, tokens: SpecialTokens) -> 
     """Make the tokens of added_tokens.json known, which was written before there was an `added_tokens_decoder`."""
     file = folder / "added_tokens.json"
     special = {*tokens.named.values(), *tokens.unnamed}
-    for text, token_id in sorted((read_json(file, dict[str, int]) or {}).items(), key=lambda item: item[1]):
+    for text, token_id in sorted((read_optional_json(file, dict[str, int]) or {}).items(), key=lambda item: item[1]):
         if backend.token_to_id(text) is None:
             backend.add_tokens([AddedToken(text, normalized=text not in special, special=text in special)])
         if backend.token_to_id(text) != token_id:

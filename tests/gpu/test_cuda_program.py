@@ -22,9 +22,9 @@ from benchmarks.models import checkpoints
 from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.binding import Binding, Kernels
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
-from nanoflow_backend.runtime.cuda import CudaProgram
+from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
@@ -53,20 +53,30 @@ def precision_of(dtype: torch.dtype) -> Precision:
 
 
 def program(
-    case: Case, schedules: Sequence[Schedule], requests: Requests, dtype: torch.dtype, **options: Any
+    case: Case,
+    schedules: Sequence[Schedule],
+    requests: Requests,
+    dtype: torch.dtype,
+    *,
+    max_rows: int | None = None,
+    cuda_graphs: bool = True,
+    kernels: Kernels = device,
+    **options: Any,
 ) -> CudaProgram:
     pages = KvPages.allocate(
         case.config, requests.num_pages, requests.page_tokens, dtype, device="cuda", poison=True
     )  # fmt: skip
     tokens = schedules[-1].tokens
-    return CudaProgram(
+    binding = Binding(
         case.model,
         schedules,
         cast(case.weights, dtype, "cuda"),
         pages,
         OneRank(),
-        **{"max_tokens": tokens, "max_rows": tokens, "kernels": device, "precision": precision_of(dtype)} | options,
+        kernels,
+        **{"max_tokens": tokens, "precision": precision_of(dtype), **ON_GPU} | options,
     )
+    return CudaProgram(binding, max_rows=max_rows or tokens, cuda_graphs=cuda_graphs)
 
 
 @pytest.mark.parametrize("dtype", LAUNCH_TOLERANCE, ids=str)

@@ -4,7 +4,9 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 
+import grimp
 import pytest
 from support.places import ROOT
 
@@ -18,6 +20,15 @@ def test_every_contract_is_kept():
     linted = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert linted.returncode == 0, linted.stdout
     assert "0 broken" in linted.stdout
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Imports for type checkers alone count too."""
+    packages = ("benchmarks", "nanoflow_backend", "nanoflow_kernels", "nanoflow_search")
+    graph = grimp.build_graph(*packages, exclude_type_checking_imports=False, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert sum(map(len, imports.values())) > 500, "the graph has imports"
+    TopologicalSorter(imports).prepare()  # CycleError names the circle
 
 
 def imported(source: str) -> Iterator[str]:

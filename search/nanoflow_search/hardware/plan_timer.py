@@ -9,12 +9,14 @@ from typing import Any
 
 import msgspec
 import torch
+from nanoflow_kernels import reference
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding, Kernels
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
@@ -32,6 +34,10 @@ class PlanTimer:
     """A `Timer` of schedules for batches of `mix`, on random weights and pages that all programs share.
 
     Times are those of the layers alone, ramps at the first and the last layer included; the LM head is not run.
+
+    Args:
+        make_program: called with a Binding and `max_rows`, as CudaProgram is.
+        binding_options: such as ON_GPU; by default on the CPU.
     """
 
     def __init__(
@@ -48,9 +54,10 @@ class PlanTimer:
         seconds: float = 1.0,
         warm_s: float = WARM_UP_S,
         sleep: Callable[[float], None] = time.sleep,
-        device: str = "cuda",
-        **options: Any,
+        kernels: Kernels = reference,
+        **binding_options: Any,
     ) -> None:
+        device = binding_options.get("device", "cpu")
         layers = num_layers or config.num_layers
         distinct = min(layers, DISTINCT_LAYERS)
         batch = SteadyBatch.of(requests_of(mix), page_tokens)
@@ -70,7 +77,7 @@ class PlanTimer:
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]
         self._meter, self._make_program, self._burst = meter, make_program, burst
         self._seconds, self._warm_s, self._sleep = seconds, warm_s, sleep
-        self._options = {"precision": precision, **options}
+        self._kernels, self._binding_options = kernels, {"precision": precision, **binding_options}
         self._forward = lru_cache(KEPT_PROGRAMS)(self._make_forward)
 
     @classmethod
@@ -78,14 +85,14 @@ class PlanTimer:
         """Return a timer on the first visible GPU; `options` are those of the constructor, such as num_layers."""
         from nanoflow_kernels import device as kernels
 
-        from nanoflow_backend.runtime.cuda import CudaProgram
+        from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
         from nanoflow_backend.runtime.gpu_meter import GpuMeter
         from nanoflow_search.hardware.cuda_graphs import CudaBurst
 
         def burst(launches: Callable[[], None]) -> Burst:
             return CudaBurst(torch.cuda.current_stream(), launches)
 
-        return cls(config, mix, GpuMeter(), CudaProgram, burst, kernels=kernels, **options)
+        return cls(config, mix, GpuMeter(), CudaProgram, burst, kernels=kernels, **ON_GPU, **options)
 
     def __call__(self, schedule: Schedule) -> Timing:
         """Return the measured timing of a layer.
@@ -102,17 +109,17 @@ class PlanTimer:
 
     def _make_forward(self, schedule: bytes) -> Callable[[], None]:
         tokens, plan = len(self._inputs[0]), msgspec.json.decode(schedule, type=Schedule)
-        program = self._make_program(
+        binding = Binding(
             self._model,
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
             OneRank(),
+            self._kernels,
             max_tokens=tokens,
-            max_rows=1,
-            **self._options,
+            **self._binding_options,
         )
-
+        program = self._make_program(binding, max_rows=1)
         *listed, page_table = self._inputs
         fitted = program.plan_for(tokens, decode_kv_tokens=0)
         layout = deal(self._decodes, tokens, fitted.groups)

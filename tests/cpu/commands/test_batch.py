@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from support.commands.command_line import assert_one_line, command, environment, run_here
+from support.commands.command_line import assert_one_line, run_here, start
 from support.commands.json_lines import read_lines, write_lines
 
 from nanoflow_backend.engine import LLM, SamplingParams
@@ -80,8 +80,7 @@ def test_a_killed_and_an_interrupted_batch_go_on_where_they_were(model, tmp_path
         return output.read_bytes().count(b"\n") if output.exists() else 0
 
     def stopped(sign, after):
-        behind = ("nice", "-n", "19")  # this test, which must notice in time what was written
-        child = subprocess.Popen([*behind, *command(*arguments)], env=environment(), stderr=subprocess.PIPE, text=True)
+        child = start(*arguments, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
         while finished() < after:
             assert child.poll() is None, "it ended before it could be stopped"

@@ -43,7 +43,7 @@ RUN: list[int] = []  # pages of the programs that ran a batch for a trial
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     RUN.clear()
-    monkeypatch.setattr(CpuProgram, "fill", lambda self, _: RUN.append(self.kv.num_pages))
+    monkeypatch.setattr(CpuProgram, "fill", lambda self, _: RUN.append(self.binding.kv.num_pages))
     return RUN
 
 
@@ -75,7 +75,7 @@ def test_a_given_size_is_rounded_up_to_pages_and_tries_nothing(settled: Settled,
     program, pages = ProgramBuilder(given, Device("cpu", "cpu", None)).build(torch.zeros(4, 4, dtype=torch.int32))
     assert (pages, trials) == (3, [])
     assert isinstance(program, CpuProgram)
-    assert program.kv.num_pages == 3
+    assert program.binding.kv.num_pages == 3
 
 
 def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, monkeypatch: pytest.MonkeyPatch) -> None:

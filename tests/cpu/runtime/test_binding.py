@@ -136,11 +136,12 @@ def test_a_batch_runs_under_the_first_plan_that_holds_it(case: Case) -> None:
     assert chosen == {0, 1, 2, 3}
 
 
-def test_collectives_that_no_graph_can_hold_are_refused_before_anything_is_allocated(case: Case) -> None:
+def test_collectives_that_no_graph_can_hold_are_refused_before_the_device_is_touched(case: Case) -> None:
     pages, schedules = case.requests.empty_pages(), [sequential(case.model.layer, TOKENS)]
-    collectives, options = InProcess(Group(2), 0), {"max_tokens": TOKENS, "max_rows": 1, "kernels": reference}
+    collectives, options = InProcess(Group(2), 0), {"max_tokens": TOKENS, "precision": FLOAT32}
+    binding = Binding(case.model, schedules, case.weights, pages, collectives, reference, **options)
     with pytest.raises(ValueError, match="cuda_graphs: expected collectives that a CUDA graph can hold, got InProcess"):
-        CudaProgram(case.model, schedules, case.weights, pages, collectives, **options)
+        CudaProgram(binding, max_rows=1)
 
 
 def test_buckets_waste_at_most_an_eighth_and_are_few() -> None:

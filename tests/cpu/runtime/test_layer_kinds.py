@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from nanoflow_kernels import reference
 from support.comparison import assert_close
 from support.models import layer_kinds
 from support.models.batches import Requests, decode_kv_tokens, forward
@@ -14,7 +16,9 @@ from support.models.layer_kinds import CONFIG, LAYERS, alternating
 from support.schedule.schedules import plans, random_interleaving, random_schedule
 from torch import Tensor
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.models import weights
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.order import PartialOrder
@@ -38,7 +42,9 @@ def values() -> dict[str, Tensor]:
 
 def check(schedule: Schedule, values: dict[str, Tensor], rng: random.Random | None = None) -> None:
     validate(schedule, MODEL.layer, LAYERS)
-    program = CpuProgram(MODEL, [schedule], values, REQUESTS.empty_pages(), OneRank(), max_tokens=TOKENS, checked=True)
+    options: dict[str, Any] = {"max_tokens": TOKENS, "precision": FLOAT32}
+    binding = Binding(MODEL, [schedule], values, REQUESTS.empty_pages(), OneRank(), reference, **options)
+    program = CpuProgram(binding, checked=True)
     expected = [layer_kinds.logits(values, ids) for ids in REQUESTS.ids]
     for batch in BATCHES:
         order = random_interleaving(PartialOrder(schedule, LAYERS), rng) if rng else None

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.runtime.row_conflicts import conflicts
 from support.schedule.schedules import delayed, in_lanes, interleavings, plans, random_schedule, without_wait
 from torch import Tensor
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph
@@ -22,7 +24,8 @@ from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
-from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, Instance, plan_buffers
+from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, plan_buffers
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
@@ -45,12 +48,13 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
     named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
     weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
     kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
-    return CpuProgram(model, [schedule], weights, kv, OneRank(), max_tokens=schedule.tokens, kernels=NO_KERNELS)
+    options: dict[str, Any] = {"max_tokens": schedule.tokens, "precision": FLOAT32}
+    return CpuProgram(Binding(model, [schedule], weights, kv, OneRank(), NO_KERNELS, **options))
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
     """Through all the tags, those that the head looks at too."""
-    ints = torch.zeros(program.max_tokens, dtype=torch.int32)
+    ints = torch.zeros(program.binding.max_tokens, dtype=torch.int32)
     forward(program, (ints, ints, ints, ints[:, None]), order=order)
     program.tags.read_results()
 
@@ -103,7 +107,7 @@ def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPa
             program.checked = False  # poison is read, and nobody objects
             wrong = False
             for late in overtaken(PartialOrder(mutant, 2), wait, number):
-                for pages in program.kv.tensor:
+                for pages in program.binding.kv.tensor:
                     pages.fill_(torch.nan)
                 for buffer in program.binding.buffers:
                     buffer.fill_(torch.nan)
@@ -137,7 +141,7 @@ def attention_model(num_layers: int) -> Model:
     q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2)
     attended = g.attention("attention", q, pages, batch)
     layer = g.build(residual, g.linear("o", attended, llama.o_parameter(g, shape)))
-    return Model(llama.embed(shape), (layer,), (0,) * num_layers, llama.head(shape))
+    return Model(llama.embedding(shape), (layer,), (0,) * num_layers, llama.lm_head(shape))
 
 
 def attention_schedules(graph: Graph) -> dict[str, Schedule]:
@@ -186,7 +190,8 @@ def attention() -> SimpleNamespace:
 
 def program_of(attention: SimpleNamespace, schedule: Schedule) -> CpuProgram:
     pages = attention.requests.empty_pages()
-    return CpuProgram(attention.model, [schedule], attention.weights, pages, OneRank(), max_tokens=6)
+    options: dict[str, Any] = {"max_tokens": 6, "precision": FLOAT32}
+    return CpuProgram(Binding(attention.model, [schedule], attention.weights, pages, OneRank(), reference, **options))
 
 
 def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: SimpleNamespace) -> None:
@@ -198,7 +203,7 @@ def test_every_interleaving_of_two_layers_gives_the_same_logits(attention: Simpl
         program = program_of(attention, schedule)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 2)):
-            program.kv.tensor.fill_(torch.nan)
+            program.binding.kv.tensor.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(6)), expected)
             ran[-1] += 1
@@ -234,10 +239,10 @@ def test_without_a_wait_one_of_all_interleavings_is_refused(attention: SimpleNam
 # the buffer plan
 
 
-def moved(plan: BufferPlan, instance: Instance, buffer: int, width: int) -> BufferPlan:
+def moved(plan: BufferPlan, value: LayerValue, buffer: int, width: int) -> BufferPlan:
     buffers = list(plan.buffers)
     buffers[buffer] = Buffer(max(width, buffers[buffer].width), buffers[buffer].dtype)
-    return BufferPlan(tuple(buffers), {**plan.holder, instance: buffer})
+    return BufferPlan(tuple(buffers), {**plan.holder, value: buffer})
 
 
 def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,14 +253,14 @@ def test_a_value_in_the_wrong_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) 
     for name in ("sequential", "two", "append in the network lane", "ahead"):
         schedule = plans(graph, 8)[name]
         plan, order = plan_buffers((graph,) * 2, schedule), PartialOrder(schedule, 2)
-        for instance, home in plan.holder.items():
+        for value, home in plan.holder.items():
             for buffer in set(range(len(plan.buffers))) - {home}:
-                wrong = moved(plan, instance, buffer, graph.values[instance.value].width)
+                wrong = moved(plan, value, buffer, graph.values[value.name].width)
                 with monkeypatch.context() as patch:
                     patch.setattr(binding, "plan_buffers", lambda *_, wrong=wrong: wrong)
                     program = dry_program(model, schedule)
                 refused = any(refuses(program, delayed(order, k)) for k in range(len(order.steps)))
-                assert refused == bool(conflicts(wrong, graph, schedule, 2, 8)), (name, instance, buffer)
+                assert refused == bool(conflicts(wrong, graph, schedule, 2, 8)), (name, value, buffer)
                 caught += refused
                 harmless += not refused
     assert caught > 100, caught

@@ -3,9 +3,8 @@
 import json
 import shutil
 import signal
-import subprocess
 
-from support.commands.command_line import assert_one_line, command, environment, run
+from support.commands.command_line import assert_one_line, run, start
 from support.places import DEMO_MODEL, ROOT
 from support.waiting import until
 
@@ -43,7 +42,7 @@ def test_the_log_goes_on_and_its_warnings_are_shown(tmp_path):
     options = ("--model-repository", folder, "--log", log, "--log-format", "json", *PORTS)
     shown = tmp_path / "shown"
     with shown.open("w") as terminal:
-        child = subprocess.Popen(command("serve", *options), env=environment(), stdout=terminal, stderr=terminal)
+        child = start("serve", *options, stdout=terminal, stderr=terminal)
     until(lambda: "schedule auto" in shown.read_text(), 60)
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 0

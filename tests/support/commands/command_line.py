@@ -29,6 +29,12 @@ def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command(*arguments), env=environment(), text=True, timeout=120, **options)
 
 
+def start(*arguments: str | Path, **options) -> subprocess.Popen:
+    """The same, to be interrupted: a shell's background jobs, which the tests may be, are started deaf to SIGINT."""
+    hears = ("env", "--default-signal=INT")
+    return subprocess.Popen([*hears, *command(*arguments)], env=environment(), text=True, **options)
+
+
 def run_here(*arguments: str | Path) -> subprocess.CompletedProcess:
     """The same in this process, which has imported torch already."""
     out, err = io.StringIO(), io.StringIO()

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nanoflow_kernels import reference
 from support.comparison import assert_close
 from support.models.batches import Chunk, Requests, decode_kv_tokens, forward
 
 from benchmarks.models import checkpoints
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
@@ -48,9 +51,12 @@ class Case:
             ]
 
     def program(self, *schedules: Schedule, **options: Any) -> CpuProgram:
-        options = {"max_tokens": schedules[-1].tokens, "checked": True} | options
+        """`options` are those of its Binding, and `checked`."""
+        options = {"max_tokens": schedules[-1].tokens, "precision": FLOAT32} | options
+        checked, kernels = options.pop("checked", True), options.pop("kernels", reference)
         pages = self.requests.empty_pages()
-        return CpuProgram(self.model, schedules, self.weights, pages, OneRank(), **options)
+        binding = Binding(self.model, schedules, self.weights, pages, OneRank(), kernels, **options)
+        return CpuProgram(binding, checked=checked)
 
     def check(
         self,

@@ -21,7 +21,7 @@ ALTERNATING = replace(
     mixtral.MIXTRAL,
     name="alternating",
     hf_class="AlternatingForCausalLM",
-    layers=lambda config, tp: (llama.layer(config, tp), *mixtral.layers(config, tp)),
+    layers=lambda config, tp: (llama.layer(config, tp), *mixtral.decoder_layers(config, tp)),
     kind_of=lambda config: tuple(i % 2 for i in range(config.num_layers)),
 )
 

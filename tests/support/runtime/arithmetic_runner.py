@@ -16,7 +16,7 @@ from nanoflow_backend.engine.completion import Completion, Job
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.offline.run import run
+from nanoflow_backend.offline.run import run_jobs
 from nanoflow_backend.request.invalid_request import InvalidRequest
 from nanoflow_backend.scheduler.batch import FinishReason
 
@@ -103,7 +103,7 @@ def main(input: str, output: str, seconds: str = "0") -> None:
     try:
         with ResultFile(Path(output), Path(input)) as results:
             lines = results.resume(JobFile(Path(input)).lines(), MADE_WITH)
-            for _ in run(lines, ArithmeticRunner(seconds=float(seconds)), results):
+            for _ in run_jobs(lines, ArithmeticRunner(seconds=float(seconds)), results):
                 pass
     except ConfigError as error:
         sys.exit(str(error))

@@ -6,7 +6,7 @@ from functools import cache
 from itertools import combinations
 
 from nanoflow_backend.graph.operation import Graph
-from nanoflow_backend.runtime.buffers import BufferPlan, Instance
+from nanoflow_backend.runtime.buffers import BufferPlan, LayerValue
 from nanoflow_backend.schedule.plan import Schedule
 
 EMBEDDING, HEAD = -1, 10**6  # steps before and after all others
@@ -29,23 +29,23 @@ def ends_before(schedule: Schedule, num_layers: int) -> list[set[int]]:
 
 def accesses(
     graph: Graph, schedule: Schedule, num_layers: int, tokens: int
-) -> dict[Instance, list[tuple[int, bool, int]]]:
+) -> dict[LayerValue, list[tuple[int, bool, int]]]:
     """(step, writes, row) of every instance, when a batch has `tokens`."""
-    found: dict[Instance, list[tuple[int, bool, int]]] = {}
+    found: dict[LayerValue, list[tuple[int, bool, int]]] = {}
     ranges = schedule.fit(tokens)
     carried = {"residual": "mlp_norm.residual", "update": "mlp_reduce"}
     for value in carried.values():
-        found[Instance(-1, value)] = [(EMBEDDING, True, row) for row in range(tokens)]
+        found[LayerValue(-1, value)] = [(EMBEDDING, True, row) for row in range(tokens)]
     for k, (layer, number) in enumerate(schedule.unroll(num_layers)):
         operation = graph[schedule.launches[number].operation]
         for row in range(*ranges[number]):
             for value in operation.inputs:
-                instance = Instance(layer - 1, carried[value]) if value in carried else Instance(layer, value)
+                instance = LayerValue(layer - 1, carried[value]) if value in carried else LayerValue(layer, value)
                 found.setdefault(instance, []).append((k, False, row))
             for value in operation.outputs:
-                found.setdefault(Instance(layer, value), []).append((k, True, row))
+                found.setdefault(LayerValue(layer, value), []).append((k, True, row))
     for value in carried.values():
-        found[Instance(num_layers - 1, value)] += [(HEAD, False, row) for row in range(tokens)]
+        found[LayerValue(num_layers - 1, value)] += [(HEAD, False, row) for row in range(tokens)]
     return found
 
 

@@ -8,15 +8,18 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from msgspec.structs import replace
+from nanoflow_kernels import reference
 from support.collectives.checks import TOLERANCE, check_collectives
 from support.models.batches import Chunk, Requests, forward
 from torch import Tensor
 
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.gloo import Gloo
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
@@ -61,7 +64,9 @@ def run(rank: int, work: Work) -> None:
         requests = Requests(config, work.lengths)
         for name, schedule in schedules(model.layer, work.tokens, work.ranks).items():
             pages = requests.empty_pages(work.ranks)
-            program = CpuProgram(model, [schedule], loaded, pages, collectives, max_tokens=work.tokens, checked=True)
+            options = {"max_tokens": work.tokens, "precision": FLOAT32}
+            binding = Binding(model, [schedule], loaded, pages, collectives, reference, **options)
+            program = CpuProgram(binding, checked=True)
             logits = []
             for batch in work.batches:
                 forward(program, requests.inputs(batch))

@@ -13,9 +13,10 @@ class FakeEngine:
 
     latest = None
 
-    def __init__(self, config, on_news, on_stats, on_refusal, on_death, on_restart, host_pid):
-        self.config, self.on_refusal, self.on_death, self.on_restart = config, on_refusal, on_death, on_restart
-        self.say = lambda *deltas: on_news(News(list(deltas), Queue(0, 9, 0)))
+    def __init__(self, config, callbacks, host_pid):
+        self.config, self.on_refusal = config, callbacks.on_refusal
+        self.on_death, self.on_restart = callbacks.on_death, callbacks.on_restart
+        self.say = lambda *deltas: callbacks.on_news(News(list(deltas), Queue(0, 9, 0)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
         self.full, self.is_ready = None, True
         FakeEngine.latest = self

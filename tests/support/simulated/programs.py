@@ -7,9 +7,8 @@ from typing import Any
 
 from support.simulated.gpu import SimulatedBurst, SimulatedGpu, SimulatedWork
 
-from nanoflow_backend.graph.model import Model
+from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.cpu import CpuProgram
-from nanoflow_backend.schedule.plan import Schedule
 
 LAUNCH_S = 1e-4
 
@@ -23,14 +22,12 @@ class Programs:
         self.made: list[CpuProgram] = []
         self.launches = 0
 
-    def __call__(
-        self, model: Model, schedules: list[Schedule], *arguments: Any, max_rows: int, **options: Any
-    ) -> CpuProgram:
-        program = CpuProgram(model, schedules, *arguments, **options)
+    def __call__(self, binding: Binding, *, max_rows: int) -> CpuProgram:
+        program = CpuProgram(binding)
         plain = program.forward
 
         def forward(*inputs: Any) -> None:
-            self.launches = len(schedules[0].launches)
+            self.launches = len(binding.plans[0].schedule.launches)
             if not program.plan.tokens:
                 plain(*inputs)
 

@@ -12,7 +12,7 @@ from support.runtime.arithmetic_runner import MADE_WITH, ArithmeticRunner
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.offline.run import run
+from nanoflow_backend.offline.run import run_jobs
 
 LINES = [{"prompt": f"page {number}", "id": f"p{number}"} for number in range(9)]
 
@@ -29,7 +29,7 @@ def output(tmp_path):
 
 def complete(source, output, made_with=MADE_WITH):
     with ResultFile(output, source) as results:
-        for _ in run(results.resume(JobFile(source).lines(), made_with), ArithmeticRunner(), results):
+        for _ in run_jobs(results.resume(JobFile(source).lines(), made_with), ArithmeticRunner(), results):
             pass
     return results
 

@@ -15,7 +15,7 @@ from support.runtime.arithmetic_runner import MADE_WITH, ArithmeticRunner, TwoRu
 
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.offline.run import result_line, run, seeded
+from nanoflow_backend.offline.run import result_line, run_jobs, seeded
 from nanoflow_backend.request.invalid_request import InvalidRequest
 
 PROGRAM = Path(arithmetic_runner.__file__)
@@ -28,7 +28,7 @@ def make_input(folder, count):
 
 def complete(source, output, runner, **limits):
     with ResultFile(output, source) as results:
-        for _ in run(results.resume(JobFile(source).lines(), MADE_WITH), runner, results, **limits):
+        for _ in run_jobs(results.resume(JobFile(source).lines(), MADE_WITH), runner, results, **limits):
             pass
     return results
 
@@ -61,7 +61,7 @@ def test_a_slow_line_holds_no_more_results_than_it_may(tmp_path):
     source, seen = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{number}"} for number in range(500)]), []
     runner = ArithmeticRunner(slow_first=True)
     with ResultFile(tmp_path / "out.jsonl", source) as results:
-        for _ in run(results.resume(JobFile(source).lines(), MADE_WITH), runner, results, most_early_bytes=2000):
+        for _ in run_jobs(results.resume(JobFile(source).lines(), MADE_WITH), runner, results, most_early_bytes=2000):
             seen.append(results.early_bytes)
     assert 2000 < max(seen) < 2000 + 7 * 120, "what is running when the bound is reached still ends"
     assert read_lines(tmp_path / "out.jsonl") == expected(source)

@@ -6,6 +6,7 @@ import pytest
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process import supervisor as module
+from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import Ready
 from nanoflow_backend.process.supervisor import Supervisor
@@ -51,10 +52,10 @@ class World:
         monkeypatch.setattr(
             module,
             "EngineProcess",
-            lambda *arguments: Process(self.made, starts, arguments[4]),
+            lambda *arguments: Process(self.made, starts, arguments[1].on_death),
         )
         self.supervisor = Supervisor(
-            EngineConfig(model="m", **config), None, None, None, self.deaths.append, self.restarts.append, host_pid=None
+            EngineConfig(model="m", **config), Callbacks(None, None, None, self.deaths.append, self.restarts.append)
         )
 
     def settle(self):

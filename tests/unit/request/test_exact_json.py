@@ -21,7 +21,7 @@ def test_no_digit_is_lost_on_the_way_to_the_engine() -> None:
         digits = "".join(random.choice("0123456789") for _ in range(random.randrange(1, 40))).lstrip("0") or "0"
         text = random.choice(["", "-"]) + digits + random.choice(["", ".5", ".0", f".{digits}", "e5", "e-30", "e400"])
         body = f'{{"structured_outputs": {{"json": {{"const": [{text}]}}}}}}'
-        asked = SamplingParams.parse(exact_json.decode(body)).structured_outputs
+        asked = SamplingParams.parse(exact_json.loads(body)).structured_outputs
         assert asked == StructuredOutputs.parse(f'{{"json": {{"const": [{text}]}}}}')
         assert asked is not None
         assert asked.json is not None
@@ -29,20 +29,20 @@ def test_no_digit_is_lost_on_the_way_to_the_engine() -> None:
 
 
 def test_a_number_is_a_float_where_that_says_the_same() -> None:
-    value = exact_json.decode("[0.1, 1e3, 1.00000000000000000001, 7]")
+    value = exact_json.loads("[0.1, 1e3, 1.00000000000000000001, 7]")
     assert [type(number) for number in value] == [float, float, Decimal, int]
     assert [exact_json.is_exact(number) for number in value] == [True, True, False, True]
     assert not exact_json.is_exact(2**53)
-    assert SamplingParams.parse({"temperature": exact_json.decode("0.70000000000000000001")}).temperature == 0.7
+    assert SamplingParams.parse({"temperature": exact_json.loads("0.70000000000000000001")}).temperature == 0.7
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": 1, "a": 1}', "[" * 100_000, "1e99999999999999999999"])
 def test_what_would_not_be_kept_is_refused(text: str) -> None:
     with pytest.raises(InexactJson):
-        exact_json.decode(text)
+        exact_json.loads(text)
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}, "\ud800", object()])
 def test_what_json_cannot_say_is_refused(value: Any) -> None:
     with pytest.raises(InexactJson):
-        exact_json.encode(value)
+        exact_json.dumps(value)

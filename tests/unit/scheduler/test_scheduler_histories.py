@@ -1,13 +1,12 @@
 """Random histories of the scheduler, against an executor that notices wrong pages and wrong tokens.
 
-The full run: `python tests/unit/scheduler/test_scheduler_histories.py 10000`.
+The long run: `make histories HISTORIES=20000`.
 """
 
 from __future__ import annotations
 
+import os
 import random
-import sys
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
@@ -24,9 +23,8 @@ from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
-HISTORIES_IN_CI = 2_000
-TIERED_IN_CI = 1_000
 CHUNK = 1_000
+HISTORIES = int(os.environ.get("HISTORIES", 2 * CHUNK))  # and half as many with a tier below
 INTERRUPTIONS = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.REFUSED)
 SEEDS_EACH = 3  # the most sequences of a request
 
@@ -258,7 +256,7 @@ def run_histories(seeds: range, tiers: bool = False) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("first", range(0, HISTORIES_IN_CI, CHUNK))
+@pytest.mark.parametrize("first", range(0, HISTORIES, CHUNK))
 def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK))
     others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "scored", "siblings")
@@ -266,15 +264,9 @@ def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: 
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
 
 
-@pytest.mark.parametrize("first", range(0, TIERED_IN_CI, CHUNK))
+@pytest.mark.parametrize("first", range(0, HISTORIES // 2, CHUNK))
 def test_with_a_tier_below_no_page_is_lost_and_no_token_is_computed_on_one_that_is_not_loaded(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK), tiers=True)
     events = ("stores", "loads", "drops", "steps of transfers alone")
     for event in (*FinishReason, "preemptions", "prefix hits", *events):
         assert seen[event] >= 5, f"the histories hardly know '{event}': they prove little"
-
-
-if __name__ == "__main__":
-    count = int(sys.argv[1])
-    begin = time.perf_counter()
-    print(count, "histories", dict(run_histories(range(count))), f"{time.perf_counter() - begin:.1f} s")

@@ -7,7 +7,7 @@ import pytest
 from support.places import DEMO_MODEL, DROP_IN_FOLDER
 
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete
+from nanoflow_backend.serving.tensors import INPUTS, OUTPUTS, UNSWITCHED, complete_config
 
 ENTRY = re.compile(r'\{ name: "(\w+)", data_type: TYPE_(\w+), dims: \[ ([-\d, ]+) \](, optional: true)? \}')
 
@@ -48,7 +48,7 @@ def test_config_pbtxt_spells_out_the_table():
 
 def test_auto_completion_adds_the_same():
     config = ModelConfig()
-    complete(config)
+    complete_config(config)
 
     def row(entry):
         return (entry["name"], entry["data_type"][5:], tuple(entry["dims"]), entry.get("optional", False))
@@ -60,7 +60,7 @@ def test_auto_completion_adds_the_same():
 
 def test_auto_completion_leaves_a_chosen_policy():
     config = ModelConfig(model_transaction_policy={"decoupled": False})
-    complete(config)
+    complete_config(config)
     assert config.policy is None
 
 
@@ -91,7 +91,7 @@ def test_the_names_of_the_vllm_backend_are_all_there():
 def test_a_config_of_the_vllm_backend_may_insist_on_its_inputs_and_dims():
     outputs = [{"name": "text_output", "dims": [-1]}, {"name": "num_input_tokens", "dims": [1]}]
     config = ModelConfig(input=[{"name": "stream", "dims": [1], "optional": False}], output=outputs)
-    complete(config)
+    complete_config(config)
     assert [entry["name"] for entry in config.inputs if "optional" not in entry] == ["stream"]
     assert {t.name for t in OUTPUTS} - {entry["name"] for entry in config.outputs} == {"num_input_tokens"}
 

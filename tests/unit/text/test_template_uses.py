@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from jinja2 import Environment
 
-from nanoflow_backend.text.template_uses import NONE, Uses, read_uses
+from nanoflow_backend.text.template_uses import NONE, TemplateUses, read_uses
 
 LOOP = "{% for m in messages %}$ {% endfor %}"
 
 
 def uses(source: str, key: str = "content") -> set[str]:
     found = read_uses(Environment().parse(source))[key]
-    return {name for name in Uses.__struct_fields__ if getattr(found, name)}
+    return {name for name in TemplateUses.__struct_fields__ if getattr(found, name)}
 
 
 @pytest.mark.parametrize(

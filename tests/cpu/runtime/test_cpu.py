@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.models import checkpoints
 from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.runtime.binding import FittedPlan
+from nanoflow_backend.runtime.binding import Binding, FittedPlan
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
@@ -70,7 +70,7 @@ def test_every_interleaving_gives_the_same_logits(llama: Case) -> None:
         program = llama.program(schedule, checked=False)
         ran.append(0)
         for order in interleavings(PartialOrder(schedule, 1)):
-            for pages in program.kv.tensor:
+            for pages in program.binding.kv.tensor:
                 pages.fill_(torch.nan)
             forward(program, inputs, order=order)
             assert_close(f"logits in the order {order}", program.head(torch.arange(8)), expected)
@@ -84,8 +84,9 @@ def test_bfloat16_follows_float32(case: Case) -> None:
         name: w if name.endswith("frequencies") else w.bfloat16() for name, w in case.weights.items()
     }  # fmt: skip
     schedule = nano_batched(case.model.layer, TOKENS, 3)
-    options: dict[str, Any] = {"max_tokens": TOKENS, "precision": BFLOAT16, "checked": True}
-    program = CpuProgram(case.model, [schedule], weights, pages, OneRank(), **options)
+    options: dict[str, Any] = {"max_tokens": TOKENS, "precision": BFLOAT16}
+    binding = Binding(case.model, [schedule], weights, pages, OneRank(), reference, **options)
+    program = CpuProgram(binding, checked=True)
     forward(program, case.requests.inputs(BATCHES[0]))
     logits = program.head(torch.arange(TOKENS))
     assert logits.dtype == torch.float32

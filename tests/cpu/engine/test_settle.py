@@ -1,0 +1,39 @@
+"""settle decides what a configuration leaves open, and refuses what the model cannot do."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.engine.settle import Settled, settle
+
+DEMO = Path(__file__).parents[3] / "demo" / "tiny-llama"
+CONFIG = EngineConfig(model=str(DEMO), device="cpu")
+
+
+def test_what_is_open_is_decided_by_device_and_model() -> None:
+    settled = settle(CONFIG)
+    assert (settled.config.device, settled.config.dense_batch_tokens, settled.config.chunk_tokens) == ("cpu", 512, 512)
+    assert settled.max_model_tokens == settled.model_config.max_model_tokens
+
+
+def test_what_is_said_is_kept() -> None:
+    settled = settle(replace(CONFIG, max_model_tokens=100, dense_batch_tokens=64, max_running=9))
+    assert (settled.max_model_tokens, settled.config.dense_batch_tokens, settled.config.max_running) == (100, 64, 9)
+    assert settled.model_config.max_model_tokens > 100
+
+
+def test_what_the_model_cannot_do_is_refused() -> None:
+    longest = settle(CONFIG).model_config.max_model_tokens
+    with pytest.raises(ConfigError, match=f"max_model_tokens: expected at most {longest} .* got {longest + 1}"):
+        settle(replace(CONFIG, max_model_tokens=longest + 1))
+    with pytest.raises(ConfigError, match="tensor_parallel: expected a divisor of num_attention_heads"):
+        settle(replace(CONFIG, tensor_parallel=8))
+
+
+def test_other_ranks_get_what_rank_0_has() -> None:
+    settled = settle(CONFIG)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(settled), type=Settled) == settled

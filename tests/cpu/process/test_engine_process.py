@@ -1,0 +1,197 @@
+"""EngineProcess: what it answers, what it refuses, and what happens when a process dies."""
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from support.process_tree import alive, children
+from support.waiting import until
+
+from benchmarks.models import checkpoints, tiny_tokenizers
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.engine import LLM, SamplingParams
+from nanoflow_backend.process.callbacks import Callbacks
+from nanoflow_backend.process.engine_process import EngineError, EngineProcess
+from nanoflow_backend.process.messages import Stats
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.scheduler.waiting_queue import QueueFull
+from nanoflow_backend.text.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("model"))
+    vocab_size = Tokenizer.from_pretrained(folder).vocab_size
+    return checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size), folder)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(24)]
+
+
+class Client:
+    """Collects what an EngineProcess says."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.changed = threading.Condition()
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishReason] = {}
+        self.refused: dict[int, str] = {}
+        self.deaths: list[str] = []
+        told = Callbacks(self.on_news, self.on_stats, self.on_refusal, self.on_death, on_restart=lambda ready: None)
+        self.process = EngineProcess(config, told)
+        self.stats: Stats | None = None
+
+    def on_news(self, news):
+        with self.changed:
+            for delta in news.deltas:
+                self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+                if delta.finish_reason:
+                    assert delta.request_id not in self.finished, "a request ends once"
+                    self.finished[delta.request_id] = delta.finish_reason
+            self.changed.notify_all()
+
+    def on_stats(self, stats):
+        with self.changed:
+            self.stats = stats
+            self.changed.notify_all()
+
+    def on_refusal(self, refusal):
+        with self.changed:
+            self.refused[refusal.request_id] = refusal.message
+            self.changed.notify_all()
+
+    def on_death(self, how):
+        with self.changed:
+            self.deaths.append(how)
+            self.changed.notify_all()
+
+    def wait_for(self, condition):
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout=60)
+
+
+def config(model: Path, **fields) -> EngineConfig:
+    return EngineConfig.resolve({"model": str(model), **fields}, relative_to=Path.cwd())
+
+
+def test_the_engine_process_answers_as_the_engine_does(model, prompts):
+    expected = LLM.from_pretrained(model).generate(prompts, GREEDY)
+    client = Client(config(model, max_queue_size=len(prompts)))
+    ready = client.process.start()
+    assert (ready.page_tokens, ready.max_model_tokens) == (16, 512)
+    for number, prompt in enumerate(prompts):
+        client.process.submit(Request(number, prompt, GREEDY))
+    client.process.submit(Request(100, [], GREEDY))
+    client.process.submit(Request(101, [10**6], GREEDY))
+    client.wait_for(lambda: len(client.finished) == len(prompts) and len(client.refused) == 2)
+    assert [client.tokens[number] for number in range(len(prompts))] == [c.token_ids for c in expected]
+    assert client.refused.keys() == {100, 101}
+    client.wait_for(lambda: client.stats and client.stats.scheduler.used_pages == 0)  # the last ones come when all ends
+    assert client.stats.observed.delivered_tokens == sum(map(len, client.tokens.values()))
+    assert sum(client.stats.observed.ended.values()) == len(prompts)
+    assert client.stats.scheduler.running_requests == client.stats.scheduler.waiting_requests == 0
+    client.process.stop()
+    client.process.stop()
+    assert client.deaths == []
+    assert not alive(client.process.pid)
+
+
+def test_cancelled_requests_end_once_and_stopping_cancels_the_rest(model, prompts):
+    client = Client(config(model))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts[:4]):
+        client.process.submit(Request(number, prompt, long))
+    client.wait_for(lambda: len(client.tokens) == 4)
+    client.process.cancel(2)
+    client.process.cancel(3, FinishReason.STOP)
+    client.process.cancel(77)  # unknown: left alone
+    client.wait_for(lambda: client.finished.keys() >= {2, 3})
+    client.process.stop()
+    assert client.finished[2] is FinishReason.CANCELLED
+    assert client.finished.pop(3) is FinishReason.STOP
+    assert set(client.finished.values()) <= {FinishReason.CANCELLED, FinishReason.LENGTH}
+    assert len(client.finished) == 3
+
+
+def test_a_full_queue_is_known_before_the_engine_says_so(model, prompts):
+    client = Client(config(model, max_running=1, max_queue_size=2))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    for number, prompt in enumerate(prompts[:3]):  # one runs, two wait
+        client.process.check_room()
+        client.process.submit(Request(number, prompt, long))
+    with pytest.raises(QueueFull, match=r"[23] requests are waiting, as many as max_queue_size allows"):
+        client.process.check_room()
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    client.process.submit(Request(3, prompts[3], GREEDY))
+    client.wait_for(lambda: 3 in client.finished)
+    assert not client.refused
+    client.process.stop()
+
+
+def test_refused_requests_take_no_room(model, prompts):
+    client = Client(config(model, max_running=1, max_queue_size=1))
+    client.process.start()
+    for number in range(9):
+        client.process.check_room()
+        client.process.submit(Request(number, [7] * 9999, GREEDY))
+        client.wait_for(lambda number=number: len(client.refused) > number)
+    client.process.submit(Request(9, prompts[0], GREEDY))
+    client.wait_for(lambda: 9 in client.finished)
+    client.process.stop()
+
+
+def test_a_failed_start_says_what_failed(model, tmp_path):
+    with pytest.raises(EngineError, match=r"config\.json: No such file"):
+        Client(config(tmp_path)).process.start()
+    with pytest.raises(EngineError, match="expected sequential"):
+        Client(config(model, schedule="fastest")).process.start()
+    with pytest.raises(EngineError, match="python: /nowhere/python: No such file"):
+        Client(config(model, python="/nowhere/python")).process.start()
+
+
+def test_a_killed_engine_is_reported_and_refuses_what_follows(model, prompts):
+    client = Client(config(model))
+    client.process.start()
+    os.kill(client.process.pid, signal.SIGKILL)
+    client.wait_for(lambda: client.deaths)
+    assert "SIGKILL" in client.deaths[0]
+    with pytest.raises(EngineError, match="SIGKILL"):
+        client.process.submit(Request(0, prompts[0], GREEDY))
+    client.process.stop()
+
+
+def test_news_that_cannot_be_taken_is_a_death_and_no_silence(model, prompts, monkeypatch):
+    monkeypatch.setattr(Client, "on_news", lambda self, news: 1 // 0)
+    client = Client(config(model))
+    client.process.start()
+    client.process.submit(Request(0, prompts[0], GREEDY))
+    client.wait_for(lambda: client.deaths)
+    assert "ZeroDivisionError" in client.deaths[0]
+    client.process.stop()
+
+
+@pytest.mark.parametrize("victim", ["rank", "engine"])
+def test_a_tensor_parallel_group_ends_together(model, victim):
+    """Kill the rank: the engine reports it. Kill the engine: the rank goes too."""
+    client = Client(config(model, tensor_parallel=2))
+    client.process.start()
+    engine_pid = client.process.pid
+    (rank_pid,) = children(engine_pid)
+    os.kill({"rank": rank_pid, "engine": engine_pid}[victim], signal.SIGKILL)
+    client.wait_for(lambda: client.deaths)
+    assert ("rank 1" if victim == "rank" else "SIGKILL") in client.deaths[0]
+    until(lambda: not alive(rank_pid) and not alive(engine_pid))
+    client.process.stop()
