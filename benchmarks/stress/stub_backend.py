@@ -63,13 +63,13 @@ def stub_module():
             message.encode()  # as the server must
             self.message, self.code = message, code
 
-    class Family:
+    class MetricFamily:
         GAUGE, COUNTER = "gauge", "counter"
 
         def __init__(self, name, description, kind):
             raise stub.TritonModelException("metrics not supported")
 
-    stub.TritonError, stub.Family = TritonError, Family
+    stub.TritonError, stub.MetricFamily = TritonError, MetricFamily
     stub.TritonModelException = type("TritonModelException", (Exception,), {})
     stub.InferenceResponse = lambda output_tensors, error=None: types.SimpleNamespace(
         outputs={tensor.name: tensor.value for tensor in output_tensors}, error=error
