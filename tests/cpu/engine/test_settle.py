@@ -1,17 +1,15 @@
 """settle decides what a configuration leaves open, and refuses what the model cannot do."""
 
-from pathlib import Path
-
 import msgspec
 import pytest
 from msgspec.structs import replace
+from support.places import DEMO_MODEL
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.settle import Settled, settle
 
-DEMO = Path(__file__).parents[3] / "demo" / "tiny-llama"
-CONFIG = EngineConfig(model=str(DEMO), device="cpu")
+CONFIG = EngineConfig(model=str(DEMO_MODEL), device="cpu")
 
 
 def test_what_is_open_is_decided_by_device_and_model() -> None:
