@@ -40,7 +40,8 @@ class ResponseSender:
 class ServerRequest:
     def __init__(self, parameters="", timeout_us=0, request_id="", **tensors):
         self.request_id = lambda: request_id
-        self.tensors = {name: types.SimpleNamespace(as_numpy=lambda v=v: v) for name, v in tensors.items()}
+        inputs = [types.SimpleNamespace(name=lambda n=n: n, as_numpy=lambda v=v: v) for n, v in tensors.items()]
+        self.inputs = lambda: inputs
         self.parameters, self.timeout = lambda: parameters, lambda: timeout_us
         self.requested_output_names = lambda: [tensor.name for tensor in OUTPUTS]
         self.sender = ResponseSender()
@@ -74,7 +75,6 @@ def stub_module():
         outputs={tensor.name: tensor.value for tensor in output_tensors}, error=error
     )
     stub.Tensor = lambda name, value: types.SimpleNamespace(name=name, value=value)
-    stub.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
     stub.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     stub.Logger = types.SimpleNamespace(
         log_info=lambda text: None,

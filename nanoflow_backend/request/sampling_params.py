@@ -76,7 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         require(-2 <= self.presence_penalty <= 2, "presence_penalty", "a number in [-2, 2]")
         require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "a number in [-2, 2]")
         self._check_lists(require)
-        require(self.seed is None or 0 <= self.seed < 2**63, "seed", "an integer in 0..2^63-1")
+        require(self.seed is None or 0 <= self.seed < 2**63, "seed", "an integer in 0..2^63-1, or -1 for any")
         require(all(self.stop), "stop", "non-empty strings")
         stops_ok = len(self.stop) <= MOST_STOPS and all(len(text) <= MOST_STOP_CHARACTERS for text in self.stop)
         require(stops_ok, "stop", f"at most {MOST_STOPS} strings of at most {MOST_STOP_CHARACTERS} characters")
@@ -172,10 +172,12 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "skip_reading_prefix_cache": (None, False, "false"),
     "routed_experts_prompt_start": (0, "0"),
     "thinking_token_budget": (None, -1, "-1"),
-    "repetition_detection": (None,),
+    "repetition_detection": (None, {"max_pattern_size": 0, "min_pattern_size": 0, "min_count": 0}),
     "prompt_logprob_token_ids": (None,),
     "prompt_logprob_start": (None,),
-    "logprob_token_ids": (None,),
+    "logprob_token_ids": (None, []),
+    "lora_name": (None,),
+    "output_text_buffer_length": (0, "0"),
     "stream_interval": (None, 1, "1"),
     "trace_decode_token_ids": (None,),
     "truncate_prompt_tokens": (None,),
@@ -186,7 +188,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def _normalise(name: str, value: Any) -> Any:
-    """The spellings clients use: one stop string, -1 for "all tokens", JSON in a text, None for "no limit"."""
+    """The spellings clients use: one stop string, -1 for "all tokens" or "any seed", JSON in a text, None: no limit."""
     if value is None:
         return MOST_TOKENS
     if name == "stop" and isinstance(value, str):
@@ -201,4 +203,6 @@ def _normalise(name: str, value: Any) -> Any:
         return value if isinstance(value, StructuredOutputs) else StructuredOutputs.parse(value)
     if name == "top_k" and value in (-1, "-1"):
         return 0
+    if name == "seed" and value in (-1, "-1"):
+        return None
     return value

@@ -64,8 +64,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
             raise InvalidRequest(f"structured_outputs: expected an object, got {value!r}")
         # `_backend...` are vLLM's own: the server's OpenAI frontend writes the whole object out.
         known = {name: f for name, f in fields.items() if f is not None and not name.startswith("_backend")}
+        if known.pop("disable_fallback", False) not in (True, False, "true", "false"):  # there is one library
+            raise InvalidRequest("structured_outputs.disable_fallback: expected true or false")
         for name in ("disable_additional_properties", "structural_tag"):  # vLLM's other names
-            if known.pop(name, False):
+            if known.pop(name, False) not in (False, "false"):
                 raise InvalidRequest(f"structured_outputs.{name}: not implemented; expected it not to be set")
         if isinstance(known.get("json"), Mapping | bool):
             try:

@@ -76,6 +76,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
             ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
             ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
+            ("the input stop_words", _words(inputs, "stop_words", "stop")),
+            ("the input bad_words", _words(inputs, "bad_words", "bad_words")),
         )
         # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
@@ -244,6 +246,12 @@ def _outputs(inputs: Inputs, requested: Collection[str], tokenizer: Tokenizer | 
     if not chosen and is_batch:
         wanted |= {"batch_index", "num_output_tokens"} if "output_ids" in wanted else {"batch_index"}
     return wanted & frozenset(requested)
+
+
+def _words(inputs: Inputs, name: str, field: str) -> dict[str, str | list[str]]:
+    """A sampling field from an input that some clients always send, with empty texts where they mean none."""
+    words = [text for text in inputs.texts(name) if text] if name in inputs else []
+    return {field: words[0] if len(words) == 1 else words} if words else {}
 
 
 def _with_logprobs(params: SamplingParams) -> SamplingParams:

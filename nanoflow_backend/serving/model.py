@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.model_folder import what_is_wrong
+from nanoflow_backend.config import version_folder
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
@@ -45,7 +43,7 @@ from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
-from nanoflow_backend.serving.tensors import INPUTS, Arrays, complete_config
+from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete_config
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -78,11 +76,8 @@ class TritonPythonModel:
         if "model_transaction_policy" not in model_config:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
-        path = Path(args["model_repository"], args["model_version"], "engine.json")
-        config = EngineConfig.load(path, _engine_parameters(model_config))
-        if not Path(config.model).exists():
-            wrong = what_is_wrong(Path(config.model))
-            raise ConfigError(f"{path}: model (a relative path starts at this file's folder): {wrong}")
+        folder = Path(args["model_repository"], args["model_version"])
+        config = version_folder.load(folder, _engine_parameters(model_config))
         self._tokenizer = Tokenizer.find(config.model)
         if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
@@ -247,8 +242,10 @@ class TritonPythonModel:
 
 
 def _inputs(request: Any) -> Arrays:
-    found = {tensor.name: pb_utils.get_input_tensor_by_name(request, tensor.name) for tensor in INPUTS}
-    return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
+    tensors = {tensor.name(): tensor for tensor in request.inputs()}
+    if unknown := tensors.keys() - INPUT_NAMES:  # a config.pbtxt of another backend may declare more
+        raise InvalidRequest(f"{', '.join(sorted(unknown))}: not implemented; expected no such input")
+    return {name: tensor.as_numpy() for name, tensor in tensors.items()}
 
 
 def _failure(error: Exception) -> Failure:

@@ -1,8 +1,8 @@
 """place gives each instance of a model its GPUs. One instance is one engine; the server spreads requests over them.
 
 `gpu_device_ids` in config.pbtxt gives each instance its group, as in the TensorRT-LLM backend: "0;1;2;3" are four
-engines, "0,1;2,3" two with tensor_parallel 2. Without it an instance of KIND_GPU takes the GPU that the server chose,
-and any other what engine.json says.
+engines, "0,1;2,3" two with tensor_parallel 2. `GPU_DEVICE_IDS` is the vLLM backend's: one group, for all instances of
+KIND_MODEL. Without them an instance of KIND_GPU takes the GPU that the server chose, any other what engine.json says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 
 GPU_DEVICE_IDS = "gpu_device_ids"
+VLLM_GPU_DEVICE_IDS = "GPU_DEVICE_IDS"
 
 
 def place(config: EngineConfig, args: Mapping[str, str], model_config: Mapping[str, Any]) -> EngineConfig:
@@ -25,16 +26,27 @@ def place(config: EngineConfig, args: Mapping[str, str], model_config: Mapping[s
     Raises:
         ConfigError: groups that are not GPUs, do not fit the instances or tensor_parallel, or have a GPU twice.
     """
-    entry = model_config.get("parameters", {}).get(GPU_DEVICE_IDS)
+    parameters = model_config.get("parameters", {})
+    entry, shared = parameters.get(GPU_DEVICE_IDS), parameters.get(VLLM_GPU_DEVICE_IDS)
+    if entry is not None and shared is not None:
+        raise ConfigError(f"{GPU_DEVICE_IDS}: expected it without {VLLM_GPU_DEVICE_IDS}, got both")
     if entry is not None:
         gpus = _group(entry["string_value"], args["model_instance_name"], model_config["instance_group"])
     elif args["model_instance_kind"] == "GPU":
         gpus = (int(args["model_instance_device_id"]),)
+    elif shared is not None:
+        gpus = _shared_group(shared["string_value"])
     else:
         return config
     if config.gpus is not None:
         raise ConfigError(f"gpus: expected none in engine.json, for the server places this instance on {list(gpus)}")
     return msgspec.structs.replace(config, gpus=gpus)
+
+
+def _shared_group(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r" *\d+ *(, *\d+ *)*", text, re.ASCII):
+        raise ConfigError(f'{VLLM_GPU_DEVICE_IDS}: expected GPU ids as in "0,1", got {text!r}')
+    return tuple(int(gpu) for gpu in text.split(","))
 
 
 def _group(text: str, instance_name: str, instance_groups: list[Mapping[str, Any]]) -> tuple[int, ...]:

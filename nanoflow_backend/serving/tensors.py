@@ -76,6 +76,9 @@ INPUTS = (
     Tensor("stream", "BOOL", (1,), "a response per step instead of one at the end; default false"),
     Tensor("sampling_parameters", "STRING", (1,), "JSON object of sampling parameters; numbers may be strings"),
     Tensor("stop", "STRING", (-1,), "stop strings (a list cannot be an HTTP parameter; not in the vLLM backend)"),
+    # A list cannot be an HTTP parameter; TensorRT-LLM's clients, LiteLLM among them, send these, [""] for none.
+    Tensor("stop_words", "STRING", (-1,), 'stop strings under another name; "" is none (not in the vLLM backend)'),
+    Tensor("bad_words", "STRING", (-1,), 'texts that never appear; "" is none (not in the vLLM backend)'),
     Tensor("exclude_input_in_output", "BOOL", (1,), "default: true for streams, else false: the prompt comes first"),
     *(
         Tensor(f"return_{t.name}", "BOOL", (1,), f"send {t.name}; default false")
@@ -83,6 +86,8 @@ INPUTS = (
         if t.name not in UNSWITCHED
     ),
 )
+VLLM_DIMS = {"num_input_tokens": (1,)}  # where its config.pbtxt may differ: it takes one prompt a request
+INPUT_NAMES = frozenset(tensor.name for tensor in INPUTS)
 
 
 def complete_config(config: Any) -> None:
@@ -91,11 +96,15 @@ def complete_config(config: Any) -> None:
     Raises:
         ValueError: the configuration contradicts the table.
     """
+    given = config.as_dict()
+    declared = {entry["name"] for entry in given.get("input", ())}  # which may be required: the vLLM backend's are
     for tensor in INPUTS:
-        config.add_input({**_entry(tensor), "optional": True})
+        config.add_input(_entry(tensor) if tensor.name in declared else {**_entry(tensor), "optional": True})
+    with_dims = {(entry["name"], *entry["dims"]) for entry in given.get("output", ())}
     for tensor in OUTPUTS:
-        config.add_output(_entry(tensor))
-    if "model_transaction_policy" not in config.as_dict():  # false is a choice: no streams, but the /infer endpoints
+        if (tensor.name, *VLLM_DIMS.get(tensor.name, ())) not in with_dims:
+            config.add_output(_entry(tensor))
+    if "model_transaction_policy" not in given:  # false is a choice: no streams, but the /infer endpoints
         config.set_model_transaction_policy({"decoupled": True})
     config.set_max_batch_size(0)
 

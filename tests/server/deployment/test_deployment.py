@@ -1,4 +1,4 @@
-"""The ways to deploy: as a backend folder, with several engines of one model, with a packed environment."""
+"""The ways to deploy: as a backend folder, in vllm_backend's place, with several engines, with a packed environment."""
 
 import contextlib
 import importlib.metadata
@@ -17,7 +17,7 @@ import pytest
 import tritonclient.grpc
 from packaging.requirements import Requirement
 from support.places import DEMO_MODEL, ROOT
-from support.server.clients import generate, metrics_page
+from support.server.clients import generate, metrics_page, post
 from support.waiting import until
 
 from nanoflow_backend.embedded.server import OWN_PACKAGES
@@ -64,7 +64,10 @@ def twins(server, tmp_path_factory):
     script("entrypoint").write_model({"MODEL": str(DEMO_MODEL), "MODEL_NAME": "described"}, repository)
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = ["--model-control-mode=explicit", "--load-model=*", "--rate-limit=execution_count"]
-    return server(repository, backends=ROOT / "backends", log=log, exit_timeout_s=30, arguments=arguments)
+    backends = tmp_path_factory.mktemp("backends")
+    for name in ("nanoflow", "vllm"):  # the folder takes the place of another backend under that one's name
+        shutil.copytree(ROOT / "backends" / "nanoflow", backends / name)
+    return server(repository, backends=backends, log=log, exit_timeout_s=30, arguments=arguments)
 
 
 def engines(processes):
@@ -116,6 +119,46 @@ def test_the_health_check_asks_each_model(twins):
 def test_the_shared_memory_is_private(twins):
     modes = {file.stat().st_mode & 0o777 for file in Path("/dev/shm").glob(f"{twins.shm_prefix}*")}
     assert modes == {0o600}
+
+
+VLLM_CONFIG = """
+name: "vllm_model"
+backend: "vllm"
+max_batch_size: 0
+model_transaction_policy { decoupled: True }
+input [
+  { name: "text_input", data_type: TYPE_STRING, dims: [ 1 ] },
+  { name: "stream", data_type: TYPE_BOOL, dims: [ 1 ] },
+  { name: "sampling_parameters", data_type: TYPE_STRING, dims: [ 1 ], optional: true },
+  { name: "image", data_type: TYPE_STRING, dims: [ -1 ], optional: true },
+  { name: "return_num_input_tokens", data_type: TYPE_BOOL, dims: [ 1 ], optional: true }
+]
+output [
+  { name: "text_output", data_type: TYPE_STRING, dims: [ -1 ] },
+  { name: "num_input_tokens", data_type: TYPE_UINT32, dims: [ 1 ] }
+]
+instance_group [ { count: 1, kind: KIND_MODEL } ]
+parameters { key: "REPORT_CUSTOM_METRICS" value { string_value: "true" } }
+"""
+
+
+def test_a_folder_of_the_vllm_backend_serves_unchanged(twins, expected):
+    folder = twins.model_repository / "vllm_model"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(VLLM_CONFIG)
+    args = {"model": str(DEMO_MODEL), "disable_log_requests": True, "gpu_memory_utilization": 0.5, "max_model_len": 256}
+    (folder / "1" / "model.json").write_text(json.dumps(args))
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(twins.grpc_url)) as client:
+        client.load_model("vllm_model")
+        prompt = {"text_input": PROMPTS[0], "stream": False, "return_num_input_tokens": True, **GREEDY}
+        answer = generate(twins.http_url, "vllm_model", **prompt)
+        assert answer["text_output"] == PROMPTS[0] + expected[0].text
+        assert answer["num_input_tokens"] == expected[0].num_input_tokens
+        status, text = post(twins.http_url, "vllm_model", "generate", {**prompt, "image": "none"})
+        assert (status, json.loads(text)["error"]) == (400, "image: not implemented; expected no such input")
+        status, text = post(twins.http_url, "vllm_model", "generate", {**prompt, "text_input": "Return " * 300})
+        assert (status, "prompt: expected at most 255 tokens" in text) == (400, True)
+    assert "without effect here: disable_log_requests (" in Path(twins.log).read_text()
 
 
 def test_a_packed_environment(server, process_tree, tmp_path, monkeypatch, expected):

@@ -32,6 +32,8 @@ SAMPLES = {
     "stream": ([False], PROMPT),
     "sampling_parameters": (['{"max_tokens": 4}'], PROMPT),
     "stop": (["never", "there"], PROMPT),
+    "stop_words": ([""], PROMPT),
+    "bad_words": (["never", "there"], PROMPT),
     "exclude_input_in_output": ([True], PROMPT),
     **{tensor.name: ([True], PROMPT) for tensor in INPUTS if tensor.name.startswith("return_")},
 }

@@ -44,7 +44,7 @@ MALFORMED = {
     "temperature": ({**A, "temperature": -0.5}, "temperature: expected .* got -0.5"),
     "top_p": ({**A, "top_p": 1.5}, "top_p: expected .* got 1.5"),
     "top_k": ({**A, "top_k": -7}, "top_k: expected .* got -7"),
-    "seed": ({**A, "seed": -1}, "seed: expected .* got -1"),
+    "seed": ({**A, "seed": -2}, "seed: expected .* got -2"),
     "logprobs": ({**A, "logprobs": 1000}, "logprobs: expected .* got 1000"),
     "empty stop": ({**A, "stop": [""]}, "stop: expected non-empty strings"),
     "not implemented": ({**A, "best_of": 3}, "best_of: not implemented"),
@@ -80,8 +80,12 @@ def test_a_full_queue_is_unavailable(served):
     next(iter(running))
     waiting = GrpcStream(served.grpc_url, "narrow", **long)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_waiting"] == 1)
-    with refused("1 requests are waiting, as many as max_queue_size allows"):
+    reason = "1 requests are waiting, as many as max_queue_size allows"
+    with refused(reason):
         grpc(served.grpc_url, "narrow", input_ids=[5])
+    for endpoint in ("generate", "generate_stream"):  # 503 is meant: docs/using.md says what a balancer does
+        status, text = post(served.http_url, "narrow", endpoint, {"input_ids": [5]})
+        assert (status, reason in json.loads(text.removeprefix("data: "))["error"]) == (400, True)
     for stream in (running, waiting):
         stream.close(cancel=True)
     until(lambda: metrics(served.metrics_url, "narrow")["nanoflow_num_requests_running"] == 0)

@@ -85,3 +85,15 @@ def test_messages_and_the_logprobs_of_their_prompt(demo: EmbeddedServer, demo_ll
     for token, score, entry in zip(prompt[1:], scores, expected.prompt_logprobs, strict=True):
         assert score[str(token)]["logprob"] == pytest.approx(entry.logprobs[0], abs=1e-4)
         assert score[str(token)]["rank"] == entry.sampled_rank
+
+
+def test_the_body_that_litellm_sends(demo: EmbeddedServer, demo_llm: LLM) -> None:
+    """Its parameters are an object of their own, and have lists, which the server takes for declared inputs only."""
+    parameters: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "bad_words": [""], "stop_words": [""]}
+    (expected,) = demo_llm.generate([PROMPT], SamplingParams(max_tokens=8, temperature=0))
+    answer = asked(demo, text_input=PROMPT, parameters=parameters, stream=False)
+    assert answer["text_output"] == PROMPT + expected.text
+    word = expected.text.split()[-1]
+    parameters["stop_words"] = [word, "never there"]
+    answer = asked(demo, text_input=PROMPT, parameters=parameters, stream=False)
+    assert answer["text_output"] == PROMPT + expected.text[: expected.text.index(word)]

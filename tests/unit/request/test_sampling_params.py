@@ -19,7 +19,9 @@ VLLM_NAMES: dict[str, Any] = {
     "length_penalty": 2,
     "logits_processors": ["x"],
     "logprob_token_ids": [1],
+    "lora_name": "french",
     "output_kind": 7,
+    "output_text_buffer_length": 3,
     "prompt_logprob_start": 1,
     "prompt_logprob_token_ids": [1],
     "repetition_detection": {"min_count": 2},
@@ -45,6 +47,63 @@ def test_what_is_not_implemented_is_refused_by_name_and_neutral_values_are_not(n
 def test_neutral_values_may_be_spelled_as_text() -> None:
     neutral = {"n": "1", "presence_penalty": 0.0, "min_p": "0", "use_beam_search": "false", "repetition_penalty": "1.0"}
     assert SamplingParams.parse({**neutral, "thinking_token_budget": -1}) == SamplingParams()
+
+
+# What vLLM 0.26's SamplingParams and vllm_backend's own field say where a client has set nothing. Names that begin with
+# "_" are vLLM's own.
+VLLM_DEFAULTS: dict[str, Any] = {
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "seed": None,
+    "stop": [],
+    "stop_token_ids": [],
+    "ignore_eos": False,
+    "max_tokens": 16,
+    "min_tokens": 0,
+    "logprobs": None,
+    "prompt_logprobs": None,
+    "logprob_token_ids": None,
+    "flat_logprobs": False,
+    "detokenize": True,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "output_kind": 0,
+    "skip_clone": False,
+    "output_text_buffer_length": 0,
+    "structured_outputs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "extra_args": None,
+    "routed_experts_prompt_start": 0,
+    "bad_words": [],
+    "skip_reading_prefix_cache": None,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "lora_name": None,
+}
+
+
+def test_every_field_of_vllm_is_accepted_at_its_default() -> None:
+    assert SamplingParams.parse(VLLM_DEFAULTS) == SamplingParams()
+
+
+@pytest.mark.parametrize("seed", [-1, "-1"])
+def test_a_seed_of_minus_one_is_none(seed: Any) -> None:
+    assert SamplingParams.parse({"seed": seed}).seed is None
+
+
+def test_neutral_options_of_structured_outputs_are_accepted() -> None:
+    neutral = {"disable_fallback": True, "disable_additional_properties": "false", "structural_tag": None}
+    assert SamplingParams.parse({"structured_outputs": {"regex": "x", **neutral}}).structured_outputs == (
+        StructuredOutputs(regex="x")
+    )
 
 
 def test_what_clients_write_as_json_text_is_read() -> None:
@@ -136,7 +195,7 @@ def test_the_spellings_of_clients() -> None:
         ({"top_k": -2}, "top_k: expected"),
         ({"top_p": 0}, r"top_p: expected a number in \(0, 1\], got 0"),
         ({"top_p": 1.01}, "top_p: expected"),
-        ({"seed": -1}, "seed: expected"),
+        ({"seed": -2}, "seed: expected"),
         ({"seed": 2**63}, "seed: expected"),
         ({"stop": ["a", ""]}, "stop: expected non-empty strings"),
         ({"stop": ["a", 5]}, r"stop\[1\]: Expected `str`, got `int`"),

@@ -114,6 +114,17 @@ def test_priority_and_timeout(tokenizer):
     assert (call.priority, call.timeout_us, call.params) == (-2, 1500, SamplingParams())
 
 
+def test_words_come_as_inputs_too_and_an_empty_text_is_none(tokenizer):
+    """As LiteLLM sends them: a list with one empty text in every request."""
+    call = parse(tokenizer, text_input="a", stop_words=["the end", ""], bad_words=[""])
+    assert (call.params.stop, call.params.bad_words_token_ids) == (("the end",), ())
+    listed = parse(tokenizer, text_input="a", bad_words=["dog", "fox"])
+    assert listed == parse(tokenizer, text_input="a", parameters={"bad_words": '["dog", "fox"]'})
+    assert parse(tokenizer, text_input="a", bad_words='["dog", "fox"]') == listed
+    with pytest.raises(InvalidRequest, match=r"^stop: \['x'\] in the input stop, but 'y' in the input stop_words"):
+        parse(tokenizer, text_input="a", stop="x", stop_words="y")
+
+
 def test_bad_words_become_tokens(tokenizer):
     call = parse(tokenizer, text_input="a", sampling_parameters={"bad_words": ["dog"]})
     assert call.params.bad_words == ()

@@ -18,6 +18,7 @@ from nanoflow_backend.scheduler.waiting_queue import QueueFull
     ("request_", "code", "message"),
     [
         (ServerRequest(), "INVALID_ARG", "text_input, prompts, input_ids, messages: expected one"),
+        (ServerRequest(image=text("x"), text_input=text("a")), "INVALID_ARG", "image: not implemented; expected"),
         (ServerRequest("{", text_input=text("a")), "INTERNAL", "JSONDecodeError"),
         (ServerRequest('{"\\ud800": 1}', text_input=text("a")), "INVALID_ARG", "\\ud800: unknown"),
     ],

@@ -12,10 +12,12 @@ TWO_AND_ONE = [
 ]
 
 
-def placed(groups, instance, *, instances=TWO_AND_ONE, kind="MODEL", device_id="0", tp=1, **config):
+def placed(groups, instance, *, instances=TWO_AND_ONE, kind="MODEL", device_id="0", tp=1, shared=None, **config):
     engine_config = EngineConfig(model="m", tensor_parallel=tp, **config)
     args = {"model_instance_name": instance, "model_instance_kind": kind, "model_instance_device_id": device_id}
     parameters = {} if groups is None else {"gpu_device_ids": {"string_value": groups}}
+    if shared is not None:
+        parameters["GPU_DEVICE_IDS"] = {"string_value": shared}
     return place(engine_config, args, {"parameters": parameters, "instance_group": instances}).gpus
 
 
@@ -29,6 +31,9 @@ def placed(groups, instance, *, instances=TWO_AND_ONE, kind="MODEL", device_id="
         (None, "m_0_1", {"kind": "GPU", "device_id": "3"}, (3,)),
         (None, "m_0_1", {}, None),
         (None, "m_0_1", {"gpus": (1,)}, (1,)),
+        (None, "m_0_0", {"shared": "3"}, (3,)),
+        (None, "m_0_1", {"shared": "3, 5", "tp": 2}, (3, 5)),
+        (None, "m_0_1", {"shared": "5", "kind": "GPU", "device_id": "3"}, (3,)),
     ],
 )
 def test_each_instance_has_its_group(groups, instance, options, expected):
@@ -47,6 +52,9 @@ def test_each_instance_has_its_group(groups, instance, options, expected):
         ("0,1;2,3;4,5", {}, r"gpus: expected 1 different ids \(tensor_parallel\), got \[0, 1\]"),
         ("0;1;2", {"device": "cpu"}, "gpus: expected none with device cpu"),
         ("0;1;2", {"gpus": (0,)}, "gpus: expected none in engine.json"),
+        (None, {"shared": "0;1"}, "GPU_DEVICE_IDS: expected GPU ids as in \"0,1\", got '0;1'"),
+        (None, {"shared": "0,1"}, r"gpus: expected 1 different ids \(tensor_parallel\), got \[0, 1\]"),
+        ("0;1;2", {"shared": "0"}, "gpu_device_ids: expected it without GPU_DEVICE_IDS, got both"),
         ("0", {"instances": [{"name": "m_0", "kind": "KIND_GPU", "count": 1}]}, "expected instances of KIND_MODEL"),
     ],
 )

@@ -88,6 +88,14 @@ def test_the_names_of_the_vllm_backend_are_all_there():
         assert expected.items() <= {t.name: (t.type, t.dims) for t in declared}.items()
 
 
+def test_a_config_of_the_vllm_backend_may_insist_on_its_inputs_and_dims():
+    outputs = [{"name": "text_output", "dims": [-1]}, {"name": "num_input_tokens", "dims": [1]}]
+    config = ModelConfig(input=[{"name": "stream", "dims": [1], "optional": False}], output=outputs)
+    complete_config(config)
+    assert [entry["name"] for entry in config.inputs if "optional" not in entry] == ["stream"]
+    assert {t.name for t in OUTPUTS} - {entry["name"] for entry in config.outputs} == {"num_input_tokens"}
+
+
 def test_every_other_output_has_its_switch():
     switches = {t.name.removeprefix("return_") for t in INPUTS if t.name.startswith("return_")}
     assert switches == {t.name for t in OUTPUTS} - set(UNSWITCHED)
