@@ -17,7 +17,7 @@ from nanoflow_backend.bench import result
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.bench.simulator import EOS, simulate
 from nanoflow_backend.bench.trace import Trace, read_trace
-from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.forecast.length_forecast import LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 

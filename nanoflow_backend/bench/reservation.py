@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nanoflow_backend.scheduler.length_forecast import Shares, Tokens
+from nanoflow_backend.scheduler.forecast.length_forecast import Shares, Tokens
 
 
 class ReserveMaxTokens:

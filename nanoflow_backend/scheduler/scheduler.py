@@ -13,7 +13,7 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled, TokenLogprobs
 from nanoflow_backend.scheduler.deadlines import Deadlines
-from nanoflow_backend.scheduler.length_forecast import Forecast, LengthForecast
+from nanoflow_backend.scheduler.forecast.length_forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
 from nanoflow_backend.scheduler.page_account import PageAccount

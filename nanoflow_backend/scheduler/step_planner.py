@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from itertools import chain
 
 from nanoflow_backend.scheduler.batch import Admission, Batch, Prefill
-from nanoflow_backend.scheduler.length_forecast import Forecast
+from nanoflow_backend.scheduler.forecast.length_forecast import Forecast
+from nanoflow_backend.scheduler.forecast.page_forecast import PageForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
 from nanoflow_backend.scheduler.page_account import PageAccount
-from nanoflow_backend.scheduler.page_forecast import PageForecast
 from nanoflow_backend.scheduler.sequence import Sequence, State, service_order
 from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.steps_in_flight import StepsInFlight

@@ -54,10 +54,11 @@ def test_a_killed_engine_is_said_and_followed_by_another(served, process_tree, c
         before = process_tree(served.pid)
         client.load_model("doomed")
         engine = engine_pid()
-        long = {"stream": True, "sampling_parameters": json.dumps({"max_tokens": 4000})}
+        endless = {"max_tokens": 4000, "ignore_eos": True}  # until the kill
+        long = {"stream": True, "sampling_parameters": json.dumps(endless)}
         streams = [GrpcStream(served.grpc_url, "doomed", text_input=prompt, **long) for prompt in prompts[:8]]
         waiting = threading.Thread(
-            target=lambda: posted.append(post(served.http_url, "doomed", "generate", {**A, "max_tokens": 4000}))
+            target=lambda: posted.append(post(served.http_url, "doomed", "generate", {**A, **endless}))
         )
         posted = []
         waiting.start()

@@ -5,7 +5,7 @@ import pytest
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.bench.simulator import EOS, SimulationResult, simulate
 from nanoflow_backend.bench.trace import Trace, read_trace
-from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.forecast.length_forecast import LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 

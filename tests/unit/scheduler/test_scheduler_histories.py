@@ -18,7 +18,7 @@ from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason
-from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.forecast.length_forecast import LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_backend.scheduler.waiting_queue import QueueFull

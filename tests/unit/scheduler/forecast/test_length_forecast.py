@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
-from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.forecast.length_forecast import LengthForecast
 
 
 def learned(ended: list[int], running: list[int]) -> LengthForecast:

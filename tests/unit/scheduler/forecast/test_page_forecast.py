@@ -6,9 +6,9 @@ import pytest
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens
 from nanoflow_backend.request.sampling_params import SamplingParams
-from nanoflow_backend.scheduler.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.forecast.length_forecast import LengthForecast
+from nanoflow_backend.scheduler.forecast.page_forecast import MOMENTS, PageForecast
 from nanoflow_backend.scheduler.page_account import KnownPrefix, PageAccount
-from nanoflow_backend.scheduler.page_forecast import MOMENTS, PageForecast
 from nanoflow_backend.scheduler.sequence import Sequence
 
 

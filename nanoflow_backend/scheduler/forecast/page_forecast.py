@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoflow_backend.scheduler.length_forecast import Forecast
+from nanoflow_backend.scheduler.forecast.length_forecast import Forecast
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State
 
