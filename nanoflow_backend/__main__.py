@@ -1,4 +1,4 @@
-"""nanoflow: the command line. Each command imports what it needs when it runs, so that --help is instant."""
+"""This module is the command line `nanoflow`. Each command imports what it needs when it runs: --help is instant."""
 
 from __future__ import annotations
 

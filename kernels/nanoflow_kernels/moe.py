@@ -1,4 +1,4 @@
-"""Mixture of experts: the router's choice, and products whose rows are grouped by expert on the device.
+"""These kernels compute a mixture of experts: the router's choice, and products with rows grouped by expert.
 
 Shape legend: T tokens, E experts, k chosen experts a token, C = T k choices.
 """

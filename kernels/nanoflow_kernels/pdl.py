@@ -1,4 +1,4 @@
-"""Programmatic dependent launch (PDL): a kernel starts while the kernel before it on its stream still ends.
+"""Programmatic dependent launch (PDL) lets a kernel start while the kernel before it on its stream still ends.
 
 A kernel that is launched so calls `wait_for_earlier` before it reads what another kernel has written, or writes what
 another kernel may read. The wait is for the whole kernel before, which has itself waited for the one before it, so it

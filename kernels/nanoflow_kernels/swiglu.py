@@ -1,4 +1,4 @@
-"""SwiGLU on a tile in registers: the epilogue that the products with a gate share."""
+"""This module computes SwiGLU on a tile in registers: the epilogue that the products with a gate share."""
 
 from __future__ import annotations
 

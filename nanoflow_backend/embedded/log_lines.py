@@ -1,4 +1,4 @@
-"""What people need of a server's log: why a model of ours failed, our warnings, and otherwise the last lines."""
+"""This module picks what people need of a server's log: why our model failed, our warnings, else the last lines."""
 
 from __future__ import annotations
 

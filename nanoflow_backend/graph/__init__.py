@@ -1,1 +1,1 @@
-"""The model as data: operations, the values between them, and the split into nano-batches."""
+"""This package holds the model as data: operations, the values between them, and the split into nano-batches."""

@@ -1,4 +1,4 @@
-"""GraphBuilder: write a layer as calls, get a Graph."""
+"""GraphBuilder turns a layer that is written as calls into a Graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NanoOperation: an operation on some of a batch's tokens; and what it must wait for."""
+"""A NanoOperation is an operation on some of a batch's tokens; this module finds what it must wait for."""
 
 from __future__ import annotations
 

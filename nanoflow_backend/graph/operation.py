@@ -1,4 +1,4 @@
-"""Operation, Value, Parameter, Graph: part of a model's forward pass as data."""
+"""A Graph is part of a model's forward pass as data: Operations on Values and Parameters."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""KV pages: who owns them (ints) and the tensors that hold them."""
+"""This package holds the KV cache: who owns which page (ints), and the tensors that the pages are in."""

@@ -1,4 +1,4 @@
-"""DeviceTier: the pages of the device itself, the first tier in which content is looked up."""
+"""DeviceTier is the pages of the device itself, the first tier in which content is looked up."""
 
 from __future__ import annotations
 

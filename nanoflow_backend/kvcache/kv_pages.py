@@ -1,4 +1,4 @@
-"""KvPages: the tensors in which one rank keeps the keys and values of all layers."""
+"""KvPages are the tensors in which one rank keeps the keys and values of all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PagePool: who holds which KV page, in ints."""
+"""PagePool knows who holds which KV page, in ints."""
 
 from __future__ import annotations
 

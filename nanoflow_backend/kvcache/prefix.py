@@ -1,4 +1,4 @@
-"""PrefixIndex: which page of the device holds the K and V of which tokens."""
+"""PrefixIndex finds the pages of the device that hold the K and V of given tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier: a place that keeps full pages by their content hash, decided in ints: device, host memory, disk.
+"""A Tier keeps full pages by their content hash (device, host memory, disk); it decides in ints.
 
 The scheduler decides which pages move, the worker copies them. A tier below the device numbers its places (slots) as
 the device numbers its pages; what has to be copied is said by Transfers, which travel in the batch of a step.

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which there are, and what their headers say about the tensors in them."""
+"""This module finds the files of a checkpoint and reads what their headers say of the tensors in them."""
 
 from __future__ import annotations
 

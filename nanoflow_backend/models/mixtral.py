@@ -1,4 +1,4 @@
-"""Mixtral: Llama whose MLP is the top k of E experts. Tensor parallelism cuts every expert (paper section 6.7)."""
+"""Mixtral is Llama with the top k of E experts for an MLP. Tensor parallelism cuts every expert (paper section 6.7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""build: the op graphs of a model's architecture."""
+"""This module builds the op graphs of a model's architecture."""
 
 from __future__ import annotations
 

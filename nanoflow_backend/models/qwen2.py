@@ -1,4 +1,4 @@
-"""Qwen2: Llama with a bias on Q, K and V."""
+"""Qwen2 is Llama with a bias on Q, K and V."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""load: one rank's weights from a Hugging Face folder, streamed: read, cut, convert and place, a tensor at a time."""
+"""This module loads one rank's weights from a Hugging Face folder: it reads, cuts, converts and places each tensor."""
 
 from __future__ import annotations
 

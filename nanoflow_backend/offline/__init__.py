@@ -1,1 +1,1 @@
-"""Offline work: a file of jobs to a file of results, whatever engine runs them.."""
+"""This package turns a file of jobs into a file of results, whatever engine runs them."""

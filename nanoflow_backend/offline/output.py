@@ -1,4 +1,4 @@
-"""check_output: whether a result can be written to a file, asked before the work that leads to it."""
+"""check_output asks whether a result can be written to a file, before the work that leads to it."""
 
 from __future__ import annotations
 

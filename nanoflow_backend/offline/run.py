@@ -1,4 +1,4 @@
-"""run: takes the lines of an input through a runner to their results. A runner is one engine, or several."""
+"""run_jobs takes the lines of an input through a runner to their results. A runner is one engine, or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log lines of our processes: when, how grave, of which model and instance; as text or as JSON.
+"""This module formats the log lines of our processes, as text or as JSON: time, level, model and instance.
 
 What decides it is in the environment, so that a stub, its engine and the ranks of that agree: NANOFLOW_LOG_LEVEL
 (debug, info, warning, error), NANOFLOW_LOG_FORMAT (text, json), and NANOFLOW_LOG_ORIGIN, which a stub sets for its own.

@@ -1,4 +1,4 @@
-"""Exact JSON: what a request says in JSON, with every digit of its numbers and every key of its objects."""
+"""This module reads and writes JSON exactly: with every digit of its numbers and every key of its objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InternalError: nobody's request is to blame, but this one cannot go on."""
+"""InternalError says that nobody's request is to blame, but this one cannot go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON schemas: what of them a grammar enforces to the letter. Whatever it does not is refused by name.
+"""This module knows what of a JSON schema a grammar enforces to the letter, and refuses the rest by name.
 
 The grammar library ignores keywords that it does not know, and keeps numbers as doubles. So each schema is read here
 first, keyword by keyword, in the sense of draft 2020-12; older drafts' `definitions`, lists of `items` and booleans of

@@ -1,4 +1,4 @@
-"""Lark grammars: the JSON schemas that the grammar library lets them embed, as `%json {...}`."""
+"""This module finds the JSON schemas that a Lark grammar embeds, as `%json {...}`."""
 
 from __future__ import annotations
 

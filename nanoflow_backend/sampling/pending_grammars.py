@@ -1,4 +1,4 @@
-"""PendingGrammars: requests that wait for their grammar to be compiled, and those that are refused for theirs."""
+"""PendingGrammars holds the requests whose grammar is being compiled, and those that are refused for theirs."""
 
 from __future__ import annotations
 

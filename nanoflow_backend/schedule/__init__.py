@@ -1,1 +1,1 @@
-"""The schedule as data: ordered launches, their file, and the built-in plans."""
+"""This package holds the schedule as data: ordered launches, their file, and the built-in plans."""

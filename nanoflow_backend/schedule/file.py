@@ -1,4 +1,4 @@
-"""ScheduleFile: the plans of a model on a machine, with a header that says where they came from."""
+"""ScheduleFile holds the plans of a model on a machine, with a header that says where they came from."""
 
 from __future__ import annotations
 

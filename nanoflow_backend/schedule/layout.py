@@ -1,4 +1,4 @@
-"""Layout: where the rows of a batch lie when its decodes are dealt out to a schedule's groups.
+"""Layout says where the rows of a batch lie when its decodes are dealt out to a schedule's groups.
 
 T tokens of the batch. Rows are listed as Batch lists them: all decodes, then the prompts' tokens.
 """

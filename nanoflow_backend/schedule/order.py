@@ -1,4 +1,4 @@
-"""PartialOrder: which launches are certain to have ended before another starts, on every device speed."""
+"""PartialOrder says which launches are certain to have ended before another starts, whatever the device's speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch, Group and Schedule: which operation runs on which tokens, in which lane, on how many SMs, after what."""
+"""A Schedule is Launches in order: which operation runs on which tokens and SMs, in which lane, after what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""find_schedules: the validated plans that a configuration names."""
+"""find_schedules gives the validated plans that a configuration names."""
 
 from __future__ import annotations
 

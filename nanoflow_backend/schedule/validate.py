@@ -1,4 +1,4 @@
-"""validate: does a schedule compute what the graph says, whatever the speed of its lanes?"""
+"""validate proves that a schedule computes what the graph says, whatever the speed of its lanes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SchedulerLimits: the sizes that a scheduler must keep to, checked once when it is made."""
+"""SchedulerLimits are the sizes that a scheduler must keep to, checked once when they are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ServerLog: our log lines in the server's own log, which adds time and level."""
+"""ServerLog puts our log lines into the server's own log, which adds time and level."""
 
 from __future__ import annotations
 

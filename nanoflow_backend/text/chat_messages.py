@@ -1,4 +1,4 @@
-"""MessageForms: a client's chat messages in the forms that a chat template is written for.
+"""MessageForms brings a client's chat messages into the forms that a chat template is written for.
 
 Clients speak OpenAI's wire format, templates what transformers' users write. Where both allow several forms of one
 thing, the template's own questions decide (`TemplateUses`), so that it is the template that is obeyed:

@@ -1,4 +1,4 @@
-"""Framing: the special tokens that a tokenizer puts before and after a prompt.
+"""Framing is the special tokens that a tokenizer puts before and after a prompt.
 
 tokenizer.json says so in its post-processor. Some classes of transformers up to version 4 (4.57.6 was compared) replace
 that one by their own, as `add_bos_token` and `add_eos_token` of tokenizer_config.json ask; other classes, and all of

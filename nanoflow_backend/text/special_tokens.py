@@ -1,4 +1,4 @@
-"""SpecialTokens: which tokens have a name (`bos_token`, `image_token`, ...), by a model folder's files.
+"""SpecialTokens says which tokens have a name (`bos_token`, `image_token`, ...), by a model folder's files.
 
 Two files name them, tokenizer_config.json and the older special_tokens_map.json. Which one is right where they differ
 is transformers' rule (`PreTrainedTokenizerBase._from_pretrained`, 5.23): a config with `added_tokens_decoder` was

@@ -1,4 +1,4 @@
-"""Sandbox: jinja2's own, with bounds on what a template may take in time and size.
+"""The Sandbox is jinja2's own, with bounds on what a template may take in time and size.
 
 A template is a program that comes with the checkpoint and runs on what clients send. jinja2's sandbox keeps it away
 from the interpreter; this one also ends a rendering that takes too long for its input, and refuses the short ways to

@@ -1,4 +1,4 @@
-"""TemplateUses: what a chat template does with one key of its messages (`content`, `arguments`), read from its source.
+"""TemplateUses says what a chat template does with one key of its messages, as read from its source.
 
 A message may hold a key in several forms, and a template is written for one or two of them: a content that is a text or
 a list of parts, arguments that are JSON or an object, a null. Which ones shows in the template's own questions, as vLLM

@@ -1,4 +1,4 @@
-"""nanoflow-search: find the schedule of a model on a machine."""
+"""This module is the command line `nanoflow-search`, which finds the schedule of a model on a machine."""
 
 from __future__ import annotations
 

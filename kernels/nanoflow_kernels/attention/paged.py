@@ -1,4 +1,4 @@
-"""Paged causal attention: decodes and chunks of prompts in one batch, on grids of one size.
+"""This module computes paged causal attention of decodes and prompt chunks in one batch, on grids of one size.
 
 Shape legend: T tokens, H query heads, K kv heads, d head_dim, S slots, N pages of a slot, P tokens a page.
 """

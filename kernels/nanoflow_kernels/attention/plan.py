@@ -1,4 +1,4 @@
-"""AttentionPlan: what attention has to do in a nano-batch, found on the device by one small kernel.
+"""AttentionPlan lists what attention has to do in a nano-batch; one small kernel finds it on the device.
 
 Rows that are alone in their slot are decodes (decode.py): their keys are cut into tiles, and the tiles of
 all (row, kv head) pairs, one after the other, are dealt out in equal work items. Rows with neighbours in their slot are

@@ -1,4 +1,4 @@
-"""Attention of chunks of prompts: tiles of queries over the keys before them in the pages, and over their own.
+"""This kernel computes attention of prompt chunks: tiles of queries read the keys before them, and their own, in pages.
 
 A tile of queries holds some consecutive tokens, and of each the query heads of one kv head side by side.
 

@@ -1,4 +1,4 @@
-"""One tile of keys and values of paged attention: how it is read, and what rows of queries make of it.
+"""Both attention kernels read keys and values a tile at a time; this module reads one and applies queries to it.
 
 A tile that is full and lies in one page is read by a bulk copy; any other is gathered token by token.
 

@@ -1,4 +1,4 @@
-"""Gloo: collectives over torch.distributed's gloo backend, between processes and through the host's memory.
+"""Gloo runs collectives over torch.distributed's gloo backend, between processes and through the host's memory.
 
 T tokens, D columns of the whole row, n ranks, t rows of one rank.
 """

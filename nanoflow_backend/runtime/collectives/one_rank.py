@@ -1,4 +1,4 @@
-"""OneRank: the collectives of a group of one, on any device."""
+"""OneRank is the collectives of a group of one, on any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives: the network kernels of a program, as every implementation of them has to provide them.
+"""Collectives is the protocol of the network kernels of a program: what every implementation provides.
 
 T tokens, D columns of the whole row, n ranks, t rows of one rank. Operands are matrices whose rows are contiguous; a
 row may be part of a wider one. Outputs never overlap inputs.

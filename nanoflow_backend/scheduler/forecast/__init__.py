@@ -1,1 +1,1 @@
-"""How long outputs get, and how many pages they will need: what admission is decided by."""
+"""This package predicts how long outputs get and how many pages they will need, by which requests are admitted."""
