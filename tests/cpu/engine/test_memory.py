@@ -63,8 +63,8 @@ def test_a_step_whose_hidden_states_do_not_fit_is_refused_before_anything_is_loa
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program_builder.weights, "load", lambda *_, **__: 1 // 0)
-    with pytest.raises(ConfigError, match="dense_batch_tokens: the hidden states of 10000000000 tokens alone"):
-        Engine.from_pretrained(folder, dense_batch_tokens=10**10)
+    with pytest.raises(ConfigError, match="dense_batch_tokens: the hidden states of 2000000000 tokens alone"):
+        Engine.from_pretrained(folder, dense_batch_tokens=2 * 10**9)
 
 
 MEMINFO = "MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 600 kB\n"
