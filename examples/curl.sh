@@ -13,7 +13,7 @@ echo
 
 # A stream of events; the outputs that are switched on come with the text.
 curl -sSN --fail-with-body "$url/models/nanoflow/generate_stream" \
-    -d '{"text_input": "Write a string", "max_tokens": 8, "stream": true, "return_finish_reason": true}'
+    -d '{"text_input": "Write a string", "max_tokens": 8, "temperature": 0, "stream": true, "return_finish_reason": true}'
 
 # Two prompts at once, and what there is to know about their tokens.
 curl -sS --fail-with-body "$url/models/nanoflow/generate" \

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from nanoflow_backend.schedule.file import ScheduleFile
+from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
 from nanoflow_search.checkpoint import Checkpoint, Run, SearchError
 from nanoflow_search.emit.progress import ProgressDisplay
 from nanoflow_search.emit.schedule_file import Outcome, Planned, make_schedule_file
@@ -67,14 +67,26 @@ def _profile(
     run: Run,
     display: ProgressDisplay,
 ) -> Profile:
-    """Return the profile, measured as far as it lacks points. Once plans were made from it, it stays as it is."""
+    """Return the profile, measured as far as it lacks points. Once plans were made from it, it stays as it is.
+
+    Raises:
+        SearchError: there is none and no machine, or it was taken of another layer, precision or number of ranks.
+    """
     if machine is not None and not run.checkpoint.claimed:
         display.begin("profile", None)
         path.parent.mkdir(parents=True, exist_ok=True)
         measure_profile(machine, request, sizes or request.sizes(machine.name), effort.shared, path, run.say)
     if not path.exists():
         raise SearchError(f"{path}: there is no profile, and no GPU here: take it where one is (--until profile)")
-    return Profile.load(path)
+    profile = Profile.load(path)
+    header, wanted = profile.header, (fingerprint(request.model.layer), request.precision, request.ranks)
+    if (header.model_fingerprint, header.precision, header.tensor_parallel) != wanted:
+        raise SearchError(
+            f"{path}: was taken of layer {header.model_fingerprint} in {header.precision} on "
+            f"{header.tensor_parallel} rank(s), and {request.name} is {wanted[0]} in {request.precision} on "
+            f"{request.ranks}"
+        )
+    return profile
 
 
 def _plan(case: BatchCase, effort: Effort, run: Run) -> Planned:

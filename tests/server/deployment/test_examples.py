@@ -12,7 +12,7 @@ PYTHON = ".venv/bin/python"
 COMMANDS = re.findall(
     r"^(?:\.venv/bin/python )?examples/.*", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE
 )
-# What must be in the output. Sampling is greedy, except in curl.sh and load.py.
+# What must be in the output. Sampling is greedy where it matters.
 SAYS = {
     "grpc_stream.py": ["Write a string", "[length]"],
     "grpc_async.py": ["Write a string", "Return a list", "---"],

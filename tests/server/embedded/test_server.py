@@ -159,17 +159,21 @@ def test_listens_on_loopback_only(words):
         assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and mapped into IPv6
 
 
-def test_stop_leaves_nothing_and_spares_other_servers(words, server, process_tree, tmp_path):
+def test_stop_leaves_nothing_and_spares_other_servers(
+    words, server, process_tree, tmp_path, tmp_path_factory, monkeypatch
+):
+    folders = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folders))  # of no server but this one
     second = server(repository(tmp_path, WORDS_MODEL))
     assert stream(second, "a b") == ["a", "b"]
     processes = process_tree(second.pid)
     assert {"tritonserver", "triton_python_b"} <= set(processes.values())
     assert shared_memory(second.shm_prefix)
-    folders = set(Path(tempfile.gettempdir()).glob("nanoflow-server-*"))
+    assert len(list(folders.glob("nanoflow-server-*"))) == 1
     second.stop()
     assert not alive(processes)
     assert not shared_memory(second.shm_prefix)
-    assert len(folders - set(Path(tempfile.gettempdir()).glob("nanoflow-server-*"))) == 1
+    assert not list(folders.iterdir())
     for url in (second.http_url, second.grpc_url, second.metrics_url):
         assert_free(url)
     second.stop()
