@@ -26,6 +26,8 @@ OPERATIONS = {  # by the names of our kernels
 
 
 class Kernel(NamedTuple):
+    """One kernel launch as the profiler saw it."""
+
     start_us: float
     end_us: float
     name: str

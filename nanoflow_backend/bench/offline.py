@@ -144,6 +144,7 @@ class OfflineRun:
         self._breakdown: dict[str, Any] | None = None
 
     def to_the_end(self) -> None:
+        """Step until every request has ended."""
         self._samples, start_cpu_s = [self._sample()], time.thread_time()
         with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
             task = progress.add_task("output tokens", total=self.work.output_tokens)

@@ -56,6 +56,7 @@ def utilisation(result: dict[str, Any]) -> list[Utilisation]:
 
 
 def draw(result: dict[str, Any], intervals: list[Utilisation], output: Path) -> None:
+    """Write the picture. Raises: ConfigError, matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -25,6 +25,7 @@ PACKAGES = ("torch", "triton", "numpy", "tokenizers", "tritonclient", "nvidia-py
 
 
 def header() -> dict[str, Any]:
+    """Return what every result begins with: command, date, device and versions."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

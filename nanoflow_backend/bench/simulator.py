@@ -48,6 +48,7 @@ class PretendProgram:
         self._eos_positions = np.zeros(slots, np.int64)  # by slot: the position whose row gives the EOS
 
     def run(self, batch: Batch) -> Sampled:
+        """Return what a step samples, at once."""
         for slot, prompt_tokens, params in ((a.slot, a.prompt_tokens, a.params) for a in batch.admitted):
             assert params.seed is not None
             self._eos_positions[slot] = prompt_tokens + self._output_tokens[params.seed] - 2

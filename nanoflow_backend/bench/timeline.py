@@ -31,6 +31,7 @@ class Counts:
     page_steps: int = 0  # pages that requests hold, summed over the steps
 
     def add(self, batch: Batch, used_pages: int) -> None:
+        """Count one step that was launched while requests held `used_pages` pages."""
         decodes = len(batch.decode_slots)
         context = sum(batch.decode_positions) + decodes
         self.steps += 1
@@ -67,6 +68,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Timeline:
+    """What each second of a run processed, and what the GPU drew meanwhile."""
+
     samples: Sequence[Sample]
     dense_batch_tokens: int
 

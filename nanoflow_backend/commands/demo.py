@@ -19,6 +19,7 @@ MAX_TOKENS = 64
 
 
 def demo(model_repository: Path, prompt: str, *, http_port: int, grpc_port: int, metrics_port: int) -> None:
+    """Start the server, stream one completion over gRPC and one over HTTP, and stop it."""
     console = Console(highlight=False)
     server = EmbeddedServer(model_repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
     console.print("starting Triton Inference Server ...", style="dim")
@@ -44,7 +45,10 @@ def _show(console: Console, prompt: str, pieces: Iterator[tuple[str, int]]) -> N
 
 
 def stream_grpc(url: str, prompt: str, **parameters: int | str) -> Iterator[tuple[str, int]]:
-    """(text, number of new tokens) of each response. Parameters over gRPC have no floats: those are strings."""
+    """(text, number of new tokens) of each response. Parameters over gRPC have no floats: those are strings.
+
+    Raises: RuntimeError, the server answered with an error.
+    """
     inputs = [
         tensor("text_input", "BYTES", numpy.array([prompt.encode()], dtype=object)),
         tensor("stream", "BOOL", numpy.array([True])),
@@ -74,7 +78,7 @@ def tensor(name: str, datatype: str, values: numpy.ndarray) -> grpc.InferInput:
 
 
 def stream_http(url: str, prompt: str) -> Iterator[tuple[str, int]]:
-    """The same from server-sent events."""
+    """The same from server-sent events. Raises: RuntimeError, the server answered with an error."""
     fields = {"text_input": prompt, "stream": True, "max_tokens": MAX_TOKENS, "temperature": 0}
     request = urllib.request.Request(
         f"http://{url}/v2/models/nanoflow/generate_stream",

@@ -13,6 +13,7 @@ from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingPar
 
 
 def generate(model: Path, prompt: str, sampling: Mapping[str, Any], settings: Sequence[str]) -> None:
+    """Print one completion as it comes. Raises: InvalidRequest, naming the field."""
     params = SamplingParams.parse(sampling)
     if params.n != 1:
         raise InvalidRequest(f"n: expected 1, for one text is shown, got {params.n}")

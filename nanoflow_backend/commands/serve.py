@@ -55,6 +55,7 @@ def serve(
 
 
 def commands_to_try(server: EmbeddedServer) -> str:
+    """Return commands that work against this server, to be pasted into a shell."""
     url = f"http://{server.http_url}/v2/models/nanoflow"
     body = """'{"text_input": "Write a string", "max_tokens": 32, "temperature": 0}'"""
     stream = """'{"text_input": "Write a string", "max_tokens": 32, "temperature": 0, "stream": true}'"""

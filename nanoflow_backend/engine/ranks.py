@@ -34,6 +34,8 @@ class StartRank(msgspec.Struct, frozen=True):
 
 
 class RankReady(msgspec.Struct, frozen=True):
+    """A rank has loaded its weights, and says how many pages it has room for."""
+
     error: str | None = None
 
 

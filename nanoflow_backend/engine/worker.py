@@ -64,7 +64,10 @@ class Worker:
         self.program, self._page_table, self.num_pages = builder.build()
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
-        """Embedding and layers on all T tokens."""
+        """Embedding and layers on all T tokens.
+
+        Raises: ValueError, the batch has transfers, and there is no tier below the device.
+        """
         if batch.transfers:
             raise ValueError(f"transfers: expected none, as there is no tier below the device, got {batch.transfers}")
         self._sampler.admit(batch.admitted)
@@ -103,7 +106,7 @@ class Worker:
             step.ended.record()
 
     def collect(self, step: InFlightStep) -> Sampled:
-        """Wait for a step's samples, which come to the host."""
+        """Wait for a step's samples, which come to the host. Raises: RuntimeError, before launch_tail."""
         if step.drawn is None or step.token_ids is None:
             raise RuntimeError("collect comes after launch_tail")
         if step.ended:

@@ -29,7 +29,10 @@ class DeviceTier:
             self.pool.retain(page)
 
     def load(self, content: bytes, page: int) -> None:
-        """See Tier. Takes a reference to the page, which has to be the one that `lookup` finds."""
+        """See Tier. Takes a reference to the page, which has to be the one that `lookup` finds.
+
+        Raises: KeyError, the page holds other content.
+        """
         if self._index.lookup(content) != page:
             raise KeyError(f"page {page} does not hold this content")
         self.pool.share(page)

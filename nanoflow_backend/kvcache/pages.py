@@ -55,7 +55,7 @@ class PagePool:
         return pages
 
     def share(self, page: int) -> None:
-        """One more reference to a page that is referenced or cached."""
+        """One more reference to a page that is referenced or cached. Raises: ValueError, it is neither."""
         if self.references[page] == 0:
             if page not in self._cached:
                 raise ValueError(f"page {page} is free: nothing to share")
@@ -63,7 +63,10 @@ class PagePool:
         self.references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Drop one reference each. Of pages released together, the first is evicted first."""
+        """Drop one reference each. Of pages released together, the first is evicted first.
+
+        Raises: ValueError, a page was released too often.
+        """
         for page in pages:
             if self.references[page] == 0:
                 raise ValueError(f"page {page} was released more often than it was taken")
@@ -75,7 +78,10 @@ class PagePool:
                     self._free.append(page)
 
     def retain(self, page: int) -> None:
-        """Keep the content of a referenced page after its last reference, until the page is needed."""
+        """Keep the content of a referenced page after its last reference, until the page is needed.
+
+        Raises: ValueError, it is not referenced.
+        """
         if self.references[page] == 0:
             raise ValueError(f"page {page} is not referenced: its content is nobody's")
         self._retained.add(page)

@@ -14,6 +14,8 @@ import msgspec
 
 
 class Direction(IntEnum):
+    """Which way a page goes between the device and the tier below it."""
+
     STORE = 0  # from the device's page to the tier's slot
     LOAD = 1  # from the tier's slot to the device's page
 

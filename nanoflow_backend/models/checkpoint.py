@@ -33,7 +33,10 @@ class TensorHeader(NamedTuple):
 
 
 def find_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The folder's safetensors files, with the tensors that the index expects in each (None: no index)."""
+    """The folder's safetensors files, with the tensors that the index expects in each (None: no index).
+
+    Raises: WeightsError, naming what is missing or contradicts.
+    """
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).exists():

@@ -70,6 +70,7 @@ def run_jobs(
 
 
 def seeded(job: Job, seed: int, number: int) -> Job:
+    """Return the job with a seed: its own, or one drawn from the run's seed and the number of its line."""
     prompt, params = job
     if params.seed is not None:
         return job

@@ -36,7 +36,10 @@ class RunRecord:
         self._file: BinaryIO = io.BytesIO()  # until it is opened
 
     def begin(self, made_with: MadeWith) -> None:
-        """Write a new record over an old one; never over a file that is none."""
+        """Write a new record over an old one; never over a file that is none.
+
+        Raises: ConfigError, another file is in the way.
+        """
         if self.path.exists() and not self.path.is_file():
             raise ConfigError(f"{self.path}: expected a regular file, got something else")
         self._file = self.path.open("a+b")

@@ -86,7 +86,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
     @classmethod
     def from_older_names(cls, fields: dict[str, Any]) -> StructuredOutputs | None:
-        """Take `guided_json`, `guided_regex`, ... and `guided_decoding` of older clients out of `fields`."""
+        """Take `guided_json`, `guided_regex`, ... and `guided_decoding` of older clients out of `fields`.
+
+        Raises: InvalidRequest, naming the field.
+        """
         older: dict[str, Any] = {}
         for name in [name for name in fields if name.startswith("guided_")]:
             value = fields.pop(name)
@@ -106,7 +109,10 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
 
 def decoded(value: Any, name: str) -> Any:
-    """A request's parameter is a number or a text: objects and lists come as JSON in one."""
+    """A request's parameter is a number or a text: objects and lists come as JSON in one.
+
+    Raises: InvalidRequest, it is no JSON.
+    """
     if not isinstance(value, str):
         return value
     try:

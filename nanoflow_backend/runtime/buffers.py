@@ -54,6 +54,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class BufferPlan:
+    """Which buffer holds each value of a schedule, and how large the buffers are."""
+
     buffers: tuple[Buffer, ...]
     holder: Mapping[LayerValue, int]  # the buffer of each value that has rows
 

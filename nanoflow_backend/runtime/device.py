@@ -17,6 +17,8 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Device:
+    """A GPU or the CPU: its name, its SMs and its free memory."""
+
     kind: Literal["cpu", "cuda"]  # as torch has it
     name: str  # as schedule files have it: "NVIDIA H200", "cpu"
     sms: int | None  # streaming multiprocessors

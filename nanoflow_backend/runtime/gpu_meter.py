@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 
 class GpuReading(NamedTuple):
+    """One reading of a GPU's counters."""
+
     time_s: float  # of time.perf_counter()
     energy_j: float  # since the driver was loaded
     sm_clock_mhz: int
@@ -47,6 +49,7 @@ class GpuMeter:
         return float(self._nvml.nvmlDeviceGetMaxClockInfo(self._device, self._nvml.NVML_CLOCK_SM))
 
     def read(self) -> GpuReading:
+        """Read the counters now."""
         nvml, device = self._nvml, self._device
         used = nvml.nvmlDeviceGetUtilizationRates(device)
         clock = nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)

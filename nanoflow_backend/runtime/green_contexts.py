@@ -73,7 +73,10 @@ def split(driver: ModuleType | SimpleNamespace, device: Any, shares: Shares) -> 
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of the driver returns beside its result."""
+    """What a function of the driver returns beside its result.
+
+    Raises: RuntimeError, with the driver's name of the error.
+    """
     result, *values = function(*arguments)
     if result != 0:  # CUDA_SUCCESS
         raise RuntimeError(f"{function.__name__}: {result.name}")

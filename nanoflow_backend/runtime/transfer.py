@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The values on the device, in the order of its stream."""
+    """The values [...], of the same dtype, on the device, in the order of its stream."""
     host = torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The tensor on the host, to be read once the device's stream has come here."""
+    """The tensor [...] on the host, of the same dtype, to be read once the device's stream has come here."""
     return tensor.to("cpu", non_blocking=True)

@@ -33,7 +33,10 @@ class PendingGrammars:
         self._compiling.pop(request_id, None)
 
     def release_compiled(self) -> None:
-        """Release requests whose grammar has compiled; refuse those whose grammar has not."""
+        """Release requests whose grammar has compiled; refuse those whose grammar has not.
+
+        Raises: whatever interrupts this process.
+        """
         for request_id, grammar in list(self._compiling.items()):
             if not grammar.done():
                 continue

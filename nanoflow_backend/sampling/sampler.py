@@ -40,6 +40,8 @@ class Logprobs:
 
 
 class Drawn(NamedTuple):
+    """What one step drew, on the device."""
+
     token_ids: Tensor  # int64 [R], on the device of the logits
     logprobs: Logprobs
 

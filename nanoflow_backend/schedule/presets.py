@@ -19,7 +19,10 @@ def sequential(graph: Graph, tokens: int) -> Schedule:
 
 
 def nano_batched(graph: Graph, tokens: int, parts: int, granularity: int = 1) -> Schedule:
-    """`parts` nano-batches of nearly equal size; each resource is a lane, and lanes overlap where values let them."""
+    """`parts` nano-batches of nearly equal size; each resource is a lane, and lanes overlap where values let them.
+
+    Raises: ValueError, too many parts or none.
+    """
     grains = -(-tokens // granularity)
     most = min(grains, MOST_LAUNCHES // len(graph.operations))
     if not 1 <= parts <= most:
@@ -74,7 +77,10 @@ def overlapped(
 
 
 def synchronise(schedule: Schedule, graph: Graph) -> Schedule:
-    """The same launches with just the waits they need: none that lanes or other waits already imply."""
+    """The same launches with just the waits they need: none that lanes or other waits already imply.
+
+    Raises: ScheduleError, a launch reads what is written later.
+    """
     needed = dependencies(graph, [launch.nano for launch in schedule.launches])
     # Four layers show every way in which a launch meets those of the layer before, at both ends of the model too;
     # launches that run ahead meet further ones.

@@ -93,6 +93,8 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FinishReason(StrEnum):
+    """Why a sequence got its last delta."""
+
     STOP = "stop"  # EOS, a stop token id or a stop string
     LENGTH = "length"
     CANCELLED = "cancelled"

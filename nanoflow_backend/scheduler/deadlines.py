@@ -14,6 +14,8 @@ SPARE = 64  # entries of ended requests that are not worth a pass
 
 
 class Deadline(NamedTuple):
+    """When a request must have ended, or begun."""
+
     due: float  # of the scheduler's clock, seconds
     request_id: int
     reason: FinishReason  # why the request ends then: DEADLINE, or QUEUE_TIMEOUT if it has not begun

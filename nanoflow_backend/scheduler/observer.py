@@ -113,6 +113,7 @@ class Observer:
             self.observed.inter_token_s.observe(self._step_time_s, tokens - self._stray_tokens)
 
     def ended(self, s: Sequence, reason: FinishReason) -> Account:
+        """Count the end of a sequence, and return what it took."""
         now_s, observed = self._clock(), self.observed
         self._end_decoding(s, self._decode_energy_j)
         account = Account(

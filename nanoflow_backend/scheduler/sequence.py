@@ -12,6 +12,8 @@ from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
 
 
 class State(Enum):
+    """Where a sequence is on its way from the queue to its end."""
+
     HELD = auto()  # as WAITING, but not to be admitted yet
     WAITING = auto()  # no slot, no pages
     LOADING = auto()  # some of its pages are on their way from a lower tier: in no step until they are there

@@ -38,7 +38,7 @@ class Inputs:
         return self.texts(name)[0]
 
     def texts(self, name: str) -> list[str]:
-        """All elements of a BYTES, decoded."""
+        """All elements of a BYTES, decoded. Raises: InvalidRequest, one is no UTF-8."""
         try:
             return [item if isinstance(item, str) else item.decode() for item in self.flat(name).tolist()]
         except UnicodeDecodeError as error:
@@ -50,7 +50,10 @@ class Inputs:
         kind: type[dict[str, Any]] | type[list[Any]],
         decode: Callable[[str], Any] = json.loads,
     ) -> Any:
-        """The JSON object or list in the one element of a BYTES. `decode` raises ValueError where there is none."""
+        """The JSON object or list in the one element of a BYTES. `decode` raises ValueError where there is none.
+
+        Raises: InvalidRequest, naming the input.
+        """
         text = self.text(name)
         try:
             value = decode(text)

@@ -20,6 +20,8 @@ ESCAPED = 6  # bytes of JSON for a character: "\u0041"
 
 
 class Limits(msgspec.Struct, frozen=True):
+    """The sizes that a request must keep to before anything of it is read."""
+
     prompt_bytes: int  # of one prompt's text
 
     @classmethod
@@ -52,7 +54,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 def check_parameters(parameters: str) -> None:
-    """The same of the request's own parameters."""
+    """The same of the request's own parameters. Raises: InvalidRequest, they are too large."""
     if len(parameters) > MOST_PARAMETERS_BYTES:
         raise InvalidRequest(
             f"parameters: expected at most {MOST_PARAMETERS_BYTES} bytes of JSON, got {len(parameters)}"

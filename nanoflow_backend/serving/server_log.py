@@ -10,6 +10,8 @@ from nanoflow_backend.process.logs import labelled
 
 
 class ServerLog(logging.Handler):
+    """A logging handler that writes to the log of the server."""
+
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR:
             pb_utils.Logger.log_error(labelled(record))

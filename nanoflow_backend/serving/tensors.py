@@ -22,6 +22,8 @@ Parameters = Mapping[str, str | int]  # of a response; servers before 25.02 have
 
 
 class Tensor(msgspec.Struct, frozen=True):
+    """One input or output of the model: its name, type, dims and meaning."""
+
     name: str
     type: Literal["STRING", "BOOL", "INT32", "UINT32", "FP32"]
     dims: tuple[int, ...]

@@ -33,6 +33,8 @@ class View(msgspec.Struct):
 
 
 class Family(msgspec.Struct, frozen=True):
+    """One metric: its name, kind, help text, labels, and how its value is read."""
+
     name: str
     kind: Kind
     meaning: str

@@ -52,7 +52,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {name: _filling(self.filters[name]) for name in FILLING_FILTERS}
 
     def render(self, template: Template, variables: Mapping[str, Any], input_characters: int) -> str:
-        """A template's text, on the CPU time that an input of so many characters may take."""
+        """A template's text, on the CPU time that an input of so many characters may take.
+
+        Raises: SecurityError, it takes longer; and whatever a template raises.
+        """
         most_s = min(BASE_S + S_PER_CHARACTER * input_characters, MOST_S)
         outer = sys.getprofile()
         try:
