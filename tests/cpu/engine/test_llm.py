@@ -1,32 +1,15 @@
 """LLM: prompts and parameters that do not fit together, prompts that are refused, streams that are given up."""
 
 import json
-import random
 import shutil
-from pathlib import Path
 
 import pytest
 
-from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import FinishReason
-from nanoflow_backend.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("model"))
-    vocab_size = Tokenizer.from_pretrained(folder).vocab_size
-    return checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size), folder)
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    rng = random.Random(5)
-    return [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(24)]
 
 
 def test_a_bad_prompt_is_named_and_leaves_the_engine_usable(model, prompts):

@@ -1,7 +1,6 @@
 """EngineProcess: what it answers, what it refuses, and what happens when a process dies."""
 
 import os
-import random
 import signal
 import threading
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 from support.process_tree import alive, children
 from support.waiting import until
 
-from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks
@@ -19,22 +17,8 @@ from nanoflow_backend.process.messages import Stats
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
-from nanoflow_backend.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tiny_tokenizers.llama3(tmp_path_factory.mktemp("model"))
-    vocab_size = Tokenizer.from_pretrained(folder).vocab_size
-    return checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size), folder)
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    rng = random.Random(5)
-    return [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(24)]
 
 
 class Client:
