@@ -14,7 +14,7 @@ BLOCK = 128  # rows and columns of a weight, or columns of an activation, that s
 class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The linear layers of a model whose weights and inputs are e4m3, each with fp32 scales that multiply.
 
-    A scale of `weights` covers a whole checkpoint tensor, a row of it, or a block of BLOCK x BLOCK. One of `activations`
+    A scale of `weights` covers a whole tensor of the checkpoint, a row of it, or BLOCK x BLOCK. One of `activations`
     covers a row (a token, found as it comes), BLOCK columns of a row (found as they come), or all (static: read from
     the checkpoint). Dynamic scales of all tokens of a batch together are not among them: a token's result would depend
     on its neighbours.

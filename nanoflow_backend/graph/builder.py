@@ -59,7 +59,7 @@ class GraphBuilder:
         return name
 
     def kv_scales(self, *sources: Source) -> tuple[str, ...]:
-        """The parameter with the scales of a layer's K and V, where pages have them; `sources` are their projections."""
+        """The parameter with the scales of a layer's K and V, if pages have them; `sources` are their projections."""
         if not self.scaled_kv:
             return ()
         self._parameters["kv.scales"] = Parameter("kv.scales", (2,), sources, dtype="float32", scale=ScaleOf.KV)
@@ -183,7 +183,7 @@ class GraphBuilder:
         *,
         quantise: bool = True,
     ) -> str:
-        """A product of inputs[0]; the kernel is "scaled_..." where the weight is quantised, and takes scales with it."""
+        """A product of inputs[0]; the kernel is "scaled_..." where the weight is quantised, and takes scales too."""
         parameters: tuple[str, ...] = (weight,)
         if quantise and self._is_covered(weight):
             x, *others = inputs
@@ -211,13 +211,23 @@ class GraphBuilder:
         return all(covered) and bool(covered)
 
     def _quantise_weight(self, weight: str) -> tuple[str, str | None]:
-        """Make a parameter e4m3, and give it those of its scales: (of the weight, of its input where that is static)."""
+        """Make a parameter e4m3, and make those of its scales: (of the weight, of its input if that one is static).
+
+        Raises: ConfigError, blocks that are not whole, or that ranks would cut.
+        """
         assert self.quantization is not None
         parameter = self._parameters[weight]
         in_blocks = self.quantization.weights == "block"
         run = BLOCK if in_blocks and parameter.interleave > 1 else 1
+        for source in parameter.sources if in_blocks else ():
+            shape = local_shape(source, self.tp)
+            if shape[0] % BLOCK or shape[1] % BLOCK:
+                raise ConfigError(
+                    f"quantization_config: blocks of {BLOCK}: expected {source.tensor} to have a multiple of that in "
+                    f"rows and columns{f' on each of {self.tp} ranks' if self.tp > 1 else ''}, got {list(shape)}"
+                )
         *matrices, rows, columns = parameter.shape
-        shape = (-(-rows // BLOCK), -(-columns // BLOCK)) if in_blocks else (rows,)
+        shape = (rows // BLOCK, columns // BLOCK) if in_blocks else (rows,)
         quantised = replace(parameter, dtype=FP8, run=run)
         of_weight = replace(
             parameter, name=f"{weight}.scale", shape=(*matrices, *shape), dtype="float32", scale=ScaleOf.WEIGHT
