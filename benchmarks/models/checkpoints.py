@@ -7,9 +7,34 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mixtral": MixtralConfig}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
+    "phi3": Phi3Config,
+}
+OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe")  # the others have operations of these alone
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+OPTIONS: dict[str, dict[str, Any]] = {  # inner widths of experts: their grouped matmul wants multiples of 4
+    "mixtral": EXPERTS | {"intermediate_size": 60},
+    # One dense layer, with experts before it and after.
+    "qwen3_moe": EXPERTS | {"intermediate_size": 97, "moe_intermediate_size": 60, "mlp_only_layers": [1]},
+    "mistral": {"sliding_window": None},
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -34,7 +59,7 @@ def make(
     fields: dict[str, Any] = {
         "vocab_size": 331,
         "hidden_size": 64,
-        "intermediate_size": 60 if architecture == "mixtral" else 97,  # its grouped matmul wants multiples of 4
+        "intermediate_size": 97,
         "num_hidden_layers": 2,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -46,8 +71,7 @@ def make(
         "pad_token_id": None,
         "attn_implementation": "sdpa",
     }
-    if architecture == "mixtral":
-        fields |= {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+    fields |= OPTIONS.get(architecture, {})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**fields | options)).float().eval()
     with torch.no_grad():  # norms and biases start at one and zero, which would hide a mistake in either

@@ -18,19 +18,26 @@ ROPE_RULES = {
     "factor": FACTOR,
     "low_freq_factor": FACTOR,
     "high_freq_factor": FACTOR,
+    "attention_factor": FACTOR,
+    "beta_fast": FACTOR,
+    "beta_slow": FACTOR,
     "original_max_position_embeddings": whole(1),
 }
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding. `llama3` scaling stretches low frequencies by `factor` (Llama-3.1), `linear` all of them."""
+    """Rotary embedding. `llama3` scaling (Llama-3.1) and `yarn` stretch low frequencies by `factor`, `linear` all."""
 
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    scaling: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # of llama3
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    beta_fast: float = 32.0  # of yarn, as all below
+    beta_slow: float = 1.0
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
+    attention_factor: float = 1.0  # of what is rotated
+    original_max_positions: int = 8192  # of llama3, too
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in self.__struct_fields__}
@@ -38,8 +45,17 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
         low, high = self.low_freq_factor, self.high_freq_factor
         if self.scaling == "llama3" and not low < high:
             faults.append(f"expected low_freq_factor < high_freq_factor, got {low}, {high}")
+        if self.scaling == "yarn" and self.beta_slow > self.beta_fast:
+            faults.append(f"expected beta_slow <= beta_fast, got {self.beta_slow}, {self.beta_fast}")
+        if self.scaling == "yarn" and self.theta == 1:
+            faults.append("expected theta > 1 with yarn, got 1.0")
         if faults:
             raise ConfigError("; ".join(faults))
+
+    @property
+    def stretched_positions(self) -> int:
+        """The context that `yarn` makes of the first one; 0 where other scalings leave it to the model."""
+        return int(self.factor * self.original_max_positions) if self.scaling == "yarn" else 0
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +74,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_tokens: int
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    qk_norm: bool = False  # every head of Q and K has an RMS norm, before its rotation
     num_experts: int = 0
     experts_per_token: int = 0
+    moe_intermediate_size: int = 0  # of one expert
+    norm_topk_prob: bool = True  # the weights of a token's experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # that have no experts, though others have
     dtype: Dtype = "bfloat16"  # of the checkpoint's tensors, those that are quantised aside
     quantization: Quantization | None = None
     scaled_kv: bool = False  # K and V are divided by a layer's scales as they go into the pages: these are e4m3

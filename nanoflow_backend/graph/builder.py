@@ -129,12 +129,24 @@ class GraphBuilder:
         frequencies: str,
         kv_heads: int,
         kv_scales: tuple[str, ...] = (),
+        norms: tuple[str, ...] = (),
+        *,
+        eps: float = 0.0,
+        attention_factor: float = 1.0,
     ) -> tuple[str, str]:
-        """Rotate queries and keys; append K and V to the pages, which is what later tokens depend on."""
+        """Rotate queries and keys; append K and V to the pages, which is what later tokens depend on.
+
+        `norms` are the weights of RMS norms of every head of Q and of K, which come before. `attention_factor` scales
+        what is rotated, as YaRN asks.
+        """
         head_dim = 2 * self._parameters[frequencies].shape[0]
         q = self._value(name, self._values[qkv].width - 2 * kv_heads * head_dim)
         pages = self._value("pages", 2 * kv_heads * head_dim, "kv", Kind.PAGES)
-        self._append(name, "rope_append", Resource.MEMORY, (qkv, *batch), (q, pages), (frequencies, *kv_scales))
+        kernel, attributes = ("norm_rope_append", {"eps": eps}) if norms else ("rope_append", {})
+        if attention_factor != 1:
+            attributes["attention_factor"] = attention_factor
+        parameters = (frequencies, *norms, *kv_scales)
+        self._append(name, kernel, Resource.MEMORY, (qkv, *batch), (q, pages), parameters, **attributes)
         return q, pages
 
     def attention(
@@ -144,13 +156,13 @@ class GraphBuilder:
         output = self._value(name, self._values[q].width)
         return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,), kv_scales)
 
-    def route(self, name: str, logits: str, experts_per_token: int) -> tuple[str, str]:
-        """The chosen experts of each token and their weights: softmax over all, top k, renormalised."""
+    def route(self, name: str, logits: str, experts_per_token: int, renormalise: bool = True) -> tuple[str, str]:
+        """The chosen experts of each token and their weights: softmax over all, top k, made to sum to 1 if asked."""
         outputs = (
             self._value(f"{name}.experts", experts_per_token, "int32"),
             self._value(f"{name}.weights", experts_per_token, "float32"),
         )
-        self._append(name, "route", Resource.MEMORY, (logits,), outputs)
+        self._append(name, "route", Resource.MEMORY, (logits,), outputs, renormalise=renormalise)
         return outputs
 
     def grouped_linear_swiglu(self, name: str, x: str, experts: str, weight: str) -> str:

@@ -1,9 +1,9 @@
-"""Architecture is what this engine knows of one of transformers' model classes; each has a file beside this one."""
+"""Architecture is what this engine knows of one of transformers' model classes; each has a file in `families`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanoflow_backend.config.model_config import ModelConfig
@@ -32,3 +32,4 @@ class Architecture:
     layers: Callable[[ModelConfig, int], tuple[Graph, ...]]  # config, ranks -> a graph for each kind of layer
     head: Callable[[ModelConfig, int], Graph]  # config, ranks
     kind_of: Callable[[ModelConfig], tuple[int, ...]] = all_alike  # of each layer
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see models.fused

@@ -24,12 +24,35 @@ class WeightsError(ConfigError):
     """A checkpoint that is not this model's: the message names the file, the tensor and what was expected."""
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies that is a part of a stored one: rows from `first` on, of the matrix at `index`."""
+
+    name: str
+    index: tuple[int, ...]
+    first: int
+
+
 class TensorHeader(NamedTuple):
     """What a file says about one of its tensors."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
+    stored: Stored | None = None  # as a tensor of its own
+
+
+class Part(NamedTuple):
+    """A part of a stored tensor that is read as if it were a tensor: by a slice of each of its dimensions."""
+
+    tensor: Any
+    height: int
+    stored: Stored
+
+    def __getitem__(self, cut: tuple[slice, ...]) -> torch.Tensor:
+        start, stop, _ = cut[0].indices(self.height)
+        first = self.stored.first
+        part: torch.Tensor = self.tensor[(*self.stored.index, slice(first + start, first + stop), *cut[1:])]
+        return part
 
 
 def find_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -89,6 +112,13 @@ def equal(path: Path, name: str, other_path: Path, other_name: str) -> bool:
         rows = one.get_shape()[0]
         steps = (slice(first, first + COMPARED_ROWS) for first in range(0, rows, COMPARED_ROWS))
         return all(torch.equal(one[step].float(), other[step].float()) for step in steps)
+
+
+def lazy(file: Any, name: str, header: TensorHeader) -> Any:
+    """A tensor of an open file, of which slices are read."""
+    if header.stored is None:
+        return file.get_slice(name)
+    return Part(file.get_slice(header.stored.name), header.shape[0], header.stored)
 
 
 def open_file(path: Path) -> Any:

@@ -12,6 +12,7 @@ from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.model_folder import what_is_wrong
 from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.refused import MISSING
 from nanoflow_backend.models.registry import ARCHITECTURES
 from nanoflow_backend.models.rope_json import read_rope
 
@@ -59,6 +60,7 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
     if "eos_token_id" in generation:
         in_generation = ConfigJson(generation, {}, str(Path(origin).with_name("generation_config.json")))
         eos = in_generation.token_ids("eos_token_id", generation["eos_token_id"])
+    rope = read_rope(hf)
     fields = {
         "architecture": architecture.name,
         "vocab_size": hf.size("vocab_size"),
@@ -69,8 +71,8 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
         "num_kv_heads": hf.size("num_key_value_heads", heads),
         "head_dim": head_dim,
         "rms_norm_eps": hf.share("rms_norm_eps"),
-        "rope": read_rope(hf),
-        "max_model_tokens": hf.size("max_position_embeddings"),
+        "rope": rope,
+        "max_model_tokens": max(hf.size("max_position_embeddings"), rope.stretched_positions),
         "tie_word_embeddings": hf.flag("tie_word_embeddings"),
         "dtype": hf.agreed("dtype", "torch_dtype") or "float32",  # what transformers assumes
         "eos_token_ids": eos,
@@ -88,6 +90,8 @@ def _architecture(given: Mapping[str, Any], origin: str) -> Architecture:
     names, known = given.get("architectures"), {a.hf_class: a for a in ARCHITECTURES.values()}
     if names is None:
         raise ConfigError(f"{origin}: key 'architectures' is missing")
+    if isinstance(names, list) and names and names[0] in list(MISSING):
+        raise ConfigError(f"{origin}: architectures: {names[0]} is not supported: {MISSING[names[0]]}")
     if not isinstance(names, list) or not names or names[0] not in list(known):
         raise ConfigError(f"{origin}: architectures: expected one of {', '.join(known)}, got {names!r}")
     return known[names[0]]

@@ -1,16 +1,22 @@
-"""ARCHITECTURES lists the model families: a new one is a file in this folder and a line here."""
+"""ARCHITECTURES lists the model families: a new one is a file in `families` and a line here."""
 
-from __future__ import annotations
-
-from nanoflow_backend.models.llama import LLAMA
-from nanoflow_backend.models.mixtral import MIXTRAL
-from nanoflow_backend.models.qwen2 import QWEN2
+from nanoflow_backend.models.families.llama import LLAMA
+from nanoflow_backend.models.families.mistral import MISTRAL
+from nanoflow_backend.models.families.mixtral import MIXTRAL
+from nanoflow_backend.models.families.phi3 import PHI3
+from nanoflow_backend.models.families.qwen2 import QWEN2
+from nanoflow_backend.models.families.qwen3 import QWEN3
+from nanoflow_backend.models.families.qwen3_moe import QWEN3_MOE
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         LLAMA,
         QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+        MISTRAL,
         MIXTRAL,
+        PHI3,
     )
 }

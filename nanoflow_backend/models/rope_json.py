@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import convert
 from nanoflow_backend.config.model_config import RopeConfig
 from nanoflow_backend.models.config_json import ConfigJson, agreed
 
+RENAMED = {"original_max_position_embeddings": "original_max_positions"}
 SETTINGS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")  # that every scaling may have
-SCALINGS: dict[str, tuple[str, ...]] = {  # each with the keys that it cannot do without
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+
+
+class Keys(NamedTuple):
+    """Of one scaling: those that it cannot do without, and others."""
+
+    needed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+SCALINGS: dict[str, Keys] = {
+    "default": Keys(),
+    "linear": Keys(("factor",)),
+    "llama3": Keys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "yarn": Keys(
+        ("factor",),
+        (
+            "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
+            "mscale", "mscale_all_dim",
+        ),
+    ),
+    "dynamic": Keys(("factor",)),
+}  # fmt: skip
 
 
 def read_rope(hf: ConfigJson) -> RopeConfig:
@@ -42,7 +61,7 @@ def read_rope(hf: ConfigJson) -> RopeConfig:
     hf.refuse_if(rotated not in (None, 1), f"partial_rotary_factor {rotated}")
     theta = setting("rope_theta")
     theta = hf["rope_theta"] if theta is None else theta
-    readings = [_read_scaling(scaling, theta, name, hf.origin) for name, scaling in objects.items()]
+    readings = [_read_scaling(scaling, theta, name, hf) for name, scaling in objects.items()]
     if len(set(readings)) > 1:
         hf.refuse(
             f"rope_parameters {objects['rope_parameters']} and rope_scaling {objects['rope_scaling']} say two things: "
@@ -51,18 +70,44 @@ def read_rope(hf: ConfigJson) -> RopeConfig:
     return readings[0] if readings else convert({"theta": theta}, RopeConfig, f"{hf.origin}: rope")
 
 
-def _read_scaling(scaling: Mapping[str, Any], theta: Any, name: str, origin: str) -> RopeConfig:
-    kind = agreed(scaling, ("rope_type", "type"), f"{origin}: {name}") or "default"
+def _read_scaling(scaling: Mapping[str, Any], theta: Any, name: str, hf: ConfigJson) -> RopeConfig:
+    where = f"{hf.origin}: {name}"
+    kind = agreed(scaling, ("rope_type", "type"), where) or "default"
     if kind not in list(SCALINGS):
-        raise ConfigError(f"{origin}: rope scaling {kind!r} is not supported ({', '.join(SCALINGS)} are)")
-    for key in SCALINGS[kind]:
+        hf.refuse(f"rope scaling {kind!r} is not supported ({', '.join(SCALINGS)} are)")
+    keys = SCALINGS[kind]
+    for key in keys.needed:
         if scaling.get(key) is None:
-            raise ConfigError(f"{origin}: rope scaling {kind!r}: key {key!r} is missing")
-    known = (*SETTINGS, *SCALINGS[kind])
-    if unknown := [key for key, value in scaling.items() if value is not None and key not in known]:
-        raise ConfigError(
-            f"{origin}: {name}: rope scaling {kind!r} has no key {unknown[0]!r}; expected {', '.join(known)}"
-        )
-    renamed = {"original_max_position_embeddings": "original_max_positions"}
-    fields = {renamed.get(key, key): scaling[key] for key in SCALINGS[kind]}
-    return convert({"theta": theta, "scaling": kind, **fields}, RopeConfig, f"{origin}: rope")
+            hf.refuse(f"rope scaling {kind!r}: key {key!r} is missing")
+    known = (*SETTINGS, *keys.needed, *keys.optional)
+    given = {key: value for key, value in scaling.items() if value is not None and key not in SETTINGS}
+    if unknown := [key for key in given if key not in known]:
+        hf.refuse(f"{name}: rope scaling {kind!r} has no key {unknown[0]!r}; expected {', '.join(known)}")
+    if kind == "yarn":
+        given = {"original_max_position_embeddings": hf.size("max_position_embeddings"), **given}
+        given = _with_attention_factor(given, where)
+    fields = {RENAMED.get(key, key): value for key, value in given.items()}
+    return convert({"theta": theta, "scaling": kind, **fields}, RopeConfig, f"{hf.origin}: rope")
+
+
+def _with_attention_factor(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Yarn's settings with `attention_factor`: where that is left out it follows from `factor`, and from `mscale` and
+    `mscale_all_dim` where both are given. None of them may be 0: transformers takes 0 for absent.
+
+    Raises:
+        ConfigError: one of them is no number > 0.
+    """
+    numbers = {key: given.get(key, 1) for key in ("factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not value > 0:
+            raise ConfigError(f"{where}: {key}: expected a number > 0, got {value!r}")
+    rest = {key: value for key, value in given.items() if key not in ("mscale", "mscale_all_dim")}
+    if "attention_factor" in given:
+        return rest
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(max(numbers["factor"], 1)) + 1
+
+    has_both = "mscale" in given and "mscale_all_dim" in given
+    over = magnitude(numbers["mscale_all_dim"]) if has_both else 1.0
+    return {**rest, "attention_factor": magnitude(numbers["mscale"] if has_both else 1) / over}

@@ -23,6 +23,8 @@ from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph, Parameter, Source
 from nanoflow_backend.models import checkpoint
 from nanoflow_backend.models.checkpoint import INDEX, TensorHeader, WeightsError
+from nanoflow_backend.models.fused import split
+from nanoflow_backend.models.registry import ARCHITECTURES
 
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 UNUSED = {  # tensors that some checkpoints have and no model reads, and why
@@ -62,8 +64,9 @@ def load(
         WeightsError: a missing or broken file; a missing, unknown, mis-shaped or non-float tensor.
     """
     files = checkpoint.find_files(folder)
-    headers = checkpoint.read_headers(files)
     sources = _sources(model)
+    fused = ARCHITECTURES[config.architecture].fused
+    headers = split(checkpoint.read_headers(files), sources, fused)
     _check(headers, sources, config, files)
     parameters, aliases = _parameters(model, _stand_ins(headers, sources))
     places: dict[str, list[Place]] = {}
@@ -84,10 +87,11 @@ def load(
         task = bar.add_task("Loading weights", total=len(places))
         for path in files:
             with checkpoint.open_file(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+                for name in (name for name, header in headers.items() if header.path == path):
                     for parameter_name, source, rows in places.get(name, ()):
                         matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
-                        shard(file.get_slice(name), source, rank, tp, out=matrix[rows])  # keeps no view of the file
+                        tensor = checkpoint.lazy(file, name, headers[name])
+                        shard(tensor, source, rank, tp, out=matrix[rows])  # keeps no view of the file
                     bar.advance(task, name in places)
     return weights | {alias: weights[name] for alias, name in aliases.items()}
 
@@ -220,7 +224,7 @@ def _check(
     files: Mapping[Path, object],
 ) -> None:
     """Raise WeightsError where the tensors are not those that the model is made of."""
-    for name, (path, shape, dtype) in headers.items():
+    for name, (path, shape, dtype, *_) in headers.items():
         if name not in sources:
             if not any(re.fullmatch(pattern, name) for pattern in UNUSED):
                 raise WeightsError(f"{path}: tensor {name} is not part of this {config.architecture} model")

@@ -15,7 +15,7 @@ from nanoflow_kernels.reference.attention import attention
 from nanoflow_kernels.reference.experts import grouped_combine, grouped_linear_swiglu, route
 from nanoflow_kernels.reference.products import linear, linear_swiglu
 from nanoflow_kernels.reference.quantised import add_rms_norm_quantise, dequantise, quantise, swiglu_quantise
-from nanoflow_kernels.reference.rows import add_rms_norm, embed, rope_append
+from nanoflow_kernels.reference.rows import add_rms_norm, embed, norm_rope_append, rope_append
 from nanoflow_kernels.reference.scaled import (
     scaled_grouped_combine,
     scaled_grouped_linear_swiglu,
@@ -33,6 +33,7 @@ __all__ = [
     "grouped_linear_swiglu",
     "linear",
     "linear_swiglu",
+    "norm_rope_append",
     "quantise",
     "rope_append",
     "route",

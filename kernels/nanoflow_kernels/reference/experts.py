@@ -8,9 +8,9 @@ from torch import Tensor
 from nanoflow_kernels.reference.products import gated
 
 
-def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
-    """Choose the k experts with the largest softmax over all of them, best first (the lower id where equal), and their
-    weights, which sum to 1.
+def route(logits: Tensor, *, renormalise: bool = True, out: tuple[Tensor, Tensor]) -> None:
+    """Choose the k experts with the largest softmax over all of them, best first (the lower id where equal). Their
+    weights are that softmax, divided by its sum over the k where `renormalise`.
 
     logits [T, E] -> experts [T, k] int32, weights [T, k] fp32.
     """
@@ -18,7 +18,7 @@ def route(logits: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
     best, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
     chosen = best[:, : weights.shape[1]]
     experts.copy_(order[:, : experts.shape[1]])
-    weights.copy_(chosen / chosen.sum(-1, keepdim=True))
+    weights.copy_(chosen / chosen.sum(-1, keepdim=True) if renormalise else chosen)
 
 
 def grouped_linear_swiglu(x: Tensor, experts: Tensor, weight: Tensor, *, out: Tensor) -> None:

@@ -37,13 +37,14 @@ def rope_append(
     frequencies: Tensor,
     kv_scales: Tensor | None = None,
     *,
+    attention_factor: float = 1.0,
     out: tuple[Tensor, Tensor],
 ) -> None:
     """Rotate queries and keys by position, and append K and V to their pages in place.
 
     A head's halves (a, b) turn by the angles w = position * frequencies, in fp32: (a cos w - b sin w, b cos w +
-    a sin w), as in Hugging Face's layout of the weights. With `kv_scales`, pages of e4m3 get K / kv_scales[0] and
-    V / kv_scales[1], limited to what e4m3 holds.
+    a sin w) times attention_factor, as in Hugging Face's layout of the weights. With `kv_scales`, pages of e4m3 get
+    K / kv_scales[0] and V / kv_scales[1], limited to what e4m3 holds.
 
     qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [d / 2], kv_scales [2] fp32 ->
     q [T, H d], pages.
@@ -53,7 +54,7 @@ def rope_append(
     positions, slots = positions.long(), slots.long()
     split = qkv.unflatten(1, (-1, head_dim))
     angles = positions[:, None, None].float() * frequencies.float()
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     a, b = split[:, :-kv_heads].float().chunk(2, -1)
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     q.copy_(rotated[:, :-kv_heads].flatten(1))
@@ -62,3 +63,34 @@ def rope_append(
         if kv_scales is not None:
             fresh = (fresh.float() / kv_scales[which]).clamp(-E4M3_MAX, E4M3_MAX)
         pages[page, which, :, place] = fresh.to(pages.dtype)
+
+
+def norm_rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    frequencies: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    kv_scales: Tensor | None = None,
+    *,
+    eps: float,
+    attention_factor: float = 1.0,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Compute rope_append with every head x of Q and of K replaced by x / sqrt(mean(x^2) + eps) * its norm's weight.
+
+    Operands are those of rope_append, and q_norm [d], k_norm [d].
+    """
+    kv_heads, _, head_dim = out[1].shape[2:]
+    heads = qkv.float().unflatten(1, (-1, head_dim))
+    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    q, k = (
+        x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        for x, weight in ((q, q_norm), (k, k_norm))
+    )
+    rope_append(
+        torch.cat((q, k, v), 1).flatten(1), positions, slots, page_table, frequencies, kv_scales,
+        attention_factor=attention_factor, out=out,
+    )  # fmt: skip

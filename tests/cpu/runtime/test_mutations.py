@@ -21,7 +21,7 @@ from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.models import llama
+from nanoflow_backend.models.families import llama
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.binding import Binding

@@ -11,7 +11,7 @@ from support.models.shapes import config
 from torch import Tensor
 
 from nanoflow_backend.graph.model import Model
-from nanoflow_backend.models import llama, mixtral
+from nanoflow_backend.models.families import llama, mixtral
 
 LAYERS = 5
 CONFIG = config("mixtral", num_layers=LAYERS, num_experts=4, vocab_size=37)

@@ -31,6 +31,7 @@ def test_sizes_are_those_of_the_checkpoints() -> None:
     moe = read_model_config(LLAMA_3_8B)
     fields = {name: getattr(moe, name) for name in moe.__struct_fields__}
     fields |= {"architecture": "mixtral", "num_experts": 8, "experts_per_token": 2, "vocab_size": 32000}
+    fields["moe_intermediate_size"] = 14336
     mixtral = ModelSize.of(ModelConfig(**fields))
     assert mixtral.parameters == 46_702_792_704
     assert mixtral.active_parameters == 12_879_925_248

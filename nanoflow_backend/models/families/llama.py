@@ -1,19 +1,19 @@
-"""Llama-2, Llama-3, Llama-3.1, DeepSeek-67B; with QKV bias it is Qwen2, with another MLP Mixtral.
+"""Llama-2 and -3 with their relatives (DeepSeek-67B, Yi); other families are this one with a bias, a norm or experts.
 
 Shapes: D hidden, H heads, K kv heads, d head_dim, F intermediate, V vocabulary; all but D and V of one rank.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
+from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
 from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.families.rotary import frequencies
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
@@ -41,7 +41,17 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
     residual, x = g.add_rms_norm("attention_norm", residual, update, norm(g, "input_layernorm", config), eps)
     qkv = g.linear("qkv", x, *qkv_parameters(g, config))
     kv_scales = g.kv_scales(*(projection(p, config.num_kv_heads, config) for p in ("k", "v")))
-    q, pages = g.rope_append("rope_append", qkv, batch, frequencies(g, config), kv_heads, kv_scales)
+    q, pages = g.rope_append(
+        "rope_append",
+        qkv,
+        batch,
+        frequencies(g, config),
+        kv_heads,
+        kv_scales,
+        head_norms(g, config),
+        eps=eps,
+        attention_factor=config.rope.attention_factor,
+    )
     attended = g.attention("attention", q, pages, batch, kv_scales)
     update = g.linear("o", attended, o_parameter(g, config))
     update = g.all_reduce("attention_reduce", update)
@@ -85,6 +95,12 @@ def norm(g: GraphBuilder, name: str, config: ModelConfig) -> str:
     return g.weight(f"{name}.weight", Source(f"model.layers.{{layer}}.{name}.weight", (config.hidden_size,)))
 
 
+def head_norms(g: GraphBuilder, config: ModelConfig) -> tuple[str, ...]:
+    """The weights of the norms of Q's and K's heads, if they have norms: one weight for all heads."""
+    tensors = [f"model.layers.{{layer}}.self_attn.{p}_norm.weight" for p in "qk"] if config.qk_norm else []
+    return tuple(g.weight(f"{p}_norm.weight", Source(t, (config.head_dim,))) for p, t in zip("qk", tensors))
+
+
 def qkv_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:
     """Q, K and V as one matrix, cut by whole heads."""
 
@@ -105,25 +121,6 @@ def o_parameter(g: GraphBuilder, config: ModelConfig) -> str:
     shape = (config.hidden_size, config.num_heads * config.head_dim)
     source = Source("model.layers.{layer}.self_attn.o_proj.weight", shape, shard=1, units=config.num_heads)
     return g.weight("o.weight", source)
-
-
-def frequencies(g: GraphBuilder, config: ModelConfig) -> str:
-    """The d/2 rotary frequencies in radians a position."""
-    half = config.head_dim // 2
-    plain = (config.rope.theta ** (-i / half) for i in range(half))
-    return g.constant("rope.frequencies", tuple(scale_frequency(f, config.rope) for f in plain))
-
-
-def scale_frequency(frequency: float, rope: RopeConfig) -> float:
-    """Llama-3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    if rope.scaling == "default":
-        return frequency
-    if rope.scaling == "linear":
-        return frequency / rope.factor
-    turns = rope.original_max_positions * frequency / (2 * math.pi)  # in the context the model was trained on
-    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = min(max(keep, 0.0), 1.0)
-    return keep * frequency + (1 - keep) * frequency / rope.factor
 
 
 LLAMA = Architecture(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanoflow_backend.models import llama
 from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.families import llama
 
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Bias."""
+    refuse_windows(hf)
+    return {"qkv_bias": True}
+
+
+def refuse_windows(hf: ConfigJson) -> None:
     """With `use_sliding_window`, layers from `max_window_layers` on have a window, unless `layer_types` says which."""
     if hf.flag("use_sliding_window") and hf["layer_types"] is None:
         windowed = hf["sliding_window"] is not None and hf.count("max_window_layers") < hf.repeats("num_hidden_layers")
         hf.refuse_if(windowed, f"sliding_window {hf['sliding_window']!r}")
-    return {"qkv_bias": True}
 
 
 QWEN2 = Architecture(

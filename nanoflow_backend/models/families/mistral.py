@@ -1,0 +1,25 @@
+"""Mistral and Mistral-Small are Llama under another class, whose window of attention must be null here."""
+
+from __future__ import annotations
+
+from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.families import llama
+
+MISTRAL = Architecture(
+    name="mistral",
+    hf_class="MistralForCausalLM",
+    defaults={
+        "hidden_act": "silu",
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
+    fields=llama.config_fields,
+    embed=llama.embedding,
+    layers=llama.decoder_layers,
+    head=llama.lm_head,
+)

@@ -1,0 +1,37 @@
+"""Qwen3 is Llama with an RMS norm of every head of Q and K."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.families import llama, qwen2
+
+
+def config_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Its windows are Qwen2's."""
+    qwen2.refuse_windows(hf)
+    return {"qk_norm": True}
+
+
+QWEN3 = Architecture(
+    name="qwen3",
+    hf_class="Qwen3ForCausalLM",
+    defaults={
+        "hidden_act": "silu",
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    fields=config_fields,
+    embed=llama.embedding,
+    layers=llama.decoder_layers,
+    head=llama.lm_head,
+)

@@ -1,0 +1,56 @@
+"""Qwen3-MoE is Qwen3 with experts in all layers, or in some: the others are dense."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.families import experts, llama
+
+NAMES = experts.ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+def config_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Layers of `mlp_only_layers` are dense, and of the others all but every `decoder_sparse_step`th."""
+    hf.refuse_if(hf.flag("use_sliding_window") and hf["sliding_window"], f"sliding_window {hf['sliding_window']!r}")
+    listed, every = hf.token_ids("mlp_only_layers", hf["mlp_only_layers"]), hf.size("decoder_sparse_step")
+    layers = range(hf.repeats("num_hidden_layers"))
+    return experts.config_fields(hf) | {
+        "qk_norm": True,
+        "moe_intermediate_size": hf.size("moe_intermediate_size"),
+        "norm_topk_prob": hf.flag("norm_topk_prob"),
+        "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % every),
+    }
+
+
+def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
+    """With experts; and dense, where some layers are."""
+    sparse = llama.layer(config, tp, mlp=partial(experts.expert_mlp, names=NAMES))
+    return (sparse, llama.layer(config, tp)) if config.dense_layers else (sparse,)
+
+
+QWEN3_MOE = Architecture(
+    name="qwen3_moe",
+    hf_class="Qwen3MoeForCausalLM",
+    defaults={
+        "hidden_act": "silu",
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "num_experts_per_tok": 8,
+        "num_local_experts": 128,
+        "sliding_window": 4096,
+        "decoder_sparse_step": 1,
+    },
+    fields=config_fields,
+    embed=llama.embedding,
+    layers=decoder_layers,
+    head=llama.lm_head,
+    kind_of=lambda config: tuple(int(i in config.dense_layers) for i in range(config.num_layers)),
+    fused=NAMES.fused,
+)

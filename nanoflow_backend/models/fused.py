@@ -1,0 +1,62 @@
+"""Some checkpoints store several tensors as one; `split` finds the tensors that the graphs name in them.
+
+An architecture lists such tensors with the names of their parts, which are rows of it one after the other. Names have
+{layer}; where those of the parts have {expert}, the tensor has a matrix of such rows for each expert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from nanoflow_backend.graph.operation import Source
+from nanoflow_backend.models.checkpoint import Stored, TensorHeader, WeightsError
+
+
+def split(
+    headers: Mapping[str, TensorHeader], sources: Mapping[str, Source], fused: Mapping[str, Sequence[str]]
+) -> dict[str, TensorHeader]:
+    """`headers` with the parts of each of the `fused` tensors in its place. What is of no part stays, to be refused.
+
+    Raises:
+        WeightsError: the tensor has another shape than its parts have together, or one of them is here by itself too.
+    """
+    found = dict(headers)
+    for pattern, names in fused.items():
+        regex = re.compile(re.escape(pattern).replace(r"\{layer\}", r"(\d+)"))
+        for name, header in headers.items():
+            match = regex.fullmatch(name)
+            if match is None or name in sources:
+                continue
+            parts = _parts(name, header, [part.replace("{layer}", match[1]) for part in names], sources)
+            if twice := sorted(parts.keys() & headers.keys()):
+                raise WeightsError(f"{header.path}: tensor {name} is here, and so is {twice[0]}, which is a part of it")
+            if parts:
+                del found[name]
+                found.update(parts)
+    return found
+
+
+def _parts(
+    name: str, header: TensorHeader, names: Sequence[str], sources: Mapping[str, Source]
+) -> dict[str, TensorHeader]:
+    """The parts of a stored tensor by name; none where the model has other parts.
+
+    Raises: WeightsError, its shape is not that of the parts.
+    """
+    of_experts = "{expert}" in names[0]
+    matrices = [[part.replace("{expert}", str(e)) for part in names] for e in range(header.shape[0] if of_experts else 1)]
+    if not all(part in sources for matrix in matrices for part in matrix):
+        return {}
+    shapes = [sources[part].shape for part in matrices[0]]
+    expected = (*header.shape[:of_experts], sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    if header.shape != expected:
+        raise WeightsError(f"{header.path}: tensor {name}: expected shape {list(expected)}, got {list(header.shape)}")
+    parts: dict[str, TensorHeader] = {}
+    for number, matrix in enumerate(matrices):
+        first = 0
+        for part, shape in zip(matrix, shapes, strict=True):
+            stored = Stored(name, (number,) if of_experts else (), first)
+            parts[part] = TensorHeader(header.path, shape, header.dtype, stored)
+            first += shape[0]
+    return parts
