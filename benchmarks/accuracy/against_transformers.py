@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy.relative_rms import relative_rms
-from benchmarks.models.checkpoints import make, save
+from benchmarks.models.checkpoints import OWN_GRAPHS, make, save
 from nanoflow_backend.engine import LLM, SamplingParams, program_builder, worker
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.cpu import CpuProgram
@@ -27,7 +27,7 @@ from nanoflow_backend.sampling.sampler import Sampler
 from nanoflow_backend.scheduler.batch import Admission
 
 MODELS = {
-    "architecture": ("llama", "qwen2", "mixtral"),
+    "architecture": OWN_GRAPHS,
     "gqa_ratio": (1, 4, 8),
     "head_dim": (16, 64),
     "llama3_rope": (False, True),

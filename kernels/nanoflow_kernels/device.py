@@ -25,7 +25,7 @@ from nanoflow_kernels.gemm.scaled import scaled_linear, scaled_linear_swiglu
 from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route
 from nanoflow_kernels.norm import add_rms_norm, add_rms_norm_quantise
 from nanoflow_kernels.quantise import quantise, swiglu_quantise
-from nanoflow_kernels.rope import rope_append
+from nanoflow_kernels.rope import norm_rope_append, rope_append
 from nanoflow_kernels.sampling import greedy, logprobs, mask, penalise, sample
 
 # What each operation's kernel is and why, for people. Figures: one H200, benchmarks/results/kernels_h200.json and
@@ -39,6 +39,7 @@ IMPLEMENTATIONS = {
     ),
     "linear_swiglu": "our persistent kernel: SwiGLU in the epilogue, in the time of cuBLAS's product without it",
     "rope_append": "our kernel: rotation and append to the pages in one pass",
+    "norm_rope_append": "our kernel: the norm of every head, rotation and append to the pages in one pass",
     "attention": (
         "our kernels: one grid for every mix of decodes and chunks, so one CUDA graph a bucket; decode at 0.99 of "
         "FlashInfer's rate, prefill at 0.79 to 0.86 of FlashAttention-3's, which is 3 % of a step"
@@ -65,8 +66,8 @@ def describe_implementations(uses: Iterable[tuple[str, str]]) -> list[str]:
 
 
 __all__ = [
-    "AttentionPlan",
     "IMPLEMENTATIONS",
+    "AttentionPlan",
     "add_rms_norm",
     "add_rms_norm_quantise",
     "attention",
@@ -79,6 +80,7 @@ __all__ = [
     "linear_swiglu",
     "logprobs",
     "mask",
+    "norm_rope_append",
     "penalise",
     "plan_attention",
     "quantise",

@@ -24,9 +24,10 @@ TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, GROUPED_STAGES = 128, 256, 64, 3  # of the 
 @triton.jit
 def _route(
     logits_ptr, experts_ptr, weights_ptr, T, E, logits_stride, experts_stride, weights_stride,
-    CHOSEN: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """experts[t] = the CHOSEN largest of p = softmax(logits[t]), best first; weights[t] = p[experts[t]] / their sum.
+    """experts[t] = the CHOSEN largest of p = softmax(logits[t]), best first; weights[t] = p[experts[t]], divided by
+    their sum to RENORMALISE.
 
     Reference: Jiang et al., "Mixtral of Experts", 2024 (the same as softmax over the chosen logits).
     """
@@ -48,14 +49,16 @@ def _route(
             ids = tl.where(rank == choice, chosen[:, None].to(tl.int32), ids)
             best = tl.where(rank == choice, tl.max(rest, 1)[:, None], best)
             rest = tl.where(expert[None, :] == chosen[:, None], -1.0, rest)
+        if RENORMALISE:
+            best = best / tl.sum(best, 1)[:, None]
         is_wanted = inside[:, None] & (rank < CHOSEN)
         tl.store(experts_ptr + row[:, None] * experts_stride + rank, ids, mask=is_wanted)
-        tl.store(weights_ptr + row[:, None] * weights_stride + rank, best / tl.sum(best, 1)[:, None], mask=is_wanted)
+        tl.store(weights_ptr + row[:, None] * weights_stride + rank, best, mask=is_wanted)
 
 
-def route(logits: Tensor, *, out: tuple[Tensor, Tensor], num_sms: int | None = None) -> None:
-    """Choose the k experts with the largest softmax over all of them, best first (the lower id where equal), and their
-    weights, which sum to 1.
+def route(logits: Tensor, *, renormalise: bool = True, out: tuple[Tensor, Tensor], num_sms: int | None = None) -> None:
+    """Choose the k experts with the largest softmax over all of them, best first (the lower id where equal). Their
+    weights are that softmax, divided by its sum over the k where `renormalise`.
 
     logits [T, E] of any floating dtype -> experts [T, k] int32, weights [T, k] fp32; 1 <= k <= E.
 
@@ -75,6 +78,7 @@ def route(logits: Tensor, *, out: tuple[Tensor, Tensor], num_sms: int | None = N
     _route[(programs(triton.cdiv(tokens, ROUTE_ROWS), num_sms, logits.device, per_sm=8),)](
         logits, experts, weights, tokens, count, logits.stride(0), experts.stride(0), weights.stride(0),
         experts.shape[1], triton.next_power_of_2(experts.shape[1]), ROUTE_ROWS, triton.next_power_of_2(count),
+        renormalise,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ class TensorHeader(NamedTuple):
     stored: Stored | None = None  # as a tensor of its own
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A part of a stored tensor that is read as if it were a tensor: by a slice of each of its dimensions."""
 
     tensor: Any

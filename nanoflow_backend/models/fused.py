@@ -45,18 +45,18 @@ def _parts(
     Raises: WeightsError, its shape is not that of the parts.
     """
     of_experts = "{expert}" in names[0]
-    matrices = [[part.replace("{expert}", str(e)) for part in names] for e in range(header.shape[0] if of_experts else 1)]
-    if not all(part in sources for matrix in matrices for part in matrix):
+    count = header.shape[0] if of_experts and header.shape else 1
+    if any(part.replace("{expert}", str(e)) not in sources for e in range(count) for part in names):
         return {}
-    shapes = [sources[part].shape for part in matrices[0]]
+    shapes = [sources[part.replace("{expert}", "0")].shape for part in names]
     expected = (*header.shape[:of_experts], sum(rows for rows, *_ in shapes), *shapes[0][1:])
     if header.shape != expected:
         raise WeightsError(f"{header.path}: tensor {name}: expected shape {list(expected)}, got {list(header.shape)}")
     parts: dict[str, TensorHeader] = {}
-    for number, matrix in enumerate(matrices):
+    for number in range(count):
         first = 0
-        for part, shape in zip(matrix, shapes, strict=True):
+        for part, shape in zip(names, shapes, strict=True):
             stored = Stored(name, (number,) if of_experts else (), first)
-            parts[part] = TensorHeader(header.path, shape, header.dtype, stored)
+            parts[part.replace("{expert}", str(number))] = TensorHeader(header.path, shape, header.dtype, stored)
             first += shape[0]
     return parts

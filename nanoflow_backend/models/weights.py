@@ -90,8 +90,8 @@ def load(
                 for name in (name for name, header in headers.items() if header.path == path):
                     for parameter_name, source, rows in places.get(name, ()):
                         matrix = weights[parameter_name].view(-1, *local_shape(source, tp)[1:])
-                        tensor = checkpoint.lazy(file, name, headers[name])
-                        shard(tensor, source, rank, tp, out=matrix[rows])  # keeps no view of the file
+                        # no name for the tensor: that would keep the file mapped
+                        shard(checkpoint.lazy(file, name, headers[name]), source, rank, tp, out=matrix[rows])
                     bar.advance(task, name in places)
     return weights | {alias: weights[name] for alias, name in aliases.items()}
 

@@ -39,7 +39,7 @@ LAUNCH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-@pytest.fixture(scope="module", params=checkpoints.CONFIGS)
+@pytest.fixture(scope="module", params=checkpoints.OWN_GRAPHS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp(request.param), request.param, LENGTHS, num_hidden_layers=3)
 

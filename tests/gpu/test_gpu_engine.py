@@ -52,10 +52,10 @@ def prompts() -> list[list[int]]:
 
 def save_halves(path: Path, precision: Precision) -> str:
     """A plan of two halves: decodes dealt out, attention on SMs of its own."""
-    layer, device = build(read_model_config(DEMO_MODEL)).layer, find_device("cuda")
+    model, device = build(read_model_config(DEMO_MODEL)), find_device("cuda")
     assert device.sms is not None
-    plan = overlapped(layer, 256, 128, 0.6, 40, device.sms)
-    return save(path, layer, plan, device.name, device.sms, precision)
+    plan = overlapped(model.layer, 256, 128, 0.6, 40, device.sms)
+    return save(path, model, plan, device.name, device.sms, precision)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_those_of_the_cpu(exact_halves: str) -> None:
         assert token_ids(llm(dtype="float32", schedule=schedule), list(PROMPTS), GREEDY) == expected
 
 
-@pytest.mark.parametrize("architecture", checkpoints.CONFIGS)
+@pytest.mark.parametrize("architecture", checkpoints.OWN_GRAPHS)
 def test_greedy_tokens_are_those_of_sequential_under_every_schedule_file(architecture: str, tmp_path: Path) -> None:
     """Plans that a search finds, and random ones; buckets of 16, 32 and more tokens have plans of their own."""
     folder = checkpoints.save(checkpoints.make(architecture), tmp_path / "model")

@@ -20,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from nanoflow_kernels.grid import device_sms, programs
 from nanoflow_kernels.swiglu import gated, swiglu
 
-
 SCALED_BLOCK = 128  # columns of x, and rows and columns of the weight, that share a scale of kind BLOCK_SCALES
 NO_SCALES, ROW_SCALES, BLOCK_SCALES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -97,8 +97,11 @@ def norm(g: GraphBuilder, name: str, config: ModelConfig) -> str:
 
 def head_norms(g: GraphBuilder, config: ModelConfig) -> tuple[str, ...]:
     """The weights of the norms of Q's and K's heads, if they have norms: one weight for all heads."""
-    tensors = [f"model.layers.{{layer}}.self_attn.{p}_norm.weight" for p in "qk"] if config.qk_norm else []
-    return tuple(g.weight(f"{p}_norm.weight", Source(t, (config.head_dim,))) for p, t in zip("qk", tensors))
+    sources = {
+        f"{p}_norm.weight": Source(f"model.layers.{{layer}}.self_attn.{p}_norm.weight", (config.head_dim,))
+        for p in ("qk" if config.qk_norm else "")
+    }
+    return tuple(g.weight(name, source) for name, source in sources.items())
 
 
 def qkv_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ ASKED = [
 ]
 
 
-@pytest.fixture(scope="module", params=checkpoints.CONFIGS)
+@pytest.fixture(scope="module", params=checkpoints.OWN_GRAPHS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp(request.param)
     checkpoints.save(checkpoints.make(request.param), folder)
@@ -69,8 +69,8 @@ def test_groups_change_no_token(
     folder: Path, expected: list[Completion], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = watch(monkeypatch)
-    layer = build(read_model_config(folder)).layer
-    path = save(tmp_path / "plan.json", layer, plan(layer, name))
+    model = build(read_model_config(folder))
+    path = save(tmp_path / "plan.json", model, plan(model.layer, name))
     llm = LLM.from_pretrained(folder, schedule=path, dense_batch_tokens=TOKENS, chunk_tokens=30, page_tokens=4)
     found = llm.generate(prompts(folder), ASKED)
     assert comparable(found) == comparable(expected)

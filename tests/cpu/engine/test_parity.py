@@ -13,6 +13,7 @@ import torch
 from support.pairwise import pairwise_rows
 
 from benchmarks.accuracy.against_transformers import MODELS, OUTPUT_TOKENS, RUNS, checkpoint, prompts, run
+from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.engine import LLM, SamplingParams
 
 ROWS = pairwise_rows({**MODELS, **RUNS})
@@ -35,9 +36,9 @@ def test_engine_is_transformers(row: dict[str, Any], folder: Path) -> None:
         assert outcome.split_chunks > 0 or row["chunk_tokens"] == 1, "a boundary inside one request's chunk"
 
 
-@pytest.mark.parametrize("architecture", MODELS["architecture"])
+@pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_tokens_are_those_of_generate(architecture: str, folder: Path) -> None:
-    model, path = checkpoint(folder, architecture, 4, 16, True, False)
+    model, path = checkpoint(folder, architecture, 4, 16, architecture != "phi3", False)
     prompt = prompts(model.config.vocab_size)[0]
     ids = torch.tensor([prompt])
     theirs = model.generate(

@@ -13,7 +13,7 @@ if torch.cuda.is_available():
 
 from nanoflow_kernels import device as kernels
 from support.kernels.checks import Checks
-from support.models.shapes import config
+from support.models.shapes import WITH_NORMS, config
 
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build
@@ -62,6 +62,11 @@ def test_rope_append(checks: Checks, mix: str, padding: int) -> None:
     checks.rope_append(MIXES[mix], 5, 1, 64, 7, padding)
 
 
+@pytest.mark.parametrize("mix", ["few rows", "nothing"])
+def test_norm_rope_append(checks: Checks, mix: str) -> None:
+    checks.rope_append(MIXES[mix], 5, 1, 64, 7, 3, normed=True, attention_factor=1.3)
+
+
 # groups of 1, 3, 4 and 8 query heads; pages gathered and in tiles
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(
@@ -76,9 +81,10 @@ def test_attention_over_poisoned_pages(
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (7, 3), (1, 1)])
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (7, 3), (1, 1), (128, 8)])
 def test_route(tokens: int, experts: int, chosen: int) -> None:
-    Checks("cpu", torch.float32).route(tokens, experts, chosen)
+    for renormalise in (True, False):
+        Checks("cpu", torch.float32).route(tokens, experts, chosen, renormalise)
 
 
 @pytest.mark.parametrize("tokens", [*TOKENS, 149])
@@ -113,7 +119,7 @@ def test_errors_name_the_operand() -> None:
 
 
 def test_the_engine_can_say_what_runs_every_operation() -> None:
-    for architecture in ("llama", "qwen2", "mixtral"):
+    for architecture in WITH_NORMS:
         model = build(config(architecture))
         operations = [op for graph in (model.embed, model.layer, model.head) for op in graph.operations]
         lines = kernels.describe_implementations((op.kernel, op.name) for op in operations)

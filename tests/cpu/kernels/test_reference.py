@@ -148,20 +148,30 @@ def test_attention_over_poisoned_pages(
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("page_tokens", [1, 7, 16])
-def test_rope_append_rotates_and_writes_its_own_rows_only(mix: str, page_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("page_tokens", "normed", "factor"), [(1, False, 1.0), (7, True, 1.0), (16, True, 1.3)])
+def test_rope_append_rotates_and_writes_its_own_rows_only(
+    mix: str, page_tokens: int, normed: bool, factor: float, dtype: torch.dtype
+) -> None:
     heads, kv_heads, head_dim = 5, 1, 6
     positions, slots, table, num_pages = paged_batch(MIXES[mix], page_tokens)
     frequencies = torch.tensor([1.0, 0.1, 0.003])
     pages = torch.full((num_pages, 2, kv_heads, page_tokens, head_dim), torch.nan, dtype=dtype)
     qkv = random(len(slots), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q = empty(len(slots), heads * head_dim, dtype)
-    reference.rope_append(qkv, positions, slots, table, frequencies, out=(q, pages))
+    x = qkv.double().unflatten(1, (-1, head_dim))
+    if normed:
+        norms = torch.randn(2, head_dim)
+        reference.norm_rope_append(
+            qkv, positions, slots, table, frequencies, *norms, eps=1e-2, attention_factor=factor, out=(q, pages)
+        )
+        weights = norms.double().repeat_interleave(torch.tensor([heads, 2 * kv_heads]), 0)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weights
+    else:
+        reference.rope_append(qkv, positions, slots, table, frequencies, attention_factor=factor, out=(q, pages))
 
     # As complex numbers: the pair (x[i], x[i + d/2]) turns by e^(i position frequency).
-    x = qkv.double().unflatten(1, (-1, head_dim))
     turn = torch.polar(torch.ones(len(slots), 1, 3).double(), positions[:, None, None].double() * frequencies.double())
-    turned = torch.complex(x[..., :3], x[..., 3:]) * turn
+    turned = torch.complex(x[..., :3], x[..., 3:]) * turn * factor
     turned = torch.cat((turned.real, turned.imag), -1)
     assert_close("q", q, turned[:, :heads].flatten(1), TOLERANCE[dtype])
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
@@ -172,15 +182,17 @@ def test_rope_append_rotates_and_writes_its_own_rows_only(mix: str, page_tokens:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_route_sums_to_one_over_the_best_experts(tokens: int) -> None:
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_route_is_the_softmax_of_the_best_experts_made_to_sum_to_one_if_asked(tokens: int, renormalise: bool) -> None:
     logits = random(tokens, 7)
     experts, weights = empty(tokens, 3, torch.int32), empty(tokens, 3, torch.float32)
-    reference.route(logits, out=(experts, weights))
+    reference.route(logits, renormalise=renormalise, out=(experts, weights))
     for row in range(tokens):
         exponentials = {e: math.exp(float(logits[row, e])) for e in range(7)}
         best = sorted(exponentials, key=lambda e: -exponentials[e])[:3]
         assert experts[row].tolist() == best
-        expected = torch.tensor([exponentials[e] / sum(exponentials[b] for b in best) for e in best])
+        total = sum(exponentials[e] for e in (best if renormalise else exponentials))
+        expected = torch.tensor([exponentials[e] / total for e in best])
         assert_close("weights", weights[row], expected, 1e-6)
 
 

@@ -13,7 +13,22 @@ from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.models.hugging_face import from_hf
 
-NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+NAMES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+NO_NULLS = {"num_key_value_heads": (2, 4), "head_dim": (16, 32)}  # 4.57 has some of these, as we do
+STRICT = {  # keys that have no null in transformers 5.23
+    "qwen3": ("head_dim",),
+    "qwen3_moe": ("num_key_value_heads",),
+    "mistral": ("num_key_value_heads",),
+    "mixtral": ("num_key_value_heads",),
+}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it is any class's default
     "num_key_value_heads": (2, 4, None),
@@ -32,7 +47,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it 
     "max_window_layers": (0, 1, 4),
     "layer_types": (None, ["full_attention"] * 4),
     "num_local_experts": (4, 16),
+    "num_experts": (8, 16),
     "num_experts_per_tok": (1, 3),
+    "moe_intermediate_size": (16, 32),
+    "norm_topk_prob": (True,),
+    "mlp_only_layers": (None, [], [1], [0, 3]),
+    "decoder_sparse_step": (1, 2, 3),
 }
 
 
@@ -44,14 +64,15 @@ def keys(architecture: str) -> list[str]:
 
 def config_json(architecture: str, rng: Random) -> dict[str, Any]:
     said = {key: rng.choice(CHOICES[key]) for key in keys(architecture)}
-    if architecture == "mixtral":  # transformers 5.23 has no null for it; 4.57 has, as we do: all heads
-        said["num_key_value_heads"] = rng.choice((2, 4))
+    said |= {key: rng.choice(NO_NULLS[key]) for key in STRICT.get(architecture, ())}
+    if architecture == "phi3":  # its only scaling is longrope
+        said["rope_scaling"] = None
     sizes = dict(zip(SIZES, (331, 512, 96, 4, 32), strict=True))
     return {"architectures": [NAMES[architecture]], **sizes, **said}
 
 
 def has_windows(theirs: Any) -> bool:
-    if theirs.model_type == "qwen2":
+    if theirs.model_type in ("qwen2", "qwen3"):
         return "sliding_attention" in theirs.layer_types
     return getattr(theirs, "sliding_window", None) is not None
 
@@ -75,6 +96,12 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
     assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
+    if ours.num_experts:
+        assert ours.moe_intermediate_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
+    if architecture == "qwen3_moe":
+        sparse = [i not in theirs.mlp_only_layers and (i + 1) % theirs.decoder_sparse_step == 0 for i in range(4)]
+        assert ours.dense_layers == tuple(i for i in range(4) if not sparse[i])
 
 
 @pytest.mark.parametrize(("architecture", "key"), [(name, key) for name in CONFIGS for key in keys(name)])
@@ -109,7 +136,8 @@ def test_every_key_of_the_classes_is_read_or_without_effect() -> None:
     """A key that a future transformers adds shows up here."""
     without_effect = {
         "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-        "pretraining_tp", "use_cache", "bos_token_id", "pad_token_id",
+        "pretraining_tp", "use_cache", "bos_token_id", "pad_token_id", "embd_pdrop", "resid_pdrop",
+        "original_max_position_embeddings",  # Phi-3's: of longrope alone
     }  # fmt: skip
     read = {*CHOICES, *SIZES, "rope_parameters"}
     inherited = set(inspect.signature(CONFIGS["llama"].__mro__[1]).parameters)

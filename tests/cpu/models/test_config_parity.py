@@ -48,10 +48,15 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         ("qwen2", ["rope_parameters", "rms_norm_eps", "sliding_window", "use_sliding_window", "layer_types"]),
         ("mixtral", ["rope_parameters", "rms_norm_eps", "num_local_experts", "num_experts_per_tok", "sliding_window"]),
         ("mixtral", ["num_key_value_heads"]),
+        ("qwen3", ["rope_parameters", "rms_norm_eps", "use_sliding_window", "layer_types", "tie_word_embeddings"]),
+        ("qwen3_moe", ["rope_parameters", "norm_topk_prob", "decoder_sparse_step", "sliding_window"]),
+        ("mistral", ["rope_parameters", "rms_norm_eps", "head_dim"]),
+        ("phi3", ["rope_parameters", "rms_norm_eps", "head_dim", "num_key_value_heads"]),
     ],
 )
 def test_keys_left_out(architecture: str, keys: list[str], tmp_path: Path) -> None:
     options = {"kv_heads": 8} if "num_key_value_heads" in keys else {}
+    options |= {"head_dim": 8} if "head_dim" in keys else {}
     save(make(architecture, **options), tmp_path)
     edit_config(tmp_path, lambda config: [config.pop(key) for key in keys])
     assert worst_difference(tmp_path) < TOLERANCE
@@ -69,6 +74,21 @@ def test_keys_left_out(architecture: str, keys: list[str], tmp_path: Path) -> No
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 4.0},  # of max_position_embeddings
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 24,
+            "beta_fast": 8,
+            "beta_slow": 2,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.4,
+            "truncate": False,
+        },
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.7, "mscale": 1.0, "mscale_all_dim": 0.4},
+        {"rope_type": "yarn", "factor": 8.0, "mscale": 2.0},  # alone it has no effect
+        {"rope_type": "dynamic", "factor": 4.0},  # of what is longer than max_position_embeddings: nothing is
     ],
 )
 @pytest.mark.parametrize("beside", [None, "equal"])
@@ -79,6 +99,24 @@ def test_scalings_in_the_older_spelling(scaling: dict[str, Any], beside: str | N
     if new is not None and "type" in new:
         new["rope_type"] = new.pop("type")
     edit_config(tmp_path, lambda config: config.update(rope_parameters=new, rope_scaling=scaling, rope_theta=theta))
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "phi3"])
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("shard", ["60KB", "1GB"])
+def test_experts_by_themselves_and_in_one_tensor(architecture: str, original: bool, shard: str, tmp_path: Path) -> None:
+    """As save_pretrained writes them, and as transformers 5 has them in memory; Phi-3's fused tensors in both."""
+    save(make(architecture), tmp_path, save_original_format=original, max_shard_size=shard)
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")]
+)
+def test_either_name_of_the_number_of_experts(name: str, other: str, tmp_path: Path) -> None:
+    save(make("qwen3_moe"), tmp_path)
+    edit_config(tmp_path, lambda config: config.update({name: 8}) or config.pop(other, None))
     assert worst_difference(tmp_path) < TOLERANCE
 
 

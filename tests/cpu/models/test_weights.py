@@ -55,11 +55,19 @@ def expected(model: PreTrainedModel, rank: int, tp: int) -> State:
         "layers.0.post_attention_layernorm.weight": layer.post_attention_layernorm.weight.data,
         "layers.0.o.weight": pieces(attention.o_proj.weight.data, tp, 1)[rank],
     }
-    projections = ((attention.q_proj, 8), (attention.k_proj, kv_heads), (attention.v_proj, kv_heads))
-    state["layers.0.qkv.weight"] = torch.cat([heads(p.weight, n) for p, n in projections])
-    if attention.q_proj.bias is not None:
-        state["layers.0.qkv.bias"] = torch.cat([heads(p.bias, n) for p, n in projections])
-    if model.config.model_type == "mixtral":
+    units = (8, kv_heads, kv_heads)
+    if model.config.model_type == "phi3":
+        qkv = attention.qkv_proj.weight.split([16 * n for n in units])
+    else:
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv = [p.weight for p in projections]
+        if attention.q_proj.bias is not None:
+            state["layers.0.qkv.bias"] = torch.cat([heads(p.bias, n) for p, n in zip(projections, units, strict=True)])
+    state["layers.0.qkv.weight"] = torch.cat([heads(p, n) for p, n in zip(qkv, units, strict=True)])
+    if model.config.model_type.startswith("qwen3"):
+        state["layers.0.q_norm.weight"] = attention.q_norm.weight.data
+        state["layers.0.k_norm.weight"] = attention.k_norm.weight.data
+    if hasattr(layer.mlp, "experts"):
         experts = layer.mlp.experts
         gate, up = experts.gate_up_proj.data.chunk(2, 1)
         state["layers.0.router.weight"] = layer.mlp.gate.weight.data
@@ -67,13 +75,16 @@ def expected(model: PreTrainedModel, rank: int, tp: int) -> State:
         state["layers.0.down.weight"] = pieces(experts.down_proj.data, tp, 2)[rank]
     else:
         mlp = layer.mlp
-        gate_up = [pieces(p.weight.data, tp, 0)[rank] for p in (mlp.gate_proj, mlp.up_proj)]
-        state["layers.0.gate_up.weight"] = take_turns(*gate_up)
+        if model.config.model_type == "phi3":
+            gate_up = mlp.gate_up_proj.weight.data.chunk(2)
+        else:
+            gate_up = [mlp.gate_proj.weight.data, mlp.up_proj.weight.data]
+        state["layers.0.gate_up.weight"] = take_turns(*(pieces(p, tp, 0)[rank] for p in gate_up))
         state["layers.0.down.weight"] = pieces(mlp.down_proj.weight.data, tp, 1)[rank]
     return state
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3_moe", "mixtral", "phi3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_every_rank_gets_its_part(architecture: str, tied: bool, tp: int, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequenti
 from nanoflow_backend.schedule.validate import validate
 
 
-@pytest.fixture(scope="module", params=checkpoints.CONFIGS)
+@pytest.fixture(scope="module", params=checkpoints.OWN_GRAPHS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp(request.param), request.param, LENGTHS, num_hidden_layers=3)
 

@@ -10,13 +10,16 @@ from support.runtime import tensor_parallel_rank
 from support.runtime.tensor_parallel_rank import Work
 from torch import Tensor
 
+from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.schedule.presets import sequential
 
 # Inner widths are odd: the last rank's columns are padded. One kv head is copied to both ranks.
 MODELS = {
     "llama": {},
     "qwen2": {"heads": 4, "kv_heads": 4},
+    "qwen3_moe": {"num_local_experts": 4},
     "mixtral": {"num_local_experts": 4},
+    "phi3": {"kv_heads": 1},
     "one kv head": {"kv_heads": 1},
 }
 
@@ -25,7 +28,7 @@ MODELS = {
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     folder = tmp_path_factory.mktemp("checkpoints")
     return {
-        name: Case(folder / name, name if name in ("qwen2", "mixtral") else "llama", LENGTHS, **fields)
+        name: Case(folder / name, name if name in CONFIGS else "llama", LENGTHS, **fields)
         for name, fields in MODELS.items()
     }
 

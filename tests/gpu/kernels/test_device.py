@@ -66,6 +66,7 @@ def test_linear_swiglu(checks: Checks, tokens: int, num_sms: int | None) -> None
 def test_rope_append(checks: Checks, mix: str, head_dim: int) -> None:
     for page_tokens in (7, 64):
         checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, padding=3)
+        checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, padding=3, normed=True, attention_factor=1.3)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -87,7 +88,9 @@ def test_attention_of_1000_requests_of_very_unequal_lengths(page_tokens: int, nu
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_experts(checks: Checks, tokens: int) -> None:
     checks.route(tokens, 8, 2)
+    checks.route(tokens, 128, 8, renormalise=False)
     checks.grouped(tokens, 8, 2, 136, 264)
+    checks.grouped(tokens, 128, 8, 136, 264)
     checks.grouped(tokens, 7, 3, 71, 137)
 
 

@@ -82,7 +82,8 @@ def test_scaled_products(checks: Fp8Checks, tokens: int, num_sms: int | None, bl
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rope_append_to_pages_of_e4m3(checks: Fp8Checks, mix: str, head_dim: int) -> None:
     for page_tokens in (7, 64):
-        checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, 3, kv_scales=(0.013, 0.002))
+        for normed in (False, True):
+            checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, 3, kv_scales=(0.013, 0.002), normed=normed)
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -89,8 +89,10 @@ class Checks:
         page_tokens: int,
         padding: int = 0,
         kv_scales: Sequence[float] | None = None,
+        normed: bool = False,
+        attention_factor: float = 1.0,
     ) -> None:
-        """`kv_scales`: into pages of e4m3, with these scales."""
+        """`kv_scales`: into pages of e4m3, with these scales. `normed`: norm_rope_append."""
         positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
         real = len(positions) - padding
         qkv = self.normal(len(positions), (heads + 2 * kv_heads) * head_dim)
@@ -101,11 +103,13 @@ class Checks:
         expected_pages = torch.full(shape, torch.nan).to(E4M3 if scales else torch.float32)
         q, expected = self.empty(len(positions), heads * head_dim), torch.empty(real, heads * head_dim)
         rows = (positions, slots, table)
-        kernels.rope_append(
-            self.there(qkv), *map(self.there, (*rows, frequencies)), *map(self.there, scales), out=(q, pages)
-        )
+        norms = [self.normal(head_dim) for _ in "qk"] if normed else []
+        name, options = ("norm_rope_append", {"eps": 1e-2}) if normed else ("rope_append", {})
+        options["attention_factor"] = attention_factor
+        parameters = (frequencies, *norms, *scales)
+        getattr(kernels, name)(self.there(qkv), *map(self.there, (*rows, *parameters)), out=(q, pages), **options)
         rows = (positions[:real], slots[:real], table)
-        reference.rope_append(qkv[:real].float(), *rows, frequencies, *scales, out=(expected, expected_pages))
+        getattr(reference, name)(qkv[:real].float(), *rows, *parameters, out=(expected, expected_pages), **options)
         self.close("q", q[:real], expected)
         assert not q.isnan().any(), "padding made NaN"
         written = ~expected_pages.isnan()
@@ -145,13 +149,13 @@ class Checks:
         self.close("attention", out[:real], expected)
         assert not out[real:].any(), "padding is not zero"
 
-    def route(self, tokens: int, experts: int, chosen: int) -> None:
+    def route(self, tokens: int, experts: int, chosen: int, renormalise: bool = True) -> None:
         logits = self.normal(tokens, experts, dtype=torch.float32)
         logits[:1] = 1.0  # equals: lower ids first
         out = self.empty(tokens, chosen, torch.int32), self.empty(tokens, chosen, torch.float32)
         expected = torch.empty(tokens, chosen, dtype=torch.int32), torch.empty(tokens, chosen)
-        kernels.route(self.there(logits), out=out)
-        reference.route(logits, out=expected)
+        kernels.route(self.there(logits), renormalise=renormalise, out=out)
+        reference.route(logits, renormalise=renormalise, out=expected)
         assert torch.equal(out[0].cpu(), expected[0])
         assert_close("weights", out[1].cpu(), expected[1], 1e-6)
 

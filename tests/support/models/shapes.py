@@ -6,14 +6,13 @@ from typing import Any
 
 from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
 
-CONFIGS = ("llama", "qwen2", "mixtral", "qwen3", "qwen3_moe")
+CONFIGS = ("llama", "qwen2", "mixtral")  # graphs of other families have operations like these
+WITH_NORMS = (*CONFIGS, "qwen3_moe")
 
 
 def config(architecture: str, **fields: Any) -> ModelConfig:
     """8 heads share 2 kv heads; no width but the hidden one is a power of two."""
-    inner = fields.get("intermediate_size", 37)
-    moe = {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": inner}
-    kinds = {"norm_topk_prob": False, "dense_layers": (1,)} if architecture == "qwen3_moe" else {}
+    moe = {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": fields.get("intermediate_size", 37)}
     shape: dict[str, Any] = {
         "vocab_size": 67,
         "hidden_size": 16,
@@ -28,5 +27,5 @@ def config(architecture: str, **fields: Any) -> ModelConfig:
         "qkv_bias": architecture == "qwen2",
         "qk_norm": architecture in ("qwen3", "qwen3_moe"),
     }
-    moe = moe | kinds if architecture in ("mixtral", "qwen3_moe") else {}
-    return ModelConfig(architecture=architecture, **shape | moe | fields)
+    has_experts = architecture in ("mixtral", "qwen3_moe")
+    return ModelConfig(architecture=architecture, **shape | (moe if has_experts else {}) | fields)

@@ -10,6 +10,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
@@ -59,7 +60,7 @@ def plans(graph: Graph, tokens: int) -> dict[str, Schedule]:
 
 def save(
     path: Path,
-    graph: Graph,
+    model: Model,
     schedule: Schedule,
     device: str = "cpu",
     device_sms: int | None = None,
@@ -67,7 +68,7 @@ def save(
 ) -> str:
     """A schedule file's path, as configurations have it; by default in the precision that the device has by default."""
     header = Header(
-        model_fingerprint=fingerprint(graph),
+        model_fingerprint=fingerprint(*model.layers),
         precision=precision or (FLOAT32 if device == "cpu" else BFLOAT16),
         device=device,
         device_sms=device_sms,

@@ -49,7 +49,7 @@ def schedule_file(path: Path, model: Model, device: Device, tokens: int, plan: S
     under `plan` whose decodes read six tokens of the KV cache for each of `tokens`, or more, the others sequential."""
     assert plan.tokens == tokens
     header = Header(
-        model_fingerprint=fingerprint(model.layer),
+        model_fingerprint=fingerprint(*model.layers),
         precision=FLOAT32,
         device=device.name,
         device_sms=device.sms,

@@ -4,7 +4,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from support.models.shapes import CONFIGS, config
+from support.models.shapes import WITH_NORMS, config
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.graph.builder import GraphBuilder, local_shape
@@ -14,7 +14,7 @@ from nanoflow_backend.graph.operation import Kind, Source
 from nanoflow_backend.models.model import build
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_NORMS)
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_graphs_are_in_a_legal_order_and_carry_the_hidden_state(name: str, tp: int) -> None:
     model = build(config(name), tp)
@@ -33,7 +33,7 @@ def test_graphs_are_in_a_legal_order_and_carry_the_hidden_state(name: str, tp: i
     assert model.layer.values["pages"].kind is Kind.PAGES
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_NORMS)
 def test_ranks_share_heads_and_columns(name: str) -> None:
     for tp in (1, 2, 4, 8):
         shapes = {p.name: p.shape for p in build(config(name), tp).layer.parameters}
@@ -41,7 +41,7 @@ def test_ranks_share_heads_and_columns(name: str) -> None:
         assert shapes["qkv.weight"] == ((8 // tp + 2 * kv_heads) * 4, 16)
         assert shapes["o.weight"] == (16, 32 // tp)
         inner = -(-37 // tp)  # columns that do not divide evenly are padded
-        experts = (8,) if name == "mixtral" else ()
+        experts = (8,) if config(name).num_experts else ()
         assert shapes["gate_up.weight"] == (*experts, 2 * inner, 16)
         assert shapes["down.weight"] == (*experts, 16, inner)
 
@@ -81,7 +81,7 @@ def test_a_split_all_reduce_keeps_its_output() -> None:
         split_all_reduce(layer, ["mlp_reduce"], 3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_NORMS)
 def test_dependencies_are_those_of_single_tokens(name: str) -> None:
     """Against a simulation that knows single rows: who wrote each (value, token) that a token's operation reads."""
     graph, tokens = build(config(name)).layer, 6

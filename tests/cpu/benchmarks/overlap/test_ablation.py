@@ -54,12 +54,13 @@ def test_cut_alone_is_the_same_launches_in_one_lane(graph: Graph, profile: Profi
 def test_arms_change_no_token(overlaps: bool, tmp_path: Path) -> None:
     checkpoints.save(checkpoints.make("llama"), tmp_path)
     model = read_model_config(tmp_path)
-    layer, rng = build(model).layer, random.Random(5)
+    built, rng = build(model), random.Random(5)
+    layer = built.layer
     prompts = [[rng.randrange(model.vocab_size) for _ in range(rng.randint(1, 70))] for _ in range(40)]
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     mix = Mix(40, 88, 40, 30)
     arm = halves.overlap_memory(layer, TimingModel(profile_of(layer, mix), mix), 2)
-    plan = save(tmp_path / "plan.json", layer, arm if overlaps else halves.nano_batch_only(layer, arm))
+    plan = save(tmp_path / "plan.json", built, arm if overlaps else halves.nano_batch_only(layer, arm))
     expected, found = (
         [
             completion.token_ids

@@ -9,7 +9,7 @@ from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.inputs import SETS, OperationInputs
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests, requests_of
 from nanoflow_search.profile.load import Load, ProfileError
-from support.models.shapes import CONFIGS, config
+from support.models.shapes import WITH_NORMS, config
 
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.operation import Resource
@@ -23,7 +23,7 @@ class Recorded:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        names = {op.kernel for name in CONFIGS for op in build(config(name)).layer.operations}
+        names = {op.kernel for name in WITH_NORMS for op in build(config(name)).layer.operations}
         self.kernels = SimpleNamespace(
             plan_attention=lambda *arguments, num_sms: f"plan on {num_sms}",
             **{name: self._recorded(name) for name in names if hasattr(reference, name)},
@@ -41,7 +41,7 @@ def operands(name: str, recorded: Recorded, mix: Mix = MIX) -> OperationInputs:
     return OperationInputs(config(name), mix, recorded.kernels, page_tokens=4, precision=FLOAT32, device="cpu")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_NORMS)
 def test_every_operation_runs_on_every_set(name: str) -> None:
     recorded = Recorded()
     made = operands(name, recorded)

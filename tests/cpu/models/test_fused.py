@@ -1,0 +1,97 @@
+"""Tensors that a checkpoint has in one: ranks get the same as from tensors by themselves, and wrong ones are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models.loading import load_rank
+from torch import Tensor
+
+from benchmarks.models.checkpoints import make, save
+from nanoflow_backend.models.checkpoint import WeightsError
+
+State = dict[str, Tensor]
+SINGLE = "model.safetensors"
+QKV, GATE_UP = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight"
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"  # [8, 2 * 60, 64]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("shard", ["60KB", "1GB"])
+def test_experts_in_one_tensor_are_those_by_themselves(architecture: str, tp: int, shard: str, tmp_path: Path) -> None:
+    model = make(architecture)
+    apart = save(model, tmp_path / "apart", max_shard_size=shard)
+    fused = save(model, tmp_path / "fused", max_shard_size=shard, save_original_format=False)
+    for rank in range(tp):
+        expected, found = load_rank(apart, rank, tp), load_rank(fused, rank, tp)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_phi_3_is_llama_with_fused_tensors(tp: int, tmp_path: Path) -> None:
+    phi3, state = save(make("phi3"), tmp_path / "phi3"), {}
+    for name, tensor in load_file(phi3 / SINGLE).items():
+        parts = {"qkv": (("q", "k", "v"), (128, 32, 32)), "gate_up": (("gate", "up"), (97, 97))}
+        fused = name.split(".")[-2].removesuffix("_proj")
+        names, heights = parts.get(fused, ((fused,), (len(tensor),)))
+        for part, rows in zip(names, tensor.split(heights), strict=True):
+            state[name.replace(f"{fused}_proj", f"{part}_proj")] = rows.contiguous()
+    llama = save(make("llama"), tmp_path / "llama")
+    save_file(state, llama / SINGLE)
+    for rank in range(tp):
+        expected, found = load_rank(llama, rank, tp), load_rank(phi3, rank, tp)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+BROKEN: dict[str, tuple[str, Callable[[State], object], list[str]]] = {
+    "rows too few": (
+        "phi3", lambda s: s.update({QKV: s[QKV][:-1].clone()}), [QKV, "expected shape [192, 64], got [191, 64]"],
+    ),
+    "flat": ("phi3", lambda s: s.update({QKV: s[QKV].flatten()}), [QKV, "expected shape [192, 64], got [12288]"]),
+    "of another dtype": ("phi3", lambda s: s.update({QKV: s[QKV].to(torch.int8)}), ["q_proj", "expected dtype"]),
+    "missing": ("phi3", lambda s: s.pop(GATE_UP), ["mlp.gate_proj.weight is missing (and 1 more)"]),
+    "a part beside it": (
+        "phi3",
+        lambda s: s.update({GATE_UP.replace("gate_up", "up"): torch.zeros(97, 64)}),
+        [GATE_UP, "is here, and so is model.layers.0.mlp.up_proj.weight, which is a part of it"],
+    ),
+    "of a third layer": (
+        "phi3", lambda s: s.update({QKV.replace("1", "7"): s[QKV].clone()}), ["layers.7.self_attn.qkv", "not part of"],
+    ),
+    "transposed experts": (
+        "mixtral",
+        lambda s: s.update({EXPERTS: s[EXPERTS].mT.contiguous()}),
+        [EXPERTS, "expected shape [8, 120, 64], got [8, 64, 120]"],
+    ),
+    "experts too few": (
+        "mixtral", lambda s: s.update({EXPERTS: s[EXPERTS][:7].clone()}), ["experts.7.w1.weight is missing"],
+    ),
+    "experts too many": (
+        "qwen3_moe",
+        lambda s: s.update({EXPERTS: torch.zeros(9, 120, 64)}),
+        [f"tensor {EXPERTS} is not part of this qwen3_moe model"],
+    ),
+    "a scalar": (
+        "qwen3_moe", lambda s: s.update({EXPERTS: torch.zeros(())}), [EXPERTS, "expected shape [120, 64], got []"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_is_wrong_is_named(fault: str, tmp_path: Path) -> None:
+    architecture, break_it, words = BROKEN[fault]
+    save(make(architecture), tmp_path, save_original_format=False)
+    load_rank(tmp_path)
+    state = load_file(tmp_path / SINGLE)
+    break_it(state)
+    save_file(state, tmp_path / SINGLE)
+    with pytest.raises(WeightsError) as error:
+        load_rank(tmp_path)
+    assert all(word in str(error.value) for word in [str(tmp_path), *words]), str(error.value)

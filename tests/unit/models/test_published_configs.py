@@ -1,0 +1,204 @@
+"""config.json of published models: what is read, and as many parameters as the checkpoints have by their headers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nanoflow_search.cost.model import ModelSize
+
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.model_config import RopeConfig
+from nanoflow_backend.models.hugging_face import from_hf
+from nanoflow_backend.models.refused import MISSING
+from nanoflow_backend.models.registry import ARCHITECTURES
+
+LLAMA3_SCALING = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def config_json(
+    class_name: str, sizes: tuple[int, ...], max_positions: int, theta: float, eps: float, **more: Any
+) -> dict[str, Any]:
+    """sizes: hidden, intermediate, layers, heads, kv heads, vocabulary."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {
+        "architectures": [f"{class_name}ForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        **dict(zip((*names, "vocab_size"), sizes, strict=True)),
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": eps,
+        "rope_scaling": None,
+        "rope_theta": theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    } | more
+
+
+QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 48}
+QWEN3 = {"head_dim": 128, **QWEN_WINDOW}
+QWEN3_MOE = QWEN3 | {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+MODELS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {  # config.json, parameters, some of what is read
+    "Llama-3.2-1B": (
+        config_json(
+            "Llama", (2048, 8192, 16, 32, 8, 128256), 131072, 5e5, 1e-5,
+            rope_scaling=LLAMA3_SCALING, tie_word_embeddings=True, head_dim=64, mlp_bias=False, pretraining_tp=1,
+        ),
+        1_235_814_400,
+        {"head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "Llama-3.3-70B": (
+        config_json(
+            "Llama", (8192, 28672, 80, 64, 8, 128256), 131072, 5e5, 1e-5,
+            rope_scaling=LLAMA3_SCALING | {"factor": 8.0}, eos_token_id=[128001, 128008, 128009],
+        ),
+        70_553_706_496,
+        {"eos_token_ids": (128001, 128008, 128009)},
+    ),
+    "Yi-34B": (
+        config_json("Llama", (7168, 20480, 60, 56, 8, 64000), 4096, 5e6, 1e-5), 34_388_917_248, {"head_dim": 128},
+    ),
+    "DeepSeek-67B": (
+        config_json("Llama", (8192, 22016, 95, 64, 8, 102400), 4096, 1e4, 1e-6), 67_425_001_472, {"num_layers": 95},
+    ),
+    "Qwen2.5-7B": (
+        config_json("Qwen2", (3584, 18944, 28, 28, 4, 152064), 32768, 1e6, 1e-6, sliding_window=131072),
+        7_615_616_512,
+        {"qkv_bias": True, "qk_norm": False, "head_dim": 128},
+    ),
+    "Qwen2.5-7B with yarn": (
+        config_json(
+            "Qwen2", (3584, 18944, 28, 28, 4, 152064), 32768, 1e6, 1e-6,
+            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        ),
+        7_615_616_512,
+        {
+            "max_model_tokens": 131072,
+            "rope": RopeConfig(
+                theta=1e6, scaling="yarn", factor=4.0, original_max_positions=32768,
+                attention_factor=1.138629436111989,  # 0.1 ln 4 + 1
+            ),
+        },
+    ),
+    "Qwen3-0.6B": (
+        config_json(
+            "Qwen3", (1024, 3072, 28, 16, 8, 151936), 40960, 1e6, 1e-6, tie_word_embeddings=True, **QWEN3
+        ),
+        596_049_920,
+        {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+    "Qwen3-8B": (
+        config_json("Qwen3", (4096, 12288, 36, 32, 8, 151936), 40960, 1e6, 1e-6, **QWEN3),
+        8_190_735_360,
+        {"qk_norm": True, "max_model_tokens": 40960},
+    ),
+    "Qwen3-30B-A3B": (
+        config_json("Qwen3Moe", (2048, 6144, 48, 32, 4, 151936), 40960, 1e6, 1e-6, **QWEN3_MOE),
+        30_532_122_624,
+        {
+            "num_experts": 128, "experts_per_token": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+            "dense_layers": (), "head_dim": 128,
+        },
+    ),
+    "Mistral-7B-v0.3": (
+        config_json("Mistral", (4096, 14336, 32, 32, 8, 32768), 32768, 1e6, 1e-5, sliding_window=None),
+        7_248_023_552,
+        {"architecture": "mistral"},
+    ),
+    "Mistral-Small-24B": (
+        config_json("Mistral", (5120, 32768, 40, 32, 8, 131072), 32768, 1e8, 1e-5, sliding_window=None, head_dim=128),
+        23_572_403_200,
+        {"head_dim": 128},
+    ),
+    "phi-4": (
+        config_json(
+            "Phi3", (5120, 17920, 40, 40, 10, 100352), 16384, 250000, 1e-5, sliding_window=None,
+            partial_rotary_factor=1.0, original_max_position_embeddings=16384, eos_token_id=100265,
+        ),
+        14_659_507_200,
+        {"architecture": "phi3", "eos_token_ids": (100265,), "head_dim": 128},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_models_have_their_published_size(name: str) -> None:
+    hf, parameters, expected = MODELS[name]
+    config = from_hf(hf, {})
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert ModelSize.of(config).parameters == parameters
+
+
+PHI3_4K = config_json("Phi3", (3072, 8192, 32, 32, 32, 32064), 4096, 1e4, 1e-5, sliding_window=2047)
+PHI4_MINI = config_json(
+    "Phi3", (3072, 8192, 32, 24, 8, 200064), 131072, 1e4, 1e-5, partial_rotary_factor=0.75,
+    rope_scaling={"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hf", "words"),
+    [
+        (PHI3_4K, "sliding_window 2047 is not supported"),
+        (PHI4_MINI, "partial_rotary_factor 0.75 is not supported"),
+        (PHI4_MINI | {"partial_rotary_factor": 1.0}, "rope scaling 'longrope' is not supported"),
+        (PHI3_4K | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' of this class is not"),
+        (MODELS["Mistral-7B-v0.3"][0] | {"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        (MODELS["Qwen3-8B"][0] | {"attention_bias": True}, "attention_bias is not supported"),
+        (MODELS["Qwen3-30B-A3B"][0] | {"use_sliding_window": True, "sliding_window": 64}, "sliding_window 64 is not"),
+        (MODELS["Qwen3-30B-A3B"][0] | {"decoder_sparse_step": 0}, "decoder_sparse_step: expected an integer in 1"),
+        (MODELS["Qwen3-30B-A3B"][0] | {"mlp_only_layers": ["all"]}, "mlp_only_layers: expected an integer in 0"),
+        (MODELS["Qwen3-30B-A3B"][0] | {"num_local_experts": 64}, "num_local_experts 64 and num_experts 128 say two"),
+    ],
+)
+def test_what_a_family_has_and_this_engine_has_not_is_named(hf: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_hf(hf, {})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("class_name", MISSING)
+def test_other_families_are_refused_with_what_is_missing(class_name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_hf(MODELS["Qwen3-8B"][0] | {"architectures": [class_name]}, {})
+    assert f"{class_name} is not supported: {MISSING[class_name]}" in str(error.value)
+    assert class_name not in {architecture.hf_class for architecture in ARCHITECTURES.values()}
+
+
+YARN_JSON = {key: value for key, value in MODELS["Qwen2.5-7B"][0].items() if key != "rope_theta"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": None}, "rope scaling 'yarn': key 'factor' is missing"),
+        ({"factor": "4"}, "rope_scaling: factor: expected a number > 0, got '4'"),
+        ({"mscale": 0}, "rope_scaling: mscale: expected a number > 0, got 0"),
+        ({"beta_fast": 1, "beta_slow": 2}, "expected beta_slow <= beta_fast, got 2.0, 1.0"),
+        ({"attention_factor": 0}, "attention_factor: expected a number > 0"),
+        ({"low_freq_factor": 1}, "rope scaling 'yarn' has no key 'low_freq_factor'"),
+        ({"truncate": "no"}, "Expected `bool`, got `str`"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: expected an integer >= 1"),
+        ({"rope_theta": 1}, "expected theta > 1 with yarn"),
+    ],
+)
+def test_a_senseless_yarn_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_hf(YARN_JSON | {"rope_scaling": YARN | change}, {})
+    assert words in str(error.value)
