@@ -1,1 +1,1 @@
-"""This package holds the kernels of the engine and their definition in torch (`reference.py`)."""
+"""This package holds the kernels of the engine and their definition in torch (`reference`)."""

@@ -1,4 +1,4 @@
-"""This module collects the GPU's kernels, under the names and signatures of reference.py and reference_sampling.py.
+"""This module collects the GPU's kernels, under the names and signatures of reference and reference_sampling.py.
 
 A kernel is called as `kernel(*inputs, *parameters, out=outputs, **attributes)`; each operation of the graph also takes
 `num_sms`: how many SMs the launch may fill (None: all). All can be captured in a CUDA graph: grids depend on shapes

@@ -14,6 +14,7 @@ import msgspec
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import convert, read_json
 from nanoflow_backend.config.precision import Dtype, Precision
+from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, whole
 
 TOKENS = whole(1, or_null=True)
@@ -54,7 +55,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     python: str | None = None  # the engine process's interpreter; None: the one that runs the server's stub
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of weights and activations; auto: by device
-    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # of KV pages; auto: as dtype
+    quantization: Literal["fp8"] | None = None  # fp8: 16-bit weights become e4m3 as they are loaded
+    # Of KV pages; auto: fp8_e4m3 where the checkpoint has scales for it, else as dtype.
+    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "fp8_e4m3"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
     gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
@@ -101,7 +104,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"tensor_parallel: expected 1 on cuda, got {self.tensor_parallel}")
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
         precision = self.precision_on(device)
-        fields |= {"device": device, "dtype": precision.weights, "kv_cache_dtype": precision.kv}
+        kv_cache_dtype = "fp8_e4m3" if precision.kv == FP8 else precision.kv
+        fields |= {"device": device, "dtype": precision.weights, "kv_cache_dtype": kv_cache_dtype}
         defaults = DEFAULTS[device]._asdict()
         dense_batch_tokens = self.dense_batch_tokens or defaults["dense_batch_tokens"]
         defaults |= dict.fromkeys(("chunk_tokens", "prompt_tokens", "max_running"), dense_batch_tokens)
@@ -115,9 +119,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ConfigError: KV pages of another dtype than the kernels of this device read.
         """
         dtype = DEFAULTS[device].dtype if self.dtype == "auto" else self.dtype
+        if self.kv_cache_dtype == "fp8_e4m3":
+            return Precision(weights=dtype, activations=dtype, kv=FP8)
         kv = dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         if device == "cuda" and kv != dtype:
-            raise ConfigError(f"kv_cache_dtype: expected {dtype} on cuda, as dtype is, got {kv}")
+            raise ConfigError(f"kv_cache_dtype: expected {dtype}, as dtype is, or fp8_e4m3 on cuda, got {kv}")
         return Precision(weights=dtype, activations=dtype, kv=kv)
 
     @classmethod
@@ -153,7 +159,7 @@ class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fiel
 
     device: Literal["cpu", "cuda"]
     dtype: Dtype
-    kv_cache_dtype: Dtype
+    kv_cache_dtype: Literal["float32", "float16", "bfloat16", "fp8_e4m3"]
     dense_batch_tokens: int
     chunk_tokens: int
     prompt_tokens: int

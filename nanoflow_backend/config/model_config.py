@@ -8,6 +8,7 @@ import msgspec
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.precision import Dtype
+from nanoflow_backend.config.quantization import Quantization
 from nanoflow_backend.config.rules import Rule, broken, whole
 
 # Wider than any model's, and so that frequencies are neither 0 nor infinite in float32.
@@ -59,7 +60,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
-    dtype: Dtype = "bfloat16"  # of the checkpoint's tensors
+    dtype: Dtype = "bfloat16"  # of the checkpoint's tensors, those that are quantised aside
+    quantization: Quantization | None = None
+    scaled_kv: bool = False  # K and V are divided by a layer's scales as they go into the pages: these are e4m3
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -7,17 +7,21 @@ from typing import Literal
 import msgspec
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+KvDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Role = Literal["weights", "activations", "kv"]
 ROLES: tuple[Role, ...] = ("weights", "activations", "kv")
-ELEMENT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+ELEMENT_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int32": 4}
 
 
 class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The dtype of each role that a tensor of the model can have. Graphs name roles; programs look dtypes up here."""
+    """The dtype of each role that a tensor of the model can have. Graphs name roles; programs look dtypes up here.
+
+    Quantised weights have no role: the graph itself says that they, and what goes into their products, are e4m3.
+    """
 
     weights: Dtype
     activations: Dtype
-    kv: Dtype
+    kv: KvDtype
 
     @classmethod
     def of(cls, dtype: Dtype) -> Precision:
@@ -25,7 +29,7 @@ class Precision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(dtype, dtype, dtype)
 
     def dtype(self, name: str) -> str:
-        """The dtype of a role; "int32" and "float32" are the same in every precision."""
+        """The dtype of a role; a dtype by its own name is the same in every precision."""
         return str(getattr(self, name)) if name in ROLES else name
 
     def element_bytes(self, name: str) -> int:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.graph.model import Model
-from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.schedule.file import fingerprint
@@ -44,7 +44,8 @@ def find_auto_schedule(
     """
     if config.schedule != AUTO:
         return config
-    model = build(read_model_config(Path(config.model)), config.tensor_parallel)
+    _, model_config = read_computed(config, device.kind)
+    model = build(model_config, config.tensor_parallel)
     path = _cached(config, device, model)
     found = replace(config, schedule=str(path))
     why = None
@@ -102,6 +103,13 @@ def _fault(config: EngineConfig, device: Device, model: Model) -> str | None:
     return None
 
 
+def _precision(config: EngineConfig, device: Device) -> list[str]:
+    """What the search is told about precision."""
+    quantization = [] if config.quantization is None else ["--quantization", config.quantization]
+    kv = [] if config.kv_cache_dtype == "auto" else ["--kv-cache-dtype", config.kv_cache_dtype]
+    return ["--dtype", config.precision_on(device.kind).weights, *quantization, *kv]
+
+
 def _search(config: EngineConfig, device: Device, path: Path, command: Sequence[str], minutes: float) -> str | None:
     """Write the file. What stands in the way, if something does."""
     if device.kind == "cpu":
@@ -116,7 +124,7 @@ def _search(config: EngineConfig, device: Device, path: Path, command: Sequence[
         [
             *command,
             *("--model", config.model, "--tp", str(config.tensor_parallel), "--workload", config.schedule_workload),
-            *("--out", str(path), "--dtype", config.precision_on(device.kind).weights, *sizes, *EFFORT),
+            *("--out", str(path), *_precision(config, device), *sizes, *EFFORT),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 from msgspec.structs import replace
 
@@ -11,7 +9,7 @@ from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
-from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
@@ -45,10 +43,10 @@ def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
     if config.gpus is not None:
         show_only(config.gpus)
     device = find_device(config.device)
+    config, model_config = read_computed(config, device.kind)
     config = find_auto_schedule(config, device)
     config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
     settled = config.settle(device.kind)
-    model_config = read_model_config(Path(config.model))
     if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
         model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
     max_model_tokens = _max_model_tokens(settled, model_config)
@@ -64,9 +62,10 @@ def settled_here(config: EngineConfig) -> SettledConfig:
     Raises:
         ConfigError: what can be seen to be wrong with it, or with the model's config.json.
     """
-    read_model_config(Path(config.model))
     # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
-    return config.settle("cuda" if config.gpus is not None else find_kind(config.device))
+    kind = "cuda" if config.gpus is not None else find_kind(config.device)
+    config, _ = read_computed(config, kind)
+    return config.settle(kind)
 
 
 def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from nanoflow_backend.graph.operation import Graph, Kind, Operation, Parameter, Resource, Source, Value
+from dataclasses import replace
+
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.quantization import BLOCK, FP8, Quantization
+from nanoflow_backend.graph.fusion import fuse_quantise
+from nanoflow_backend.graph.operation import Graph, Kind, Operation, Parameter, Resource, ScaleOf, Source, Value
 
 
 class GraphBuilder:
     """Each method appends one operation and returns the names of the values it writes.
 
-    Widths are of one rank out of `tp`.
+    Widths are of one rank out of `tp`. A product whose weight `quantization` covers is preceded by an operation that
+    quantises its input, and with `scaled_kv` pages have scales: who writes a layer need not say so.
     """
 
-    def __init__(self, tp: int = 1) -> None:
-        self.tp = tp
+    def __init__(self, tp: int = 1, quantization: Quantization | None = None, scaled_kv: bool = False) -> None:
+        self.tp, self.quantization, self.scaled_kv = tp, quantization, scaled_kv
         self._operations: list[Operation] = []
         self._values: dict[str, Value] = {}
         self._inputs: list[str] = []
@@ -31,9 +37,10 @@ class GraphBuilder:
         )
 
     def build(self, *outputs: str) -> Graph:
-        return Graph(
+        graph = Graph(
             tuple(self._operations), self._values, tuple(self._inputs), outputs, tuple(self._parameters.values())
         )
+        return fuse_quantise(graph)
 
     # parameters
 
@@ -48,8 +55,15 @@ class GraphBuilder:
         return name
 
     def constant(self, name: str, values: tuple[float, ...]) -> str:
-        self._parameters[name] = Parameter(name, (len(values),), constant=values)
+        self._parameters[name] = Parameter(name, (len(values),), dtype="float32", constant=values)
         return name
+
+    def kv_scales(self, *sources: Source) -> tuple[str, ...]:
+        """The parameter with the scales of a layer's K and V, if pages have them; `sources` are their projections."""
+        if not self.scaled_kv:
+            return ()
+        self._parameters["kv.scales"] = Parameter("kv.scales", (2,), sources, dtype="float32", scale=ScaleOf.KV)
+        return ("kv.scales",)
 
     # operations
 
@@ -67,30 +81,68 @@ class GraphBuilder:
         self._append(name, "add_rms_norm", Resource.MEMORY, (residual, update), outputs, (weight,), eps=eps)
         return outputs
 
-    def linear(self, name: str, x: str, weight: str, bias: str | None = None, dtype: str = "activations") -> str:
+    def quantise(self, x: str, width: int = 0, static_scale: str | None = None) -> tuple[str, str]:
+        """(x in e4m3, its fp32 scales): one for each `width` columns of a row, or for the whole row."""
+        quantised = (f"{x}.fp8", f"{x}.scale")
+        if quantised[0] not in self._values:
+            assert self.quantization is not None
+            columns = self._values[x].width
+            self._value(quantised[0], columns, FP8)
+            self._value(quantised[1], columns // (width or columns), "float32")
+            self._append(
+                f"{x}_quantise",
+                "quantise",
+                Resource.MEMORY,
+                (x,),
+                quantised,
+                () if static_scale is None else (static_scale,),
+                group=width,
+                upper_bound=self.quantization.activation_limit,
+            )
+        return quantised
+
+    def linear(
+        self,
+        name: str,
+        x: str,
+        weight: str,
+        bias: str | None = None,
+        dtype: str = "activations",
+        *,
+        quantise: bool = True,
+    ) -> str:
+        """x weight^T + bias. With `quantise` off the product stays as it is, whatever the quantization says."""
         y = self._value(name, self._parameters[weight].shape[0], dtype)
-        parameters = (weight,) if bias is None else (weight, bias)
-        return self._append(name, "linear", Resource.COMPUTE, (x,), (y,), parameters)
+        biases = () if bias is None else (bias,)
+        return self._product(name, "linear", (x,), y, weight, biases, quantise=quantise)
 
     def linear_swiglu(self, name: str, x: str, weight: str) -> str:
         """silu(gate) * up, of a weight whose rows are gates and ups in turn."""
         y = self._value(name, self._parameters[weight].shape[0] // 2)
-        return self._append(name, "linear_swiglu", Resource.COMPUTE, (x,), (y,), (weight,))
+        return self._product(name, "linear_swiglu", (x,), y, weight)
 
     def rope_append(
-        self, name: str, qkv: str, batch: tuple[str, str, str], frequencies: str, kv_heads: int
+        self,
+        name: str,
+        qkv: str,
+        batch: tuple[str, str, str],
+        frequencies: str,
+        kv_heads: int,
+        kv_scales: tuple[str, ...] = (),
     ) -> tuple[str, str]:
         """Rotate queries and keys; append K and V to the pages, which is what later tokens depend on."""
         head_dim = 2 * self._parameters[frequencies].shape[0]
         q = self._value(name, self._values[qkv].width - 2 * kv_heads * head_dim)
         pages = self._value("pages", 2 * kv_heads * head_dim, "kv", Kind.PAGES)
-        self._append(name, "rope_append", Resource.MEMORY, (qkv, *batch), (q, pages), (frequencies,))
+        self._append(name, "rope_append", Resource.MEMORY, (qkv, *batch), (q, pages), (frequencies, *kv_scales))
         return q, pages
 
-    def attention(self, name: str, q: str, pages: str, batch: tuple[str, str, str]) -> str:
+    def attention(
+        self, name: str, q: str, pages: str, batch: tuple[str, str, str], kv_scales: tuple[str, ...] = ()
+    ) -> str:
         """Causal attention of each token over its request's pages up to its own position."""
         output = self._value(name, self._values[q].width)
-        return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,))
+        return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,), kv_scales)
 
     def route(self, name: str, logits: str, experts_per_token: int) -> tuple[str, str]:
         """The chosen experts of each token and their weights: softmax over all, top k, renormalised."""
@@ -104,12 +156,12 @@ class GraphBuilder:
     def grouped_linear_swiglu(self, name: str, x: str, experts: str, weight: str) -> str:
         """linear_swiglu of each token with the matrices of its chosen experts, side by side in its row."""
         y = self._value(name, self._values[experts].width * self._parameters[weight].shape[1] // 2)
-        return self._append(name, "grouped_linear_swiglu", Resource.COMPUTE, (x, experts), (y,), (weight,))
+        return self._product(name, "grouped_linear_swiglu", (x, experts), y, weight)
 
     def grouped_combine(self, name: str, x: str, experts: str, weights: str, weight: str) -> str:
         """Each chosen expert's part of the row times its matrix, summed with the router's weights."""
         y = self._value(name, self._parameters[weight].shape[1])
-        return self._append(name, "grouped_combine", Resource.COMPUTE, (x, experts, weights), (y,), (weight,))
+        return self._product(name, "grouped_combine", (x, experts, weights), y, weight)
 
     def all_reduce(self, name: str, x: str) -> str:
         y = self._value(name, self._values[x].width, self._values[x].dtype)
@@ -119,6 +171,73 @@ class GraphBuilder:
         """The ranks' columns side by side."""
         y = self._value(name, self._values[x].width * self.tp, self._values[x].dtype)
         return self._append(name, "all_gather_columns", Resource.NETWORK, (x,), (y,))
+
+    def _product(
+        self,
+        name: str,
+        kernel: str,
+        inputs: tuple[str, ...],
+        y: str,
+        weight: str,
+        biases: tuple[str, ...] = (),
+        *,
+        quantise: bool = True,
+    ) -> str:
+        """A product of inputs[0]; the kernel is "scaled_..." where the weight is quantised, and takes scales too."""
+        parameters: tuple[str, ...] = (weight,)
+        if quantise and self._is_covered(weight):
+            x, *others = inputs
+            weight_scale, input_scale = self._quantise_weight(weight)
+            columns = self._parameters[weight].shape[-1]  # of one expert, where x holds those of several
+            is_part = columns != self._values[x].width
+            width = BLOCK if self._activations == "group" else columns if is_part else 0
+            kernel, inputs = f"scaled_{kernel}", (*self.quantise(x, width, input_scale), *others)
+            parameters = (weight, weight_scale)
+        return self._append(name, kernel, Resource.COMPUTE, inputs, (y,), (*parameters, *biases))
+
+    @property
+    def _activations(self) -> str:
+        return "" if self.quantization is None else self.quantization.activations
+
+    def _is_covered(self, weight: str) -> bool:
+        """Raises: ConfigError, the quantization covers some of the sources and leaves others as they are."""
+        tensors = [source.tensor for source in self._parameters[weight].sources]
+        covered = [self.quantization is not None and self.quantization.covers(tensor) for tensor in tensors]
+        if any(covered) and not all(covered):
+            raise ConfigError(
+                f"quantization_config: expected all or none of {', '.join(tensors)} to be quantised, for they are "
+                f"one product here; {tensors[covered.index(False)]} is left as it is"
+            )
+        return all(covered) and bool(covered)
+
+    def _quantise_weight(self, weight: str) -> tuple[str, str | None]:
+        """Make a parameter e4m3, and make those of its scales: (of the weight, of its input if that one is static).
+
+        Raises: ConfigError, blocks that are not whole, or that ranks would cut.
+        """
+        assert self.quantization is not None
+        parameter = self._parameters[weight]
+        in_blocks = self.quantization.weights == "block"
+        run = BLOCK if in_blocks and parameter.interleave > 1 else 1
+        for source in parameter.sources if in_blocks else ():
+            shape = local_shape(source, self.tp)
+            if shape[0] % BLOCK or shape[1] % BLOCK:
+                raise ConfigError(
+                    f"quantization_config: blocks of {BLOCK}: expected {source.tensor} to have a multiple of that in "
+                    f"rows and columns{f' on each of {self.tp} ranks' if self.tp > 1 else ''}, got {list(shape)}"
+                )
+        *matrices, rows, columns = parameter.shape
+        shape = (rows // BLOCK, columns // BLOCK) if in_blocks else (rows,)
+        quantised = replace(parameter, dtype=FP8, run=run)
+        of_weight = replace(
+            parameter, name=f"{weight}.scale", shape=(*matrices, *shape), dtype="float32", scale=ScaleOf.WEIGHT
+        )
+        made = [quantised, of_weight]
+        if self.quantization.activations == "static":
+            name = f"{weight}.input_scale"
+            made.append(Parameter(name, (1,), parameter.sources, dtype="float32", scale=ScaleOf.INPUT))
+        self._parameters |= {each.name: each for each in made}
+        return of_weight.name, made[2].name if len(made) > 2 else None
 
     def _value(self, name: str, width: int = 1, dtype: str = "activations", kind: Kind = Kind.TOKENS) -> str:
         if name in self._values:

@@ -23,13 +23,21 @@ class Kind(StrEnum):
     BATCH = "batch"  # the same for the whole batch, such as the page table
 
 
+class ScaleOf(StrEnum):
+    """What a parameter that holds scales is multiplied with. A scale is fp32."""
+
+    WEIGHT = "weight"  # [rows], one each; or [rows / BLOCK, columns / BLOCK], one for each block
+    INPUT = "input"  # [1]: static, of all that goes into the sources' products
+    KV = "kv"  # [2]: of K and of V as the pages have them
+
+
 @dataclass(frozen=True)
 class Value:
     """A value that flows between operations: [T tokens, width], or state of its own shape."""
 
     name: str
     width: int = 1  # elements a token
-    dtype: str = "activations"  # a role in Precision ("kv" is another), or "int32", "float32"
+    dtype: str = "activations"  # a role in Precision ("kv" is another), or "int32", "float32", "float8_e4m3fn"
     kind: Kind = Kind.TOKENS
 
 
@@ -53,19 +61,18 @@ class Source:
 class Parameter:
     """A weight as one rank holds it: the ranks' shards of its sources, one after the other along dimension 0.
 
-    With `interleave` n, n consecutive sources (of one shape) take turns, a row of each: 0, 1, 0, 1, ..., 2, 3, 2, 3.
+    With `interleave` n, n consecutive sources (of one shape) take turns, `run` rows of each: 0, 1, 0, 1, ..., 2, 3, 2,
+    3. A quantised weight has the scales of its sources as a parameter of its own, which has the same sources.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...] = ()
     interleave: int = 1
-    constant: tuple[float, ...] | None = None  # computed from the config, fp32, instead of read
-
-    @property
-    def dtype(self) -> str:
-        """As in Value: "weights", a role in Precision, or "float32"."""
-        return "weights" if self.constant is None else "float32"
+    run: int = 1
+    dtype: str = "weights"  # as in Value: a role in Precision, or a dtype by its own name
+    constant: tuple[float, ...] | None = None  # computed from the config instead of read
+    scale: ScaleOf | None = None  # None: the sources themselves are read
 
 
 @dataclass(frozen=True)

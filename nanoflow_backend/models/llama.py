@@ -33,15 +33,16 @@ def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
 
 def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
     """One decoder layer: (residual, update) -> (residual, update); the sum of both is the hidden state."""
-    g = GraphBuilder(tp)
+    g = GraphBuilder(tp, config.quantization, config.scaled_kv)
     residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
     batch = g.batch()
     eps, kv_heads = config.rms_norm_eps, -(-config.num_kv_heads // tp)
 
     residual, x = g.add_rms_norm("attention_norm", residual, update, norm(g, "input_layernorm", config), eps)
     qkv = g.linear("qkv", x, *qkv_parameters(g, config))
-    q, pages = g.rope_append("rope_append", qkv, batch, frequencies(g, config), kv_heads)
-    attended = g.attention("attention", q, pages, batch)
+    kv_scales = g.kv_scales(*(projection(p, config.num_kv_heads, config) for p in ("k", "v")))
+    q, pages = g.rope_append("rope_append", qkv, batch, frequencies(g, config), kv_heads, kv_scales)
+    attended = g.attention("attention", q, pages, batch, kv_scales)
     update = g.linear("o", attended, o_parameter(g, config))
     update = g.all_reduce("attention_reduce", update)
 
@@ -87,15 +88,17 @@ def norm(g: GraphBuilder, name: str, config: ModelConfig) -> str:
 def qkv_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:
     """Q, K and V as one matrix, cut by whole heads."""
 
-    def source(projection: str, heads: int, *columns: int) -> Source:
-        kind = "weight" if columns else "bias"
-        tensor = f"model.layers.{{layer}}.self_attn.{projection}_proj.{kind}"
-        return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads)
-
     heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
-    weight = g.weight("qkv.weight", *(source(p, n, config.hidden_size) for p, n in heads.items()))
-    bias = g.weight("qkv.bias", *(source(p, n) for p, n in heads.items())) if config.qkv_bias else None
-    return weight, bias
+    weight = g.weight("qkv.weight", *(projection(p, n, config) for p, n in heads.items()))
+    biases = (projection(p, n, config, is_bias=True) for p, n in heads.items())
+    return weight, g.weight("qkv.bias", *biases) if config.qkv_bias else None
+
+
+def projection(name: str, heads: int, config: ModelConfig, *, is_bias: bool = False) -> Source:
+    """The weight or bias of Q, K or V, which ranks share by heads."""
+    tensor = f"model.layers.{{layer}}.self_attn.{name}_proj.{'bias' if is_bias else 'weight'}"
+    columns = () if is_bias else (config.hidden_size,)
+    return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads)
 
 
 def o_parameter(g: GraphBuilder, config: ModelConfig) -> str:

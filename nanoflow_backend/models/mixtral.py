@@ -37,7 +37,7 @@ def expert_mlp(g: GraphBuilder, config: ModelConfig, x: str) -> str:
     w2 = [Source(f"{moe}.experts.{e}.w2.weight", (hidden, inner), shard=1) for e in range(experts)]
     gate = Source(f"{moe}.gate.weight", (experts, hidden))
 
-    logits = g.linear("router", x, g.weight("router.weight", gate), dtype="float32")
+    logits = g.linear("router", x, g.weight("router.weight", gate), dtype="float32", quantise=False)
     chosen, weights = g.route("route", logits, config.experts_per_token)
     gate_up = g.weight("gate_up.weight", *w1_w3, interleave=2, matrices=experts)
     h = g.grouped_linear_swiglu("gate_up", x, chosen, gate_up)

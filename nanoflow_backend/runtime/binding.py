@@ -19,7 +19,7 @@ from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.runtime.buffers import BufferPlan, LayerValue, layer_value, merge_plans, plan_buffers
+from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, layer_value, merge_plans, plan_buffers
 from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
@@ -101,8 +101,7 @@ class Binding:
             BoundPlan(schedule, graphs, schedule.unroll(model.num_layers), plan)
             for schedule, graphs, plan in zip(schedules, layers, buffers, strict=True)
         ]
-        # Rows begin at multiples of 16 bytes, which bulk copies ask for; _buffer_rows cuts what a value has.
-        self.buffers = [self.empty(max_tokens, -(-b.width // 8) * 8, dtype=b.dtype) for b in buffers[0].buffers]
+        self.buffers = [self.empty(max_tokens, self._padded(b), dtype=b.dtype) for b in buffers[0].buffers]
         self.positions = self.empty(max_tokens, dtype="int32")
         self.slots = self.empty(max_tokens, dtype="int32")
         self.page_table: Tensor | None = None
@@ -110,6 +109,12 @@ class Binding:
     def empty(self, *shape: int, dtype: str) -> Tensor:
         """`dtype` as in Value."""
         return torch.empty(shape, dtype=getattr(torch, self._precision.dtype(dtype)), device=self.device)
+
+    def _padded(self, buffer: Buffer) -> int:
+        """Columns of a buffer: rows begin at multiples of 16 bytes, which bulk copies ask for, but for vectors: these
+        are contiguous, as libraries want scales. _buffer_rows cuts what a value has."""
+        elements = 16 // self._precision.element_bytes(buffer.dtype)
+        return 1 if buffer.is_vector else -(-buffer.width // elements) * elements
 
     def plan_for(self, tokens: int, decode_kv_tokens: int) -> FittedPlan:
         """The plan under which a batch of `tokens` runs, whose decodes read so many tokens of the KV cache.

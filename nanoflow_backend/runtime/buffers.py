@@ -44,12 +44,29 @@ class ValueUses:
     writes: tuple[tuple[Use, ...], ...]
 
 
+class Room(NamedTuple):
+    """Values of one dtype share buffers, vectors among themselves: theirs are contiguous, those of rows are padded."""
+
+    dtype: str
+    is_vector: bool
+
+
 @dataclass(frozen=True)
 class Buffer:
     """One row a token; a value narrower than `width` lies in the first columns."""
 
     width: int
     dtype: str  # as in Value
+
+    @property
+    def room(self) -> Room:
+        """What it has room for: values of one room may share a buffer."""
+        return Room(self.dtype, self.is_vector)
+
+    @property
+    def is_vector(self) -> bool:
+        """A single column, contiguous."""
+        return self.width == 1
 
 
 @dataclass(frozen=True)
@@ -137,12 +154,13 @@ def plan_buffers(layers: Sequence[Graph], schedule: Schedule, aliases: Mapping[s
         declared = layers[max(value.layer, 0)].values[value.name]
         if declared.kind is not Kind.TOKENS:
             continue
-        free = [b for b, buffer in enumerate(buffers) if buffer.dtype == declared.dtype and live.follows(contents[b])]
+        wanted = Buffer(declared.width, declared.dtype)
+        free = [b for b, buffer in enumerate(buffers) if buffer.room == wanted.room and live.follows(contents[b])]
         if free:  # the one that grows least, and of those the narrowest
             chosen = min(free, key=lambda b: (max(declared.width - buffers[b].width, 0), buffers[b].width))
         else:
             chosen = len(buffers)
-            buffers.append(Buffer(declared.width, declared.dtype))
+            buffers.append(wanted)
             contents.append(_LiveRange(segments))
         buffers[chosen] = Buffer(max(declared.width, buffers[chosen].width), declared.dtype)
         contents[chosen].touched = [a | b for a, b in zip(contents[chosen].touched, live.touched, strict=True)]
@@ -155,19 +173,19 @@ def plan_buffers(layers: Sequence[Graph], schedule: Schedule, aliases: Mapping[s
 def merge_plans(plans: Sequence[BufferPlan]) -> list[BufferPlan]:
     """The same plans on common buffers, since no two of them run at the same time.
 
-    The widest buffers of a dtype, one of each plan, become one, then the second widest, and so on.
+    The widest buffers of a dtype, one of each plan, become one, then the second widest, and so on; vectors apart.
     """
-    widths: dict[tuple[str, int], int] = {}  # (dtype, place among its dtype's by width)
-    places: list[dict[int, tuple[str, int]]] = []
+    widths: dict[tuple[Room, int], int] = {}  # (room, place among those of it by width)
+    places: list[dict[int, tuple[Room, int]]] = []
     for plan in plans:
         places.append({})
         for b in sorted(range(len(plan.buffers)), key=lambda b: -plan.buffers[b].width):
-            dtype = plan.buffers[b].dtype
-            place = dtype, sum(other == dtype for other, _ in places[-1].values())
+            room = plan.buffers[b].room
+            place = room, sum(other == room for other, _ in places[-1].values())
             places[-1][b] = place
             widths[place] = max(widths.get(place, 0), plan.buffers[b].width)
     number = {place: i for i, place in enumerate(widths)}
-    buffers = tuple(Buffer(width, dtype) for (dtype, _), width in widths.items())
+    buffers = tuple(Buffer(width, room.dtype) for (room, _), width in widths.items())
     return [
         BufferPlan(buffers, {value: number[at[b]] for value, b in plan.holder.items()})
         for plan, at in zip(plans, places, strict=True)

@@ -1,0 +1,30 @@
+"""read_computed reads a model as an engine computes it: config.json, and what engine.json says about precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from msgspec.structs import replace
+
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
+from nanoflow_backend.models.hugging_face import read_model_config
+
+
+def read_computed(config: EngineConfig, device: Literal["cpu", "cuda"]) -> tuple[EngineConfig, ModelConfig]:
+    """The configuration, with KV pages in FP8 where that is left open and the checkpoint has scales; and its model.
+
+    A checkpoint that is in FP8 stays as it is with `quantization` "fp8", too.
+
+    Raises:
+        ConfigError: what is wrong with the folder, or with the precision on this device.
+    """
+    model = read_model_config(Path(config.model))
+    if config.quantization == "fp8" and model.quantization is None:
+        model = replace(model, quantization=AT_LOAD)
+    has_kv_scales = model.quantization is not None and model.quantization.kv_scales is not None
+    if config.kv_cache_dtype == "auto" and has_kv_scales:
+        config = replace(config, kv_cache_dtype="fp8_e4m3")
+    return config, replace(model, scaled_kv=config.precision_on(device).kv == FP8)
