@@ -9,7 +9,14 @@ from nanoflow_backend.config.quantization import AT_LOAD, Quantization
 STATIC = Quantization(method="modelopt", weights="tensor", activations="static")
 LIMITED = Quantization(method="fbgemm_fp8", activation_limit=1.5)
 BLOCKS = Quantization(method="fp8", weights="block", activations="group")
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_heads": 4, "num_kv_heads": 2}
+WIDE = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 CASES = {
     "llama, a scale a row and token": config("llama", quantization=AT_LOAD, **WIDE),
     "llama, and e4m3 pages": config("llama", quantization=AT_LOAD, scaled_kv=True, **WIDE),
