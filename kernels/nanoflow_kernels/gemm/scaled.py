@@ -74,6 +74,11 @@ def scaled_linear_swiglu(
     """
     scales = Scales(x_scale, weight_scale)
     _check("scaled_linear_swiglu", x, weight, scales, out, 2 * out.shape[1])
+    if scales.kind == BLOCK_SCALES and out.shape[1] % SCALED_BLOCK:
+        raise ValueError(
+            f"scaled_linear_swiglu: out: expected a multiple of {SCALED_BLOCK} columns for block scales, "
+            f"got {out.shape[1]}"
+        )
     if len(x) == 0:
         return
     if scales.kind != BLOCK_SCALES and is_small_m(x, weight):
@@ -90,7 +95,11 @@ def _check(kernel: str, x: Tensor, weight: Tensor, scales: Scales, out: Tensor, 
     check_shape(kernel, "weight", weight, rows, inner)
     check_bulk(kernel, x=x, weight=weight, out=out)
     if scales.kind == BLOCK_SCALES:
-        blocks = triton.cdiv(inner, SCALED_BLOCK)
+        if inner % SCALED_BLOCK:
+            raise ValueError(
+                f"{kernel}: x: expected a multiple of {SCALED_BLOCK} columns for block scales, got {inner}"
+            )
+        blocks = inner // SCALED_BLOCK
         check_shape(kernel, "x_scale", scales.x, tokens, blocks)
         check_shape(kernel, "weight_scale", scales.weight, triton.cdiv(rows, SCALED_BLOCK), blocks)
     else:
