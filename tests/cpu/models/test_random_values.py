@@ -19,6 +19,12 @@ def test_values_are_normal_and_seeded(monkeypatch, dtype):
     assert len(one[:, 0].unique()) > 30, "parts differ"
 
 
+def test_strides_do_not_matter():
+    values = fill_normal(torch.empty(70, 60, dtype=torch.float8_e4m3fn).t(), 0.5)
+    assert values.shape == (60, 70)
+    assert values.float().std().item() == pytest.approx(0.5, rel=0.05)
+
+
 def test_e4m3_by_itself_is_like_quantised_rows():
     values = fill_normal(torch.empty(4, 50_000, dtype=torch.float8_e4m3fn)).float()
     assert values.std().item() == pytest.approx(FP8_DEVIATION, rel=0.02)
