@@ -20,9 +20,11 @@ from collections.abc import Iterable
 from nanoflow_kernels.attention.paged import attention
 from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
 from nanoflow_kernels.embed import embed
-from nanoflow_kernels.gemm import linear, linear_swiglu
+from nanoflow_kernels.gemm.dense import linear, linear_swiglu
+from nanoflow_kernels.gemm.scaled import scaled_linear, scaled_linear_swiglu
 from nanoflow_kernels.moe import grouped_combine, grouped_linear_swiglu, route
-from nanoflow_kernels.norm import add_rms_norm
+from nanoflow_kernels.norm import add_rms_norm, add_rms_norm_quantise
+from nanoflow_kernels.quantise import quantise, swiglu_quantise
 from nanoflow_kernels.rope import rope_append
 from nanoflow_kernels.sampling import greedy, logprobs, mask, penalise, sample
 
@@ -63,9 +65,10 @@ def describe_implementations(uses: Iterable[tuple[str, str]]) -> list[str]:
 
 
 __all__ = [
-    "IMPLEMENTATIONS",
     "AttentionPlan",
+    "IMPLEMENTATIONS",
     "add_rms_norm",
+    "add_rms_norm_quantise",
     "attention",
     "describe_implementations",
     "embed",
@@ -78,7 +81,11 @@ __all__ = [
     "mask",
     "penalise",
     "plan_attention",
+    "quantise",
     "rope_append",
     "route",
     "sample",
+    "scaled_linear",
+    "scaled_linear_swiglu",
+    "swiglu_quantise",
 ]

@@ -14,4 +14,10 @@ def swiglu(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     gate, up = tl.split(pairs.reshape(ROWS, COLUMNS // 2, 2))
+    return gated(gate, up)
+
+
+@triton.jit
+def gated(gate, up):
+    """silu(gate) * up of two tiles of fp32."""
     return gate / (1 + tl.exp(-gate)) * up

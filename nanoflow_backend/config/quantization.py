@@ -7,7 +7,9 @@ from typing import Literal
 
 import msgspec
 
-FP8 = "float8_e4m3fn"  # 4 bits of exponent, 3 of mantissa, no infinity; the largest value is 448
+FP8: Literal["float8_e4m3fn"] = (
+    "float8_e4m3fn"  # 4 bits of exponent, 3 of mantissa, no infinity; the largest value is 448
+)
 BLOCK = 128  # rows and columns of a weight, or columns of an activation, that share a scale
 
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 PAGE = "docs/from-vllm-backend.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other spellings
+KV_DTYPES = {**DTYPES, "fp8": "fp8_e4m3"}
+FP8_METHODS = ("compressed-tensors", "fbgemm_fp8", "modelopt")  # of checkpoints; "fp8" is both
 FORMATS = {"auto": "safetensors", "hf": "safetensors", "fastsafetensors": "safetensors"}
 BLOCK_TOKENS = 16  # vLLM's default block_size
 
@@ -119,6 +121,11 @@ def _blocks(given: Mapping[str, Any]) -> Any:
     return blocks * block_tokens if isinstance(blocks, int) and isinstance(block_tokens, int) else blocks
 
 
+def _quantization(given: Mapping[str, Any]) -> Any:
+    """The methods that checkpoints name are found in config.json; only quantising at load must be asked for."""
+    return None if given["quantization"] in FP8_METHODS else given["quantization"]
+
+
 def _cuda_graphs(given: Mapping[str, Any]) -> Any:
     eager = given["enforce_eager"]
     return not eager if isinstance(eager, bool) else eager
@@ -130,7 +137,8 @@ TRANSLATED: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "device": ("device", _value("device")),
     "device_ids": ("gpus", _value("device_ids")),
     "dtype": ("dtype", _value("dtype", DTYPES)),
-    "kv_cache_dtype": ("kv_cache_dtype", _value("kv_cache_dtype", DTYPES)),
+    "quantization": ("quantization", _quantization),
+    "kv_cache_dtype": ("kv_cache_dtype", _value("kv_cache_dtype", KV_DTYPES)),
     "load_format": ("load_format", _value("load_format", FORMATS)),
     "tensor_parallel_size": ("tensor_parallel", _value("tensor_parallel_size")),
     "max_model_len": ("max_model_tokens", _value("max_model_len", {-1: None, "auto": None})),
@@ -147,7 +155,6 @@ TRANSLATED: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
 
 DECISIVE: dict[str, tuple[Any, ...]] = {
     # other weights, or other arithmetic
-    "quantization": (),
     "quantization_config": ({},),
     "model_weights": ("",),
     "hf_config_path": (),

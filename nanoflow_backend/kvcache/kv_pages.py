@@ -16,25 +16,18 @@ class KvPages:
 
     tensor: [layers, pages, 2 (K, V), kv heads, page_tokens, head_dim], contiguous, of any floating dtype: K or V of one
     head in one page of one layer is one contiguous tile [page_tokens, head_dim]. A page of all layers, what one request
-    holds and what moves between tiers, is tensor[:, page].
-
-    scales: fp32 [layers, pages, 2, kv heads], one for each tile, by which its stored values are multiplied; None where
-    values are stored as they are.
+    holds and what moves between tiers, is tensor[:, page]. Scales of e4m3 pages are a layer's, and so parameters.
 
     A tensor of fewer layers than the model has is shared: layer i is that of i modulo them, and what it holds is of no
     meaning. Only what measures time does that.
     """
 
     tensor: Tensor
-    scales: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Raises: ValueError, naming what is not in the layout."""
         if self.tensor.ndim != 6 or self.tensor.shape[2] != 2:
             raise ValueError(f"pages: expected [layers, pages, 2, heads, tokens, d], got {tuple(self.tensor.shape)}")
-        if self.scales is not None and self.scales.shape != self.tensor.shape[:4]:
-            expected = tuple(self.tensor.shape[:4])
-            raise ValueError(f"scales: expected {expected}, one for each tile, got {tuple(self.scales.shape)}")
 
     @classmethod
     def allocate(
@@ -69,9 +62,8 @@ class KvPages:
 
     @property
     def page_bytes(self) -> int:
-        """What one page of all layers takes, its scales included."""
-        stored = (self.tensor,) if self.scales is None else (self.tensor, self.scales)
-        return sum(tensor[:, :1].numel() * tensor.element_size() for tensor in stored)
+        """What one page of all layers takes."""
+        return self.tensor[:, :1].numel() * self.tensor.element_size()
 
     def layer(self, index: int) -> Tensor:
         """The pages of one layer as kernels take them: [pages, 2, kv heads, page_tokens, head_dim]."""

@@ -13,7 +13,8 @@ from nanoflow_backend.config.engine_config import SettledConfig
 from nanoflow_backend.config.error import ConfigError
 
 VERSION = 1
-SETTINGS = ("dtype", "kv_cache_dtype", "load_format", "max_model_tokens", "seed")  # others change how fast results come
+# Others change how fast results come.
+SETTINGS = ("dtype", "quantization", "kv_cache_dtype", "load_format", "max_model_tokens", "seed")
 MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "*.safetensors",

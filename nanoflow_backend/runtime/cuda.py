@@ -168,7 +168,7 @@ class CudaProgram:
         for (layer, number), call in zip(plan.steps, calls, strict=True):
             launch, key = plan.schedule.launches[number], (self.binding.model.kind_of[layer], number)
             if call and key not in found and plan.layers[layer][launch.operation].kernel == "attention":
-                q, pages, positions, slots, _ = call.run.args
+                q, pages, positions, slots, *_ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
                 sms = plan.schedule.sms(launch)
                 found[key] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}

@@ -102,7 +102,9 @@ def test_swiglu_quantise(tokens: int, run: int, dtype: torch.dtype) -> None:
     reference.swiglu_quantise(pairs, run=run, group=6, out=(q, scale))
     expected = outputs(tokens, 30, 6)
     reference.quantise(gated(pairs, run).to(dtype), group=6, out=expected)
-    error = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 3e-3}[dtype]  # a value may fall to the other side
+    error = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 3e-3}[
+        dtype
+    ]  # a value may fall to the other side
     assert_close("scale", scale, expected[1], error)
     assert_close("swiglu", reference.dequantise(q, scale), reference.dequantise(*expected), error)
 

@@ -1,4 +1,4 @@
-"""KvPages: layout and bytes, with scales and without."""
+"""KvPages: layout and bytes."""
 
 from __future__ import annotations
 
@@ -24,29 +24,23 @@ CONFIG = ModelConfig(
 
 
 @pytest.mark.parametrize(("tp", "kv_heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_pages_have_a_tile_for_each_head_and_cost_what_is_said(tp: int, kv_heads: int, dtype: torch.dtype) -> None:
     pages = KvPages.allocate(CONFIG, 7, 5, dtype, tp)
     assert pages.tensor.shape == (3, 7, 2, kv_heads, 5, 6)
     assert pages.layer(1)[2, 0, 0].is_contiguous()
-    assert (pages.num_pages, pages.page_tokens, pages.dtype, pages.scales) == (7, 5, dtype, None)
+    assert (pages.num_pages, pages.page_tokens, pages.dtype) == (7, 5, dtype)
     assert pages.tensor.untyped_storage().nbytes() == 7 * page_bytes(CONFIG, 5, dtype, tp) == 7 * pages.page_bytes
-    assert not pages.tensor.any()
+    assert not pages.tensor.float().any()
 
 
 def test_poisoned_pages_are_nan() -> None:
     assert KvPages.allocate(CONFIG, 2, 3, torch.float16, poison=True).tensor.isnan().all()
 
 
-def test_scales_are_one_for_each_tile_and_part_of_a_page() -> None:
-    stored = torch.zeros(3, 7, 2, 4, 5, 6, dtype=torch.float8_e4m3fn)
-    pages = KvPages(stored, torch.ones(3, 7, 2, 4))
-    assert pages.dtype == torch.float8_e4m3fn
-    assert 7 * pages.page_bytes == stored.nbytes + 3 * 7 * 2 * 4 * 4
-    with pytest.raises(ValueError, match=r"scales: expected \(3, 7, 2, 4\), one for each tile, got \(3, 7, 2\)"):
-        KvPages(stored, torch.ones(3, 7, 2))
+def test_pages_of_another_layout_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pages: expected \[layers, .*\], got \(7, 2, 4, 5, 6\)"):
-        KvPages(stored[0])
+        KvPages(torch.zeros(7, 2, 4, 5, 6))
 
 
 def test_fewer_layers_than_the_models_are_shared() -> None:

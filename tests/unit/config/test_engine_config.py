@@ -141,7 +141,9 @@ def test_one_dtype_fills_all_roles_that_are_not_named() -> None:
 
 
 def test_what_a_device_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match="kv_cache_dtype: expected bfloat16, as dtype is, or fp8_e4m3 on cuda, got float16"):
+    with pytest.raises(
+        ConfigError, match="kv_cache_dtype: expected bfloat16, as dtype is, or fp8_e4m3 on cuda, got float16"
+    ):
         EngineConfig(model="m", kv_cache_dtype="float16").settle("cuda")
     with pytest.raises(ConfigError, match=r"max_running: expected at most dense_batch_tokens \(512\).*got 600"):
         EngineConfig(model="m", max_running=600).settle("cpu")

@@ -22,6 +22,8 @@ def fields(folder, **args):
         ({"gpu_memory_utilization": 0.5}, {"gpu_memory_utilization": 0.5}),
         ({"tensor_parallel_size": 2, "device_ids": [1, 3]}, {"tensor_parallel": 2, "gpus": [1, 3]}),
         ({"dtype": "half", "kv_cache_dtype": "auto"}, {"dtype": "float16", "kv_cache_dtype": "auto"}),
+        ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}),
+        ({"quantization": "compressed-tensors"}, {}),
         ({"dtype": "float"}, {"dtype": "float32"}),
         ({"enable_prefix_caching": False, "async_scheduling": None}, {"prefix_caching": False}),
         ({"enforce_eager": True}, {"cuda_graphs": False}),

@@ -1,0 +1,131 @@
+"""Models in FP8: CudaProgram against CpuProgram launch by launch, and its graphs against an independent computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nanoflow_kernels import device, reference
+from support.comparison import assert_close, relative_rms
+from support.models.batches import Requests, decode_kv_tokens, forward
+from support.models.cases import BATCHES, LENGTHS, TOKENS
+from support.models.fp8_cases import CASES
+from support.models.fp8_model import Fp8Forward, made_weights
+from torch import Tensor
+
+from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import Dtype, Precision
+from nanoflow_backend.config.quantization import FP8
+from nanoflow_backend.graph.model import Model
+from nanoflow_backend.kvcache.kv_pages import KvPages
+from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.collectives.one_rank import OneRank
+from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+E4M3 = torch.float8_e4m3fn
+TOLERANCE: dict[Dtype, float] = {"bfloat16": 1e-2, "float16": 2e-3}
+FLIPS = 1e-3  # of values, at most, that lie on the other side of a rounding boundary
+
+
+def cast(weights: dict[str, Tensor], dtype: Dtype, where: str) -> dict[str, Tensor]:
+    """Weights that are no scales, no frequencies and not quantised, in `dtype`."""
+    kept = ("frequencies", "scale", "scales")
+    return {
+        name: w.to(where) if w.dtype == E4M3 or name.endswith(kept) else w.to(where, getattr(torch, dtype))
+        for name, w in weights.items()
+    }
+
+
+def binding(
+    shape: ModelConfig, model: Model, schedule: Schedule, requests: Requests, dtype: Dtype, where: str
+) -> Binding:
+    precision = Precision(dtype, dtype, FP8 if shape.scaled_kv else dtype)
+    of_pages = getattr(torch, precision.kv)
+    pages = KvPages.allocate(shape, requests.num_pages, requests.page_tokens, of_pages, device=where, poison=True)
+    weights, kernels = cast(made_weights(model, seed=2), dtype, where), device if where == "cuda" else reference
+    options = {"max_tokens": schedule.tokens, "precision": precision} | (ON_GPU if where == "cuda" else {})
+    return Binding(model, [schedule], weights, pages, OneRank(), kernels, **options)
+
+
+def assert_flips(where: str, actual: Tensor, expected: Tensor) -> None:
+    """Values of e4m3 are equal, but for a few that were rounded to the neighbour."""
+    a, e = actual.cpu().float(), expected.float()
+    assert torch.equal(a.isnan(), e.isnan()), f"{where} writes other places"
+    a, e = a.nan_to_num(), e.nan_to_num()
+    flipped = a != e
+    assert flipped.sum() <= max(2, FLIPS * e.count_nonzero()), f"{where}: {int(flipped.sum())} of {e.numel()} differ"
+    assert ((a - e).abs() <= 0.126 * e.abs().clamp(min=2.0**-6)).all(), f"{where}: values are further than neighbours"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("page_tokens", [4, 64])
+def test_every_launch_writes_what_the_cpus_writes(case: str, dtype: Dtype, page_tokens: int) -> None:
+    """What differs is copied over after each launch: the next one starts from the same."""
+    shape, requests = CASES[case], Requests(CASES[case], LENGTHS, page_tokens)
+    model = build(shape)
+    schedule = nano_batched(model.layer, TOKENS, 3)
+    cpu, cuda = (binding(shape, model, schedule, requests, dtype, where) for where in ("cpu", "cuda"))
+    compared = 0
+    for batch in BATCHES:
+        token_ids, positions, slots, page_table = requests.inputs(batch)
+        tokens = len(token_ids)
+        cpu.page_table, cuda.page_table = page_table, page_table.cuda()
+        for each in (cpu, cuda):
+            each.positions[:tokens], each.slots[:tokens] = positions, slots
+        fitted = [each.plan_for(tokens, decode_kv_tokens=0) for each in (cpu, cuda)]
+        steps = [
+            *zip(cpu.embed(fitted[0], token_ids), cuda.embed(fitted[1], token_ids.cuda()), strict=True),
+            *zip(cpu.layers(fitted[0]), cuda.layers(fitted[1]), strict=True),
+        ]
+        for ours, theirs in steps:
+            if ours:
+                ours.run()
+            if not ours or not theirs:
+                continue
+            theirs.run()
+            for expected, actual in zip(ours.rows, theirs.rows, strict=True):
+                if expected.dtype == E4M3:
+                    assert_flips(ours.where, actual, expected)
+                elif expected.is_floating_point():
+                    assert_close(ours.where, actual.cpu(), expected, TOLERANCE[dtype])
+                else:
+                    assert actual.tolist() == expected.tolist(), ours.where
+                actual.copy_(expected)
+                compared += 1
+            found, correct = cuda.kv.tensor, cpu.kv.tensor
+            if correct.dtype == E4M3:
+                assert_flips(f"pages after {ours.where}", found, correct)
+            else:
+                assert_close(f"pages after {ours.where}", found.cpu().nan_to_num(), correct.nan_to_num(), 1e-2)
+            found.copy_(correct)
+    assert compared > 300
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_an_independent_computation(case: str) -> None:
+    """In lanes of their own and one after the other, as they come and from the capture."""
+    shape, requests = CASES[case], Requests(CASES[case], LENGTHS, 64)
+    model, dtype = build(shape), "float16"
+    weights = cast(cast(made_weights(model, seed=2), dtype, "cpu"), "float32", "cpu")
+    expected = [Fp8Forward(shape, weights).logits(ids) for ids in requests.ids]
+    sms = torch.cuda.get_device_properties().multi_processor_count
+    for schedule in (sequential(model.layer, 64), overlapped(model.layer, 64, 32, 0.5, 40, sms)):
+        made = CudaProgram(binding(shape, model, schedule, requests, dtype, "cuda"), max_rows=64)
+        page_table = requests.page_table.cuda()
+        for _ in range(2):
+            errors = []
+            for batch in BATCHES:
+                token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
+                forward(made, (token_ids, positions, slots, page_table), decode_kv_tokens(batch))
+                logits = made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).cpu()
+                rows = requests.rows(expected, batch)
+                errors += [relative_rms(a, e) for a, e in zip(logits, rows, strict=True)]
+            assert sorted(errors)[len(errors) // 2] < 2e-2, (schedule, errors)
+            assert max(errors) < 0.1, (schedule, errors)
