@@ -65,8 +65,8 @@ def describe_implementations(uses: Iterable[tuple[str, str]]) -> list[str]:
 
 
 __all__ = [
-    "AttentionPlan",
     "IMPLEMENTATIONS",
+    "AttentionPlan",
     "add_rms_norm",
     "add_rms_norm_quantise",
     "attention",
