@@ -242,8 +242,8 @@ def decode(
     """Compute the decode rows of a batch, and zeros where it is padded; `attention` has checked the operands.
 
     q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N], kv_scales [2] fp32 with pages
-    of e4m3 -> out [T, H d]; int32, and else one floating dtype. `pdl`: launch with PDL, so that `work` and the ints must
-    be older than the kernel before.
+    of e4m3 -> out [T, H d]; int32, and else one floating dtype. `pdl`: launch with PDL, so that `work` and the ints
+    must be older than the kernel before.
     """
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     keys, parts = decode_keys(pages), 1 if kv_scales is None else 2

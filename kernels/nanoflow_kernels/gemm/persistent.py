@@ -48,8 +48,8 @@ class GemmTile(NamedTuple):
 
 
 # On H200 the first takes 716 us for Llama-3-8B's 2048 tokens x gate_up with SwiGLU, cuBLAS 717 us without
-# (benchmarks/results/kernels_h200.json); in FP8 391 us and 418 us. The others leave less of the SMs idle where its tiles
-# do not fill the grid.
+# (benchmarks/results/kernels_h200.json); in FP8 391 us, cuBLAS 418 us. The others leave less of the SMs idle where its
+# tiles do not fill the grid.
 TILES = (
     GemmTile(128, 256, 64, warps=8, stages=3, rate=1.0),
     GemmTile(128, 128, 64, warps=8, stages=5, rate=0.93),
@@ -60,7 +60,8 @@ FP8_TILES = (
     GemmTile(128, 128, 128, warps=8, stages=5, rate=0.93),
     GemmTile(64, 256, 128, warps=4, stages=4, rate=0.87),
 )
-BLOCK_TILE = GemmTile(64, 2 * SCALED_BLOCK, SCALED_BLOCK, warps=8, stages=4, rate=1.0)  # two sums of each result
+# A product is summed beside the sum of those before, which takes twice the registers.
+BLOCK_TILE = GemmTile(64, 2 * SCALED_BLOCK, SCALED_BLOCK, warps=8, stages=4, rate=1.0)
 FP32_TILE = GemmTile(64, 64, 32, warps=4, stages=1, rate=1.0)  # fp32: twice the memory, and not for speed
 GROUPED_ROW_TILES = 8  # that follow each other on the same rows of the weight, which are then in the L2 cache
 
