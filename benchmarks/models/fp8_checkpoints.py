@@ -47,7 +47,9 @@ def compressed_tensors(folder: Path) -> None:
     _compress(folder / "ct_tensor_static_kv", "llama", PLAIN, "FP8", kv_cache_scheme=KV_SCHEME)
     # A whole fused layer left out by a pattern; the tool writes the full names that it matched.
     tied = PLAIN | {"tie_word_embeddings": True}
-    _compress(folder / "ct_channel_token", "qwen2", tied, "FP8_DYNAMIC", ignore=["lm_head", r"re:.*\.1\.mlp\.down_proj"])
+    _compress(
+        folder / "ct_channel_token", "qwen2", tied, "FP8_DYNAMIC", ignore=["lm_head", r"re:.*\.1\.mlp\.down_proj"]
+    )
     _compress(folder / "ct_experts", "mixtral", EXPERTS, "FP8_DYNAMIC", ignore=["lm_head", "re:.*gate$"])
     _compress(folder / "ct_block", "llama", IN_BLOCKS | {"kv_heads": 2}, "FP8_BLOCK")
 
@@ -100,12 +102,16 @@ def _optimise(folder: Path, architecture: str, options: dict[str, Any]) -> None:
     recipe["quant_cfg"] += mtq.FP8_KV_CFG["quant_cfg"]
     model = mtq.quantize(_base(architecture, options), recipe, lambda model: [model(row[None]) for row in ids])
     quantizers = {
-        re.sub(r"[._]input_quantizer$", "", name).replace("mlp.experts", "block_sparse_moe.experts"): copy.deepcopy(module)
+        re.sub(r"[._]input_quantizer$", "", name).replace("mlp.experts", "block_sparse_moe.experts"): copy.deepcopy(
+            module
+        )
         for name, module in model.named_modules()
         if name.endswith("input_quantizer") and module.is_enabled
     }
     export_hf_checkpoint(model, export_dir=folder)
-    _write(folder, _dequantised(folder, lambda name, x: quantizers[name].float()(x)), "nvidia-modelopt", "FP8_DEFAULT_CFG")
+    _write(
+        folder, _dequantised(folder, lambda name, x: quantizers[name].float()(x)), "nvidia-modelopt", "FP8_DEFAULT_CFG"
+    )
 
 
 # Fine-grained FP8 of transformers, and its per-tensor relative
@@ -145,7 +151,9 @@ def definition(folder: Path) -> None:
         return {f"{name}.weight": quantised, f"{name}.weight_scale": scale, f"{name}.input_scale": input_scale}
 
     folder = folder / "fp8_tensor_static"
-    _quantise(folder, PLAIN, whole, {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]})
+    _quantise(
+        folder, PLAIN, whole, {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    )
     scales = load_file(folder / "model.safetensors")
 
     def rounded(name: str, x: Tensor) -> Tensor:
@@ -219,7 +227,9 @@ def _quantise(
     model.config.architectures = ["LlamaForCausalLM"]
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"quantization_config": scheme}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def _dequantised(folder: Path, rounded: Round) -> PreTrainedModel:

@@ -24,9 +24,7 @@ def prefixes_and_suffixes(listed: Iterable[str], origin: str) -> tuple[str, ...]
 
 def wildcards(listed: Iterable[str], origin: str) -> tuple[str, ...]:
     """Of ModelOpt: names of modules, whose parts are meant too, where * stands for anything. Raises: ConfigError."""
-    return tuple(
-        _checked(f"re:{fnmatch.translate(name)}|{fnmatch.translate(f'{name}.*')}", origin) for name in listed
-    )
+    return tuple(_checked(f"re:{fnmatch.translate(name)}|{fnmatch.translate(f'{name}.*')}", origin) for name in listed)
 
 
 def others_than(targets: Sequence[str], origin: str) -> tuple[str, ...]:
