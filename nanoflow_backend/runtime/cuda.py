@@ -29,7 +29,6 @@ from nanoflow_backend.runtime.green_contexts import lane_streams
 from nanoflow_backend.schedule.plan import Schedule
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "in_place": True, "limit_sms": True}  # options of a CudaProgram's Binding
-KINDS_OF_ROWS = (1, 2, 16)  # kernels are compiled anew for one row, and for multiples of 16
 PAD = -1  # the position of a row that is no token: kernels leave it out, and write no page for it
 
 
@@ -126,8 +125,6 @@ class CudaProgram:
         self.fill(page_table)
         for tokens in sorted({bucket(tokens) for tokens in range(1, self.binding.max_tokens)}, reverse=True):
             self._pad(min(tokens, self.binding.max_tokens), page_table)
-        for rows in KINDS_OF_ROWS:
-            self.head(torch.zeros(min(rows, self.max_rows), dtype=torch.int32, device="cuda"))
 
     def _pad(self, tokens: int, page_table: Tensor) -> None:
         """Run a batch of padding under each plan that batches of `tokens` may have."""
