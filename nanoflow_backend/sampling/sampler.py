@@ -13,11 +13,11 @@ from nanoflow_kernels import reference_sampling
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.sampling.logit_edits import LogitBias, MinTokens
 from nanoflow_backend.sampling.penalties import Drawing, Penalties
-from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import Admission, TokenLogprobs
 
 CPU = torch.device("cpu")
