@@ -71,7 +71,10 @@ def _compress(folder: Path, architecture: str, options: dict[str, Any], scheme: 
         max_seq_length=ids.shape[1],
     )
     model.save_pretrained(folder, save_compressed=True)
-    with tempfile.TemporaryDirectory() as temporary:  # its own forward, with KV in fp32 and, if it asks, in FP8
+    if architecture == "mixtral":  # whose experts' names, as the tool writes them, transformers does not read
+        _write(folder, _dequantised(folder, lambda _, x: _rounded(x, -1)), "compressed-tensors", scheme)
+        return
+    with tempfile.TemporaryDirectory() as temporary:  # its own forward, with KV in fp32
         plain_kv = Path(shutil.copytree(folder, Path(temporary) / "model"))
         config = json.loads((plain_kv / "config.json").read_text())
         config["quantization_config"]["kv_cache_scheme"] = None
@@ -97,12 +100,12 @@ def _optimise(folder: Path, architecture: str, options: dict[str, Any]) -> None:
     recipe["quant_cfg"] += mtq.FP8_KV_CFG["quant_cfg"]
     model = mtq.quantize(_base(architecture, options), recipe, lambda model: [model(row[None]) for row in ids])
     quantizers = {
-        name: copy.deepcopy(module.input_quantizer).float()
+        re.sub(r"[._]input_quantizer$", "", name).replace("mlp.experts", "block_sparse_moe.experts"): copy.deepcopy(module)
         for name, module in model.named_modules()
-        if hasattr(module, "input_quantizer") and module.input_quantizer.is_enabled
+        if name.endswith("input_quantizer") and module.is_enabled
     }
     export_hf_checkpoint(model, export_dir=folder)
-    _write(folder, _dequantised(folder, lambda name, x: quantizers[name](x)), "nvidia-modelopt", "FP8_DEFAULT_CFG")
+    _write(folder, _dequantised(folder, lambda name, x: quantizers[name].float()(x)), "nvidia-modelopt", "FP8_DEFAULT_CFG")
 
 
 # Fine-grained FP8 of transformers, and its per-tensor relative
@@ -224,25 +227,43 @@ def _dequantised(folder: Path, rounded: Round) -> PreTrainedModel:
     state = load_file(folder / "model.safetensors")
     plain = {}
     for name, tensor in state.items():
-        if re.search(r"scale(_inv)?$", name):
+        if name.endswith(("scale", "scale_inv")):
             continue
-        scale = state.get(f"{name}_scale", state.get(f"{name}_scale_inv"))
-        if scale is not None:
-            scale = scale.float()
-            if name + "_scale_inv" in state:
-                scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            tensor = tensor.float() * scale
-        plain[name] = tensor.float()
+        scale = state.get(f"{name}_scale", torch.tensor(1.0)).float()
+        if f"{name}_scale_inv" in state:
+            scale = state[f"{name}_scale_inv"].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        for theirs, ours in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            name = name.replace(theirs, ours) if "experts" in name else name
+        plain[name] = tensor.float() * scale
     with tempfile.TemporaryDirectory() as temporary:
         config = json.loads((folder / "config.json").read_text())
         config.pop("quantization_config", None)
         (Path(temporary) / "config.json").write_text(json.dumps(config))
         save_file(plain, Path(temporary) / "model.safetensors", {"format": "pt"})
-        model = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)
+        model, loading = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
     for name, module in model.named_modules():
         if f"{name}.weight_scale" in state or f"{name}.weight_scale_inv" in state:
             module.register_forward_pre_hook(lambda _, args, name=name: (rounded(name, args[0]), *args[1:]))
+        if name.endswith("mlp.experts"):
+            module.forward = types.MethodType(_experts(rounded, name.replace("mlp", "block_sparse_moe")), module)
     return model
+
+
+def _experts(rounded: Round, name: str) -> Callable[..., Tensor]:
+    """MixtralExperts.forward with both inputs `rounded`; ModelOpt names their quantisers so."""
+
+    def forward(self: Any, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in range(len(self.down_proj)):
+            token, place = torch.where(chosen == expert)
+            inputs = rounded(f"{name}.gate_up_proj", x[token])
+            gate, up = (inputs @ self.gate_up_proj[expert].T).chunk(2, -1)
+            inner = rounded(f"{name}.down_proj", torch.nn.functional.silu(gate) * up)
+            y.index_add_(0, token, inner @ self.down_proj[expert].T * shares[token, place, None])
+        return y
+
+    return forward
 
 
 def _write(folder: Path, model: PreTrainedModel, tool: str, recipe: str) -> None:
