@@ -24,7 +24,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def to_e4m3(y):
     """y in e4m3, the nearest, even of two, and the largest for all beyond it; NaN stays NaN.
 
-    The interpreter's cast is right on values that e4m3 has, so there y is rounded to one of them before.
+    The interpreter's cast is right on numbers that e4m3 has, so there y is rounded to one of them before.
     """
     y = tl.clamp(y, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     if INTERPRETED:
@@ -33,8 +33,10 @@ def to_e4m3(y):
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         subnormal = magnitude + 2.0**14 - 2.0**14  # to multiples of 2^-9
         magnitude = tl.where(magnitude < 2.0**-6, subnormal, normal)
-        y = tl.where(y < 0, -magnitude, magnitude)
-    return y.to(tl.float8e4nv)
+        rounded = tl.where(y < 0, -magnitude, magnitude).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return tl.where(y == y, rounded, 0x7F).to(tl.float8e4nv, bitcast=True)
+    else:
+        return y.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -52,7 +54,8 @@ def store_quantised(
         scale = tl.div_rn(tl.minimum(tl.maximum(amax, SMALLEST_AMAX), upper_bound), E4M3_MAX)
     else:
         scale = tl.zeros([BLOCK // GROUP], tl.float32) + tl.load(static_scale_ptr)
-    q = to_e4m3(tl.reshape(grouped * (1 / scale)[:, None], (BLOCK,)))
+    inverse = tl.div_rn(1.0, scale)  # rounded as the reference's: products that are ties are ties on both
+    q = to_e4m3(tl.reshape(grouped * inverse[:, None], (BLOCK,)))
     column, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
     tl.store(q_ptr + row * q_stride + column, q, mask=column < columns)
     tl.store(scale_ptr + row * scale_stride + group, scale, mask=group * GROUP < columns)

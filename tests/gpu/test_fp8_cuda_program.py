@@ -105,7 +105,7 @@ def test_every_launch_writes_what_the_cpus_writes(case: str, dtype: Dtype, page_
             else:
                 assert_close(f"pages after {ours.where}", found.cpu().nan_to_num(), correct.nan_to_num(), 1e-2)
             found.copy_(correct)
-    assert compared > 300
+    assert compared > 150
 
 
 @pytest.mark.parametrize("case", CASES)
