@@ -12,7 +12,7 @@ EVERYTHING = "re:"  # what every name begins with
 
 
 def names_and_patterns(listed: Iterable[str], origin: str) -> tuple[str, ...]:
-    """Of compressed-tensors: full names, and "re:" with a pattern for a name's start. Raises: ConfigError, no pattern."""
+    """Of compressed-tensors: full names, and "re:" with a pattern for a name's start. Raises: ConfigError."""
     return tuple(_checked(name, origin) for name in listed)
 
 
@@ -28,7 +28,7 @@ def wildcards(listed: Iterable[str], origin: str) -> tuple[str, ...]:
 
 
 def others_than(targets: Sequence[str], origin: str) -> tuple[str, ...]:
-    """What to exclude where only `targets` of compressed-tensors are quantised: names, patterns, or "Linear" for all."""
+    """What to exclude where compressed-tensors quantises `targets` only: names, patterns, or "Linear" for all."""
     if "Linear" in targets:
         return ()
     patterns = (t.removeprefix("re:") if t.startswith("re:") else f"{re.escape(t)}$" for t in targets)
