@@ -95,12 +95,11 @@ def add_rms_norm_quantise(
     """
     kept, q, scale = out
     check_rows("add_rms_norm_quantise", residual=residual, update=update, kept=kept, q=q, scale=scale)
-    check_quantised("add_rms_norm_quantise", *residual.shape, group, q, scale)
+    check_quantised("add_rms_norm_quantise", len(residual), residual.shape[1], group, q, scale)
     if group & (group - 1):
         raise ValueError(f"add_rms_norm_quantise: group: expected 0 or a power of two, got {group}")
-    _launch(
-        "add_rms_norm_quantise", residual, update, weight, kept, q, scale, static_scale, eps, group, upper_bound, num_sms
-    )  # fmt: skip
+    kernel = "add_rms_norm_quantise"
+    _launch(kernel, residual, update, weight, kept, q, scale, static_scale, eps, group, upper_bound, num_sms)
 
 
 def _launch(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
 from nanoflow_kernels.grid import programs
+from nanoflow_kernels.interpreted import INTERPRETED
 from nanoflow_kernels.pdl import launch_dependents, uses_pdl, wait_for_earlier
 from nanoflow_kernels.swiglu import gated, swiglu
 
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_AMAX = tl.constexpr(2.0**-100)  # for which scales are made: zeros have a scale that is not zero, too
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def store_quantised(
         scale = tl.div_rn(tl.minimum(tl.maximum(amax, SMALLEST_AMAX), upper_bound), E4M3_MAX)
     else:
         scale = tl.zeros([BLOCK // GROUP], tl.float32) + tl.load(static_scale_ptr)
-    q = to_e4m3(tl.reshape(grouped * (1 / scale)[:, None], (BLOCK,)))
+    inverse = tl.div_rn(1.0, scale)  # rounded as the reference's: products that are ties are ties on both
+    q = to_e4m3(tl.reshape(grouped * inverse[:, None], (BLOCK,)))
     column, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
     tl.store(q_ptr + row * q_stride + column, q, mask=column < columns)
     tl.store(scale_ptr + row * scale_stride + group, scale, mask=group * GROUP < columns)

@@ -79,6 +79,8 @@ def _rope_append(
         else:
             per_scale = 1 / tl.where(is_v, tl.load(kv_scales_ptr + 1), tl.load(kv_scales_ptr))
             kept_a, kept_b = to_e4m3(rotated_a * per_scale), to_e4m3(rotated_b * per_scale)
+            # A thread stores as many as it has of 16 bits. Else the compiler rotates all again in a layout for bytes.
+            offset = tl.max_contiguous(offset, [1, 8])
         tl.store(pages_ptr + offset, kept_a, mask=is_kv & is_real)
         tl.store(pages_ptr + offset + HALF, kept_b, mask=is_kv & is_real)
 

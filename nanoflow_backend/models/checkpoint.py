@@ -25,10 +25,9 @@ class WeightsError(ConfigError):
     """A checkpoint that is not this model's: the message names the file, the tensor and what was expected."""
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies that is a part of a stored one: rows from `first` on, of the matrix at `index`."""
+class PartOf(NamedTuple):
+    """Where a tensor lies in the stored one that it is a part of: rows from `first` on, of the matrix at `index`."""
 
-    name: str
     index: tuple[int, ...]
     first: int
 
@@ -37,9 +36,10 @@ class TensorHeader(NamedTuple):
     """What a file says about one of its tensors."""
 
     path: Path
+    name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
-    stored: Stored | None = None  # as a tensor of its own
+    part: PartOf | None = None  # None: all of it
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Part:
 
     tensor: Any
     height: int
-    stored: Stored
+    where: PartOf
 
     def __getitem__(self, cut: tuple[slice, ...]) -> torch.Tensor:
         start, stop, _ = cut[0].indices(self.height)
-        first = self.stored.first
-        part: torch.Tensor = self.tensor[(*self.stored.index, slice(first + start, first + stop), *cut[1:])]
+        (index, first), columns = self.where, cut[1:]
+        part: torch.Tensor = self.tensor[(*index, slice(first + start, first + stop), *columns)]
         return part
 
 
@@ -103,7 +103,7 @@ def read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, TensorHeade
                 if name in headers:
                     raise WeightsError(f"{path}: tensor {name} is in another file too")
                 tensor = file.get_slice(name)
-                headers[name] = TensorHeader(path, tuple(tensor.get_shape()), tensor.get_dtype())
+                headers[name] = TensorHeader(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return headers
 
 
@@ -116,11 +116,10 @@ def equal(path: Path, name: str, other_path: Path, other_name: str) -> bool:
         return all(torch.equal(one[step].float(), other[step].float()) for step in steps)
 
 
-def lazy(file: Any, name: str, header: TensorHeader) -> Any:
+def lazy(file: Any, header: TensorHeader) -> Any:
     """A tensor of an open file, of which slices are read."""
-    if header.stored is None:
-        return file.get_slice(name)
-    return Part(file.get_slice(header.stored.name), header.shape[0], header.stored)
+    tensor = file.get_slice(header.name)
+    return tensor if header.part is None else Part(tensor, header.shape[0], header.part)
 
 
 def open_file(path: Path) -> Any:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from nanoflow_backend.graph.operation import Source
-from nanoflow_backend.models.checkpoint import Stored, TensorHeader, WeightsError
+from nanoflow_backend.models.checkpoint import PartOf, TensorHeader, WeightsError
+from nanoflow_backend.models.parameters import Wanted
 
 
 def split(
-    headers: Mapping[str, TensorHeader], sources: Mapping[str, Source], fused: Mapping[str, Sequence[str]]
+    headers: Mapping[str, TensorHeader], wanted: Mapping[str, Wanted], fused: Mapping[str, Sequence[str]]
 ) -> dict[str, TensorHeader]:
     """`headers` with the parts of each of the `fused` tensors in its place. What is of no part stays, to be refused.
 
@@ -26,9 +26,9 @@ def split(
         regex = re.compile(re.escape(pattern).replace(r"\{layer\}", r"(\d+)"))
         for name, header in headers.items():
             match = regex.fullmatch(name)
-            if match is None or name in sources:
+            if match is None or name in wanted:
                 continue
-            parts = _parts(name, header, [part.replace("{layer}", match[1]) for part in names], sources)
+            parts = _parts(name, header, [part.replace("{layer}", match[1]) for part in names], wanted)
             if twice := sorted(parts.keys() & headers.keys()):
                 raise WeightsError(f"{header.path}: tensor {name} is here, and so is {twice[0]}, which is a part of it")
             if parts:
@@ -38,7 +38,7 @@ def split(
 
 
 def _parts(
-    name: str, header: TensorHeader, names: Sequence[str], sources: Mapping[str, Source]
+    name: str, header: TensorHeader, names: Sequence[str], wanted: Mapping[str, Wanted]
 ) -> dict[str, TensorHeader]:
     """The parts of a stored tensor by name; none where the model has other parts.
 
@@ -46,9 +46,9 @@ def _parts(
     """
     of_experts = "{expert}" in names[0]
     count = header.shape[0] if of_experts and header.shape else 1
-    if any(part.replace("{expert}", str(e)) not in sources for e in range(count) for part in names):
+    if any(part.replace("{expert}", str(e)) not in wanted for e in range(count) for part in names):
         return {}
-    shapes = [sources[part.replace("{expert}", "0")].shape for part in names]
+    shapes = [wanted[part.replace("{expert}", "0")].source.shape for part in names]
     expected = (*header.shape[:of_experts], sum(rows for rows, *_ in shapes), *shapes[0][1:])
     if header.shape != expected:
         raise WeightsError(f"{header.path}: tensor {name}: expected shape {list(expected)}, got {list(header.shape)}")
@@ -56,7 +56,7 @@ def _parts(
     for number in range(count):
         first = 0
         for part, shape in zip(names, shapes, strict=True):
-            stored = Stored(name, (number,) if of_experts else (), first)
-            parts[part.replace("{expert}", str(number))] = TensorHeader(header.path, shape, header.dtype, stored)
+            where = PartOf((number,) if of_experts else (), first)
+            parts[part.replace("{expert}", str(number))] = header._replace(shape=shape, part=where)
             first += shape[0]
     return parts

@@ -30,7 +30,7 @@ FEWEST_COLUMNS = 8  # of the tensor cores' tile
 # Of those tried on H200 these were as fast as any, on 32 of its SMs and on all. Prefetching tiles into the L2 cache
 # further ahead, or one loop over all pairs of a work item, was slower.
 # A tile's page is looked up two iterations before its copy is waited for, and the copy begins two before its use.
-DECODE_KEYS, FP8_DECODE_KEYS = 32, 32  # of a tile
+DECODE_KEYS, FP8_DECODE_KEYS = 32, 64  # of a tile
 DECODE_PER_SM = 6  # programs
 DECODE_WARPS, DECODE_STAGES = 1, 5
 DECODE_REGISTERS = 255  # of a thread, at most: an SM has them for six programs; the assembler's default of 128 spills
@@ -38,8 +38,9 @@ MERGED_AT_ONCE = 64  # partial results of a query head
 
 
 def decode_keys(pages: Tensor) -> int:
-    """Keys of a tile of these pages."""
-    return FP8_DECODE_KEYS if pages.dtype == torch.float8_e4m3fn else DECODE_KEYS
+    """Keys of a tile of pages [.., P, d]: bulk copies bring as many bytes of e4m3 as of others, if P allows it."""
+    is_narrow = pages.dtype == torch.float8_e4m3fn and pages.shape[-2] % FP8_DECODE_KEYS == 0
+    return FP8_DECODE_KEYS if is_narrow else DECODE_KEYS
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def _load_queries(q_ptr, offset, mask, PARTS: tl.constexpr):
     else:
         even, odd = first.to(tl.float32), tl.load(q_ptr + offset + 1, mask=mask, other=0.0).to(tl.float32)
         power = power_of_two(tl.max(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 1), 0))
-        return ((even / power).to(tl.float16), (odd / power).to(tl.float16)), power
+        return ((even * (1 / power)).to(tl.float16), (odd * (1 / power)).to(tl.float16)), power
 
 
 @triton.jit
 def _decode(
-    q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, tile_prefix_sum_ptr, work_items_ptr,
-    partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
+    q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, tile_prefix_sum_ptr,
+    work_items_ptr, partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
     q_stride, out_stride, page_table_stride, scale_log2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
     PARTS: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -241,7 +242,8 @@ def decode(
     """Compute the decode rows of a batch, and zeros where it is padded; `attention` has checked the operands.
 
     q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N], kv_scales [2] fp32 with pages
-    of e4m3 -> out [T, H d]; int32, and else one floating dtype. `pdl`: launch with PDL, so that `work` and the ints must be older than the kernel before.
+    of e4m3 -> out [T, H d]; int32, and else one floating dtype. `pdl`: launch with PDL, so that `work` and the ints
+    must be older than the kernel before.
     """
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     keys, parts = decode_keys(pages), 1 if kv_scales is None else 2

@@ -1,7 +1,11 @@
-"""Products of FP8 (e4m3) operands, alone and with SwiGLU; by shapes and SMs each goes to cuBLAS or to our kernels.
+"""Products of FP8 (e4m3) operands, alone and with SwiGLU.
+
+With a scale a row our kernels are faster than cuBLAS (Llama-3-8B on H200, 2048 tokens: qkv 85 us for 90, o 56 for 60,
+down 187 for 195). With block scales cuBLAS is twice as fast, so it gets those that may fill the device.
 
 Scales of activations: one a token [T, 1], or one for each 128 columns of it [T, in / 128]. Scales of a weight
-[out, in]: one a row [out], or one for each block of 128 rows and columns [ceil(out / 128), in / 128].
+[out, in]: one a row [out], or one for each block of 128 rows and columns [ceil(out / 128),
+in / 128].
 
 Shape legend: T tokens, F columns of SwiGLU's result.
 """
@@ -13,7 +17,7 @@ import triton
 from torch import Tensor
 
 from nanoflow_kernels.checks import check_bulk, check_dtype, check_rows, check_shape
-from nanoflow_kernels.gemm.persistent import BLOCK_SCALES, SCALED_BLOCK, Scales, gemm_persistent
+from nanoflow_kernels.gemm.persistent import BLOCK_SCALES, ROW_SCALES, SCALED_BLOCK, Scales, gemm_persistent
 from nanoflow_kernels.gemm.small_m import gemm_small_m, is_small_m
 
 
@@ -39,22 +43,21 @@ def scaled_linear(
     _check("scaled_linear", x, weight, scales, out, out.shape[1])
     if len(x) == 0:
         return
-    by_row = scales.kind != BLOCK_SCALES
-    if bias is None and by_row and is_small_m(x, weight):
+    if scales.kind == BLOCK_SCALES and num_sms is None and _is_cublas(x, weight, bias, out):
+        # cuBLAS reads the scales of x column by column.
+        scale_a = x_scale.T.contiguous().T
+        torch._scaled_mm(x, weight.T, scale_a, weight_scale.T, bias, out_dtype=out.dtype, out=out)
+    elif scales.kind == ROW_SCALES and bias is None and is_small_m(x, weight):
         gemm_small_m(x, weight, scales, swiglu=False, out=out, num_sms=num_sms)
-    elif num_sms is None and by_row and _is_cublas(x, weight, bias, out):
-        torch._scaled_mm(
-            x, weight.T, x_scale.contiguous(), weight_scale[None, :], bias, out_dtype=out.dtype, out=out
-        )  # fmt: skip
     else:
         gemm_persistent(x, weight, bias, scales, swiglu=False, out=out, num_sms=num_sms)
 
 
 def _is_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
-    """Whether cuBLAS takes these operands."""
+    """Whether cuBLAS takes these operands with block scales: whole blocks, and scales at multiples of 16 bytes."""
     return (
         x.device.type == "cuda"
-        and x.shape[1] % 16 == len(weight) % 16 == 0
+        and x.shape[1] % (4 * SCALED_BLOCK) == len(weight) % SCALED_BLOCK == 0
         and out.dtype == torch.bfloat16
         and (bias is None or bias.dtype == out.dtype)
     )
@@ -64,7 +67,7 @@ def scaled_linear_swiglu(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, *, out: Tensor, num_sms: int | None = None
 ) -> None:
     """Compute silu(gate) * up, where gates and ups take turns in the rows of the weight: one by one where it has a
-    scale a row, 128 by 128 where it has blocks.
+    scale a row, 128 by 128 where it has blocks. The latter is half as fast as scaled_linear and swiglu_quantise.
 
     x [T, in] e4m3, weight [2 F, in] e4m3, scales fp32 -> [T, F] of any floating dtype; rows of the matrices begin at
     multiples of 16 bytes.
@@ -81,7 +84,7 @@ def scaled_linear_swiglu(
         )
     if len(x) == 0:
         return
-    if scales.kind != BLOCK_SCALES and is_small_m(x, weight):
+    if scales.kind == ROW_SCALES and is_small_m(x, weight):
         gemm_small_m(x, weight, scales, swiglu=True, out=out, num_sms=num_sms)
     else:
         gemm_persistent(x, weight, None, scales, swiglu=True, out=out, num_sms=num_sms)

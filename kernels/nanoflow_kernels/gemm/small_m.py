@@ -69,9 +69,9 @@ def _gemm_small_m(
         launch_dependents(PDL)
         y = acc.T
         if x_scale_ptr is not None:
-            row = tile * ROWS + tl.arange(0, ROWS)
+            scaled_row = tile * ROWS + tl.arange(0, ROWS)
             of_x = tl.load(x_scale_ptr + token * x_scale_stride, mask=is_real, other=0.0)
-            of_weight = tl.load(weight_scale_ptr + row, mask=row < N, other=0.0)
+            of_weight = tl.load(weight_scale_ptr + scaled_row, mask=scaled_row < N, other=0.0)
             y = y * of_x[:, None] * of_weight[None, :]
         ROWS_PER_COLUMN: tl.constexpr = 2 if SWIGLU else 1  # rows of the weight
         column = tile * (ROWS // ROWS_PER_COLUMN) + tl.arange(0, ROWS // ROWS_PER_COLUMN)

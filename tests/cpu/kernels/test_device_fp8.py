@@ -81,6 +81,11 @@ def test_scaled_products(checks: Fp8Checks, tokens: int, blocks: bool, num_sms: 
     checks.scaled_linear_swiglu(tokens, inner, 256 if blocks else 136, blocks=blocks, num_sms=num_sms)
 
 
+@pytest.mark.parametrize("tokens", [*TOKENS, 149])
+def test_scaled_products_of_experts(checks: Fp8Checks, tokens: int) -> None:
+    checks.scaled_grouped(tokens, 5, 2, 80, 137)
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_rope_append_to_pages_of_e4m3(checks: Fp8Checks, mix: str) -> None:
     for normed in {False, mix == "few rows"}:

@@ -55,7 +55,7 @@ BROKEN: dict[str, tuple[str, Callable[[State], object], list[str]]] = {
         "phi3", lambda s: s.update({QKV: s[QKV][:-1].clone()}), [QKV, "expected shape [192, 64], got [191, 64]"],
     ),
     "flat": ("phi3", lambda s: s.update({QKV: s[QKV].flatten()}), [QKV, "expected shape [192, 64], got [12288]"]),
-    "of another dtype": ("phi3", lambda s: s.update({QKV: s[QKV].to(torch.int8)}), ["q_proj", "expected dtype"]),
+    "of another dtype": ("phi3", lambda s: s.update({QKV: s[QKV].to(torch.int8)}), [QKV, "expected dtype"]),
     "missing": ("phi3", lambda s: s.pop(GATE_UP), ["mlp.gate_proj.weight is missing (and 1 more)"]),
     "a part beside it": (
         "phi3",

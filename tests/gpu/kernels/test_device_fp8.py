@@ -78,6 +78,12 @@ def test_scaled_products(checks: Fp8Checks, tokens: int, num_sms: int | None, bl
     checks.scaled_linear_swiglu(tokens, inner, 1024 if blocks else 776, blocks=blocks, num_sms=num_sms)
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_scaled_products_of_experts(checks: Fp8Checks, tokens: int) -> None:
+    checks.scaled_grouped(tokens, 8, 2, 272, 264)
+    checks.scaled_grouped(tokens, 7, 3, 71, 137)
+
+
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rope_append_to_pages_of_e4m3(checks: Fp8Checks, mix: str, head_dim: int) -> None:

@@ -72,6 +72,29 @@ class Fp8Checks(Checks):
         reference.scaled_linear_swiglu(*operands, out=expected)
         self.close_product("scaled_linear_swiglu", out, expected)
 
+    def scaled_grouped(self, tokens: int, count: int, chosen: int, inner: int, width: int) -> None:
+        """Both products of experts. The last expert is chosen by nobody."""
+        experts = torch.rand(tokens, count - 1, generator=self.random).argsort(1)[:, :chosen].int()
+        x, x_scale, weight, weight_scale = self.operands(tokens, inner, count * 2 * width, blocks=False)
+        weight, weight_scale = weight.view(count, 2 * width, inner), weight_scale.view(count, 2 * width)
+        out, expected = self.empty(tokens, chosen * width), torch.empty(tokens, chosen * width)
+        kernels.scaled_grouped_linear_swiglu(
+            *map(self.there, (x, x_scale, experts, weight)), weight_scale.to(self.device), out=out
+        )
+        reference.scaled_grouped_linear_swiglu(x, x_scale, experts, weight, weight_scale, out=expected)
+        self.close_product("scaled_grouped_linear_swiglu", out, expected)
+
+        x, x_scale, weight, weight_scale = self.operands(tokens * chosen, inner, count * width, blocks=False)
+        x, x_scale = x.view(tokens, chosen * inner), x_scale.view(tokens, chosen)
+        weight, weight_scale = weight.view(count, width, inner), weight_scale.view(count, width)
+        weights = torch.rand(tokens, chosen, generator=self.random)
+        out, expected = self.empty(tokens, width), torch.empty(tokens, width)
+        kernels.scaled_grouped_combine(
+            *map(self.there, (x, x_scale, experts, weights, weight)), weight_scale.to(self.device), out=out
+        )
+        reference.scaled_grouped_combine(x, x_scale, experts, weights, weight, weight_scale, out=expected)
+        self.close_product("scaled_grouped_combine", out, expected)
+
     def operands(self, tokens: int, inner: int, width: int, blocks: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, x_scale, weight and weight_scale, whose product is of size 1."""
         x, weight = (self.normal(rows, inner, dtype=torch.float32) * 64 for rows in (tokens, width))
