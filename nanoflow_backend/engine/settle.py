@@ -73,7 +73,7 @@ def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
         return model.max_model_tokens
     if config.max_model_tokens > model.max_model_tokens:
         raise ConfigError(
-            f"max_model_tokens: expected at most {model.max_model_tokens} (the model's max_position_embeddings), "
-            f"got {config.max_model_tokens}"
+            f"max_model_tokens: expected at most {model.max_model_tokens} (the model's max_position_embeddings, "
+            f"stretched if its rope scaling is yarn), got {config.max_model_tokens}"
         )
     return config.max_model_tokens

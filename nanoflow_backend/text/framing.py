@@ -18,7 +18,7 @@ from tokenizers import processors
 
 from nanoflow_backend.text.special_tokens import read_optional_json
 
-LLAMA_MODELS = ("llama", "mixtral")  # version 4 takes the Llama class for them, where none is named
+LLAMA_MODELS = ("llama", "mistral", "mixtral", "phi3")  # version 4 takes the Llama class for them, where none is named
 
 
 class TokenizerFamily(NamedTuple):

@@ -74,7 +74,10 @@ def test_classes_with_a_post_processor_of_their_own_do_as_transformers_4(tmp_pat
         ("llama", {}, "a"),  # as transformers 5; version 4 guessed a Llama class
         ("llama", {"add_bos_token": True}, "Ba"),
         ("mixtral", {"add_eos_token": True}, "BaE"),
+        ("mistral", {"add_bos_token": True}, "Ba"),
+        ("phi3", {"add_bos_token": True}, "Ba"),
         ("qwen2", {"add_bos_token": True}, "a"),
+        ("qwen3", {"add_bos_token": True}, "a"),
     ],
 )
 def test_without_a_class_the_settings_count_for_models_of_llamas_kind(
