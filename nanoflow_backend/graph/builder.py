@@ -150,11 +150,18 @@ class GraphBuilder:
         return q, pages
 
     def attention(
-        self, name: str, q: str, pages: str, batch: tuple[str, str, str], kv_scales: tuple[str, ...] = ()
+        self,
+        name: str,
+        q: str,
+        pages: str,
+        batch: tuple[str, str, str],
+        kv_scales: tuple[str, ...] = (),
+        window: int = 0,
     ) -> str:
-        """Causal attention of each token over its request's pages up to its own position."""
+        """Causal attention of each token over its request's pages up to its own position, or the last `window` keys."""
         output = self._value(name, self._values[q].width)
-        return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,), kv_scales)
+        attributes = {"window": window} if window else {}
+        return self._append(name, "attention", Resource.MEMORY, (q, pages, *batch), (output,), kv_scales, **attributes)
 
     def route(self, name: str, logits: str, experts_per_token: int, renormalise: bool = True) -> tuple[str, str]:
         """The chosen experts of each token and their weights: softmax over all, top k, made to sum to 1 if asked."""

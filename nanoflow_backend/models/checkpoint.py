@@ -26,9 +26,9 @@ class WeightsError(ConfigError):
 
 
 class PartOf(NamedTuple):
-    """Where a tensor lies in the stored one that it is a part of: rows from `first` on, of the matrix at `index`."""
+    """Where a tensor lies in the stored one that it is a part of: rows from `first` on, of one of its matrices."""
 
-    index: tuple[int, ...]
+    matrix: tuple[int, ...]  # its index, if there are several
     first: int
 
 
@@ -52,8 +52,8 @@ class Part:
 
     def __getitem__(self, cut: tuple[slice, ...]) -> torch.Tensor:
         start, stop, _ = cut[0].indices(self.height)
-        (index, first), columns = self.where, cut[1:]
-        part: torch.Tensor = self.tensor[(*index, slice(first + start, first + stop), *columns)]
+        (matrix, first), columns = self.where, cut[1:]
+        part: torch.Tensor = self.tensor[(*matrix, slice(first + start, first + stop), *columns)]
         return part
 
 

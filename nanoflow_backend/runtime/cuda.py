@@ -170,8 +170,9 @@ class CudaProgram:
             if call and key not in found and plan.layers[layer][launch.operation].kernel == "attention":
                 q, pages, positions, slots, *_ = call.run.args
                 heads = q.shape[1] // pages.shape[-1]
-                sms = plan.schedule.sms(launch)
-                found[key] = {"plan": self._plan_attention(positions, slots, pages, heads, num_sms=sms)}
+                window, sms = call.run.keywords.get("window", 0), plan.schedule.sms(launch)
+                made = self._plan_attention(positions, slots, pages, heads, window=window, num_sms=sms)
+                found[key] = {"plan": made}
         return found
 
 

@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention.tile import LOWEST, gathered_tile, kv_pages_descriptor, power_of_two, unpacked
+from nanoflow_kernels.attention.tile import (
+    LOWEST,
+    gathered_tile,
+    kv_pages_descriptor,
+    power_of_two,
+    skipped_tiles,
+    unpacked,
+)
 from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, wait_for_earlier
 
 FEWEST_COLUMNS = 8  # of the tensor cores' tile
@@ -81,14 +88,15 @@ def _decode(
     work_items_ptr, partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
     q_stride, out_stride, page_table_stride, scale_log2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q k^T / sqrt(d)) v over a work item's tiles of keys, by the recurrences of the online softmax:
 
         m' = max(m, max_j s_j),  alpha = 2^(m - m'),  p_j = 2^(s_j - m')
         l' = alpha l + sum_j p_j,  acc' = alpha acc + sum_j p_j v_j,  o = acc / l
 
-    where s = k q^T log2(e) / sqrt(d) is transposed: keys are rows, query heads are columns.
+    where s = k q^T log2(e) / sqrt(d) is transposed: keys are rows, query heads are columns. With a WINDOW that is not
+    0, a row sees its last WINDOW keys; its tiles count from the first of which it sees one.
 
     Of 16 and 32 bits, k and v have all dimensions in one part. Of 8, they have PARTS = 2: pages hold int16, each the
     e4m3 of an even and an odd dimension, of k / kv_scales[0] and v / kv_scales[1] (see `unpacked`).
@@ -114,20 +122,22 @@ def _decode(
     # own wait holds it back as well.
     if tiles_left > 0:
         if PDL and BULK:
-            page = tl.load(table_ptr + first_tile * KEYS // PAGE, mask=first_tile * KEYS < length, other=0).to(tl.int64)
-            kv_row = (page * 2 * K + head) * PAGE + first_tile * KEYS % PAGE + tl.arange(0, KEYS)
+            first_key = (first_tile + skipped_tiles(length, WINDOW, KEYS)) * KEYS
+            page = tl.load(table_ptr + first_key // PAGE, mask=first_key < length, other=0).to(tl.int64)
+            kv_row = (page * 2 * K + head) * PAGE + first_key % PAGE + tl.arange(0, KEYS)
             prefetch_l2(pages_ptr + kv_row * W, 2 * W)
             prefetch_l2(pages_ptr + (kv_row + K * PAGE) * W, 2 * W)
         wait_for_earlier(PDL)
     queries, power = _load_queries(q_ptr + row * q_stride + head * G * D, offset, in_group & (tiles_left > 0), PARTS)
     while tiles_left > 0:
-        num_tiles = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
+        skipped = skipped_tiles(length, WINDOW, KEYS)
+        num_tiles = tl.maximum(tl.cdiv(length, KEYS) - skipped, 1)  # padding has one tile, of no keys
         stop_tile = tl.minimum(num_tiles, first_tile + tiles_left)
         m_i = tl.full([GP], LOWEST, tl.float32)
         l_i = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
         acc = (tl.zeros([W, GP], tl.float32),) * PARTS
         scale = scale_log2 * k_scale * power
-        for tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
+        for tile in tl.range(skipped + first_tile, skipped + stop_tile, num_stages=STAGES):
             # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
             begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
             key = begin + tl.arange(0, KEYS)
@@ -144,6 +154,8 @@ def _decode(
             else:
                 even, odd = unpacked(k)
                 s = tl.dot(odd, queries[1], tl.dot(even, queries[0]))
+            if WINDOW:
+                is_new = is_new & (key >= length - WINDOW)
             s = tl.where(is_new[:, None], s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 0) * scale)
             p = tl.exp2(s * scale - m_new[None, :])
@@ -236,6 +248,7 @@ def decode(
     kv_scales: Tensor | None,
     work: DecodeWork,
     *,
+    window: int,
     pdl: bool,
     out: Tensor,
 ) -> None:
@@ -260,7 +273,7 @@ def decode(
         partial_m, partial_l, partial_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, columns, head_dim, page_tokens, keys, parts, kv_desc is not None,
-        1 if pages.dtype == torch.float32 else DECODE_STAGES, pdl,
+        window, 1 if pages.dtype == torch.float32 else DECODE_STAGES, pdl,
         num_warps=DECODE_WARPS, maxnreg=DECODE_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
     _merge[(len(work.merges), group)](

@@ -23,15 +23,17 @@ def attention(
     page_table: Tensor,
     kv_scales: Tensor | None = None,
     *,
+    window: int = 0,
     out: Tensor,
     num_sms: int | None = None,
     plan: AttentionPlan | None = None,
 ) -> None:
-    """Compute softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
+    """Compute softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own; with a
+    `window`, over the last so many of these.
 
     Rows of one slot are consecutive and ascending. Nothing beyond a request's last row enters the result: it may be
     NaN. A row at position -1 is padding and gets zeros. `plan` is what plan_attention returns for these positions and
-    slots (and the same num_sms), for callers that have several layers; None: it is made here.
+    slots (and the same window and num_sms), for callers that have several layers; None: it is made here.
 
     q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; ints are int32,
     the others of one floating dtype. Or pages are of e4m3, and stand for K times kv_scales[0] and V times kv_scales[1]:
@@ -61,7 +63,7 @@ def attention(
     # A plan made here has just been launched, but with PDL a kernel reads its plan before it waits.
     pdl = plan is not None and uses_pdl(len(q), q.device)
     if plan is None:
-        plan = plan_attention(positions, slots, pages, heads, num_sms=num_sms)
-    decode(q, pages, positions, slots, page_table, kv_scales, plan.decode, pdl=pdl, out=out)
+        plan = plan_attention(positions, slots, pages, heads, window=window, num_sms=num_sms)
+    decode(q, pages, positions, slots, page_table, kv_scales, plan.decode, window=window, pdl=pdl, out=out)
     if plan.prefill:
-        prefill(q, pages, positions, slots, page_table, kv_scales, plan.prefill, out=out)
+        prefill(q, pages, positions, slots, page_table, kv_scales, plan.prefill, window=window, out=out)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanoflow_kernels.attention.decode import DECODE_PER_SM, DecodeWork, decode_keys
 from nanoflow_kernels.attention.prefill import PREFILL_PER_SM, PrefillWork, query_tile_tokens
+from nanoflow_kernels.attention.tile import skipped_tiles
 from nanoflow_kernels.grid import programs
 
 PLANNED_ROWS = 1024  # that the planning kernel looks at at once
@@ -37,10 +38,11 @@ class AttentionPlan:
 def _plan_attention(
     positions_ptr, slots_ptr, tile_prefix_sum_ptr, work_items_ptr, merges_ptr, query_tile_starts_ptr, counts_ptr,
     T, num_items, search_steps,
-    K: tl.constexpr, KEYS: tl.constexpr, QUERY_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, QUERY_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     ITEMS: tl.constexpr, ALL_DECODE: tl.constexpr,
 ):  # fmt: skip
-    """Three lists, in one program: with t_r = max(ceil((position_r + 1) / KEYS), 1) key tiles of each decode row r,
+    """Three lists, in one program: with t_r = max(ceil((position_r + 1) / KEYS), 1) key tiles of each decode row r, or
+    fewer if there is a WINDOW,
 
         tile_prefix_sum_r = t_0 + .. + t_r                     (t_r = 0 in rows of a chunk)
         item w = tiles w size .. (w + 1) size - 1 of all pairs,  size = ceil(K tile_prefix_sum_(T-1) / num_items)
@@ -67,7 +69,8 @@ def _plan_attention(
         is_decode = inside & ((position < 0) | (starts & ends) | ALL_DECODE)
 
         # Padding has a tile too, of no keys: its rows become zeros.
-        tiles = tl.where(is_decode, tl.maximum(tl.cdiv(position + 1, KEYS), 1), 0)
+        seen = tl.cdiv(position + 1, KEYS) - skipped_tiles(position + 1, WINDOW, KEYS)
+        tiles = tl.where(is_decode, tl.maximum(seen, 1), 0)
         tl.store(tile_prefix_sum_ptr + row, key_tiles + tl.cumsum(tiles), mask=inside)
         key_tiles += tl.sum(tiles)
         # Tiles of queries are aligned to positions, so that a row need not know where its chunk began.
@@ -110,9 +113,10 @@ def _plan_attention(
 
 
 def plan_attention(
-    positions: Tensor, slots: Tensor, pages: Tensor, heads: int, *, num_sms: int | None = None
+    positions: Tensor, slots: Tensor, pages: Tensor, heads: int, *, window: int = 0, num_sms: int | None = None
 ) -> AttentionPlan:
-    """Plan the attention of rows with these positions and slots, for `heads` query heads, on `num_sms` SMs.
+    """Plan the attention of rows with these positions and slots, for `heads` query heads, on `num_sms` SMs. A `window`
+    that is not 0 is that of the attention.
 
     positions [T], slots [T], both int32; of pages [pages, 2, K, P, d] the shape and the dtype count.
 
@@ -137,7 +141,7 @@ def plan_attention(
     )
     _plan_attention[(1,)](
         positions, slots, decode.tile_prefix_sum, decode.work_items, decode.merges, prefill.query_tile_starts, counts,
-        tokens, items, tokens.bit_length(), kv_heads, decode_keys(pages), prefill.query_tile_tokens,
+        tokens, items, tokens.bit_length(), kv_heads, decode_keys(pages), window, prefill.query_tile_tokens,
         PLANNED_ROWS, triton.next_power_of_2(items), all_decode, num_warps=8,
     )  # fmt: skip
     return AttentionPlan(decode, None if all_decode else prefill)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor, power_of_two
+from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor, power_of_two, skipped_tiles
 
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERY_TILE_ROWS = 64  # tokens times the query heads of a kv head
@@ -50,11 +50,12 @@ def _prefill(
     q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, query_tile_starts_ptr,
     counts_ptr, out_ptr, T, q_stride, out_stride, page_table_stride, scale_log2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q k^T / sqrt(d) + causal mask) v, a tile of queries at a time, by the online softmax of `attend`.
 
-    Tiles of keys before every query of the tile come by bulk copies, without a mask; the last ones are masked.
+    Tiles of keys before every query of the tile come by bulk copies, without a mask; the last ones are masked. With a
+    WINDOW, those that no query sees are left out, and all others are masked.
     With kv_scales_ptr, k and v are e4m3 times kv_scales[0] and [1], and operands are fp16: queries are divided by a
     power of two that makes them fit.
     Reference: Dao, "FlashAttention-2", 2023.
@@ -94,18 +95,18 @@ def _prefill(
         m_i = tl.full([TOKENS * GP], LOWEST, tl.float32)
         l_i = tl.zeros([TOKENS * GP], tl.float32)
         acc = tl.zeros([TOKENS * GP, D], tl.float32)
-        unmasked_tiles = 0
-        if BULK:
+        unmasked_tiles = skipped_tiles(first_position + 1, WINDOW, KEYS)
+        if BULK and WINDOW == 0:
             unmasked_tiles = (first_position + 1) // KEYS
             for tile in tl.range(0, unmasked_tiles, num_stages=STAGES):
                 m_i, l_i, acc = attend(
                     m_i, l_i, acc, queries, position, kv_desc, table_ptr, tile, head, length, scale,
-                    K, D, PAGE, KEYS, True,
+                    K, D, PAGE, KEYS, True, WINDOW,
                 )  # fmt: skip
         for tile in tl.range(unmasked_tiles, tl.cdiv(length, KEYS), num_stages=STAGES):
             m_i, l_i, acc = attend(
                 m_i, l_i, acc, queries, position, pages_ptr, table_ptr, tile, head, length, scale,
-                K, D, PAGE, KEYS, False,
+                K, D, PAGE, KEYS, False, WINDOW,
             )  # fmt: skip
         o = acc / l_i[:, None]
         if kv_scales_ptr is not None:
@@ -122,6 +123,7 @@ def prefill(
     kv_scales: Tensor | None,
     work: PrefillWork,
     *,
+    window: int,
     out: Tensor,
 ) -> None:
     """Compute the rows of a batch that belong to prompt chunks; `attention` has checked the operands.
@@ -136,6 +138,6 @@ def prefill(
         q, pages, kv_desc, kv_scales, positions, slots, page_table, work.query_tile_starts, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, triton.next_power_of_2(group), head_dim, work.query_tile_tokens, page_tokens, PREFILL_KEYS,
-        kv_desc is not None,
+        kv_desc is not None, window,
         STAGES=1 if q.dtype == torch.float32 else PREFILL_STAGES, num_warps=PREFILL_WARPS,
     )  # fmt: skip

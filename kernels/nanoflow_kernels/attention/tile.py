@@ -73,6 +73,15 @@ def power_of_two(largest):
 
 
 @triton.jit
+def skipped_tiles(length, WINDOW: tl.constexpr, KEYS: tl.constexpr):
+    """Tiles of keys that a row does not see whose last key is at length - 1: those before its window, if it has one."""
+    if WINDOW:
+        return tl.maximum(length - WINDOW, 0) // KEYS
+    else:
+        return length * 0
+
+
+@triton.jit
 def bulk_tile(
     kv_desc, table_ptr, tile, head, length,
     K: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
@@ -102,7 +111,7 @@ def gathered_tile(
 @triton.jit
 def attend(
     m_i, l_i, acc, queries, position, kv, table_ptr, tile, head, length, scale_log2,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Take one more tile of keys into the online softmax:
 
@@ -112,7 +121,8 @@ def attend(
     where s = q k^T log2(e) / sqrt(d); the result is acc / l after the last tile.
 
     m_i [M], l_i [M], acc [M, D], queries [M, D], whose rows stand at `position` [M]. kv: with BULK a descriptor as in
-    bulk_tile, and all keys of the tile are before every row; else the pages, whose keys are gathered.
+    bulk_tile, and every row sees all keys of the tile; else the pages, whose keys are gathered and masked, by WINDOW
+    too if that is not 0.
     Reference: Dao et al., "FlashAttention", NeurIPS 2022; Milakov and Gimelshein, "Online normalizer calculation for
     softmax", 2018.
     """
@@ -124,7 +134,10 @@ def attend(
     k, v = k.to(queries.dtype), v.to(queries.dtype)  # e4m3 to fp16 is exact
     s = tl.dot(queries, k.T, input_precision="ieee")
     if not BULK:
-        s = tl.where(key[None, :] <= position[:, None], s, -float("inf"))
+        visible = key[None, :] <= position[:, None]
+        if WINDOW:
+            visible = visible & (key[None, :] > position[:, None] - WINDOW)
+        s = tl.where(visible, s, -float("inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     p = tl.exp2(s * scale_log2 - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)

@@ -22,9 +22,11 @@ def attention(
     page_table: Tensor,
     kv_scales: Tensor | None = None,
     *,
+    window: int = 0,
     out: Tensor,
 ) -> None:
-    """Compute softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own.
+    """Compute softmax(q k^T / sqrt(d)) v of each token over its request's keys at positions 0 .. its own; with a
+    `window`, over the last so many of these.
 
     Rows of one slot are consecutive and ascending. Nothing beyond a request's last row enters the result: it may be
     NaN. Pages of e4m3 stand for K times kv_scales[0] and V times kv_scales[1].
@@ -41,7 +43,8 @@ def attention(
         k, v = _gather(pages, page_table[slots[rows[:, 0]]].long(), lengths[requests])
         if kv_scales is not None:
             k, v = k * kv_scales[0], v * kv_scales[1]
-        visible = torch.arange(k.shape[2]) <= positions[rows][:, None, :, None]
+        before = positions[rows][:, None, :, None] - torch.arange(k.shape[2])  # of the row, a key is so far
+        visible = (before >= 0) & (before < window) if window else before >= 0
         # The query heads of one kv head are more rows for the same keys: [requests, K, H / K * count, d].
         grouped = q[rows].unflatten(-1, (k.shape[1], -1, head_dim)).permute(0, 2, 3, 1, 4).float()
         visible = visible.repeat(1, 1, grouped.shape[2], 1)

@@ -26,6 +26,11 @@ def config_fields(hf: ConfigJson) -> dict[str, Any]:
     return {}
 
 
+def windowed_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Of classes that give all layers the window, if it is not null."""
+    return {"sliding_window": 0 if hf["sliding_window"] is None else hf.size("sliding_window")}
+
+
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
     """One kind of layer."""
     return (layer(config, tp),)
@@ -52,7 +57,8 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
         eps=eps,
         attention_factor=config.rope.attention_factor,
     )
-    attended = g.attention("attention", q, pages, batch, kv_scales)
+    window = config.sliding_window if config.sliding_window < config.max_model_tokens else 0
+    attended = g.attention("attention", q, pages, batch, kv_scales, window)
     update = g.linear("o", attended, o_parameter(g, config))
     update = g.all_reduce("attention_reduce", update)
 

@@ -1,4 +1,4 @@
-"""Mistral and Mistral-Small are Llama under another class, whose window of attention must be null here."""
+"""Mistral and Mistral-Small are Llama with a sliding window of attention, or without: then they are Llama."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MISTRAL = Architecture(
         "sliding_window": 4096,
         "eos_token_id": 2,
     },
-    fields=llama.config_fields,
+    fields=llama.windowed_fields,
     embed=llama.embedding,
     layers=llama.decoder_layers,
     head=llama.lm_head,

@@ -15,9 +15,9 @@ NAMES = experts.ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
-    """All layers have the window, if there is one."""
-    hf.refuse_if(hf["sliding_window"] is not None, f"sliding_window {hf['sliding_window']!r}")
-    return experts.config_fields(hf) | {"moe_intermediate_size": hf.size("intermediate_size")}
+    """Experts of the model's only intermediate size."""
+    inner = {"moe_intermediate_size": hf.size("intermediate_size")}
+    return experts.config_fields(hf) | llama.windowed_fields(hf) | inner
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:

@@ -16,7 +16,7 @@ def config_fields(hf: ConfigJson) -> dict[str, Any]:
     for scaling in (hf["rope_parameters"] or {}, hf["rope_scaling"] or {}):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         hf.refuse_if(kind != "default", f"rope scaling {kind!r} of this class")
-    return llama.config_fields(hf)
+    return llama.windowed_fields(hf)
 
 
 PHI3 = Architecture(

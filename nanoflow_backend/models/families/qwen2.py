@@ -19,7 +19,7 @@ def refuse_windows(hf: ConfigJson) -> None:
     """With `use_sliding_window`, layers from `max_window_layers` on have a window, unless `layer_types` says which."""
     if hf.flag("use_sliding_window") and hf["layer_types"] is None:
         windowed = hf["sliding_window"] is not None and hf.count("max_window_layers") < hf.repeats("num_hidden_layers")
-        hf.refuse_if(windowed, f"sliding_window {hf['sliding_window']!r}")
+        hf.refuse_if(windowed, f"sliding_window {hf['sliding_window']!r} of some layers")
 
 
 QWEN2 = Architecture(

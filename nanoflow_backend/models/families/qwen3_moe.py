@@ -16,15 +16,19 @@ NAMES = experts.ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """Layers of `mlp_only_layers` are dense, and of the others all but every `decoder_sparse_step`th."""
-    hf.refuse_if(hf.flag("use_sliding_window") and hf["sliding_window"], f"sliding_window {hf['sliding_window']!r}")
     listed, every = hf.token_ids("mlp_only_layers", hf["mlp_only_layers"]), hf.size("decoder_sparse_step")
     layers = range(hf.repeats("num_hidden_layers"))
-    return experts.config_fields(hf) | {
-        "qk_norm": True,
-        "moe_intermediate_size": hf.size("moe_intermediate_size"),
-        "norm_topk_prob": hf.flag("norm_topk_prob"),
-        "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % every),
-    }
+    windows = llama.windowed_fields(hf) if hf.flag("use_sliding_window") else {}
+    return (
+        experts.config_fields(hf)
+        | windows
+        | {
+            "qk_norm": True,
+            "moe_intermediate_size": hf.size("moe_intermediate_size"),
+            "norm_topk_prob": hf.flag("norm_topk_prob"),
+            "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % every),
+        }
+    )
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:

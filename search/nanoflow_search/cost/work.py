@@ -66,10 +66,11 @@ def operation_work(
 def _attention(graph: Graph, operation: Operation, mix: Mix, precision: Precision) -> Work:
     """Return the work of attention on decodes alone or on prompts alone.
 
-    Every decode reads its own context; all queries of a prompt's chunk share one read of theirs.
+    Every decode reads its own context, or its window of it; all queries of a prompt's chunk share one read of theirs.
     """
     q, kv = graph.values[operation.inputs[0]].width, graph.values[operation.inputs[1]].width
     context = mix.decode_context + mix.prefill_context
+    context = min(context, operation.attributes.get("window", context))
     read = kv * context * mix.decode_tokens
     of_kv = (read + kv * mix.tokens) * precision.element_bytes("kv")
     return Work(4 * q * context * mix.tokens, of_kv + 2 * q * mix.tokens * precision.element_bytes("activations"))

@@ -113,7 +113,8 @@ class OperationInputs:
         if operation.kernel == "attention":
             q, pages, positions, slots, _ = (values[v] for v in operation.inputs)
             heads = q.shape[1] // pages.shape[-1]
-            options["plan"] = self._kernels.plan_attention(positions, slots, pages, heads, num_sms=sms)
+            window = options.get("window", 0)
+            options["plan"] = self._kernels.plan_attention(positions, slots, pages, heads, window=window, num_sms=sms)
         out = tuple(values[v] for v in operation.outputs)
         kernel = getattr(self._kernels, operation.kernel)
         inputs = (values[v] for v in operation.inputs)

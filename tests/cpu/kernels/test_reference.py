@@ -120,9 +120,9 @@ def paged_batch(mix: list[tuple[int, int]], page_tokens: int) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 2), (8, 2, 16), (5, 1, 6)])
-@pytest.mark.parametrize("page_tokens", [1, 7, 16])
+@pytest.mark.parametrize(("page_tokens", "window"), [(1, 0), (7, 5), (16, 0)])
 def test_attention_over_poisoned_pages(
-    mix: str, heads: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype
+    mix: str, heads: int, kv_heads: int, head_dim: int, page_tokens: int, window: int, dtype: torch.dtype
 ) -> None:
     positions, slots, table, num_pages = paged_batch(MIXES[mix], page_tokens)
     pages = torch.full((num_pages, 2, kv_heads, page_tokens, head_dim), torch.nan, dtype=dtype)
@@ -135,12 +135,14 @@ def test_attention_over_poisoned_pages(
             pages[page, :, :, position % page_tokens] = keys[slot][:, position]
     q = random(len(slots), heads * head_dim, dtype=dtype)
     out = empty(len(slots), heads * head_dim, dtype)
-    reference.attention(q, pages, positions, slots, table, out=out)
+    reference.attention(q, pages, positions, slots, table, window=window, out=out)
 
     expected = torch.zeros(len(slots), heads, head_dim, dtype=torch.float64)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         for head in range(heads):
-            k, v = keys[slot][:, : position + 1, head * kv_heads // heads].double()
+            k, v = keys[slot][
+                :, max(0, position + 1 - window) if window else 0 : position + 1, head * kv_heads // heads
+            ].double()
             scores = k @ q[row].unflatten(0, (heads, head_dim))[head].double() / math.sqrt(head_dim)
             weights = scores.exp() / scores.exp().sum()
             expected[row, head] = weights @ v

@@ -75,6 +75,7 @@ def test_rope_append(checks: Checks, mix: str, head_dim: int) -> None:
 def test_attention_over_poisoned_pages(checks: Checks, mix: str, head_dim: int, page_tokens: int) -> None:
     for heads, kv_heads in HEADS:
         checks.attention(MIXES[mix], heads, kv_heads, head_dim, page_tokens, padding=3)
+        checks.attention(MIXES[mix], heads, kv_heads, head_dim, page_tokens, padding=3, window=70)
 
 
 @pytest.mark.parametrize(("page_tokens", "num_sms"), [(16, None), (64, 1), (64, 37), (64, None), (128, 999)])

@@ -129,6 +129,7 @@ class Checks:
         padding: int = 0,
         num_sms: int | None = None,
         kv_scales: Sequence[float] | None = None,
+        window: int = 0,
     ) -> None:
         """`kv_scales`: over pages of e4m3, with these scales. Queries are such that their scores are of size 1."""
         positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
@@ -144,8 +145,10 @@ class Checks:
         q = self.normal(len(positions), heads * head_dim) / (kv_scales[0] if kv_scales else 1)
         out, expected = self.empty(len(positions), heads * head_dim), torch.empty(real, heads * head_dim)
         operands = *map(self.there, (positions, slots, table)), *map(self.there, scales)
-        kernels.attention(self.there(q), pages.to(self.device), *operands, out=out, num_sms=num_sms)
-        reference.attention(q[:real].float(), pages, positions[:real], slots[:real], table, *scales, out=expected)
+        kernels.attention(self.there(q), pages.to(self.device), *operands, window=window, out=out, num_sms=num_sms)
+        reference.attention(
+            q[:real].float(), pages, positions[:real], slots[:real], table, *scales, window=window, out=expected
+        )
         self.close("attention", out[:real], expected)
         assert not out[real:].any(), "padding is not zero"
 

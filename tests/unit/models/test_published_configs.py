@@ -115,15 +115,25 @@ MODELS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {  # config.json
             "dense_layers": (), "head_dim": 128,
         },
     ),
+    "Mistral-7B-v0.1": (
+        config_json("Mistral", (4096, 14336, 32, 32, 8, 32000), 32768, 1e4, 1e-5, sliding_window=4096),
+        7_241_732_096,
+        {"sliding_window": 4096},
+    ),
     "Mistral-7B-v0.3": (
         config_json("Mistral", (4096, 14336, 32, 32, 8, 32768), 32768, 1e6, 1e-5, sliding_window=None),
         7_248_023_552,
-        {"architecture": "mistral"},
+        {"architecture": "mistral", "sliding_window": 0},
     ),
     "Mistral-Small-24B": (
         config_json("Mistral", (5120, 32768, 40, 32, 8, 131072), 32768, 1e8, 1e-5, sliding_window=None, head_dim=128),
         23_572_403_200,
         {"head_dim": 128},
+    ),
+    "Phi-3-mini-4k": (
+        config_json("Phi3", (3072, 8192, 32, 32, 32, 32064), 4096, 1e4, 1e-5, sliding_window=2047),
+        3_821_079_552,
+        {"sliding_window": 2047, "head_dim": 96},
     ),
     "phi-4": (
         config_json(
@@ -144,7 +154,6 @@ def test_published_models_have_their_published_size(name: str) -> None:
     assert ModelSize.of(config).parameters == parameters
 
 
-PHI3_4K = config_json("Phi3", (3072, 8192, 32, 32, 32, 32064), 4096, 1e4, 1e-5, sliding_window=2047)
 PHI4_MINI = config_json(
     "Phi3", (3072, 8192, 32, 24, 8, 200064), 131072, 1e4, 1e-5, partial_rotary_factor=0.75,
     rope_scaling={"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48},
@@ -154,13 +163,18 @@ PHI4_MINI = config_json(
 @pytest.mark.parametrize(
     ("hf", "words"),
     [
-        (PHI3_4K, "sliding_window 2047 is not supported"),
+        (MODELS["Phi-3-mini-4k"][0] | {"sliding_window": 0}, "sliding_window: expected an integer in 1.."),
         (PHI4_MINI, "partial_rotary_factor 0.75 is not supported"),
         (PHI4_MINI | {"partial_rotary_factor": 1.0}, "rope scaling 'longrope' is not supported"),
-        (PHI3_4K | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' of this class is not"),
-        (MODELS["Mistral-7B-v0.3"][0] | {"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        (
+            MODELS["phi-4"][0] | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope scaling 'yarn' of this class is not",
+        ),
         (MODELS["Qwen3-8B"][0] | {"attention_bias": True}, "attention_bias is not supported"),
-        (MODELS["Qwen3-30B-A3B"][0] | {"use_sliding_window": True, "sliding_window": 64}, "sliding_window 64 is not"),
+        (
+            MODELS["Qwen3-8B"][0] | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20},
+            "sliding_window 64 of some layers is not supported",
+        ),
         (MODELS["Qwen3-30B-A3B"][0] | {"decoder_sparse_step": 0}, "decoder_sparse_step: expected an integer in 1"),
         (MODELS["Qwen3-30B-A3B"][0] | {"mlp_only_layers": ["all"]}, "mlp_only_layers: expected an integer in 0"),
         (MODELS["Qwen3-30B-A3B"][0] | {"num_local_experts": 64}, "num_local_experts 64 and num_experts 128 say two"),

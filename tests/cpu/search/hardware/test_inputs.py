@@ -25,7 +25,7 @@ class Recorded:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         names = {op.kernel for name in WITH_NORMS for op in build(config(name)).layer.operations}
         self.kernels = SimpleNamespace(
-            plan_attention=lambda *arguments, num_sms: f"plan on {num_sms}",
+            plan_attention=lambda *arguments, window, num_sms: f"plan of {window} on {num_sms}",
             **{name: self._recorded(name) for name in names if hasattr(reference, name)},
         )
 
@@ -38,7 +38,9 @@ class Recorded:
 
 
 def operands(name: str, recorded: Recorded, mix: Mix = MIX) -> OperationInputs:
-    return OperationInputs(config(name), mix, recorded.kernels, page_tokens=4, precision=FLOAT32, device="cpu")
+    return OperationInputs(
+        config(name, sliding_window=5), mix, recorded.kernels, page_tokens=4, precision=FLOAT32, device="cpu"
+    )
 
 
 @pytest.mark.parametrize("name", WITH_NORMS)
@@ -60,7 +62,7 @@ def test_every_operation_runs_on_every_set(name: str) -> None:
                 outputs = options["out"] if isinstance(options["out"], tuple) else (options["out"],)
                 assert all(out.isfinite().all() for out in outputs)
                 assert options["num_sms"] == 3
-                assert options["plan"] == ("plan on 3" if op.kernel == "attention" else None)
+                assert options["plan"] == ("plan of 5 on 3" if op.kernel == "attention" else None)
 
 
 def test_only_what_the_launch_before_wrote_is_the_same_in_every_set() -> None:
