@@ -54,7 +54,8 @@ def store_quantised(
         scale = tl.div_rn(tl.minimum(tl.maximum(amax, SMALLEST_AMAX), upper_bound), E4M3_MAX)
     else:
         scale = tl.zeros([BLOCK // GROUP], tl.float32) + tl.load(static_scale_ptr)
-    q = to_e4m3(tl.reshape(grouped * (1 / scale)[:, None], (BLOCK,)))
+    inverse = tl.div_rn(1.0, scale)  # rounded as the reference's: products that are ties are ties on both
+    q = to_e4m3(tl.reshape(grouped * inverse[:, None], (BLOCK,)))
     column, group = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
     tl.store(q_ptr + row * q_stride + column, q, mask=column < columns)
     tl.store(scale_ptr + row * scale_stride + group, scale, mask=group * GROUP < columns)
