@@ -20,7 +20,7 @@ from nanoflow_kernels.grid import programs
 from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, uses_pdl, wait_for_earlier
 from nanoflow_kernels.swiglu import swiglu
 
-SMALL_M, SMALL_M_FP8 = 16, 128  # tokens, at most
+SMALL_M, SMALL_M_FP8 = 16, 64  # tokens, at most
 FEWEST_TOKENS = 16  # of a tile
 WEIGHT_ROWS = 64  # of a tile
 
@@ -36,7 +36,7 @@ class WeightTiling(NamedTuple):
 
 # The fastest of 20 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
 SHORT_WEIGHT, TALL_WEIGHT = WeightTiling(512, 4, 1, 2048), WeightTiling(256, 4, 3, 512)
-MORE_TOKENS = WeightTiling(256, 4, 1, 0)  # than SMALL_M: their tiles take more of the SM's memory
+MORE_TOKENS = WeightTiling(256, 6, 1, 0)  # than SMALL_M: their tiles take more of the SM's memory
 TALL_ROWS = 16384  # a weight of more rows is tall
 
 
