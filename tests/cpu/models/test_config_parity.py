@@ -102,6 +102,13 @@ def test_scalings_in_the_older_spelling(scaling: dict[str, Any], beside: str | N
     assert worst_difference(tmp_path) < TOLERANCE
 
 
+def test_yarn_stretches_the_context(tmp_path: Path) -> None:
+    """Beyond max_position_embeddings, which is what the model was trained on first."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    save(make("qwen3", max_position_embeddings=16, rope_parameters=yarn), tmp_path)
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "phi3"])
 @pytest.mark.parametrize("original", [True, False])
 @pytest.mark.parametrize("shard", ["60KB", "1GB"])

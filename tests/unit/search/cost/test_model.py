@@ -70,6 +70,14 @@ def test_table_2_attention() -> None:
     assert 80 * prefill.memory_bytes / 1e9 == pytest.approx(2.1, abs=0.1)
 
 
+def test_attention_in_a_window_is_that_of_a_shorter_context() -> None:
+    fields = {name: getattr(CONFIG_8B, name) for name in CONFIG_8B.__struct_fields__}
+    windowed = build(ModelConfig(**fields | {"sliding_window": 256})).layer
+    work = layer_work(windowed, Mix(704, 0, 1280, 0))["attention"]
+    assert work == layer_work(build(CONFIG_8B).layer, Mix(704, 0, 256, 0))["attention"]
+    assert layer_work(windowed, Mix(704, 0, 100, 0))["attention"].memory_bytes < work.memory_bytes
+
+
 def test_table_2_network() -> None:
     cost = CostModel(SIZE_70B, A100, 8)
     assert cost.network_s(2048) * 1e3 == pytest.approx(31.33, rel=0.001)
