@@ -122,6 +122,14 @@ def lazy(file: Any, header: TensorHeader) -> Any:
     return tensor if header.part is None else Part(tensor, header.shape[0], header.part)
 
 
+def whole(file: Any, header: TensorHeader) -> torch.Tensor:
+    """All of a tensor of an open file."""
+    if header.part is None:
+        tensor: torch.Tensor = file.get_tensor(header.name)
+        return tensor
+    return Part(file.get_slice(header.name), header.shape[0], header.part)[(slice(None),) * len(header.shape)]
+
+
 def open_file(path: Path) -> Any:
     """A safetensors file, mapped; to be used in a `with` statement.
 

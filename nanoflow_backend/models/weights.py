@@ -84,7 +84,7 @@ def _read(
     """Write one rank's part of a tensor to its place; no view of the file is kept."""
     parameter, out = place.parameter, place.of(weights[place.parameter.name])
     if parameter.scale is not None:
-        scales = read_scales(file.get_tensor(header.name), place.source, header.path, header.name)
+        scales = read_scales(checkpoint.whole(file, header), place.source, header.path, header.name)
         part = shard(scales, place.source, rank, tp)
         put(torch.maximum(out[0], part.to(out.device)) if parameter.scale is ScaleOf.INPUT else part, out)
     elif parameter.dtype == FP8 and header.dtype != "F8_E4M3":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models.loading import load_rank
+from support.places import ROOT
 from torch import Tensor
 
 from benchmarks.models.checkpoints import make, save
@@ -48,6 +50,35 @@ def test_phi_3_is_llama_with_fused_tensors(tp: int, tmp_path: Path) -> None:
         expected, found = load_rank(llama, rank, tp), load_rank(phi3, rank, tp)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("fixture", ["fbgemm_rows", "fp8_block", "fp8_tensor_static"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_scales_of_fused_weights_are_those_of_their_parts(fixture: str, tp: int, tmp_path: Path) -> None:
+    """A Llama in FP8, and the same tensors as Phi-3 has them: scales of rows, of blocks, and one of all."""
+    llama, phi3 = tmp_path / "llama", tmp_path / "phi3"
+    state = load_file(ROOT / "tests" / "support" / "models" / "fp8" / fixture / SINGLE)
+    made = dict(state)
+    for whole, parts in {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}.items():
+        module = whole.split(".")[0]
+        for name in [name for name in state if f"{module}.{parts[0]}_proj." in name]:
+            names = [name.replace(f".{parts[0]}_proj.", f".{part}_proj.") for part in parts]
+            if state[name].ndim == 0:  # of all parts
+                state |= {other: state[name].clone() for other in names}
+            tensors = [made.pop(other) for other in names]
+            made[name.replace(f"{module}.{parts[0]}_proj", whole)] = (
+                tensors[0] if tensors[0].ndim == 0 else torch.cat(tensors)
+            )
+    config = json.loads((ROOT / "tests" / "support" / "models" / "fp8" / fixture / "config.json").read_text())
+    for folder, tensors, hf_class in ((llama, state, "LlamaForCausalLM"), (phi3, made, "Phi3ForCausalLM")):
+        folder.mkdir()
+        save_file(tensors, folder / SINGLE)
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": [hf_class]}))
+    assert any("qkv_proj.weight_scale" in name for name in made)
+    for rank in range(tp):
+        expected, found = load_rank(llama, rank, tp), load_rank(phi3, rank, tp)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in expected.items())
 
 
 BROKEN: dict[str, tuple[str, Callable[[State], object], list[str]]] = {
