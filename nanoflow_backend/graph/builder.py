@@ -169,7 +169,7 @@ class GraphBuilder:
             self._value(f"{name}.experts", experts_per_token, "int32"),
             self._value(f"{name}.weights", experts_per_token, "float32"),
         )
-        attributes = {} if renormalise else {"renormalise": False}
+        attributes: dict[str, int] = {} if renormalise else {"renormalise": False}
         self._append(name, "route", Resource.MEMORY, (logits,), outputs, **attributes)
         return outputs
 
