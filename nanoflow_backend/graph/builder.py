@@ -169,8 +169,8 @@ class GraphBuilder:
             self._value(f"{name}.experts", experts_per_token, "int32"),
             self._value(f"{name}.weights", experts_per_token, "float32"),
         )
-        attributes: dict[str, int] = {} if renormalise else {"renormalise": False}
-        self._append(name, "route", Resource.MEMORY, (logits,), outputs, **attributes)
+        attributes = {} if renormalise else {"renormalise": False}
+        self._append(name, "route", Resource.MEMORY, (logits,), outputs, (), **attributes)
         return outputs
 
     def grouped_linear_swiglu(self, name: str, x: str, experts: str, weight: str) -> str:

@@ -52,15 +52,15 @@ def test_one_dtype_fills_all_roles(model: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"dtype": "float16"}, {"kv_cache_dtype": "bfloat16"}])
 def test_a_schedule_of_another_precision_is_refused(model: Path, fields: dict[str, str], tmp_path: Path) -> None:
-    graph = build(read_model_config(model)).layer
-    other = schedules.save(tmp_path / "plan.json", graph, sequential(graph, 64), precision=BFLOAT16)
+    built = build(read_model_config(model))
+    other = schedules.save(tmp_path / "plan.json", built, sequential(built.layer, 64), precision=BFLOAT16)
     with pytest.raises(ScheduleError, match=r"plan\.json: .*precision is bfloat16 in the file and .*float\d+.* here"):
         LLM.from_pretrained(model, schedule=other, kv_cache_tokens=512, **fields)
 
 
 def test_a_schedule_of_the_same_precision_is_taken(model: Path, tmp_path: Path) -> None:
-    graph = build(read_model_config(model)).layer
+    built = build(read_model_config(model))
     for precision in (FLOAT32, BFLOAT16):
-        path = schedules.save(tmp_path / "plan.json", graph, sequential(graph, 64), precision=precision)
+        path = schedules.save(tmp_path / "plan.json", built, sequential(built.layer, 64), precision=precision)
         llm = LLM.from_pretrained(model, schedule=path, kv_cache_tokens=512, dtype=str(precision))
         assert llm.engine.config.dense_batch_tokens == 64
