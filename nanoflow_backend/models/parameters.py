@@ -101,9 +101,7 @@ def find_stand_ins(headers: Mapping[str, TensorHeader], wanted: Mapping[str, Wan
     return stand_ins
 
 
-def by_loaders_names(
-    headers: Iterable[TensorHeader], quantization: Quantization | None
-) -> dict[str, TensorHeader]:
+def by_loaders_names(headers: Iterable[TensorHeader], quantization: Quantization | None) -> dict[str, TensorHeader]:
     """The tensors of a checkpoint by the names that the loader has for them.
 
     Raises:

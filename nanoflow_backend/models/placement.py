@@ -23,7 +23,7 @@ class Place(NamedTuple):
         """A view [n, run, columns ...] of these rows of the parameter's `tensor`: n times, run rows together."""
         matrix = tensor.view(-1, *tensor.shape[tensor.ndim - len(self.source.shape) + 1 :])
         turns, run = self.parameter.interleave, self.parameter.run
-        return matrix[self.rows].unflatten(0, (-1, turns, run))[:, self.turn]
+        return matrix[self.rows].view(-1, turns, run, *matrix.shape[1:])[:, self.turn]
 
 
 def find_places(parameters: Mapping[str, Parameter], tp: int) -> dict[str, list[Place]]:
@@ -57,12 +57,12 @@ def shards(tensor: Any, source: Source, rank: int, tp: int, most: int) -> Iterat
 
 def put(part: Tensor, out: Tensor) -> None:
     """Copy rows [r, columns ...] into the beginning of `out` [n, run, columns ...]; the rest of it stays as it is."""
-    run = out.shape[1]
+    run, columns = out.shape[1], part.shape[1:]
+    region = out[(slice(None), slice(None), *(slice(size) for size in columns))]
     whole = len(part) // run
-    columns = tuple(slice(size) for size in part.shape[1:])
-    out[(slice(whole), slice(None), *columns)] = part[: whole * run].unflatten(0, (whole, run))
+    region[:whole] = part[: whole * run].reshape(whole, run, *columns)
     if rest := len(part) - whole * run:
-        out[(whole, slice(rest), *columns)] = part[whole * run :]
+        region[whole, :rest] = part[whole * run :]
 
 
 def _cut(source: Source, rank: int, tp: int) -> tuple[slice, ...]:

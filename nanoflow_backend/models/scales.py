@@ -60,7 +60,7 @@ def read_scales(stored: Tensor, source: Source, path: Path, name: str) -> Tensor
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight [..., columns] in e4m3, its scale [...] in fp32): the largest value of each row becomes e4m3's largest."""
+    """(weight [..., columns] in e4m3, its scale [...] in fp32), with which a row's largest value is e4m3's largest."""
     values = weight.float()
     scale = values.abs().amax(-1).clamp(SMALLEST_AMAX) / E4M3_MAX
     return (values / scale[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
@@ -68,7 +68,8 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(weight [rows, columns] in e4m3, its scales [rows / BLOCK, columns / BLOCK] in fp32)."""
-    blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+    rows, columns = (size // BLOCK for size in weight.shape)
+    blocks = weight.view(rows, BLOCK, columns, BLOCK).transpose(1, 2)
     quantised, scale = quantise_rows(blocks.flatten(2))
     return quantised.view(blocks.shape).transpose(1, 2).reshape(weight.shape), scale
 

@@ -12,7 +12,7 @@ EVERYTHING = "re:"  # what every name begins with
 
 
 def names_and_patterns(listed: Iterable[str], origin: str) -> tuple[str, ...]:
-    """Of compressed-tensors: full names, and "re:" with a pattern for a name's start. Raises: ConfigError, no pattern."""
+    """Of compressed-tensors: full names, and "re:" with a pattern for a name's start. Raises: ConfigError."""
     return tuple(_checked(name, origin) for name in listed)
 
 
@@ -24,13 +24,11 @@ def prefixes_and_suffixes(listed: Iterable[str], origin: str) -> tuple[str, ...]
 
 def wildcards(listed: Iterable[str], origin: str) -> tuple[str, ...]:
     """Of ModelOpt: names of modules, whose parts are meant too, where * stands for anything. Raises: ConfigError."""
-    return tuple(
-        _checked(f"re:{fnmatch.translate(name)}|{fnmatch.translate(f'{name}.*')}", origin) for name in listed
-    )
+    return tuple(_checked(f"re:{fnmatch.translate(name)}|{fnmatch.translate(f'{name}.*')}", origin) for name in listed)
 
 
 def others_than(targets: Sequence[str], origin: str) -> tuple[str, ...]:
-    """What to exclude where only `targets` of compressed-tensors are quantised: names, patterns, or "Linear" for all."""
+    """What to exclude where compressed-tensors quantises `targets` only: names, patterns, or "Linear" for all."""
     if "Linear" in targets:
         return ()
     patterns = (t.removeprefix("re:") if t.startswith("re:") else f"{re.escape(t)}$" for t in targets)
