@@ -92,9 +92,10 @@ def test_an_error_of_ours_is_logged_without_its_words(module, served, monkeypatc
             ServerRequest(f'{{"x": "{"y" * 2**20}"}}', text_input=text("x")),
             "parameters: expected at most 1048576 bytes",
         ),
-        (ServerRequest(sampling_parameters=text(" " * 2**22 + "{}")), "sampling_parameters: expected at most 4194304"),
+        (ServerRequest(sampling_parameters=text(" " * 2**20 + "{}")), "sampling_parameters: expected at most 1048576"),
+        (ServerRequest(tools=text(" " * 2**22 + "[]"), messages=text("[]")), "tools: expected at most 4194304 bytes"),
         (
-            ServerRequest(sampling_parameters=text(" " * 2**21), stop=text(" " * 2**21), text_input=text("x")),
+            ServerRequest(tools=text(" " * 2**21), stop=text(" " * 2**21), text_input=text("x")),
             "texts: expected at most 4194304 bytes in a request, got 4194305",
         ),
     ],
