@@ -95,7 +95,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         outputs = _outputs(inputs, requested, tokenizer, is_batch)
         shown = [_shown_prompt(exclude, stream, text) for _, text in prompts]
         shown_bytes = sum(len(text.encode()) for text in shown)
-        limits.check_answer(params, [len(prompt) for prompt, _ in prompts], shown_bytes, stream)
+        limits.check_answer(params, [len(ids) for ids, _ in prompts], shown_bytes, len(outputs) if stream else 0)
         return [
             cls(
                 prompt=prompt,

@@ -22,7 +22,7 @@ MOST_IDS = 2**20  # of all prompts together
 MOST_PARAMETERS_BYTES = 2**20  # the request's own parameters, as JSON, and the input `sampling_parameters`
 LOGPROB_BYTES = 96  # of JSON for a token and its log-probability, beside the token's text
 ID_BYTES = 4
-RESPONSE_BYTES = 1024  # that the server keeps of a response, beside its outputs
+RESPONSE_BYTES, OUTPUT_BYTES = 640, 448  # what the server keeps of a response, and of each output beside its content
 ESCAPED = 6  # bytes of JSON for a character: "\u0041"
 QUICK_BYTES = 2**14  # texts of a request: tokenising runs at 1 to 3 MB/s, parsing of JSON at 2 MB/s at the worst
 
@@ -99,18 +99,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
                 f"{self.prompt_bytes} bytes, got {size}"
             )
 
-    def check_answer(self, params: SamplingParams, prompts: Sequence[int], shown_bytes: int, stream: bool) -> None:
+    def check_answer(self, params: SamplingParams, prompts: Sequence[int], shown_bytes: int, streamed: int) -> None:
         """Look at what an answer would take if every token of it were the longest.
 
         Args:
             prompts: the tokens of each prompt.
             shown_bytes: of the texts of all prompts, where they come before the answer's.
-            stream: the server keeps each response of a stream until its last one was read.
+            streamed: outputs of each response, where it is a stream: the server keeps them until they are read; else 0.
 
         Raises: InvalidRequest, with both sizes and the fields to lower.
         """
         scored_bytes = LOGPROB_BYTES + self.token_text_bytes  # a token in `logprobs` or `prompt_logprobs`
-        token_bytes = self.token_text_bytes + ID_BYTES + RESPONSE_BYTES * stream
+        token_bytes = self.token_text_bytes + ID_BYTES
+        if streamed:
+            token_bytes += RESPONSE_BYTES + OUTPUT_BYTES * streamed
         if params.logprobs is not None:
             token_bytes += (1 + params.logprobs) * scored_bytes
         prompt_token_bytes = 0 if params.prompt_logprobs is None else (1 + params.prompt_logprobs) * scored_bytes

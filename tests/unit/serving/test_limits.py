@@ -167,6 +167,8 @@ def test_an_answer_without_limit_ends_with_the_model(tokenizer):
     """None is no limit of its own; a stream also costs what the server keeps of each response."""
     endless = {"text_input": "a", "sampling_parameters": {"max_tokens": None}}
     whole, stream = estimate(tokenizer, **endless), estimate(tokenizer, **endless, stream=True)
+    with_reason = estimate(tokenizer, **endless, stream=True, return_finish_reason=True)
     tokens = LIMITS.max_model_tokens - len(tokenizer.encode("a"))
     assert whole == tokens * (tokenizer.longest_token_json_bytes + 4) + 1
-    assert stream == whole - 1 + tokens * 1024
+    assert stream == whole - 1 + tokens * (640 + 448)
+    assert with_reason == stream + tokens * 448
