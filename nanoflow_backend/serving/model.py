@@ -45,6 +45,7 @@ from nanoflow_backend.serving.response_channel import ServerChannel, has_respons
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
 from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete_config
+from nanoflow_backend.telemetry import vllm_families
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -79,6 +80,7 @@ class TritonPythonModel:
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
         folder = Path(args["model_repository"], args["model_version"])
         config = version_folder.load(folder, _engine_parameters(model_config))
+        reports_vllm_metrics = vllm_families.are_reported(model_config, folder)
         self._tokenizer = Tokenizer.find(config.model)
         if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
@@ -103,11 +105,16 @@ class TritonPythonModel:
         self._senders = Senders()
         self._long_prompts = PromptThreads()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
+        self._vllm_metrics: Ticker | None = None
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            # Equal labels are one metric on the server's page: instances would overwrite each other's values.
-            engine = args["model_instance_name"]
-            server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"], "engine": engine})
-            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
+            labels = {"model": args["model_name"], "version": args["model_version"]}
+            # Equal labels are one metric on the server's page: instances would overwrite each other's gauges.
+            own = _ServerMetrics({**labels, "engine": args["model_instance_name"]})
+            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(own.create, self._metrics).flush))
+            if reports_vllm_metrics:
+                page = Page(_ServerMetrics(labels).create, self._metrics, vllm_families.VLLM_FAMILIES)
+                self._vllm_metrics = Ticker("vLLM's metrics", FLUSH_PERIOD_S, page.flush)
+                self._tickers.append(self._vllm_metrics)
         log.info("%s", self._ready.description)
 
     def execute(self, requests: list[Any]) -> None:
@@ -183,6 +190,8 @@ class TritonPythonModel:
             self._metrics.refused(REFUSED[closed.code])
             channels[0].fail(closed)  # it is one failure, whoever tells of it first
             return
+        for call in calls:
+            self._metrics.queued(call.params.n)
         try:
             self._engine.submit(*requests)
         except Exception as error:
@@ -219,6 +228,8 @@ class TritonPythonModel:
 
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
+        if self._vllm_metrics and not stats.scheduler.running_requests:
+            self._vllm_metrics.wake()  # who looks after the last response finds it there
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._metrics.refused(refusal.reason)
