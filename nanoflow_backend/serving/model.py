@@ -229,7 +229,7 @@ class TritonPythonModel:
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
         if self._vllm_metrics and not stats.scheduler.running_requests:
-            self._vllm_metrics.wake()  # who looks after the last response finds it there
+            self._vllm_metrics.wake()  # scripts look right after their last response
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._metrics.refused(refusal.reason)

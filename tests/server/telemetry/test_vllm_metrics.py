@@ -2,57 +2,42 @@
 
 import re
 
-import pytest
-from support.places import DEMO_MODEL, DROP_IN_FOLDER
 from support.server.clients import grpc, metrics_page
 from support.waiting import until
 
-from benchmarks.server import add_model
 from nanoflow_backend.engine import SamplingParams
 
 PROMPTS = ["The dog is", "All that the license says of", "You may"]
 ROUNDS = 2  # the second finds the counts of the first
-REPORT = 'parameters { key: "REPORT_CUSTOM_METRICS" value { string_value: "True" } }\n'
 GREEDY = {"temperature": "0", "top_p": "1"}
 
 
-@pytest.fixture(scope="module")
-def served(server, tmp_path_factory):
-    repository = tmp_path_factory.mktemp("repository")
-    config = (DROP_IN_FOLDER / "config.pbtxt").read_text()
-    for name, more in (("reports", REPORT), ("silent", "")):
-        add_model(
-            repository, DEMO_MODEL, name=name, config=config.replace('name: "nanoflow"', f'name: "{name}"') + more
-        )
-    return server(repository, log=tmp_path_factory.mktemp("log") / "server.log")
-
-
-def shown(served):
+def shown(demo):
     """The last line of each name, with the labels of all of its lines: who reads so finds the whole of a histogram."""
     values, labels = {}, {}
-    for name, of_line, value in re.findall(r"^(vllm:\w+){(.*)} ([0-9.-]+)$", metrics_page(served.metrics_url), re.M):
+    for name, of_line, value in re.findall(r"^(vllm:\w+){(.*)} ([0-9.-]+)$", metrics_page(demo.metrics_url), re.M):
         values[name] = float(value)
         labels.setdefault(name, set()).update(re.findall(r'(\w+)="(?:.*?)"', of_line))
-        assert 'model="reports"' in of_line
+        assert 'model="reporting"' in of_line
     return values, labels
 
 
-def ask(served, **sampling):
+def ask(demo, **sampling):
     for prompt in PROMPTS:
-        (response,) = grpc(served.grpc_url, "reports", text_input=prompt, stream=False, parameters=sampling)
+        (response,) = grpc(demo.grpc_url, "reporting", text_input=prompt, stream=False, parameters=sampling)
         assert response["text_output"]
-        grpc(served.grpc_url, "silent", text_input=prompt, stream=False, parameters=sampling)
+        grpc(demo.grpc_url, "nanoflow", text_input=prompt, stream=False, parameters=sampling)
 
 
-def test_the_metrics_of_the_vllm_backend_are_counted_exactly(served, demo_llm):
+def test_the_metrics_of_the_vllm_backend_are_counted_exactly(demo, demo_llm):
     whole = demo_llm.generate(PROMPTS, SamplingParams(temperature=0.0))
     requests = len(PROMPTS) * ROUNDS
     prompt_tokens = ROUNDS * sum(completion.num_input_tokens for completion in whole)
     output_tokens = ROUNDS * sum(len(completion.token_ids) for completion in whole)
     for _ in range(ROUNDS):
-        ask(served, **GREEDY)
-    until(lambda: shown(served)[0]["vllm:request_generation_tokens_count"] == requests)
-    values, labels = shown(served)
+        ask(demo, **GREEDY)
+    until(lambda: shown(demo)[0]["vllm:request_generation_tokens_count"] == requests)
+    values, labels = shown(demo)
     assert values["vllm:prompt_tokens_total"] == prompt_tokens
     assert values["vllm:generation_tokens_total"] == output_tokens
     counts = {
@@ -71,6 +56,6 @@ def test_the_metrics_of_the_vllm_backend_are_counted_exactly(served, demo_llm):
     assert values["vllm:request_generation_tokens_sum"] == output_tokens
     assert labels["vllm:prompt_tokens_total"] == labels["vllm:request_params_n_sum"] == {"model", "version"}
 
-    ask(served, temperature="1", top_p="1", n="2")
-    until(lambda: shown(served)[0]["vllm:request_params_n_count"] == requests + len(PROMPTS))
-    assert shown(served)[0]["vllm:request_params_n_sum"] == requests + 2 * len(PROMPTS)
+    ask(demo, temperature="1", top_p="1", n="2")
+    until(lambda: shown(demo)[0]["vllm:request_params_n_count"] == requests + len(PROMPTS))
+    assert shown(demo)[0]["vllm:request_params_n_sum"] == requests + 2 * len(PROMPTS)
