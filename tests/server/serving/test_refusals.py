@@ -37,7 +37,7 @@ MALFORMED = {
     ),
     "an answer too large": (
         {**A, "n": 128, "max_tokens": 4000, "logprobs": 20},
-        r"answer: expected at most 268435456 bytes \(max_answer_bytes\), could be \d{10}: lower .*, logprobs \(20\)",
+        r"answer: expected at most 536870912 bytes \(max_answer_bytes\), could be \d{10}: lower .*, logprobs \(20\)",
     ),
     "prompt in a stream": (
         {**A, "stream": True, "exclude_input_in_output": False},

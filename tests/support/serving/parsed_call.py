@@ -15,7 +15,7 @@ LIMITS = Limits(
     cache_tokens=2**16,
     vocab_size=VOCAB_SIZE,
     token_text_bytes=40,
-    max_answer_bytes=2**28,
+    max_answer_bytes=2**29,
     max_queue_size=4096,
     max_queue_us=0,
 )
