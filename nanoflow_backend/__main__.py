@@ -24,6 +24,13 @@ Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/c
 Result = Annotated[Path | None, typer.Option(help="Where the whole result goes, as JSON; shown is a part of it.")]
 InputTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=1)]
+Requests = Annotated[int, typer.Option(min=1, help="How many; of a trace, drawn from all of it.")]
+LengthsOfTrace = Annotated[
+    Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
+]
+LengthsOfDataset = Annotated[
+    Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
+]
 HttpPort = Annotated[int, typer.Option(help="0: any free port.")]
 GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
 MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
@@ -121,19 +128,52 @@ def batch(
     raise typer.Exit(batch(model, input, output, settings or []))
 
 
+@app.command()
+def trace(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Where the trace goes: JSON for ui.perfetto.dev or chrome://tracing.")],
+    steps: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    input_tokens: InputTokens = 128,
+    output_tokens: OutputTokens = 128,
+    requests: Requests = 64,
+    trace: LengthsOfTrace = None,
+    dataset: LengthsOfDataset = None,
+    begin: Annotated[
+        Literal["start", "decodes"], typer.Option(help="With the first step, or with the first of decodes alone.")
+    ] = "start",
+    skip_steps: Annotated[int, typer.Option(min=0, help="Then so many are left out.")] = 0,
+    settings: Settings = None,
+) -> None:
+    """A few steps of a workload whose requests all come at once, launch by launch: lanes, waits, and the host's work.
+
+    The steps before them, as many, are timed untraced, to say what tracing costs.
+    """
+    from nanoflow_backend.bench.step_trace.command import bench_trace
+
+    bench_trace(
+        model,
+        output,
+        steps=steps,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        requests=requests,
+        trace=trace,
+        dataset=dataset,
+        begin=begin,
+        skip_steps=skip_steps,
+        settings=settings or [],
+    )
+
+
 @bench.command()
 def offline(
     model: Model,
     output: Result = None,
     input_tokens: InputTokens = 128,
     output_tokens: OutputTokens = 128,
-    requests: Annotated[int, typer.Option(min=1, help="How many; of a trace, drawn from all of it.")] = 64,
-    trace: Annotated[
-        Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
-    ] = None,
-    dataset: Annotated[
-        Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
-    ] = None,
+    requests: Requests = 64,
+    trace: LengthsOfTrace = None,
+    dataset: LengthsOfDataset = None,
     breakdown: Annotated[bool, typer.Option(help="Profile a few steps: the time of each operation. On a GPU.")] = False,
     breakdown_only: Annotated[
         bool, typer.Option(help="The same from a minute of the workload, without the whole run.")

@@ -72,8 +72,7 @@ def bench_offline(
     """
     if output:
         check_output(output)
-    if trace and dataset:
-        raise ConfigError("--dataset: expected none beside --trace")
+    workload.check_source(trace, dataset)
     if breakdown and breakdown_only:
         raise ConfigError("--breakdown: expected none beside --breakdown-only")
     engine = make_engine(model, settings, max_queue_size=str(requests))
@@ -83,12 +82,7 @@ def bench_offline(
     meter = find_gpu_meter()
     if breakdown_only and meter is None:
         raise ConfigError(f"{option}: expected nvidia-ml-py, which measures the GPU")
-    if trace:
-        work = workload.of_trace(trace, requests, engine.max_model_tokens)
-    elif dataset:
-        work = workload.drawn(dataset, requests, engine.max_model_tokens)
-    else:
-        work = workload.constant(input_tokens, output_tokens, requests)
+    work = workload.choose(input_tokens, output_tokens, requests, trace, dataset, engine.max_model_tokens)
     queue_all(engine, work)
     facts = {"workload": work.name, **work.facts, **result.engine_facts(engine)}
     if breakdown_only and meter is not None:

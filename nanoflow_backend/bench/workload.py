@@ -89,6 +89,32 @@ def drawn(dataset: Dataset, requests: int, max_model_tokens: int) -> Workload:
     return Workload(dataset, tuple(lengths), facts)
 
 
+def check_source(trace: Path | None, dataset: Dataset | None) -> None:
+    """Raises: ConfigError, both a trace and a dataset are to say the lengths."""
+    if trace and dataset:
+        raise ConfigError("--dataset: expected none beside --trace")
+
+
+def choose(
+    input_tokens: int,
+    output_tokens: int,
+    requests: int,
+    trace: Path | None,
+    dataset: Dataset | None,
+    max_model_tokens: int,
+) -> Workload:
+    """`requests` requests with the lengths of a trace or of a dataset; constant ones, where neither is given.
+
+    Raises:
+        ConfigError: as `of_trace`.
+    """
+    if trace:
+        return of_trace(trace, requests, max_model_tokens)
+    if dataset:
+        return drawn(dataset, requests, max_model_tokens)
+    return constant(input_tokens, output_tokens, requests)
+
+
 def _log_moments(mean: float, deviation: float) -> tuple[float, float]:
     """Mean and deviation of the logarithm of what has this mean and deviation and is log-normal."""
     variance = log1p((deviation / mean) ** 2)

@@ -63,6 +63,11 @@ class Worker:
         self._scorer = PromptScorer(vocab_size, kernels, self._torch_device, config.max_running)
         self.program, self._page_table, self.num_pages = builder.build()
 
+    def warm_up(self) -> None:
+        """Compile and capture again what batches will run, as at the start, when the program is to be watched. No
+        request may have pages: they are overwritten."""
+        self.program.warm_up(self._page_table)
+
     def launch_forward(self, batch: Batch) -> InFlightStep:
         """Embedding and layers on all T tokens.
 

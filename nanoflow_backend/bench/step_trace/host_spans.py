@@ -1,0 +1,46 @@
+"""HostSpans holds what a thread did and when, by the methods that it called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+
+class HostSpan(NamedTuple):
+    """Work of one thread; times of time.perf_counter(). A span lies within another, or overlaps none."""
+
+    name: str
+    start_s: float
+    end_s: float
+    depth: int  # 0: within no other
+
+
+class HostSpans:
+    """Spans in order of their ends."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.spans: list[HostSpan] = []
+        self._clock = clock
+        self._depth = 0
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """What is done within is a span of this name, also when it fails."""
+        depth, start_s = self._depth, self._clock()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth = depth
+            self.spans.append(HostSpan(name, start_s, self._clock(), depth))
+
+    def named(self, name: str) -> Callable[..., Any]:
+        """Each call becomes a span; for `replaced`."""
+
+        def spanned(call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+            with self.span(name):
+                return call(*args, **keywords)
+
+        return spanned
