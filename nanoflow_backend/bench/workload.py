@@ -41,9 +41,9 @@ class Workload:
         return random_prompts((length for length, _ in self.lengths), vocab_size)
 
 
-def random_prompts(lengths: Iterable[int], vocab_size: int) -> Iterator[list[int]]:
+def random_prompts(lengths: Iterable[int], vocab_size: int, seed: int | str = SEED) -> Iterator[list[int]]:
     """Random ids, the same for every engine; no two prompts share a prefix worth caching."""
-    draw, ids = random.Random(SEED), range(vocab_size)
+    draw, ids = random.Random(seed), range(vocab_size)
     for length in lengths:
         yield draw.choices(ids, k=length)
 
