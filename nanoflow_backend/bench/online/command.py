@@ -171,8 +171,14 @@ def _show_rates(rates: Sequence[Mapping[str, Any]]) -> None:
     for label, field, part in SHOWN:
         values = [rate.get(field, {}).get(part) if part else rate.get(field) for rate in rates]
         if any(value is not None for value in values):
-            table.add_row(label, *("-" if value is None else f"{value:,.1f}" for value in values))
+            table.add_row(label, *map(_cell, values))
     Console(highlight=False).print(table)
     for rate in rates:
         for why, count in rate["failed"].items():
             print(f"{count} requests failed at {rate['rate']:g} a second: {why}")
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"

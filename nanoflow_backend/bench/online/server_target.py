@@ -46,6 +46,8 @@ class ServerTarget:
         unlimited = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(url, options=unlimited))
         self._running: set[int] = set()
+        self._requests: queue.SimpleQueue[ModelInferRequest | None] = queue.SimpleQueue()  # None: no more
+        self._came: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()  # answers with their times, or the end
         self._reader: threading.Thread | None = None
 
     def send(self, request: int, prompt: list[int], output_tokens: int) -> None:
@@ -64,34 +66,34 @@ class ServerTarget:
         """Raises: ConfigError, the server ended the stream, or has had no news for PATIENCE_S."""
         patience_s = time.perf_counter() + PATIENCE_S
         try:
-            wait_s = min(until_s, patience_s) - time.perf_counter()
-            found = [self._came.get(timeout=max(wait_s, 0.0))] if self._reader else []
+            found = [self._came.get(timeout=max(min(until_s, patience_s) - time.perf_counter(), 0.0))]
         except queue.Empty:
             if until_s > patience_s and self._running:
-                raise ConfigError(
-                    f"--url {self._url}: no news of {len(self._running)} requests for {PATIENCE_S} s"
-                ) from None
+                why = f"no news of {len(self._running)} requests for {PATIENCE_S:g} s"
+                raise ConfigError(f"--url {self._url}: {why}") from None
             return []
-        if not self._reader:
-            time.sleep(max(until_s - time.perf_counter(), 0.0))
         while not self._came.empty():
             found.append(self._came.get())
         return [news for time_s, answer in found if (news := self._news(time_s, answer))]
 
     def stop(self) -> None:
-        """Tell the server to end what is left, and read the stream to its end: so a client should leave."""
+        """Tell the server to end what is left, and read the stream to its end: so a client should leave.
+
+        Raises: ConfigError, the stream does not end.
+        """
         if self._reader is None:
             return
         for request in self._running:
             self._requests.put(self._message(request, [("cancel", "BOOL", 1, b"\1")]))
         self._requests.put(None)
-        self._reader.join()
+        self._reader.join(PATIENCE_S)
+        if self._reader.is_alive():
+            raise ConfigError(f"--url {self._url}: the stream does not end, {PATIENCE_S:g} s after its last request")
         self._reader = None
         self._running.clear()
 
     def _open(self) -> None:
-        self._requests: queue.SimpleQueue[ModelInferRequest | None] = queue.SimpleQueue()
-        self._came: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
+        self._requests, self._came = queue.SimpleQueue(), queue.SimpleQueue()
         self._run = uuid.uuid4().hex  # ids are the server's, not ours alone
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
