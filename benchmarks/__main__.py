@@ -38,6 +38,7 @@ ROOMS = {
     ),
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
+        Command("vllm-online", "peers.vllm_online", "The open loop of arrivals on vLLM (GPU)."),
         Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
     ),
     "stress": (

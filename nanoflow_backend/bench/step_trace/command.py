@@ -95,7 +95,8 @@ def launch_times(engine: Engine, executor: LocalExecutor) -> LaunchTimes:
                 "--set cuda_graphs=false"
             )
         executor.worker.program.watch(times)
-        for times.lap in range(LAPS):
+        for lap in range(LAPS):
+            times.lap = lap
             executor.worker.warm_up()
         executor.worker.program.watch(None)
     return times
