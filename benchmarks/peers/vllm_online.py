@@ -22,7 +22,7 @@ from benchmarks.peers.vllm import ENVIRONMENT, MAX_MODEL_TOKENS, draw_weights
 from nanoflow_backend.bench import result
 from nanoflow_backend.bench.online.arrivals import Kind, Load
 from nanoflow_backend.bench.online.latency import Limits
-from nanoflow_backend.bench.online.open_loop import News, measure_rates
+from nanoflow_backend.bench.online.open_loop import News, measure_rates, what_came
 from nanoflow_backend.bench.workload import Dataset
 from nanoflow_backend.models.hugging_face import read_model_config
 
@@ -67,7 +67,7 @@ def main(
     target = VllmTarget({"model": str(model), **settings})
     deviations = target.draw_weights()
     vocab_size = read_model_config(model).vocab_size
-    measured = measure_rates(target, load, limits, vocab_size=vocab_size, max_model_tokens=MAX_MODEL_TOKENS, told=print)
+    measured = measure_rates(target, load, limits, vocab_size=vocab_size, max_model_tokens=MAX_MODEL_TOKENS, tell=print)
     target.close()
     result.write(
         {
@@ -125,14 +125,7 @@ class VllmTarget:
         self._loop.call_soon_threadsafe(self._begin, request, prompt, output_tokens)
 
     def receive(self, until_s: float) -> list[News]:
-        wait_s = None if until_s == float("inf") else max(until_s - time.perf_counter(), 0.0)
-        try:
-            found = [self._came.get(timeout=wait_s)]
-        except queue.Empty:
-            return []
-        while not self._came.empty():
-            found.append(self._came.get())
-        return found
+        return what_came(self._came, None if until_s == float("inf") else until_s - time.perf_counter())
 
     def stop(self) -> None:
         self._wait(self._cancel_all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def bench_open_loop(
         target = ServerTarget(url, served_model or "nanoflow")
         facts = {"model": model.name, "engine": "nanoflow behind tritonserver", "schedule": "of the server"}
         measured = measure_rates(
-            target, load, limits, vocab_size=shape.vocab_size, max_model_tokens=shape.max_model_tokens
+            target, load, limits, vocab_size=shape.vocab_size, max_model_tokens=shape.max_model_tokens, tell=_tell
         )
     else:
         engine = make_engine(model, settings, max_queue_size=str(UNLIMITED))
@@ -147,11 +148,16 @@ def bench_open_loop(
             limits,
             vocab_size=engine.model_config.vocab_size,
             max_model_tokens=engine.max_model_tokens,
+            tell=_tell,
         )
         engine.close()
     _show_rates(measured["rates"])
     if output:
         result.write({**facts, **measured}, output)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _show_levels(levels: Sequence[Mapping[str, Any]]) -> None:

@@ -32,6 +32,8 @@ class EngineTarget:
     def receive(self, until_s: float) -> list[News]:
         refused, self._refused = self._refused, []
         if not self._engine.has_work:
+            if not refused and until_s == float("inf"):
+                raise RuntimeError("some requests have not ended, and the engine has no work")
             if not refused:
                 self._sleep(max(until_s - self._clock(), 0.0))
             return refused

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from nanoflow_backend.bench.online.arrivals import Arrivals, Load
 from nanoflow_backend.bench.online.latency import Limits, Timed, open_loop_summary
 
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 
 class News(NamedTuple):
@@ -37,6 +39,17 @@ class Target(Protocol):
     def stop(self) -> None:
         """End all requests; those of the next run may have the same numbers."""
         ...
+
+
+def what_came(queue: SimpleQueue[T], wait_s: float | None) -> list[T]:
+    """All that is in a queue; waits for something, at most `wait_s` (None: as long as it takes)."""
+    try:
+        found = [queue.get(timeout=None if wait_s is None else max(wait_s, 0.0))]
+    except Empty:
+        return []
+    while not queue.empty():
+        found.append(queue.get())
+    return found
 
 
 def run_open_loop(
@@ -75,9 +88,9 @@ def measure_rates(
     vocab_size: int,
     max_model_tokens: int,
     clock: Clock = time.perf_counter,
-    told: Callable[[dict[str, Any]], object] = lambda _: None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """For a result: each rate of a load, one after the other; `told` gets each as it is done.
+    """For a result: each rate of a load, one after the other; `tell` gets a line for people of each that is done.
 
     `driver_cpu_cores` is what this process used: of an engine in it, the engine too. A driver near one core is late
     with what it reads.
@@ -97,6 +110,7 @@ def measure_rates(
         window_s = begin_s, begin_s + load.duration_s
         found = open_loop_summary(requests, arrivals.measured, window_s, limits)
         rates.append({"rate": round(arrivals.rate, 4), **arrivals.facts, **found, "driver_cpu_cores": round(cores, 2)})
-        told(rates[-1])
+        normalized = found["normalized_latency_ms"].get("mean", "-")
+        tell(f"{arrivals.rate:g} requests/s: {found['requests']} measured, normalized latency {normalized} ms")
     slo = {name: ms for name, ms in vars(limits).items() if ms is not None}
     return {**load.facts(), **({"slo": slo} if slo else {}), "rates": rates}

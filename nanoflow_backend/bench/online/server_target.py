@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanoflow_backend.bench.online.open_loop import News
+from nanoflow_backend.bench.online.open_loop import News, what_came
 from nanoflow_backend.config.error import ConfigError
 
 if TYPE_CHECKING:
@@ -64,16 +64,10 @@ class ServerTarget:
 
     def receive(self, until_s: float) -> list[News]:
         """Raises: ConfigError, the server ended the stream, or has had no news for PATIENCE_S."""
-        patience_s = time.perf_counter() + PATIENCE_S
-        try:
-            found = [self._came.get(timeout=max(min(until_s, patience_s) - time.perf_counter(), 0.0))]
-        except queue.Empty:
-            if until_s > patience_s and self._running:
-                why = f"no news of {len(self._running)} requests for {PATIENCE_S:g} s"
-                raise ConfigError(f"--url {self._url}: {why}") from None
-            return []
-        while not self._came.empty():
-            found.append(self._came.get())
+        wait_s = until_s - time.perf_counter()
+        found = what_came(self._came, min(wait_s, PATIENCE_S))
+        if not found and self._running and wait_s > PATIENCE_S:
+            raise ConfigError(f"--url {self._url}: no news of {len(self._running)} requests for {PATIENCE_S:g} s")
         return [news for time_s, answer in found if (news := self._news(time_s, answer))]
 
     def stop(self) -> None:
@@ -91,9 +85,10 @@ class ServerTarget:
             raise ConfigError(f"--url {self._url}: the stream does not end, {PATIENCE_S:g} s after its last request")
         self._reader = None
         self._running.clear()
+        self._came = queue.SimpleQueue()  # what is in the old one is no news of the next run
 
     def _open(self) -> None:
-        self._requests, self._came = queue.SimpleQueue(), queue.SimpleQueue()
+        self._requests = queue.SimpleQueue()
         self._run = uuid.uuid4().hex  # ids are the server's, not ours alone
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,3 +44,11 @@ class HostSpans:
                 return call(*args, **keywords)
 
         return spanned
+
+
+def own_s(spans: Iterable[HostSpan]) -> Iterator[tuple[str, float]]:
+    """(name, seconds) of each span without the spans within it, for spans in order of their ends."""
+    within: dict[int, float] = {}  # seconds of the spans of a depth, since one that holds them
+    for name, start_s, end_s, depth in spans:
+        yield name, end_s - start_s - within.pop(depth + 1, 0.0)
+        within[depth] = within.get(depth, 0.0) + end_s - start_s

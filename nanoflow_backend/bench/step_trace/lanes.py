@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoflow_backend.bench.step_trace.traced_steps import TracedStep
@@ -73,11 +73,3 @@ def lane_launches(step: TracedStep, num_layers: int) -> list[LaneLaunch]:
 def lanes(steps: Sequence[TracedStep]) -> list[str]:
     """Of all plans of these steps, in the order of their first launches."""
     return list(dict.fromkeys(lane for step in steps for lane in step.plan.bound.schedule.lanes))
-
-
-def host_own_s(step_spans: Sequence[tuple[str, float, float, int]]) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of each span, without the spans within it. They come in order of their ends."""
-    within: dict[int, float] = {}  # seconds of the spans of a depth, since one that holds them
-    for name, start_s, end_s, depth in step_spans:
-        yield name, end_s - start_s - within.pop(depth + 1, 0.0)
-        within[depth] = within.get(depth, 0.0) + end_s - start_s

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
-from nanoflow_backend.bench.step_trace.lanes import LaneLaunch, host_own_s, lane_launches, lanes
+from nanoflow_backend.bench.step_trace.host_spans import own_s
+from nanoflow_backend.bench.step_trace.lanes import LaneLaunch, lane_launches, lanes
 from nanoflow_backend.bench.step_trace.traced_steps import Traced, TracedStep
 
 HOST, DEVICE = 1, 2  # ids of processes in the file
@@ -63,8 +64,8 @@ def summary(traced: Traced, num_layers: int) -> dict[str, Any]:
             busy[lane] += took_s
             waits[lane] += launch.wait_s
         operations["tail"] += step.tail_s[1] - step.tail_s[0]
-    for name, own_s in host_own_s(traced.host):
-        host[name] += own_s
+    for name, seconds in own_s(traced.host):
+        host[name] += seconds
     steps = len(traced.steps)
     return {
         "step_ms": round(1e3 * traced.wall_s / steps, 4),

@@ -77,6 +77,7 @@ def test_what_still_runs_is_ended_and_the_next_run_begins_anew(url):
     begin_s = time.perf_counter()
     target.stop()
     assert time.perf_counter() - begin_s < 20, "nobody waits for 1,500 tokens"
+    assert target.receive(time.perf_counter() + 0.1) == [], "the ends of these are no news of the next run"
     target.send(0, [9] * 8, 4)
     assert sum(news.tokens for news in news_of(target, 1)) == 4
     target.stop()

@@ -76,10 +76,11 @@ def test_gains_are_told_with_the_whole_run_that_lost(tmp_path, monkeypatch):
 def test_a_row_of_an_open_loop_has_each_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     times = {"mean": 12.0, "p50": 11.0, "p90": 13.0, "p99": 14.04}
-    fields = {name: times for name in ("first_token_ms", "between_tokens_ms", "normalized_latency_ms")}
+    fields = dict.fromkeys(("first_token_ms", "between_tokens_ms", "normalized_latency_ms"), times)
+    none = {"first_token_ms": {}, "between_tokens_ms": {}, "normalized_latency_ms": {}}
     rates = [
         {"rate": 8.0, **fields, "goodput_per_s": 7.5},
-        {"rate": 16.5, **dict.fromkeys(fields, {}), "goodput_per_s": 0.0},
+        {"rate": 16.5, **none, "goodput_per_s": 0.0},
     ]
     about = {"engine": "vllm", "arrivals": "Poisson, seed 0", "model": "m", "workload": "9/9", "gpu": "a GPU"}
     (tmp_path / "open_loop_vllm.json").write_text(json.dumps({**about, "slo": {"first_token_ms": 1.0}, "rates": rates}))
