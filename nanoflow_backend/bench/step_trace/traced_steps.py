@@ -69,7 +69,8 @@ def trace_steps(
                 deltas = engine.step()
                 with host.span("detokenise"):
                     take(deltas)
-            device.read_all_but(engine.in_flight is not None)
+            with host.span("read the trace"):  # a part of what tracing costs: some microseconds an event
+                device.read_all_but(engine.in_flight is not None)
 
         start_s = time.perf_counter()
         run_steps(engine, steps, step)
