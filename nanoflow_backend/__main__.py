@@ -149,20 +149,10 @@ def trace(
     The steps before them, as many, are timed untraced, to say what tracing costs.
     """
     from nanoflow_backend.bench.step_trace.command import bench_trace
+    from nanoflow_backend.bench.workload import asked_for
 
-    bench_trace(
-        model,
-        output,
-        steps=steps,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        requests=requests,
-        trace=trace,
-        dataset=dataset,
-        begin=begin,
-        skip_steps=skip_steps,
-        settings=settings or [],
-    )
+    (spec,) = asked_for([], trace, dataset, (input_tokens, output_tokens), requests)
+    bench_trace(model, output, spec=spec, steps=steps, begin=begin, skip_steps=skip_steps, settings=settings or [])
 
 
 @bench.command()
@@ -174,6 +164,13 @@ def offline(
     requests: Requests = 64,
     trace: LengthsOfTrace = None,
     dataset: LengthsOfDataset = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LENGTHS:REQUESTS instead, such as 1024/512:1500, trace.csv:1800 or lmsys-like:500. Repeatable: one "
+            "after the other on one engine."
+        ),
+    ] = None,
     breakdown: Annotated[bool, typer.Option(help="Profile a few steps: the time of each operation. On a GPU.")] = False,
     breakdown_only: Annotated[
         bool, typer.Option(help="The same from a minute of the workload, without the whole run.")
@@ -182,15 +179,12 @@ def offline(
 ) -> None:
     """Throughput with all requests queued at once: constant lengths, those of a trace, or drawn ones."""
     from nanoflow_backend.bench.offline import bench_offline
+    from nanoflow_backend.bench.workload import asked_for
 
     bench_offline(
         model,
         output,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        requests=requests,
-        trace=trace,
-        dataset=dataset,
+        workloads=asked_for(workload or [], trace, dataset, (input_tokens, output_tokens), requests),
         breakdown=breakdown,
         breakdown_only=breakdown_only,
         settings=settings or [],

@@ -23,8 +23,9 @@ from nanoflow_backend.bench import result
 from nanoflow_backend.bench.online.arrivals import Kind, Load
 from nanoflow_backend.bench.online.latency import Limits
 from nanoflow_backend.bench.online.open_loop import News, measure_rates, what_came
-from nanoflow_backend.bench.workload import Dataset
+from nanoflow_backend.bench.workload import Dataset, asked_for
 from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.offline.output import check_output
 
 T = TypeVar("T")
 
@@ -43,21 +44,27 @@ def main(
     ttft_limit: Annotated[float | None, typer.Option(help="Goodput: ms to a request's first token.")] = None,
     itl_limit: Annotated[float | None, typer.Option(help="Goodput: ms between its tokens, the mean.")] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    quantization: Annotated[str | None, typer.Option(help="As vLLM names it: fp8.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM names it: auto, fp8.")] = "auto",
     max_num_batched_tokens: int = 8192,
     max_num_seqs: int = 1024,
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.94,
 ) -> None:
     """The open loop of `nanoflow bench online` on vLLM: its arrivals, prompts and distribution of weights."""
-    load = Load(
-        tuple(rate or ()), warm_up, duration, input_tokens, output_tokens, trace, dataset, arrivals, seed
-    )  # fmt: skip
+    (spec,) = asked_for([], trace, dataset, (input_tokens, output_tokens), 1)
+    load = Load(tuple(rate or ()), warm_up, duration, spec.source, arrivals, seed)
     load.check()
-    limits = Limits(ttft_limit, itl_limit)
+    limits, shape = Limits(ttft_limit, itl_limit), read_model_config(model)
+    max_model_tokens = min(MAX_MODEL_TOKENS, shape.max_model_tokens)
+    if output:
+        check_output(output)
     settings = {
         "load_format": "dummy",
         "dtype": "bfloat16",
-        "max_model_len": MAX_MODEL_TOKENS,
+        "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
+        "max_model_len": max_model_tokens,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
@@ -66,14 +73,17 @@ def main(
     }
     target = VllmTarget({"model": str(model), **settings})
     deviations = target.draw_weights()
-    vocab_size = read_model_config(model).vocab_size
-    measured = measure_rates(target, load, limits, vocab_size=vocab_size, max_model_tokens=MAX_MODEL_TOKENS, tell=print)
+    measured = measure_rates(
+        target, load, limits, vocab_size=shape.vocab_size, max_model_tokens=max_model_tokens, tell=print
+    )
     target.close()
     result.write(
         {
             "model": model.name,
             "engine": "vllm",
             "schedule": "vllm",
+            "quantization": quantization,
+            "kv_cache_dtype": kv_cache_dtype,
             "settings": settings,
             "weights": {"drawn": "N(0, 0.02), norms 1", "deviation_of_each_rank": deviations},
             **measured,

@@ -76,6 +76,7 @@ def _offline() -> Iterator[ResultRow]:
             f"{rates(vllm)}; NanoFlow, on the same card: {rates(ours)} ({ratio:.2f}x)",
             vllm["gpu"],
         )
+    yield from _beside_vllm()
     for turns in load_all("two_builds"):
         new, old = turns["builds"]["A"], turns["builds"]["B"]
         yield ResultRow(
@@ -83,6 +84,20 @@ def _offline() -> Iterator[ResultRow]:
             f"{turns['A_over_B']:.3f}x",
             turns["gpu"],
         )
+
+
+def _beside_vllm() -> Iterator[ResultRow]:
+    """Results of `beside-vllm`, which have both engines and several workloads."""
+    for run in load_all("beside_vllm"):
+        ours, vllm = run["nanoflow"], run["vllm"][0]["versions"]["vllm"]
+        precision = ", weights in FP8" if ours["quantization"] else ""
+        precision += ", KV cache in FP8" if ours["kv_cache_dtype"] == "fp8_e4m3" else ""
+        for row in run["rows"]:
+            yield ResultRow(
+                f"vLLM {vllm}{precision}, {row['requests']:,} requests of {row['workload']}, {run['model']}: whole run",
+                f"{rates(row['vllm'])}; NanoFlow, on the same card: {rates(row['nanoflow'])} ({row['ratio']:.2f}x)",
+                run["gpu"],
+            )
 
 
 def _overlap() -> Iterator[ResultRow]:

@@ -59,3 +59,15 @@ def check_shape(kernel: str, name: str, tensor: Tensor, *shape: int) -> None:
     """
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{kernel}: {name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_pages(kernel: str, pages: Tensor, dtype: torch.dtype, kv_scales: Tensor | None) -> None:
+    """Check that pages are of `dtype`, or of e4m3 with kv_scales [2] fp32.
+
+    Raises:
+        ValueError: names the operand that is not so.
+    """
+    check_dtype(kernel, dtype if kv_scales is None else torch.float8_e4m3fn, pages=pages)
+    if kv_scales is not None:
+        check_dtype(kernel, torch.float32, kv_scales=kv_scales)
+        check_shape(kernel, "kv_scales", kv_scales, 2)

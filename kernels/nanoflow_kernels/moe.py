@@ -1,4 +1,4 @@
-"""These kernels compute a mixture of experts: the router's choice, and products with rows grouped by expert.
+"""Products of a mixture of experts, with rows grouped by expert; also of FP8 (e4m3) operands.
 
 Shape legend: T tokens, E experts, k chosen experts a token, C = T k choices.
 """
@@ -12,70 +12,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
+from nanoflow_kernels.gemm.persistent import Scales
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.swiglu import swiglu
 
-ROUTE_ROWS = 16  # that a program routes at once
 LISTED_CHOICES = 1024  # that a program looks at at once
 SUMMED_COLUMNS = 1024  # that a program sums at once
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, GROUPED_STAGES = 128, 256, 64, 3  # of the grouped product
-
-
-@triton.jit
-def _route(
-    logits_ptr, experts_ptr, weights_ptr, T, E, logits_stride, experts_stride, weights_stride,
-    CHOSEN: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """experts[t] = the CHOSEN largest of p = softmax(logits[t]), best first; weights[t] = p[experts[t]] / their sum.
-
-    Reference: Jiang et al., "Mixtral of Experts", 2024 (the same as softmax over the chosen logits).
-    """
-    expert = tl.arange(0, BLOCK)
-    rank = tl.arange(0, RANKS)[None, :]
-    for begin in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        row = begin + tl.arange(0, ROWS).to(tl.int64)
-        inside = row < T
-        x = tl.load(
-            logits_ptr + row[:, None] * logits_stride + expert[None, :],
-            mask=inside[:, None] & (expert < E)[None, :], other=-float("inf"),
-        ).to(tl.float32)  # fmt: skip
-        p = tl.exp(x - tl.max(x, 1)[:, None])
-        p = p / tl.sum(p, 1)[:, None]
-        rest = tl.where((expert < E)[None, :], p, -1.0)
-        ids, best = tl.zeros([ROWS, RANKS], tl.int32), tl.zeros([ROWS, RANKS], tl.float32)
-        for choice in tl.static_range(CHOSEN):
-            chosen = tl.argmax(rest, 1)
-            ids = tl.where(rank == choice, chosen[:, None].to(tl.int32), ids)
-            best = tl.where(rank == choice, tl.max(rest, 1)[:, None], best)
-            rest = tl.where(expert[None, :] == chosen[:, None], -1.0, rest)
-        is_wanted = inside[:, None] & (rank < CHOSEN)
-        tl.store(experts_ptr + row[:, None] * experts_stride + rank, ids, mask=is_wanted)
-        tl.store(weights_ptr + row[:, None] * weights_stride + rank, best / tl.sum(best, 1)[:, None], mask=is_wanted)
-
-
-def route(logits: Tensor, *, out: tuple[Tensor, Tensor], num_sms: int | None = None) -> None:
-    """Choose the k experts with the largest softmax over all of them, best first (the lower id where equal), and their
-    weights, which sum to 1.
-
-    logits [T, E] of any floating dtype -> experts [T, k] int32, weights [T, k] fp32; 1 <= k <= E.
-
-    Raises:
-        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
-    """
-    experts, weights = out
-    tokens, count = logits.shape
-    check_rows("route", logits=logits, experts=experts, weights=weights)
-    check_dtype("route", torch.int32, experts=experts)
-    check_dtype("route", torch.float32, weights=weights)
-    check_shape("route", "weights", weights, *experts.shape)
-    if not 1 <= experts.shape[1] <= count:
-        raise ValueError(f"route: experts: expected 1 to {count} columns, got {experts.shape[1]}")
-    if tokens == 0:
-        return
-    _route[(programs(triton.cdiv(tokens, ROUTE_ROWS), num_sms, logits.device, per_sm=8),)](
-        logits, experts, weights, tokens, count, logits.stride(0), experts.stride(0), weights.stride(0),
-        experts.shape[1], triton.next_power_of_2(experts.shape[1]), ROUTE_ROWS, triton.next_power_of_2(count),
-    )  # fmt: skip
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH_BYTES, GROUPED_STAGES = 128, 256, 128, 3  # of the grouped product
 
 
 @triton.jit
@@ -95,8 +38,8 @@ def _list_choices(experts_ptr, members_ptr, counts_ptr, C, experts_stride, CHOSE
 
 @triton.jit
 def _grouped(
-    x_ptr, weight, members_ptr, counts_ptr, scale_ptr, out_ptr, C, N, IN, E,
-    x_stride, x_part_stride, scale_stride, out_stride, out_part_stride,
+    x_ptr, weight, x_scale_ptr, weight_scale_ptr, members_ptr, counts_ptr, scale_ptr, out_ptr, C, N, IN, E,
+    x_stride, x_part_stride, x_scale_stride, x_scale_part_stride, scale_stride, out_stride, out_part_stride,
     CHOSEN: tl.constexpr, SWIGLU: tl.constexpr, EXPERTS: tl.constexpr, BULK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -104,6 +47,7 @@ def _grouped(
 
     Choice c is part c % k of row c // k, of x (or the whole row, where x_part_stride is 0) and of out. N: rows of an
     expert's matrix. weight: with BULK the descriptor of tiles of the matrices, one below the other; else the pointer.
+    With x_scale_ptr operands are e4m3, with a scale for each part of x and each row of the matrices.
     Reference: Gale et al., "MegaBlocks", MLSys 2023 (grouped products without padding to a capacity).
     """
     expert_id = tl.arange(0, EXPERTS)
@@ -135,6 +79,11 @@ def _grouped(
                 b_ptr = weight + (expert.to(tl.int64) * N + column)[None, :] * IN + start + depth[:, None]
                 b_tile = tl.load(b_ptr, mask=(column < N)[None, :] & inside[:, None], other=0.0)
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+        if x_scale_ptr is not None:
+            of_x_ptr = x_scale_ptr + token * x_scale_stride + part * x_scale_part_stride
+            of_x = tl.load(of_x_ptr, mask=is_real, other=0.0)
+            of_weight = tl.load(weight_scale_ptr + expert * N + column, mask=column < N, other=0.0)
+            acc = acc * of_x[:, None] * of_weight[None, :]
         o_ptr = out_ptr + (token * out_stride + part * out_part_stride)[:, None]
         if SWIGLU:
             half = within // mine * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
@@ -162,31 +111,31 @@ def _sum_parts(parts_ptr, out_ptr, T, N, out_stride, CHOSEN: tl.constexpr, BLOCK
 
 def _grouped_product(
     x: Tensor,
+    scales: Scales | None,
     experts: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
+    weights: Tensor | None,
     out: Tensor,
-    x_part_stride: int,
     num_sms: int | None,
 ) -> None:
-    """Launch _grouped: with SwiGLU where `scale` is None. x_part_stride: from a choice's part of a row of x to the
-    next choice's; 0 where the choices of a token share its row.
-    """
+    """Launch _grouped: with SwiGLU, of whole rows of x, where the router's `weights` are None; else of their parts."""
     if not weight.is_contiguous():
         raise ValueError(f"grouped: weight: expected contiguous, got strides {weight.stride()}")
     (tokens, chosen), (count, width, inner) = experts.shape, weight.shape
-    choices, part = tokens * chosen, width // 2 if scale is None else width
+    choices, swiglu = tokens * chosen, weights is None
     members = torch.empty(count, choices, dtype=torch.int32, device=x.device)
     counts = torch.empty(count, dtype=torch.int32, device=x.device)
     _list_choices[(count,)](experts, members, counts, choices, experts.stride(0), chosen, LISTED_CHOICES)
-    bulk = inner * weight.element_size() % 16 == 0  # what bulk copies ask of a row
-    matrix = TensorDescriptor.from_tensor(weight.view(-1, inner), [TILE_COLUMNS, TILE_DEPTH]) if bulk else weight
+    bulk, depth = inner * weight.element_size() % 16 == 0, TILE_DEPTH_BYTES // min(2, x.element_size())
+    matrix = TensorDescriptor.from_tensor(weight.view(-1, inner), [TILE_COLUMNS, depth]) if bulk else weight
     most = (choices // TILE_ROWS + count) * triton.cdiv(width, TILE_COLUMNS)
+    x_scale, weight_scale = scales or (None, None)
     _grouped[(programs(most, num_sms, x.device, per_sm=1),)](
-        x, matrix, members, counts, scale, out, choices, width, inner, count,
-        x.stride(0), x_part_stride, 0 if scale is None else scale.stride(0), out.stride(0), part,
-        chosen, scale is None, triton.next_power_of_2(count), bulk,
-        TILE_ROWS, TILE_COLUMNS, TILE_DEPTH, 1 if x.dtype == torch.float32 else GROUPED_STAGES, num_warps=8,
+        x, matrix, x_scale, weight_scale, members, counts, weights, out, choices, width, inner, count,
+        x.stride(0), 0 if swiglu else inner, 0 if x_scale is None else x_scale.stride(0), 0 if swiglu else 1,
+        0 if weights is None else weights.stride(0), out.stride(0), width // 2 if swiglu else width,
+        chosen, swiglu, triton.next_power_of_2(count), bulk,
+        TILE_ROWS, TILE_COLUMNS, depth, 1 if x.dtype == torch.float32 else GROUPED_STAGES, num_warps=8,
     )  # fmt: skip
 
 
@@ -200,13 +149,42 @@ def grouped_linear_swiglu(
     Raises:
         ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
     """
-    check_rows("grouped_linear_swiglu", x=x, experts=experts, out=out)
     check_dtype("grouped_linear_swiglu", x.dtype, weight=weight, out=out)
-    check_dtype("grouped_linear_swiglu", torch.int32, experts=experts)
-    width = 2 * out.shape[1] // experts.shape[1]
-    check_shape("grouped_linear_swiglu", "weight", weight, len(weight), width, x.shape[1])
+    _linear_swiglu("grouped_linear_swiglu", x, None, experts, weight, out, num_sms)
+
+
+def scaled_grouped_linear_swiglu(
+    x: Tensor,
+    x_scale: Tensor,
+    experts: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    out: Tensor,
+    num_sms: int | None = None,
+) -> None:
+    """Compute scaled_linear_swiglu of each token with the matrices of its chosen experts, side by side in its row.
+
+    x [T, in] e4m3, x_scale [T, 1] fp32, experts [T, k] int32, weight [E, 2 F, in] e4m3 contiguous, weight_scale
+    [E, 2 F] fp32 contiguous -> [T, k F] of any floating dtype.
+
+    Raises:
+        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
+    """
+    kernel = "scaled_grouped_linear_swiglu"
+    scales = Scales(x_scale, weight_scale)
+    _check_scales(kernel, x, scales, weight, 1)
+    _linear_swiglu(kernel, x, scales, experts, weight, out, num_sms)
+
+
+def _linear_swiglu(
+    kernel: str, x: Tensor, scales: Scales | None, experts: Tensor, weight: Tensor, out: Tensor, num_sms: int | None
+) -> None:
+    check_rows(kernel, x=x, experts=experts, out=out)
+    check_dtype(kernel, torch.int32, experts=experts)
+    check_shape(kernel, "weight", weight, len(weight), 2 * out.shape[1] // experts.shape[1], x.shape[1])
     if len(x):
-        _grouped_product(x, experts, weight, None, out, 0, num_sms)
+        _grouped_product(x, scales, experts, weight, None, out, num_sms)
 
 
 def grouped_combine(
@@ -220,18 +198,65 @@ def grouped_combine(
     Raises:
         ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
     """
-    (tokens, chosen), (_, width, inner) = experts.shape, weight.shape
-    check_rows("grouped_combine", x=x, experts=experts, weights=weights, out=out)
     check_dtype("grouped_combine", x.dtype, weight=weight, out=out)
-    check_dtype("grouped_combine", torch.int32, experts=experts)
-    check_dtype("grouped_combine", torch.float32, weights=weights)
-    check_shape("grouped_combine", "x", x, tokens, chosen * inner)
-    check_shape("grouped_combine", "out", out, tokens, width)
+    _combine("grouped_combine", x, None, experts, weights, weight, out, num_sms)
+
+
+def scaled_grouped_combine(
+    x: Tensor,
+    x_scale: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    out: Tensor,
+    num_sms: int | None = None,
+) -> None:
+    """Compute grouped_combine of what operands and scales stand for.
+
+    x [T, k in] e4m3, x_scale [T, k] fp32, experts [T, k] int32, weights [T, k] fp32, weight [E, out, in] e4m3
+    contiguous, weight_scale [E, out] fp32 contiguous -> [T, out] of any floating dtype.
+
+    Raises:
+        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
+    """
+    scales = Scales(x_scale, weight_scale)
+    _check_scales("scaled_grouped_combine", x, scales, weight, experts.shape[1])
+    _combine("scaled_grouped_combine", x, scales, experts, weights, weight, out, num_sms)
+
+
+def _combine(
+    kernel: str,
+    x: Tensor,
+    scales: Scales | None,
+    experts: Tensor,
+    weights: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    num_sms: int | None,
+) -> None:
+    (tokens, chosen), (_, width, inner) = experts.shape, weight.shape
+    check_rows(kernel, x=x, experts=experts, weights=weights, out=out)
+    check_dtype(kernel, torch.int32, experts=experts)
+    check_dtype(kernel, torch.float32, weights=weights)
+    check_shape(kernel, "x", x, tokens, chosen * inner)
+    check_shape(kernel, "out", out, tokens, width)
     if tokens == 0:
         return
     parts = torch.empty(tokens, chosen * width, dtype=torch.float32, device=x.device)
-    _grouped_product(x, experts, weight, weights, parts, inner, num_sms)
+    _grouped_product(x, scales, experts, weight, weights, parts, num_sms)
     blocks = tokens * triton.cdiv(width, SUMMED_COLUMNS)
     _sum_parts[(programs(blocks, num_sms, x.device, per_sm=8),)](
         parts, out, tokens, width, out.stride(0), chosen, SUMMED_COLUMNS
     )
+
+
+def _check_scales(kernel: str, x: Tensor, scales: Scales, weight: Tensor, parts: int) -> None:
+    check_dtype(kernel, torch.float8_e4m3fn, x=x, weight=weight)
+    check_dtype(kernel, torch.float32, x_scale=scales.x, weight_scale=scales.weight)
+    check_rows(kernel, x_scale=scales.x)
+    check_shape(kernel, "x_scale", scales.x, len(x), parts)
+    check_shape(kernel, "weight_scale", scales.weight, *weight.shape[:2])
+    if not scales.weight.is_contiguous():
+        raise ValueError(f"{kernel}: weight_scale: expected contiguous, got strides {scales.weight.stride()}")

@@ -17,6 +17,7 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.source import find_schedules
 
 STEPS = 10
+BY_LIBRARY = ("linear", "scaled_linear")  # kernels that call cuBLAS
 PRODUCTS = ("nvjet", "gemm", "cutlass")  # in the names of cuBLAS's kernels
 OPERATIONS = {  # by the names of our kernels
     "_decode": "attention of decodes",
@@ -87,10 +88,10 @@ def linear_operations(engine: Engine) -> list[str]:
     config, device = engine.config, engine.executor.device
     model = build(engine.model_config, config.tensor_parallel)
     schedule = find_schedules(config, model, device.name, device.sms)[-1]
-    in_head = [operation.name for operation in model.head.operations if operation.kernel == "linear"]
+    in_head = [operation.name for operation in model.head.operations if operation.kernel in BY_LIBRARY]
     order = [(model.in_order[layer], schedule.launches[number]) for layer, number in schedule.unroll(model.num_layers)]
     products = [
-        launch for graph, launch in order if launch.operation in graph and graph[launch.operation].kernel == "linear"
+        launch for graph, launch in order if launch.operation in graph and graph[launch.operation].kernel in BY_LIBRARY
     ]
     one_lane = len({launch.lane for launch in products}) == 1
     return [launch.operation for launch in products] + in_head if one_lane else []

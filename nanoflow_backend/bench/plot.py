@@ -67,18 +67,22 @@ def utilisation(result: dict[str, Any]) -> list[Utilisation]:
     """By tokens counted and rates that were measured: the driver's percentages say only that a GPU is busy."""
     work, found = result["work"], []
     for point in result["timeline"]:
+        tokens = point["prefill_tokens"] + point["decode_tokens"]
+        fp8_flop = tokens * work.get("fp8_flop_per_token", 0)  # older results have none
         flop = (
-            (point["prefill_tokens"] + point["decode_tokens"]) * work["linear_flop_per_token"]
+            tokens * work["linear_flop_per_token"]
+            - fp8_flop
             + point["sampled_rows"] * work["head_flop_per_row"]
             + point["attended_pairs"] * work["attention_flop_per_pair"]
         )
+        compute_s = flop / result["gemm"]["per_s"] + (fp8_flop / result["gemm_fp8"]["per_s"] if fp8_flop else 0.0)
         read_bytes = point["steps"] * work["weight_bytes"] + point["kv_tokens_read"] * work["kv_bytes_per_token"]
         power = point["power_w"] / result["gpu_power_limit_w"] if "power_w" in point else None
         found.append(
             Utilisation(
                 point["at_s"] - point["wall_s"],
                 point["at_s"],
-                flop / (result["gemm"]["per_s"] * point["wall_s"]),
+                compute_s / point["wall_s"],
                 read_bytes / (result["memory"]["per_s"] * point["wall_s"]),
                 power,
             )

@@ -13,6 +13,9 @@ class ReserveMaxTokens:
     def record(self, output_tokens: int) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
     def update(self, running: Tokens) -> None:
         pass
 
@@ -24,6 +27,9 @@ class ReserveNothing:
     """Every request ends at once: it is admitted when its prompt fits."""
 
     def record(self, output_tokens: int) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def update(self, running: Tokens) -> None:

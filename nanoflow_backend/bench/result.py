@@ -46,7 +46,7 @@ def header() -> dict[str, Any]:
 
 def engine_facts(engine: Engine) -> dict[str, Any]:
     """Which engine a result is of; its settings as they were on this device."""
-    config = engine.config
+    config, quantization = engine.config, engine.model_config.quantization
     settings = {name: getattr(config, name) for name in config.__struct_fields__}
     return {
         **({"device": engine.executor.device.name} if config.device == "cuda" else {}),
@@ -54,6 +54,13 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         "engine": "nanoflow",
         "engine_is": engine.description.replace(config.schedule, _without_folder(config.schedule)),
         "schedule": _without_folder(config.schedule),
+        "quantization": quantization
+        and {
+            "method": quantization.method,
+            "weights": quantization.weights,
+            "activations": quantization.activations,
+        },
+        "kv_cache_dtype": config.kv_cache_dtype,
         "settings": without_folders(settings),
     }
 

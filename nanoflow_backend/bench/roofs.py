@@ -11,12 +11,12 @@ from math import prod
 
 import msgspec
 import torch
-from torch import Tensor
 
 from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.graph.model import Model
-from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.graph.operation import Graph, Resource
+from nanoflow_backend.models.random_values import fill_normal
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
 # A GPU under load is held by its power cap: only after about a second do clock and rate stay what they are.
@@ -38,28 +38,23 @@ class Rate(msgspec.Struct, frozen=True):
 def _matrices(graph: Graph) -> list[tuple[int, ...]]:
     """The shapes of the weights of a graph's matrix products."""
     shapes = {parameter.name: parameter.shape for parameter in graph.parameters}
-    products = [op for op in graph.operations if op.kernel.startswith(("linear", "grouped_"))]
-    return [shapes[op.parameters[0]] for op in products]
+    return [shapes[op.parameters[0]] for op in graph.operations if op.resource is Resource.COMPUTE]
 
 
-def gemm_flop_per_s(model: Model, config: ModelConfig, tokens: int, precision: Precision, device: str) -> Rate:
-    """The matrix products of a layer of each kind on B `tokens`, by turns.
+def gemm_flop_per_s(model: Model, config: ModelConfig, tokens: int, dtype: str, device: str) -> Rate:
+    """The matrix products of a layer of each kind on B `tokens`, by turns, all of operands of `dtype`.
 
-    Weights are N(0, 0.02) as in `weights.dummy`, inputs N(0, 1).
+    Weights are N(0, 0.02) as in `weights.dummy`, inputs N(0, 1); those of FP8 have a scale for each row.
 
     A layer's weights do not fit in a cache, so every product reads its own. Experts get equal shares of the tokens.
     """
     products: list[Callable[[], object]] = []
     flop = 0
-    dtype = getattr(torch, precision.weights)
-    for shape in (shape for kind in model.layers for shape in _matrices(kind)):
-        weight = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)
-        experts = shape[:-2]  # () or (E,)
+    for *experts, columns, width in (shape for kind in model.layers for shape in _matrices(kind)):  # experts: E or none
         rows = -(-tokens * config.experts_per_token // experts[0]) if experts else tokens
-        x = torch.randn((*experts, rows, shape[-1]), dtype=dtype, device=device)
-        y = torch.empty((*experts, rows, shape[-2]), dtype=dtype, device=device)
-        products.append(_product(x, weight, y))
-        flop += 2 * rows * prod(shape)
+        make = _scaled_product if dtype == FP8 else _product
+        products.append(make(prod(experts), rows, columns, width, getattr(torch, dtype), device))
+        flop += 2 * rows * prod(experts) * columns * width
 
     def layer() -> None:
         for product in products:
@@ -79,8 +74,30 @@ def memory_bytes_per_s(device: str) -> Rate:
     )
 
 
-def _product(x: Tensor, weight: Tensor, y: Tensor) -> Callable[[], object]:
+def _product(
+    matrices: int, rows: int, columns: int, width: int, dtype: torch.dtype, device: str
+) -> Callable[[], object]:
+    shape = () if matrices == 1 else (matrices,)  # a batched product of one is slower
+    weight = torch.empty((*shape, columns, width), dtype=dtype, device=device).normal_(0, 0.02)
+    x = torch.randn((*shape, rows, width), dtype=dtype, device=device)
+    y = torch.empty((*shape, rows, columns), dtype=dtype, device=device)
     return lambda: torch.matmul(x, weight.mT, out=y)
+
+
+def _scaled_product(
+    matrices: int, rows: int, columns: int, width: int, dtype: torch.dtype, device: str
+) -> Callable[[], object]:
+    """Products of a scale for each row of both operands, which cost no more than a scale for all."""
+    weight = fill_normal(torch.empty((matrices, columns, width), dtype=dtype, device=device))
+    x = fill_normal(torch.empty((matrices, rows, width), dtype=dtype, device=device))
+    y = torch.empty((matrices, rows, columns), dtype=torch.bfloat16, device=device)
+    x_scale, weight_scale = (torch.ones(shape, device=device) for shape in ((rows, 1), (1, columns)))
+
+    def run() -> None:
+        for one, matrix, out in zip(x, weight, y, strict=True):
+            torch._scaled_mm(one, matrix.mT, x_scale, weight_scale, out_dtype=y.dtype, use_fast_accum=True, out=out)
+
+    return run
 
 
 def _sustained(work: Callable[[], object], amount: float, seconds: float, device: str) -> Rate:

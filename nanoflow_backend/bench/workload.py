@@ -1,13 +1,17 @@
-"""Workload holds the lengths of a benchmark's requests: constant, from a trace, or drawn as the paper draws them."""
+"""Workload holds the lengths of a benchmark's requests: constant, from a trace, or drawn as the paper draws them.
+
+A WorkloadSpec names one before the engine is there whose limits it must fit.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p, sqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 from nanoflow_backend.bench.trace import read_trace
 from nanoflow_backend.config.error import ConfigError
@@ -37,8 +41,65 @@ class Workload:
     def output_tokens(self) -> int:
         return sum(length for _, length in self.lengths)
 
-    def prompts(self, vocab_size: int) -> Iterator[list[int]]:
-        return random_prompts((length for length, _ in self.lengths), vocab_size)
+    def prompts(self, vocab_size: int, seed: int = SEED) -> Iterator[list[int]]:
+        """Of another `seed` for each workload of one engine, so that none finds its prompts among cached pages."""
+        return random_prompts((length for length, _ in self.lengths), vocab_size, seed)
+
+
+class WorkloadSpec(NamedTuple):
+    """What is asked for: lengths (input and output tokens; a trace's file; a dataset), and how many requests."""
+
+    source: tuple[int, int] | Path | Dataset
+    requests: int
+
+    @classmethod
+    def parse(cls, text: str) -> WorkloadSpec:
+        """Read "1024/512:1500", "trace.csv:1800" or "lmsys-like:500".
+
+        Raises:
+            ConfigError: naming what was expected, or the file that is not there.
+        """
+        found = re.fullmatch(r"(?:([1-9]\d*)/([1-9]\d*)|(.+\.csv)|([a-z-]+)):([1-9]\d*)", text, re.ASCII)
+        if found is None or (found[4] and found[4] not in DATASETS):
+            raise ConfigError(
+                f"--workload: expected LENGTHS:REQUESTS with PROMPT/OUTPUT tokens, a .csv trace or one of "
+                f"{', '.join(DATASETS)}, such as 1024/512:1500, got {text!r}"
+            )
+        if found[3] and not Path(found[3]).is_file():
+            raise ConfigError(f"--workload: {found[3]}: there is no such file")
+        lengths = (int(found[1]), int(found[2])) if found[1] else Path(found[3]) if found[3] else None
+        return cls(lengths or cast(Dataset, found[4]), int(found[5]))
+
+    def read(self, max_model_tokens: int) -> Workload:
+        """The workload, of requests that fit.
+
+        Raises:
+            ConfigError: see of_trace.
+        """
+        match self.source:
+            case (input_tokens, output_tokens):
+                return constant(input_tokens, output_tokens, self.requests)
+            case Path():
+                return of_trace(self.source, self.requests, max_model_tokens)
+            case _:
+                return drawn(self.source, self.requests, max_model_tokens)
+
+
+def asked_for(
+    workloads: Sequence[str], trace: Path | None, dataset: Dataset | None, lengths: tuple[int, int], requests: int
+) -> list[WorkloadSpec]:
+    """What the options of a benchmark's command line ask for.
+
+    Raises:
+        ConfigError: more than one of --workload, --trace and --dataset, or what WorkloadSpec.parse says.
+    """
+    if trace and dataset:
+        raise ConfigError("--dataset: expected none beside --trace")
+    if workloads and (trace or dataset):
+        raise ConfigError(f"--workload: expected none beside {'--trace' if trace else '--dataset'}")
+    if workloads:
+        return [WorkloadSpec.parse(text) for text in workloads]
+    return [WorkloadSpec(trace or dataset or lengths, requests)]
 
 
 def random_prompts(lengths: Iterable[int], vocab_size: int, seed: int | str = SEED) -> Iterator[list[int]]:
@@ -87,32 +148,6 @@ def drawn(dataset: Dataset, requests: int, max_model_tokens: int) -> Workload:
         "lengths_clipped": clipped,
     }
     return Workload(dataset, tuple(lengths), facts)
-
-
-def check_source(trace: Path | None, dataset: Dataset | None) -> None:
-    """Raises: ConfigError, both a trace and a dataset are to say the lengths."""
-    if trace and dataset:
-        raise ConfigError("--dataset: expected none beside --trace")
-
-
-def choose(
-    input_tokens: int,
-    output_tokens: int,
-    requests: int,
-    trace: Path | None,
-    dataset: Dataset | None,
-    max_model_tokens: int,
-) -> Workload:
-    """`requests` requests with the lengths of a trace or of a dataset; constant ones, where neither is given.
-
-    Raises:
-        ConfigError: as `of_trace`.
-    """
-    if trace:
-        return of_trace(trace, requests, max_model_tokens)
-    if dataset:
-        return drawn(dataset, requests, max_model_tokens)
-    return constant(input_tokens, output_tokens, requests)
 
 
 def _log_moments(mean: float, deviation: float) -> tuple[float, float]:

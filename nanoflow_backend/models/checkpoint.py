@@ -28,6 +28,7 @@ class TensorHeader(NamedTuple):
     """What a file says about one of its tensors."""
 
     path: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
 
@@ -78,7 +79,7 @@ def read_headers(files: Mapping[Path, set[str] | None]) -> dict[str, TensorHeade
                 if name in headers:
                     raise WeightsError(f"{path}: tensor {name} is in another file too")
                 tensor = file.get_slice(name)
-                headers[name] = TensorHeader(path, tuple(tensor.get_shape()), tensor.get_dtype())
+                headers[name] = TensorHeader(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return headers
 
 

@@ -12,6 +12,8 @@ from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.model_folder import what_is_wrong
 from nanoflow_backend.models.architecture import Architecture
 from nanoflow_backend.models.config_json import ConfigJson
+from nanoflow_backend.models.quantization.modelopt import OWN_FILE
+from nanoflow_backend.models.quantization.read import read_quantization
 from nanoflow_backend.models.registry import ARCHITECTURES
 from nanoflow_backend.models.rope_json import read_rope
 
@@ -19,23 +21,30 @@ MOST_HEAD_DIM = 4096
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """Read config.json and generation_config.json; keys may be spelled as before or since transformers 5.
+    """Read config.json, generation_config.json and ModelOpt's own file; keys may be spelled as before or since
+    transformers 5.
 
     Raises:
         ConfigError: a missing file or key, or a feature this engine does not compute.
     """
     if wrong := what_is_wrong(folder):
         raise ConfigError(wrong)
-    generation = folder / "generation_config.json"
+    generation, modelopt = folder / "generation_config.json", folder / OWN_FILE
     return from_hf(
         read_json(folder / "config.json"),
         read_json(generation) if generation.exists() else {},
         origin=str(folder / "config.json"),
+        modelopt=read_json(modelopt) if modelopt.exists() else None,
     )
 
 
-def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
-    """Read what the two files hold. A key that is absent means what transformers' class means by that.
+def from_hf(
+    given: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    origin: str = "config.json",
+    modelopt: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """Read what the files hold. A key that is absent means what transformers' class means by that.
 
     Raises:
         ConfigError: naming `origin`, the key and what was expected.
@@ -45,8 +54,6 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
     hf.refuse_if(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
     hf.refuse_if(hf.flag("attention_bias"), "attention_bias")
     hf.refuse_if(hf.flag("mlp_bias"), "mlp_bias")
-    quantization = hf["quantization_config"]
-    hf.refuse_if(quantization, f"quantization_config{_method(quantization)}")
     num_layers, kinds = hf.repeats("num_hidden_layers"), hf["layer_types"]
     if kinds is not None and kinds != ["full_attention"] * num_layers:
         hf.refuse(f"layer_types: expected full_attention for every layer ({num_layers}), got {kinds!r}")
@@ -73,15 +80,10 @@ def from_hf(given: Mapping[str, Any], generation: Mapping[str, Any], origin: str
         "max_model_tokens": hf.size("max_position_embeddings"),
         "tie_word_embeddings": hf.flag("tie_word_embeddings"),
         "dtype": hf.agreed("dtype", "torch_dtype") or "float32",  # what transformers assumes
+        "quantization": read_quantization(given, modelopt, origin),
         "eos_token_ids": eos,
     }
     return convert(fields | architecture.fields(hf), ModelConfig, origin)
-
-
-def _method(quantization: Any) -> str:
-    """The name of a quantization method, for a message."""
-    name = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return "" if name is None else f" ({name})"
 
 
 def _architecture(given: Mapping[str, Any], origin: str) -> Architecture:

@@ -114,6 +114,10 @@ class Scheduler:
             self._deadlines.add(request)
         self._live |= sequences
 
+    def forget_lengths(self) -> None:
+        """Forget how long outputs were, as if none had come yet: for another workload that is to be measured."""
+        self._forecast.forget()
+
     def release(self, request_id: int) -> None:
         """A held request may be admitted. An id that is unknown or has ended is left alone."""
         self._waiting.release(self._live.get(request_id, [])[:1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.places import ROOT
 
-from nanoflow_backend.bench.offline import queue_all
+from nanoflow_backend.bench.offline_run import queue_all
 from nanoflow_backend.bench.step_trace.command import launch_times
 from nanoflow_backend.bench.step_trace.lanes import lane_launches
 from nanoflow_backend.bench.step_trace.traced_steps import trace_steps

@@ -23,18 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention.tile import LOWEST, gathered_tile, kv_pages_descriptor
+from nanoflow_kernels.attention.tile import LOWEST, gathered_tile, kv_pages_descriptor, power_of_two, unpacked
 from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, wait_for_earlier
 
 FEWEST_COLUMNS = 8  # of the tensor cores' tile
 # Of those tried on H200 these were as fast as any, on 32 of its SMs and on all. Prefetching tiles into the L2 cache
 # further ahead, or one loop over all pairs of a work item, was slower.
 # A tile's page is looked up two iterations before its copy is waited for, and the copy begins two before its use.
-DECODE_KEYS = 32  # of a tile
+DECODE_KEYS, FP8_DECODE_KEYS = 32, 64  # of a tile
 DECODE_PER_SM = 6  # programs
 DECODE_WARPS, DECODE_STAGES = 1, 5
 DECODE_REGISTERS = 255  # of a thread, at most: an SM has them for six programs; the assembler's default of 128 spills
 MERGED_AT_ONCE = 64  # partial results of a query head
+
+
+def decode_keys(pages: Tensor) -> int:
+    """Keys of a tile of pages [.., P, d]: bulk copies bring as many bytes of e4m3 as of others, if P allows it."""
+    is_narrow = pages.dtype == torch.float8_e4m3fn and pages.shape[-2] % FP8_DECODE_KEYS == 0
+    return FP8_DECODE_KEYS if is_narrow else DECODE_KEYS
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,27 @@ class DecodeWork:
 
 
 @triton.jit
+def _load_queries(q_ptr, offset, mask, PARTS: tl.constexpr):
+    """(queries, power): a tuple of the PARTS parts of queries [d / PARTS, GP], divided by a power of two.
+
+    One part is as it is stored, its power 1. Of two, one has the even and one the odd dimensions, in fp16.
+    """
+    first = tl.load(q_ptr + offset, mask=mask, other=0.0)
+    if PARTS == 1:
+        return (first,), 1.0
+    else:
+        even, odd = first.to(tl.float32), tl.load(q_ptr + offset + 1, mask=mask, other=0.0).to(tl.float32)
+        power = power_of_two(tl.max(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 1), 0))
+        return ((even * (1 / power)).to(tl.float16), (odd * (1 / power)).to(tl.float16)), power
+
+
+@triton.jit
 def _decode(
-    q_ptr, pages_ptr, kv_desc, positions_ptr, slots_ptr, page_table_ptr, tile_prefix_sum_ptr, work_items_ptr,
-    partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
+    q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, tile_prefix_sum_ptr,
+    work_items_ptr, partial_m_ptr, partial_l_ptr, partial_acc_ptr, out_ptr,
     q_stride, out_stride, page_table_stride, scale_log2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    BULK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q k^T / sqrt(d)) v over a work item's tiles of keys, by the recurrences of the online softmax:
 
@@ -68,6 +89,9 @@ def _decode(
         l' = alpha l + sum_j p_j,  acc' = alpha acc + sum_j p_j v_j,  o = acc / l
 
     where s = k q^T log2(e) / sqrt(d) is transposed: keys are rows, query heads are columns.
+
+    Of 16 and 32 bits, k and v have all dimensions in one part. Of 8, they have PARTS = 2: pages hold int16, each the
+    e4m3 of an even and an odd dimension, of k / kv_scales[0] and v / kv_scales[1] (see `unpacked`).
 
     References: Dao et al., "FlashAttention", NeurIPS 2022 (m, l, acc); Dao et al., "Flash-Decoding", 2023 (split KV);
     Osama et al., "Stream-K", PPoPP 2023 (equal work items, wherever their ends fall).
@@ -79,7 +103,11 @@ def _decode(
     tiles_left = tl.load(item_ptr + 3)
     length = tl.load(positions_ptr + row) + 1
     table_ptr = page_table_ptr + tl.load(slots_ptr + row).to(tl.int64) * page_table_stride
-    group, dim = tl.arange(0, GP), tl.arange(0, D)
+    W: tl.constexpr = D // PARTS  # elements of a row of pages
+    group, dim = tl.arange(0, GP), PARTS * tl.arange(0, W)
+    k_scale, v_scale = 1.0, 1.0
+    if kv_scales_ptr is not None:
+        k_scale, v_scale = tl.load(kv_scales_ptr), tl.load(kv_scales_ptr + 1)
     in_group = (group < G)[None, :]
     offset = group[None, :] * D + dim[:, None]
     # Only programs with work wait: as long as one of them waits, the kernel has not ended, so the dependent kernel's
@@ -88,16 +116,17 @@ def _decode(
         if PDL and BULK:
             page = tl.load(table_ptr + first_tile * KEYS // PAGE, mask=first_tile * KEYS < length, other=0).to(tl.int64)
             kv_row = (page * 2 * K + head) * PAGE + first_tile * KEYS % PAGE + tl.arange(0, KEYS)
-            prefetch_l2(pages_ptr + kv_row * D, 2 * D)
-            prefetch_l2(pages_ptr + (kv_row + K * PAGE) * D, 2 * D)
+            prefetch_l2(pages_ptr + kv_row * W, 2 * W)
+            prefetch_l2(pages_ptr + (kv_row + K * PAGE) * W, 2 * W)
         wait_for_earlier(PDL)
-    queries = tl.load(q_ptr + row * q_stride + head * G * D + offset, mask=in_group & (tiles_left > 0), other=0.0)
+    queries, power = _load_queries(q_ptr + row * q_stride + head * G * D, offset, in_group & (tiles_left > 0), PARTS)
     while tiles_left > 0:
         num_tiles = tl.maximum(tl.cdiv(length, KEYS), 1)  # padding has one tile, of no keys
         stop_tile = tl.minimum(num_tiles, first_tile + tiles_left)
         m_i = tl.full([GP], LOWEST, tl.float32)
         l_i = tl.zeros([KEYS, GP], tl.float32)  # summed over keys at the end: until then no thread needs another's
-        acc = tl.zeros([D, GP], tl.float32)
+        acc = (tl.zeros([W, GP], tl.float32),) * PARTS
+        scale = scale_log2 * k_scale * power
         for tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
             # The last tile ends with the last key: it repeats keys of the tile before, and has zeros before its page.
             begin = tl.minimum(length, (tile + 1) * KEYS) - KEYS
@@ -106,16 +135,28 @@ def _decode(
             if BULK:
                 page_number = tile * KEYS // PAGE
                 kv_page = tl.load(table_ptr + page_number, mask=tile * KEYS < length, other=0) * 2 * K + head
-                k = tl.reshape(kv_desc.load([kv_page, begin - page_number * PAGE, 0]), (KEYS, D))
-                v = tl.reshape(kv_desc.load([kv_page + K, begin - page_number * PAGE, 0]), (KEYS, D))
+                k = tl.reshape(kv_desc.load([kv_page, begin - page_number * PAGE, 0]), (KEYS, W))
+                v = tl.reshape(kv_desc.load([kv_page + K, begin - page_number * PAGE, 0]), (KEYS, W))
             else:
-                k, v = gathered_tile(pages_ptr, table_ptr, head, key, is_new, K, D, PAGE)
-            s = tl.dot(k, queries, input_precision="ieee")
+                k, v = gathered_tile(pages_ptr, table_ptr, head, key, is_new, K, W, PAGE)
+            if PARTS == 1:
+                s = tl.dot(k, queries[0], input_precision="ieee")
+            else:
+                even, odd = unpacked(k)
+                s = tl.dot(odd, queries[1], tl.dot(even, queries[0]))
             s = tl.where(is_new[:, None], s, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 0) * scale_log2)
-            p = tl.exp2(s * scale_log2 - m_new[None, :])
+            m_new = tl.maximum(m_i, tl.max(s, 0) * scale)
+            p = tl.exp2(s * scale - m_new[None, :])
             alpha = tl.exp2(m_i - m_new)
-            acc = tl.dot(v.T, p.to(v.dtype), acc * alpha[None, :], input_precision="ieee")
+            if PARTS == 1:
+                acc = (tl.dot(v.T, p.to(v.dtype), acc[0] * alpha[None, :], input_precision="ieee"),)
+            else:
+                even, odd = unpacked(v)
+                weights = p.to(tl.float16)
+                acc = (
+                    tl.dot(even.T, weights, acc[0] * alpha[None, :]),
+                    tl.dot(odd.T, weights, acc[1] * alpha[None, :]),
+                )
             l_i = l_i * alpha[None, :] + p
             m_i = m_new
         l_i = tl.sum(l_i, 0)
@@ -133,14 +174,18 @@ def _decode(
                 row += 1
             length = tl.load(positions_ptr + row) + 1
             table_ptr = page_table_ptr + tl.load(slots_ptr + row).to(tl.int64) * page_table_stride
-        queries = tl.load(q_ptr + row * q_stride + head * G * D + offset, mask=in_group & (tiles_left > 0), other=0.0)
+        queries, power = _load_queries(
+            q_ptr + row * q_stride + head * G * D, offset, in_group & (tiles_left > 0), PARTS
+        )
         if is_whole:
-            o = acc / tl.maximum(l_i, 1e-30)[None, :]
-            tl.store(out_row_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=in_group)
+            for part in tl.static_range(PARTS):
+                o = acc[part] * v_scale / tl.maximum(l_i, 1e-30)[None, :]
+                tl.store(out_row_ptr + offset + part, o.to(out_ptr.dtype.element_ty), mask=in_group)
         else:
             tl.store(partial_m_ptr + partial + group, m_i, mask=group < G)
             tl.store(partial_l_ptr + partial + group, l_i, mask=group < G)
-            tl.store(partial_acc_ptr + partial * D + offset, acc, mask=in_group)
+            for part in tl.static_range(PARTS):
+                tl.store(partial_acc_ptr + partial * D + offset + part, acc[part] * v_scale, mask=in_group)
 
 
 @triton.jit
@@ -188,6 +233,7 @@ def decode(
     positions: Tensor,
     slots: Tensor,
     page_table: Tensor,
+    kv_scales: Tensor | None,
     work: DecodeWork,
     *,
     pdl: bool,
@@ -195,22 +241,26 @@ def decode(
 ) -> None:
     """Compute the decode rows of a batch, and zeros where it is padded; `attention` has checked the operands.
 
-    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; int32, and one
-    floating dtype. `pdl`: launch with PDL, so that `work` and the ints must be older than the kernel before.
+    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N], kv_scales [2] fp32 with pages
+    of e4m3 -> out [T, H d]; int32, and else one floating dtype. `pdl`: launch with PDL, so that `work` and the ints
+    must be older than the kernel before.
     """
-    kv_desc = kv_pages_descriptor(pages, DECODE_KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
+    keys, parts = decode_keys(pages), 1 if kv_scales is None else 2
+    if parts == 2:
+        pages = pages.view(torch.int16)
+    kv_desc = kv_pages_descriptor(pages, keys)
     group = q.shape[1] // head_dim // kv_heads
     columns = max(FEWEST_COLUMNS, triton.next_power_of_2(group))
     items = len(work.work_items)
     partial_m, partial_l = q.new_empty((2, 2 * items, group), dtype=torch.float32).unbind()
     partial_acc = q.new_empty((2 * items, group, head_dim), dtype=torch.float32)
     _decode[(items,)](
-        q, pages, kv_desc, positions, slots, page_table, work.tile_prefix_sum, work.work_items,
+        q, pages, kv_desc, kv_scales, positions, slots, page_table, work.tile_prefix_sum, work.work_items,
         partial_m, partial_l, partial_acc, out, q.stride(0), out.stride(0), page_table.stride(0),
         head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, columns, head_dim, page_tokens, DECODE_KEYS, kv_desc is not None,
-        1 if q.dtype == torch.float32 else DECODE_STAGES, pdl,
+        kv_heads, group, columns, head_dim, page_tokens, keys, parts, kv_desc is not None,
+        1 if pages.dtype == torch.float32 else DECODE_STAGES, pdl,
         num_warps=DECODE_WARPS, maxnreg=DECODE_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
     _merge[(len(work.merges), group)](

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanoflow_kernels.attention.decode import decode
 from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
 from nanoflow_kernels.attention.prefill import prefill
-from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
+from nanoflow_kernels.checks import check_dtype, check_pages, check_rows, check_shape
 from nanoflow_kernels.pdl import uses_pdl
 
 
@@ -21,6 +21,7 @@ def attention(
     positions: Tensor,
     slots: Tensor,
     page_table: Tensor,
+    kv_scales: Tensor | None = None,
     *,
     out: Tensor,
     num_sms: int | None = None,
@@ -33,14 +34,16 @@ def attention(
     slots (and the same num_sms), for callers that have several layers; None: it is made here.
 
     q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; ints are int32,
-    the others of one floating dtype.
+    the others of one floating dtype. Or pages are of e4m3, and stand for K times kv_scales[0] and V times kv_scales[1]:
+    kv_scales [2] fp32.
 
     Raises:
         ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive.
     """
     kv_heads, _, head_dim = pages.shape[2:]
     check_rows("attention", q=q, out=out, page_table=page_table)
-    check_dtype("attention", q.dtype, pages=pages, out=out)
+    check_dtype("attention", q.dtype, out=out)
+    check_pages("attention", pages, q.dtype, kv_scales)
     check_dtype("attention", torch.int32, positions=positions, slots=slots, page_table=page_table)
     check_shape("attention", "out", out, *q.shape)
     if not pages.is_contiguous() or head_dim < 16 or head_dim & (head_dim - 1):
@@ -59,6 +62,6 @@ def attention(
     pdl = plan is not None and uses_pdl(len(q), q.device)
     if plan is None:
         plan = plan_attention(positions, slots, pages, heads, num_sms=num_sms)
-    decode(q, pages, positions, slots, page_table, plan.decode, pdl=pdl, out=out)
+    decode(q, pages, positions, slots, page_table, kv_scales, plan.decode, pdl=pdl, out=out)
     if plan.prefill:
-        prefill(q, pages, positions, slots, page_table, plan.prefill, out=out)
+        prefill(q, pages, positions, slots, page_table, kv_scales, plan.prefill, out=out)

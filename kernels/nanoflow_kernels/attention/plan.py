@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention.decode import DECODE_KEYS, DECODE_PER_SM, DecodeWork
+from nanoflow_kernels.attention.decode import DECODE_PER_SM, DecodeWork, decode_keys
 from nanoflow_kernels.attention.prefill import PREFILL_PER_SM, PrefillWork, query_tile_tokens
 from nanoflow_kernels.grid import programs
 
@@ -114,7 +114,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """Plan the attention of rows with these positions and slots, for `heads` query heads, on `num_sms` SMs.
 
-    positions [T], slots [T], both int32; of pages [pages, 2, K, P, d] the shape counts.
+    positions [T], slots [T], both int32; of pages [pages, 2, K, P, d] the shape and the dtype count.
 
     Raises:
         ValueError: num_sms is not positive.
@@ -137,7 +137,7 @@ def plan_attention(
     )
     _plan_attention[(1,)](
         positions, slots, decode.tile_prefix_sum, decode.work_items, decode.merges, prefill.query_tile_starts, counts,
-        tokens, items, tokens.bit_length(), kv_heads, DECODE_KEYS, prefill.query_tile_tokens,
+        tokens, items, tokens.bit_length(), kv_heads, decode_keys(pages), prefill.query_tile_tokens,
         PLANNED_ROWS, triton.next_power_of_2(items), all_decode, num_warps=8,
     )  # fmt: skip
     return AttentionPlan(decode, None if all_decode else prefill)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor
+from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor, power_of_two
 
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERY_TILE_ROWS = 64  # tokens times the query heads of a kv head
@@ -47,14 +47,16 @@ def query_tile_tokens(heads: int, kv_heads: int) -> int:
 
 @triton.jit
 def _prefill(
-    q_ptr, pages_ptr, kv_desc, positions_ptr, slots_ptr, page_table_ptr, query_tile_starts_ptr, counts_ptr, out_ptr,
-    T, q_stride, out_stride, page_table_stride, scale_log2,
+    q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, query_tile_starts_ptr,
+    counts_ptr, out_ptr, T, q_stride, out_stride, page_table_stride, scale_log2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr,
     KEYS: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q k^T / sqrt(d) + causal mask) v, a tile of queries at a time, by the online softmax of `attend`.
 
     Tiles of keys before every query of the tile come by bulk copies, without a mask; the last ones are masked.
+    With kv_scales_ptr, k and v are e4m3 times kv_scales[0] and [1], and operands are fp16: queries are divided by a
+    power of two that makes them fit.
     Reference: Dao, "FlashAttention-2", 2023.
     """
     token = tl.arange(0, TOKENS * GP) // GP
@@ -81,6 +83,12 @@ def _prefill(
         offset = (head * G + group)[:, None] * D + dim[None, :]
         is_real = ((token < num_rows) & (group < G))[:, None]
         queries = tl.load(q_ptr + row[:, None] * q_stride + offset, mask=is_real, other=0.0)
+        scale = scale_log2
+        if kv_scales_ptr is not None:
+            wide = queries.to(tl.float32)
+            power = power_of_two(tl.max(tl.max(tl.abs(wide), 1), 0))
+            queries = (wide * (1 / power)).to(tl.float16)
+            scale = scale_log2 * tl.load(kv_scales_ptr) * power
         position = first_position + tl.minimum(token, num_rows - 1)
         table_ptr = page_table_ptr + slot.to(tl.int64) * page_table_stride
         m_i = tl.full([TOKENS * GP], LOWEST, tl.float32)
@@ -91,15 +99,17 @@ def _prefill(
             unmasked_tiles = (first_position + 1) // KEYS
             for tile in tl.range(0, unmasked_tiles, num_stages=STAGES):
                 m_i, l_i, acc = attend(
-                    m_i, l_i, acc, queries, position, kv_desc, table_ptr, tile, head, length, scale_log2,
+                    m_i, l_i, acc, queries, position, kv_desc, table_ptr, tile, head, length, scale,
                     K, D, PAGE, KEYS, True,
                 )  # fmt: skip
         for tile in tl.range(unmasked_tiles, tl.cdiv(length, KEYS), num_stages=STAGES):
             m_i, l_i, acc = attend(
-                m_i, l_i, acc, queries, position, pages_ptr, table_ptr, tile, head, length, scale_log2,
+                m_i, l_i, acc, queries, position, pages_ptr, table_ptr, tile, head, length, scale,
                 K, D, PAGE, KEYS, False,
             )  # fmt: skip
         o = acc / l_i[:, None]
+        if kv_scales_ptr is not None:
+            o = o * tl.load(kv_scales_ptr + 1)
         tl.store(out_ptr + row[:, None] * out_stride + offset, o.to(out_ptr.dtype.element_ty), mask=is_real)
 
 
@@ -109,20 +119,21 @@ def prefill(
     positions: Tensor,
     slots: Tensor,
     page_table: Tensor,
+    kv_scales: Tensor | None,
     work: PrefillWork,
     *,
     out: Tensor,
 ) -> None:
     """Compute the rows of a batch that belong to prompt chunks; `attention` has checked the operands.
 
-    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N] -> out [T, H d]; int32, and one
-    floating dtype.
+    q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N], kv_scales [2] fp32 with pages
+    of e4m3 -> out [T, H d]; int32, and else one floating dtype.
     """
     kv_desc = kv_rows_descriptor(pages, PREFILL_KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
     group = q.shape[1] // head_dim // kv_heads
     _prefill[(work.programs,)](
-        q, pages, kv_desc, positions, slots, page_table, work.query_tile_starts, work.counts, out,
+        q, pages, kv_desc, kv_scales, positions, slots, page_table, work.query_tile_starts, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), head_dim**-0.5 * math.log2(math.e),
         kv_heads, group, triton.next_power_of_2(group), head_dim, work.query_tile_tokens, page_tokens, PREFILL_KEYS,
         kv_desc is not None,

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow_kernels.interpreted import INTERPRETED
+
 # The running maximum m before the first tile: finite, so that the difference of two maxima is never NaN.
 LOWEST = tl.constexpr(-1e30)
 
@@ -36,6 +38,38 @@ def kv_pages_descriptor(pages: Tensor, keys: int) -> TensorDescriptor | None:
     if page_tokens % keys:
         return None
     return TensorDescriptor.from_tensor(pages.view(-1, page_tokens, head_dim), [1, keys, head_dim])
+
+
+@triton.jit
+def unpacked(packed):
+    """The e4m3 at even and those at odd columns, each [ROWS, COLUMNS] fp16, of [ROWS, COLUMNS] int16 that hold two.
+
+    Tiles of 16 bits come out of shared memory transposed, those of 8 do not; the tensor cores then get fp16, into which
+    the device converts two e4m3 at a time, exactly.
+    """
+    if INTERPRETED:
+        even, odd = (packed & 0xFF).to(tl.uint8), ((packed >> 8) & 0xFF).to(tl.uint8)
+        even, odd = even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True)
+        return even.to(tl.float16), odd.to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 evens, odds;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {evens, odds}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, evens;
+            cvt.rn.f16x2.e4m3x2 $1, odds;
+            }""",
+            "=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two up to `largest` >= 0: what divided by it fits fp16, exactly so if it has fp16's mantissa."""
+    bits = tl.maximum(largest, 1e-30).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,6 +121,7 @@ def attend(
         k, v = bulk_tile(kv, table_ptr, tile, head, length, K, PAGE, KEYS)
     else:
         k, v = gathered_tile(kv, table_ptr, head, key, key < length, K, D, PAGE)
+    k, v = k.to(queries.dtype), v.to(queries.dtype)  # e4m3 to fp16 is exact
     s = tl.dot(queries, k.T, input_precision="ieee")
     if not BULK:
         s = tl.where(key[None, :] <= position[:, None], s, -float("inf"))

@@ -33,7 +33,7 @@ def quantise(
         scale.copy_(amax.clamp(SMALLEST_AMAX, upper_bound or None) / E4M3_MAX)
     else:
         scale.copy_(static_scale.expand_as(scale))
-    q.copy_((grouped / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(1))
+    q.copy_((grouped * (1 / scale)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(1))
 
 
 def add_rms_norm_quantise(

@@ -1,7 +1,7 @@
 """Products of FP8 (e4m3) operands, which are what linear, linear_swiglu and the experts' products are of others.
 
 Scales of activations: one a token [T, 1], or one for each 128 columns of it [T, K / 128]. Scales of a weight [N, K]:
-one a row [N], or one for each block of 128 rows and columns [ceil(N / 128), ceil(K / 128)].
+one a row [N], or one for each block of 128 rows and columns [ceil(N / 128), K / 128].
 """
 
 from __future__ import annotations

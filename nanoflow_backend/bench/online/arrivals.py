@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanoflow_backend.bench import workload
 from nanoflow_backend.bench.trace import read_trace
-from nanoflow_backend.bench.workload import Dataset
+from nanoflow_backend.bench.workload import Dataset, WorkloadSpec, random_prompts
 from nanoflow_backend.config.error import ConfigError
 
 Kind = Literal["poisson", "trace"]
@@ -42,12 +41,12 @@ class Arrivals:
     def prompts(self, vocab_size: int) -> Iterator[list[int]]:
         """Others for each rate and seed: nothing of them is in a prefix cache."""
         lengths = (input_tokens for input_tokens, _ in self.lengths)
-        return workload.random_prompts(lengths, vocab_size, f"prompts {self.seed} {self.rate:g}")
+        return random_prompts(lengths, vocab_size, f"prompts {self.seed} {self.rate:g}")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of an open loop, as its options say it. Lengths: see workload.choose.
+    """What is asked of an open loop, as its options say it. `lengths`: as of a WorkloadSpec.
 
     `rates` are requests a second. Arrivals are Poisson's, or those of the trace: stretched to a rate, or at their own
     where none is given.
@@ -56,17 +55,13 @@ class Load:
     rates: tuple[float, ...]
     warm_up_s: float
     duration_s: float
-    input_tokens: int
-    output_tokens: int
-    trace: Path | None = None
-    dataset: Dataset | None = None
+    lengths: tuple[int, int] | Path | Dataset
     kind: Kind = "poisson"
     seed: int = 0
 
     def check(self) -> None:
         """Raises: ConfigError, naming an option that does not go with the others, or a rate or time out of range."""
-        workload.check_source(self.trace, self.dataset)
-        if self.kind == "trace" and self.trace is None:
+        if self.kind == "trace" and not isinstance(self.lengths, Path):
             raise ConfigError("--arrivals trace: expected --trace, the file that has them")
         if self.kind == "poisson" and not self.rates:
             raise ConfigError("--rate: expected requests a second")
@@ -94,12 +89,22 @@ class Load:
                 )
         return found
 
+    @property
+    def workload(self) -> str:
+        """Its name, as of a Workload."""
+        match self.lengths:
+            case (input_tokens, output_tokens):
+                return f"{input_tokens}/{output_tokens}"
+            case Path():
+                return self.lengths.stem
+            case _:
+                return self.lengths
+
     def facts(self) -> dict[str, Any]:
         """For a result."""
-        lengths = self.trace.stem if self.trace else self.dataset or f"{self.input_tokens}/{self.output_tokens}"
         arrivals = f"Poisson, seed {self.seed}" if self.kind == "poisson" else "of the trace"
         return {
-            "workload": lengths,
+            "workload": self.workload,
             "arrivals": arrivals,
             "warm_up_s": self.warm_up_s,
             "duration_s": self.duration_s,
@@ -113,27 +118,25 @@ class Load:
         draw, due_s, at_s = random.Random(f"arrivals {self.seed} {rate:g}"), list[float](), 0.0
         while (at_s := at_s + draw.expovariate(rate)) < self._until_s:
             due_s.append(at_s)
-        work = workload.choose(
-            self.input_tokens, self.output_tokens, len(due_s), self.trace, self.dataset, max_model_tokens
-        )
+        work = WorkloadSpec(self.lengths, len(due_s)).read(max_model_tokens)
         if len(work.lengths) < len(due_s):
             raise ConfigError(
-                f"{self.trace}: expected {len(due_s)} rows for {self._until_s:g} s at {rate:g} a second, "
+                f"{self.lengths}: expected {len(due_s)} rows for {self._until_s:g} s at {rate:g} a second, "
                 f"found {len(work.lengths)}"
             )
         return self._made(rate, due_s, work.lengths, work.facts)
 
     def _replayed(self, rate: float | None, max_model_tokens: int) -> Arrivals:
-        assert self.trace is not None, "checked"
-        trace = read_trace(self.trace, max_model_tokens)
+        assert isinstance(self.lengths, Path), "checked"
+        trace = read_trace(self.lengths, max_model_tokens)
         last_s = trace.arrivals_s[-1] if trace.arrivals_s else 0.0
         if not last_s:
-            raise ConfigError(f"{self.trace}: expected requests at different times, found {len(trace.lengths)} rows")
+            raise ConfigError(f"{self.lengths}: expected requests at different times, found {len(trace.lengths)} rows")
         own_rate = len(trace.arrivals_s) / last_s
         stretch = 1.0 if rate is None else own_rate / rate
         if last_s * stretch < self._until_s:
             raise ConfigError(
-                f"{self.trace}: expected {self._until_s:g} s of arrivals (--duration and twice --warm-up), "
+                f"{self.lengths}: expected {self._until_s:g} s of arrivals (--duration and twice --warm-up), "
                 f"at this rate it has {last_s * stretch:.1f} s"
             )
         due_s = [at_s * stretch for at_s in trace.arrivals_s if at_s * stretch < self._until_s]

@@ -62,14 +62,12 @@ def bench_online(
         bench_closed_loop(model, output, input_tokens, output_tokens, requests, concurrency, settings)
         return
     given = {option: value for option, value in open_loop.items() if value is not None}
+    (spec,) = workload.asked_for([], given.get("trace"), given.get("dataset"), (input_tokens, output_tokens), 1)
     load = Load(
         tuple(rates),
         given.get("warm-up", 10.0),
         given.get("duration", 60.0),
-        input_tokens,
-        output_tokens,
-        given.get("trace"),
-        given.get("dataset"),
+        spec.source,
         given.get("arrivals", "poisson"),
         given.get("seed", 0),
     )

@@ -46,3 +46,4 @@ class EngineTarget:
         self._engine.cancel_all()
         while self._engine.has_work:
             self._engine.step()
+        self._engine.scheduler.forget_lengths()

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from nanoflow_backend.bench import result, workload
-from nanoflow_backend.bench.offline import queue_all
+from nanoflow_backend.bench import result
+from nanoflow_backend.bench.offline_run import queue_all
 from nanoflow_backend.bench.step_trace.launch_times import LAPS, ClockedLaunches, LaunchTimes, RecordedLaunches
 from nanoflow_backend.bench.step_trace.trace_file import summary, trace_events
 from nanoflow_backend.bench.step_trace.traced_steps import WorkEndedError, run_steps, trace_steps
-from nanoflow_backend.bench.workload import Dataset
+from nanoflow_backend.bench.workload import WorkloadSpec
 from nanoflow_backend.commands.settings import make_engine
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine
@@ -32,12 +32,8 @@ def bench_trace(
     model: Path,
     output: Path,
     *,
+    spec: WorkloadSpec,
     steps: int,
-    input_tokens: int,
-    output_tokens: int,
-    requests: int,
-    trace: Path | None,
-    dataset: Dataset | None,
     begin: Begin,
     skip_steps: int,
     settings: Sequence[str],
@@ -47,16 +43,14 @@ def bench_trace(
     As many steps right before them run untraced: `untraced_step_ms` says what tracing costs.
 
     Raises:
-        ConfigError: a workload that ends before, both a trace and a dataset, CUDA graphs on several ranks, or an output
-            that cannot be written.
+        ConfigError: a workload that ends before, CUDA graphs on several ranks, or an output that cannot be written.
     """
     check_output(output)
-    workload.check_source(trace, dataset)
-    engine = make_engine(model, settings, max_queue_size=str(requests))
+    engine = make_engine(model, settings, max_queue_size=str(spec.requests))
     try:
         executor = engine.executor
         assert isinstance(executor, LocalExecutor)
-        work = workload.choose(input_tokens, output_tokens, requests, trace, dataset, engine.max_model_tokens)
+        work = spec.read(engine.max_model_tokens)
         times = launch_times(engine, executor)
         queue_all(engine, work)
         take = detokeniser(engine)

@@ -17,6 +17,9 @@ class Forecast(Protocol):
     def record(self, output_tokens: int) -> None:
         """A request has ended after so many tokens, for whatever reason."""
 
+    def forget(self) -> None:
+        """Know as little as at the start."""
+
     def update(self, running: Tokens) -> None:
         """Take in what was recorded, and the tokens that each running request has produced so far."""
 
@@ -41,6 +44,9 @@ class LengthForecast:
 
     def __init__(self, window: int = 4096) -> None:
         self._window = window
+        self.forget()
+
+    def forget(self) -> None:
         self._ended = np.zeros(1)  # by output length
         self._total = 0.0
         self._recorded = 0  # since the last update

@@ -11,7 +11,7 @@ import torch
 from support.commands.command_line import ROOT, assert_one_line, run_here
 from support.schedule.schedules import plans, save
 
-from nanoflow_backend.bench.offline import queue_all
+from nanoflow_backend.bench.offline_run import queue_all
 from nanoflow_backend.bench.step_trace.lanes import lane_launches
 from nanoflow_backend.bench.step_trace.launch_times import LAPS, ClockedLaunches, LaunchTime, RecordedLaunches
 from nanoflow_backend.bench.step_trace.traced_steps import TracedStep, WorkEndedError, trace_steps

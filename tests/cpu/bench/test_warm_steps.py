@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanoflow_backend.bench import warm_steps
-from nanoflow_backend.bench.offline import queue_all
+from nanoflow_backend.bench.offline_run import queue_all
 from nanoflow_backend.bench.workload import constant
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine

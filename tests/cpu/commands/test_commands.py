@@ -113,6 +113,26 @@ def test_bench_offline_draws_lengths_and_runs_as_it_is_told(model, tmp_path):
     assert measured["settings"]["cuda_graphs"] is False
 
 
+def test_bench_offline_runs_workloads_in_turn_as_if_each_were_the_first(model, tmp_path):
+    """Prompts of 40 tokens fill pages of 16: those of the second run would be found there, were they the same."""
+    workloads = ("--workload", "40/7:9", "--workload", "48/3:5")
+    small = ("--set", "dense_batch_tokens=64", "--set", "kv_cache_tokens=4096")
+    done = run_here("bench", "offline", "--model", model, *workloads, *small, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "r").read_text())
+    first, second = measured["runs"]
+    assert [(run["workload"], run["requests"]) for run in (first, second)] == [("40/7", 9), ("48/3", 5)]
+    assert (first["input_tokens"], second["input_tokens"]) == (360, 240)
+    assert (first["output_tokens"], second["output_tokens"]) == (63, 15)
+    assert first["prefix_hit_tokens"] == second["prefix_hit_tokens"] == 0
+    assert sum(point["prefill_tokens"] for point in second["timeline"]) == 240
+    optimum = measured["gemm"]["per_s"] / (2 * measured["work"]["parameters"])
+    for part in (first, second):
+        assert part["share_of_eq5"] == pytest.approx(part["total_tokens_per_s"] / optimum, abs=1e-3)
+    assert "9 requests of 40/7" in done.stdout
+    assert "5 requests of 48/3" in done.stdout
+
+
 def test_bench_online_measures_each_level(model, tmp_path):
     levels = ("--concurrency", "1", "--concurrency", "3")
     sizes = ("--input-tokens", "12", "--output-tokens", "5", "--requests", "2")
@@ -177,6 +197,11 @@ def test_bench_online_names_what_does_not_go_together(model, arguments, message)
     ("arguments", "message"),
     [
         (("--trace", ROOT / "README.md", "--dataset", "lmsys-like"), "--dataset: expected none beside --trace"),
+        (("--workload", "1/1:1", "--dataset", "lmsys-like"), "--workload: expected none beside --dataset"),
+        (
+            ("--workload", "1/1:1", "--workload", "2/2:1", "--breakdown-only"),
+            "--breakdown-only: expected one --workload, got 2",
+        ),
         (("--breakdown", "--set", "device=cpu"), "--breakdown: expected a GPU, the engine runs on cpu"),
     ],
 )

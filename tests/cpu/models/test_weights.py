@@ -20,7 +20,7 @@ from nanoflow_backend.graph.builder import local_shape
 from nanoflow_backend.graph.operation import Source
 from nanoflow_backend.models import checkpoint
 from nanoflow_backend.models.checkpoint import WeightsError
-from nanoflow_backend.models.weights import shard
+from nanoflow_backend.models.placement import put, shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 State = dict[str, Tensor]
@@ -188,7 +188,7 @@ def test_shards_without_units_add_up_to_the_tensor(shape: tuple[int, ...], dim: 
     source = Source("x", shape, shard=dim)
     parts = [torch.zeros(local_shape(source, tp)) for _ in range(tp)]
     for rank, part in enumerate(parts):
-        shard(tensor, source, rank, tp, out=part)
+        put(shard(tensor, source, rank, tp), part[:, None])
     whole = torch.cat(parts, dim)
     assert torch.equal(whole.narrow(dim, 0, shape[dim]), tensor)
     assert not whole.narrow(dim, shape[dim], whole.shape[dim] - shape[dim]).any()
@@ -199,7 +199,7 @@ def test_fewer_heads_than_ranks_are_copied_to_neighbours() -> None:
     source = Source("k", (6, 1), shard=0, units=2)
     parts = torch.empty(8, 3, 1)
     for rank in range(8):
-        shard(tensor, source, rank, 8, out=parts[rank])
+        put(shard(tensor, source, rank, 8), parts[rank][:, None])
     assert parts[:, 0, 0].tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
 
 

@@ -15,7 +15,9 @@ from support.comparison import assert_close
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-NEIGHBOURS = 8  # poisoned columns beside an operand
+E4M3 = torch.float8_e4m3fn
+FLIPS = 1e-3  # of values in e4m3 may be the next one: those that lie half-way but for an fp32 rounding
+NEIGHBOURS = 16  # poisoned columns beside an operand: rows still begin at multiples of 16 bytes
 Request = tuple[int, int]  # tokens in its pages before, tokens in this nano-batch
 
 
@@ -79,25 +81,39 @@ class Checks:
         self.close("linear_swiglu", out, expected)
 
     def rope_append(
-        self, mix: Sequence[Request], heads: int, kv_heads: int, head_dim: int, page_tokens: int, padding: int = 0
+        self,
+        mix: Sequence[Request],
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_tokens: int,
+        padding: int = 0,
+        kv_scales: Sequence[float] | None = None,
     ) -> None:
+        """`kv_scales`: into pages of e4m3, with these scales."""
         positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
         real = len(positions) - padding
         qkv = self.normal(len(positions), (heads + 2 * kv_heads) * head_dim)
         frequencies = torch.rand(head_dim // 2, generator=self.random)
         shape = (num_pages, 2, kv_heads, page_tokens, head_dim)
-        pages, expected_pages = torch.full(shape, torch.nan, dtype=self.dtype), torch.full(shape, torch.nan)
-        pages = pages.to(self.device)
+        scales = [] if kv_scales is None else [torch.tensor(kv_scales)]
+        pages = torch.full(shape, torch.nan).to(E4M3 if scales else self.dtype).to(self.device)
+        expected_pages = torch.full(shape, torch.nan).to(E4M3 if scales else torch.float32)
         q, expected = self.empty(len(positions), heads * head_dim), torch.empty(real, heads * head_dim)
         rows = (positions, slots, table)
-        kernels.rope_append(self.there(qkv), *map(self.there, rows), self.there(frequencies), out=(q, pages))
+        kernels.rope_append(
+            self.there(qkv), *map(self.there, (*rows, frequencies)), *map(self.there, scales), out=(q, pages)
+        )
         rows = (positions[:real], slots[:real], table)
-        reference.rope_append(qkv[:real].float(), *rows, frequencies, out=(expected, expected_pages))
+        reference.rope_append(qkv[:real].float(), *rows, frequencies, *scales, out=(expected, expected_pages))
         self.close("q", q[:real], expected)
         assert not q.isnan().any(), "padding made NaN"
         written = ~expected_pages.isnan()
         assert torch.equal(~pages.cpu().isnan(), written), "pages: other places were written"
-        assert_close("pages", pages.cpu()[written], expected_pages[written], self.tolerance)
+        if scales:
+            assert_same_steps("pages", pages.cpu()[written], expected_pages[written])
+        else:
+            assert_close("pages", pages.cpu()[written], expected_pages[written], self.tolerance)
 
     def attention(
         self,
@@ -108,21 +124,24 @@ class Checks:
         page_tokens: int,
         padding: int = 0,
         num_sms: int | None = None,
+        kv_scales: Sequence[float] | None = None,
     ) -> None:
+        """`kv_scales`: over pages of e4m3, with these scales. Queries are such that their scores are of size 1."""
         positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
         real = len(positions) - padding
-        pages = torch.full((num_pages, 2, kv_heads, page_tokens, head_dim), torch.nan, dtype=self.dtype)
+        scales = [] if kv_scales is None else [torch.tensor(kv_scales)]
+        pages = torch.full((num_pages, 2, kv_heads, page_tokens, head_dim), torch.nan)
+        pages = pages.to(E4M3 if scales else self.dtype)
         for slot in slots[:real].unique().tolist():  # of what no token may see, all stays NaN
             length = int(positions[:real][slots[:real] == slot].max()) + 1
             where = torch.arange(length)
-            kv = self.normal(length, 2, kv_heads, head_dim)
+            kv = self.normal(length, 2, kv_heads, head_dim, dtype=pages.dtype)
             pages[table[slot, where // page_tokens].long(), :, :, where % page_tokens] = kv
-        q = self.normal(len(positions), heads * head_dim)
+        q = self.normal(len(positions), heads * head_dim) / (kv_scales[0] if kv_scales else 1)
         out, expected = self.empty(len(positions), heads * head_dim), torch.empty(real, heads * head_dim)
-        kernels.attention(
-            self.there(q), pages.to(self.device), *map(self.there, (positions, slots, table)), out=out, num_sms=num_sms
-        )
-        reference.attention(q[:real].float(), pages, positions[:real], slots[:real], table, out=expected)
+        operands = *map(self.there, (positions, slots, table)), *map(self.there, scales)
+        kernels.attention(self.there(q), pages.to(self.device), *operands, out=out, num_sms=num_sms)
+        reference.attention(q[:real].float(), pages, positions[:real], slots[:real], table, *scales, out=expected)
         self.close("attention", out[:real], expected)
         assert not out[real:].any(), "padding is not zero"
 
@@ -210,11 +229,21 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.full((rows, columns), torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
 
 
+def assert_same_steps(quantity: str, actual: Tensor, expected: Tensor) -> None:
+    """e4m3 of the same values, but for few that are the next one."""
+    assert not actual.isnan().any(), f"{quantity}: some are NaN"
+    steps = [bits.view(torch.int8).int() for bits in (actual.contiguous(), expected.contiguous())]
+    steps = [torch.where(bits < 0, -(bits & 0x7F), bits) for bits in steps]
+    apart = (steps[0] - steps[1]).abs()
+    assert (apart <= 1).all(), f"{quantity}: {apart.max()} steps apart"
+    assert apart.sum() <= max(1, FLIPS * apart.numel()), f"{quantity}: {apart.sum()} of {apart.numel()} differ"
+
+
 def assert_untouched_beside(quantity: str, output: Tensor) -> None:
     """An output of Checks.empty, whole rows from the first: the poison beside it is still there."""
     rows, columns = output.shape
     wide = output.as_strided((rows, columns + NEIGHBOURS), (columns + NEIGHBOURS, 1))
-    assert wide[:, columns:].isnan().all(), f"{quantity}: columns beside the output were written"
+    assert wide[:, columns:].cpu().isnan().all(), f"{quantity}: columns beside the output were written"
 
 
 def paged_batch(

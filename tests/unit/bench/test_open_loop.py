@@ -12,7 +12,7 @@ from nanoflow_backend.bench.online.latency import Limits, Timed, open_loop_summa
 from nanoflow_backend.bench.online.open_loop import News, measure_rates, run_open_loop
 from nanoflow_backend.config.error import ConfigError
 
-LOAD = Load(rates=(4.0,), warm_up_s=10.0, duration_s=100.0, input_tokens=12, output_tokens=5)
+LOAD = Load(rates=(4.0,), warm_up_s=10.0, duration_s=100.0, lengths=(12, 5))
 
 
 class FakeEngine:
@@ -241,7 +241,7 @@ def trace(tmp_path):
 
 
 def test_a_traces_arrivals_come_as_they_are_or_stretched_to_a_rate(trace):
-    load = replace(LOAD, rates=(), trace=trace, kind="trace", warm_up_s=5.0, duration_s=20.0)
+    load = replace(LOAD, rates=(), lengths=trace, kind="trace", warm_up_s=5.0, duration_s=20.0)
     (own,) = load.arrivals(8192)
     assert own.due_s[:4] == (0.0, 0.5, 1.0, 1.5)
     assert own.due_s[-1] == 29.5
@@ -256,7 +256,7 @@ def test_a_traces_arrivals_come_as_they_are_or_stretched_to_a_rate(trace):
 
 
 def test_a_traces_lengths_come_at_a_poisson_rate(trace):
-    (arrivals,) = replace(LOAD, rates=(1.0,), trace=trace, warm_up_s=2.0, duration_s=20.0).arrivals(8192)
+    (arrivals,) = replace(LOAD, rates=(1.0,), lengths=trace, warm_up_s=2.0, duration_s=20.0).arrivals(8192)
     assert set(arrivals.lengths) <= {(10 + number, 3 + number % 5) for number in range(100)}
     assert len(arrivals.lengths) == len(arrivals.due_s)
     assert arrivals.facts == {"trace_rows_dropped": 0, "trace_rows_too_long": 1}
@@ -285,9 +285,12 @@ def test_bad_loads_are_named(changes, message):
 
 def test_a_trace_that_is_too_short_is_named(trace):
     for load, message in (
-        (replace(LOAD, trace=trace, rates=(9.0,)), r"some\.csv: expected \d+ rows for 120 s at 9 a second, found 100"),
         (
-            replace(LOAD, trace=trace, kind="trace"),
+            replace(LOAD, lengths=trace, rates=(9.0,)),
+            r"some\.csv: expected \d+ rows for 120 s at 9 a second, found 100",
+        ),
+        (
+            replace(LOAD, lengths=trace, kind="trace"),
             r"some\.csv: expected 120 s of arrivals .*, at this rate it has 25\.0 s",
         ),
     ):

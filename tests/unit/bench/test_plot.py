@@ -49,6 +49,13 @@ def test_use_is_what_was_counted_over_what_was_measured():
     assert half.compute == pytest.approx(2 * whole.compute), "the same in half the time"
 
 
+def test_products_in_fp8_are_counted_at_their_own_rate():
+    work = {**RESULT["work"], "fp8_flop_per_token": 600}
+    whole, _ = utilisation({**RESULT, "work": work, "gemm_fp8": {"per_s": 3e6}})
+    rest = 1000 * 400 + 310 * 100 + 9000 * 10
+    assert whole.compute == pytest.approx((rest / 1e6 + 1000 * 600 / 3e6) / 2)
+
+
 def test_the_picture_names_its_curves(tmp_path):
     run, picture = tmp_path / "run.json", tmp_path / "run.svg"
     steady = {"from_s": 1.0, "wall_s": 1.0}

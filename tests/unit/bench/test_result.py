@@ -1,8 +1,13 @@
-"""What a result says of the command that made it."""
+"""What a result says of the command that made it, and of the engine."""
+
+from types import SimpleNamespace
 
 import pytest
+from support.models import shapes
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.quantization import AT_LOAD
 
 
 @pytest.mark.parametrize(
@@ -17,3 +22,16 @@ from nanoflow_backend.bench import result
 def test_the_command_can_be_run_again_and_names_no_folder(monkeypatch, words, command):
     monkeypatch.setattr("sys.argv", words)
     assert result.header()["command"] == command
+
+
+def facts_of(quantization, kv_cache_dtype):
+    config = EngineConfig(model="/models/m", kv_cache_dtype=kv_cache_dtype).settle("cpu")
+    model = shapes.config("llama", quantization=quantization)
+    return result.engine_facts(SimpleNamespace(config=config, model_config=model, description="an engine"))
+
+
+def test_the_header_says_what_the_engine_computes_in_even_where_the_checkpoint_decided_it():
+    plain, fp8 = facts_of(None, "auto"), facts_of(AT_LOAD, "fp8_e4m3")
+    assert (plain["quantization"], plain["kv_cache_dtype"]) == (None, "float32")
+    assert fp8["quantization"] == {"method": "fp8", "weights": "channel", "activations": "token"}
+    assert fp8["kv_cache_dtype"] == "fp8_e4m3"

@@ -62,6 +62,36 @@ def test_the_row_beside_vllm_comes_with_both_runs_of_one_name(tmp_path, monkeypa
     assert row.hardware == "NVIDIA H200"
 
 
+def test_a_result_of_both_engines_has_a_row_for_each_workload(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    figures = {"mean_power_w": 680.4, "mj_per_token": 15.26}
+    rows = [
+        {
+            "workload": workload,
+            "requests": 1500,
+            "ratio": ratio,
+            "nanoflow": {"total_tokens_per_s": 40_000.0 * ratio, "share_of_eq5": 0.61, **figures},
+            "vllm": {"total_tokens_per_s": 40_000.0, **figures},
+        }
+        for workload, ratio in (("1024/512", 1.1), ("512/1024", 1.2))
+    ]
+    run = {
+        "model": "m",
+        "gpu": "NVIDIA H200",
+        "nanoflow": {"quantization": {"method": "fp8"}, "kv_cache_dtype": "fp8_e4m3"},
+        "vllm": [{"versions": {"vllm": "0.26.0"}}],
+        "rows": rows,
+    }
+    (tmp_path / "beside_vllm_m_fp8.json").write_text(json.dumps(run))
+    first, second = groups()["Throughput of the engine"]
+    assert first.what == "vLLM 0.26.0, weights in FP8, KV cache in FP8, 1,500 requests of 1024/512, m: whole run"
+    assert first.measured == (
+        "40,000 tokens/s; 680 W, 15.3 mJ a token; NanoFlow, on the same card: "
+        "44,000 tokens/s; 680 W, 15.3 mJ a token; 61% of Eq. 5 (1.10x)"
+    )
+    assert "512/1024" in second.what
+
+
 def test_gains_are_told_with_the_whole_run_that_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     for name, rate in (("searched", 95.0), ("beside_searched", 100.0)):

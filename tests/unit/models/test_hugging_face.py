@@ -171,7 +171,7 @@ def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
         ({"attention_bias": True}, ["attention_bias is not supported"]),
         ({"mlp_bias": True}, ["mlp_bias is not supported"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config is not supported"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config: key 'quant_method' is missing"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, ["'yarn'", "llama3"]),
         ({"rope_scaling": {"type": "linear", "factor": "8"}}, ["rope", "Expected `float`, got `str`", "factor"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope scaling 'linear'", "key 'factor' is missing"]),

@@ -74,7 +74,7 @@ def fake(monkeypatch):
 def test_vllm_gets_the_requests_that_our_engine_gets(fake, tmp_path):
     app = Typer()
     app.command()(vllm_online.main)
-    load = Load((40.0,), warm_up_s=0.2, duration_s=0.5, input_tokens=7, output_tokens=4)
+    load = Load((40.0,), warm_up_s=0.2, duration_s=0.5, lengths=(7, 4))
     options = ("--rate", "40", "--warm-up", "0.2", "--duration", "0.5", "--input-tokens", "7", "--output-tokens", "4")
     limits, output = ("--ttft-limit", "60000"), tmp_path / "r.json"
     done = CliRunner().invoke(app, ["--model", str(DEMO_MODEL), *options, *limits, "--output", str(output)])

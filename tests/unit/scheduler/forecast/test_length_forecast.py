@@ -34,6 +34,13 @@ def test_before_there_is_data_a_request_runs_to_its_max_tokens() -> None:
     assert estimated(learned([], []), 30, 100, 71) == 0
 
 
+def test_what_is_forgotten_was_never_learned() -> None:
+    forecast = learned([3, 3, 5], [2])
+    assert estimated(forecast, 2, 100, 50) < 1
+    forecast.forget()
+    assert estimated(forecast, 2, 100, 50) == 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_survival_is_counted_from_those_that_came_as_far(seed: int) -> None:
     rng = random.Random(seed)

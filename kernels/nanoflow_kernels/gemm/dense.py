@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nanoflow_kernels.checks import are_bulk, check_bulk, check_dtype, check_rows, check_shape
-from nanoflow_kernels.gemm_persistent import gemm_persistent
-from nanoflow_kernels.gemm_small_m import gemm_small_m, is_small_m
+from nanoflow_kernels.gemm.persistent import gemm_persistent
+from nanoflow_kernels.gemm.small_m import gemm_small_m, is_small_m
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor, num_sms: int | None = None) -> None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanoflow_kernels.gemm.persistent import Scales
 from nanoflow_kernels.grid import programs
 from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, uses_pdl, wait_for_earlier
 from nanoflow_kernels.swiglu import swiglu
@@ -27,7 +28,7 @@ WEIGHT_ROWS = 64  # of a tile
 class WeightTiling(NamedTuple):
     """How programs read their rows of the weight."""
 
-    depth: int  # columns of a tile
+    depth: int  # columns of a tile, of 2 bytes each
     stages: int  # tiles on their way
     per_sm: int  # programs
     prefetched_bytes: int  # of each row of a program's first tile, brought into the L2 cache while earlier kernels end
@@ -40,13 +41,15 @@ TALL_ROWS = 16384  # a weight of more rows is tall
 
 @triton.jit
 def _gemm_small_m(
-    x_ptr, weight_desc, weight_ptr, out_ptr, T, N, IN, x_stride, weight_stride, out_stride,
+    x_ptr, weight_desc, weight_ptr, x_scale_ptr, weight_scale_ptr, out_ptr, T, N, IN,
+    x_stride, weight_stride, x_scale_stride, out_stride,
     SWIGLU: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     PREFETCHED_BYTES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = x weight^T, or silu(gate) * up of it where rows of the weight alternate gate and up (see swiglu).
 
-    weight_desc: the descriptor of tiles [ROWS, DEPTH] of the weight at weight_ptr.
+    weight_desc: the descriptor of tiles [ROWS, DEPTH] of the weight at weight_ptr. With x_scale_ptr the operands are of
+    e4m3 and have a scale a row.
     """
     token, depth = tl.arange(0, TOKENS), tl.arange(0, DEPTH)
     is_real = token < T
@@ -54,7 +57,8 @@ def _gemm_small_m(
         # Two threads a row: a program has as many threads as that.
         thread = tl.arange(0, 2 * ROWS)
         row = tl.minimum(tl.program_id(0) * ROWS + thread // 2, N - 1).to(tl.int64)
-        prefetch_l2(weight_ptr + row * weight_stride + thread % 2 * (PREFETCHED_BYTES // 4), PREFETCHED_BYTES // 2)
+        half = PREFETCHED_BYTES // 2 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch_l2(weight_ptr + row * weight_stride + thread % 2 * half, PREFETCHED_BYTES // 2)
     wait_for_earlier(PDL)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         acc = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -64,6 +68,11 @@ def _gemm_small_m(
             acc = tl.dot(weight_desc.load([tile * ROWS, start]), tokens, acc)
         launch_dependents(PDL)
         y = acc.T
+        if x_scale_ptr is not None:
+            scaled_row = tile * ROWS + tl.arange(0, ROWS)
+            of_x = tl.load(x_scale_ptr + token * x_scale_stride, mask=is_real, other=0.0)
+            of_weight = tl.load(weight_scale_ptr + scaled_row, mask=scaled_row < N, other=0.0)
+            y = y * of_x[:, None] * of_weight[None, :]
         ROWS_PER_COLUMN: tl.constexpr = 2 if SWIGLU else 1  # rows of the weight
         column = tile * (ROWS // ROWS_PER_COLUMN) + tl.arange(0, ROWS // ROWS_PER_COLUMN)
         if SWIGLU:
@@ -74,21 +83,32 @@ def _gemm_small_m(
 
 
 def is_small_m(x: Tensor, weight: Tensor) -> bool:
-    """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 2 bytes."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 1 or 2 bytes."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
     return narrow and len(x) <= SMALL_M and weight.stride(0) * weight.element_size() % 16 == 0
 
 
-def gemm_small_m(x: Tensor, weight: Tensor, *, swiglu: bool, out: Tensor, num_sms: int | None = None) -> None:
-    """Compute x weight^T, or its silu(gate) * up with `swiglu`; for operands and errors see linear, linear_swiglu.
+def gemm_small_m(
+    x: Tensor,
+    weight: Tensor,
+    scales: Scales | None = None,
+    *,
+    swiglu: bool,
+    out: Tensor,
+    num_sms: int | None = None,
+) -> None:
+    """Compute x weight^T, or its silu(gate) * up with `swiglu`; the callers in dense.py and scaled.py check operands.
 
-    x [T, in], weight [N, in] -> out [T, N], or [T, N / 2] with `swiglu`, of one dtype of 2 bytes.
+    x [T, in], weight [N, in], both of one dtype of 2 bytes or, with `scales` (ROW_SCALES), of e4m3 -> out [T, N], or
+    [T, N / 2] with `swiglu`.
     """
     tiling = TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT
+    depth = tiling.depth * 2 // x.element_size()
     pdl = uses_pdl(len(x), x.device)
+    x_scale, weight_scale = scales or (None, None)
     _gemm_small_m[(programs(triton.cdiv(len(weight), WEIGHT_ROWS), num_sms, x.device, per_sm=tiling.per_sm),)](
-        x, TensorDescriptor.from_tensor(weight, [WEIGHT_ROWS, tiling.depth]), weight, out,
-        len(x), len(weight), x.shape[1], x.stride(0), weight.stride(0), out.stride(0),
-        swiglu, SMALL_M, WEIGHT_ROWS, tiling.depth, tiling.stages,
-        min(tiling.prefetched_bytes, x.shape[1] * 2 // 32 * 32), pdl, num_warps=4, launch_pdl=pdl,
+        x, TensorDescriptor.from_tensor(weight, [WEIGHT_ROWS, depth]), weight, x_scale, weight_scale, out,
+        len(x), len(weight), x.shape[1], x.stride(0), weight.stride(0), 0 if x_scale is None else x_scale.stride(0),
+        out.stride(0), swiglu, SMALL_M, WEIGHT_ROWS, depth, tiling.stages,
+        min(tiling.prefetched_bytes, x.shape[1] * x.element_size() // 32 * 32), pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

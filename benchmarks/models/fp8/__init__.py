@@ -1,0 +1,1 @@
+"""Tiny checkpoints in FP8, made by the tools of their formats."""

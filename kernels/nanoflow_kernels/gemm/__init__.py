@@ -1,0 +1,1 @@
+"""This package holds dense products: `dense` and `scaled` choose among libraries and our two kernels."""
