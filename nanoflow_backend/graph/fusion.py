@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nanoflow_backend.config.quantization import BLOCK
-from nanoflow_backend.graph.operation import Graph, Operation
+from nanoflow_backend.graph.operation import Graph
 
 FUSED = {"add_rms_norm": "add_rms_norm_quantise"}  # kernel -> the one that quantises its last output too
 

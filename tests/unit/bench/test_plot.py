@@ -60,7 +60,7 @@ def test_a_result_of_several_workloads_has_no_picture(tmp_path):
     run = tmp_path / "run.json"
     run.write_text(json.dumps({"runs": [RESULT, RESULT]}))
     with pytest.raises(ConfigError, match="expected a result of one workload, got 2"):
-        bench_plot(run, tmp_path / "run.svg")
+        bench_plot([run], tmp_path / "run.svg")
 
 
 def test_the_picture_names_its_curves(tmp_path):
