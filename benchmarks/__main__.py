@@ -52,6 +52,7 @@ ROOMS = {
     ),
     "accuracy": (
         Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),
+        Command("held-out-loss", "accuracy.held_out_loss", "What FP8 costs: the demo model's loss on unseen text."),
         Command("chat-templates", "accuracy.chat_templates", "Chat templates of a folder against transformers."),
     ),
     "paper": (
