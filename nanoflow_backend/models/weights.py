@@ -24,7 +24,7 @@ from nanoflow_backend.models.parameters import by_loaders_names, check, find_sta
 from nanoflow_backend.models.placement import Place, find_places, put, shard, shards
 from nanoflow_backend.models.scales import quantise_blocks, quantise_rows, read_scales
 
-CHUNK_ELEMENTS = 2**20  # of a weight that are quantised at a time: what that takes is small beside the weights
+CHUNK_ELEMENTS = 2**18  # of a weight that are quantised at a time: what that takes is small beside the weights
 DUMMY_INPUT_SCALE = 0.02  # static: of inputs up to 9
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What config.json and ModelOpt's own file say about quantization, as published folders have it; and what is refused."""
+"""What config.json and ModelOpt's own file say about quantization, as published; and what is refused."""
 
 from __future__ import annotations
 
