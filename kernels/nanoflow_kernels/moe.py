@@ -133,7 +133,7 @@ def _grouped_product(
     _grouped[(programs(most, num_sms, x.device, per_sm=1),)](
         x, matrix, x_scale, weight_scale, members, counts, weights, out, choices, width, inner, count,
         x.stride(0), 0 if swiglu else inner, 0 if x_scale is None else x_scale.stride(0), 0 if swiglu else 1,
-        0 if swiglu else weights.stride(0), out.stride(0), width // 2 if swiglu else width,
+        0 if weights is None else weights.stride(0), out.stride(0), width // 2 if swiglu else width,
         chosen, swiglu, triton.next_power_of_2(count), bulk,
         TILE_ROWS, TILE_COLUMNS, depth, 1 if x.dtype == torch.float32 else GROUPED_STAGES, num_warps=8,
     )  # fmt: skip

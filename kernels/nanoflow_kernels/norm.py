@@ -95,7 +95,7 @@ def add_rms_norm_quantise(
     """
     kept, q, scale = out
     check_rows("add_rms_norm_quantise", residual=residual, update=update, kept=kept, q=q, scale=scale)
-    check_quantised("add_rms_norm_quantise", *residual.shape, group, q, scale)
+    check_quantised("add_rms_norm_quantise", len(residual), residual.shape[1], group, q, scale)
     if group & (group - 1):
         raise ValueError(f"add_rms_norm_quantise: group: expected 0 or a power of two, got {group}")
     kernel = "add_rms_norm_quantise"

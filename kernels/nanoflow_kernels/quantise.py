@@ -12,12 +12,12 @@ from torch import Tensor
 
 from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
 from nanoflow_kernels.grid import programs
+from nanoflow_kernels.interpreted import INTERPRETED
 from nanoflow_kernels.pdl import launch_dependents, uses_pdl, wait_for_earlier
 from nanoflow_kernels.swiglu import gated, swiglu
 
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_AMAX = tl.constexpr(2.0**-100)  # for which scales are made: zeros have a scale that is not zero, too
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit

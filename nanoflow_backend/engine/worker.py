@@ -20,8 +20,10 @@ from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.sampling.prompt_scorer import PromptScorer, Scored
-from nanoflow_backend.sampling.sampler import Drawn, Sampler
+from nanoflow_backend.sampling.sampler import Drawn, Sampler, warm_up
 from nanoflow_backend.scheduler.batch import Batch, Sampled
+
+KINDS_OF_ROWS = (1, 2, 16)  # numbers of rows for which kernels are compiled: one, any, and multiples of 16
 
 
 @dataclass
@@ -62,6 +64,10 @@ class Worker:
         self._sampler = Sampler(config.max_running, vocab_size, model_config.eos_token_ids, kernels, self._torch_device)
         self._scorer = PromptScorer(vocab_size, kernels, self._torch_device, config.max_running)
         self.program, self._page_table, self.num_pages = builder.build()
+        if builder.kernels:
+            for rows in KINDS_OF_ROWS:
+                some = torch.zeros(min(rows, config.max_running), dtype=torch.int32, device=self._torch_device)
+                warm_up(self.program.head(some), vocab_size, builder.kernels)
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
         """Embedding and layers on all T tokens.

@@ -13,6 +13,7 @@ from nanoflow_kernels import reference_sampling
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.sampling.logit_edits import LogitBias, MinTokens
@@ -20,6 +21,10 @@ from nanoflow_backend.sampling.penalties import Drawing, Penalties
 from nanoflow_backend.scheduler.batch import Admission, TokenLogprobs
 
 CPU = torch.device("cpu")
+KINDS_OF_REQUESTS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, seed=0, top_p=0.9, repetition_penalty=1.1, logprobs=1),
+)
 
 
 @dataclass(frozen=True)
@@ -121,3 +126,14 @@ class Sampler:
         rows_ = to_device(rows, logits.device)
         columns = self._kernels.logprobs(logits[rows_], ids[rows_], int(wanted.max()))
         return Logprobs(slots[rows], wanted[rows], tuple(to_host(column) for column in columns))
+
+
+def warm_up(logits: Tensor, vocab_size: int, kernels: ModuleType) -> None:
+    """Sample from logits [R, V or padded beyond] for requests of every kind: on a GPU that compiles what they need, so
+    that none of them waits for it later."""
+    rows = list(range(len(logits)))
+    for params in KINDS_OF_REQUESTS:
+        sampler = Sampler(len(rows), vocab_size, (), kernels, logits.device)
+        sampler.admit(Admission(slot, 1, params, [0]) for slot in rows)
+        everything = np.full((len(rows), -(-vocab_size // 32)), -1, np.int32)
+        sampler.sample(logits, rows, [1] * len(rows), Masks(rows, everything.tobytes()))

@@ -23,6 +23,22 @@ class InDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class Quantised(StrEnum):
+    """What the engine quantises a model to that is not quantised."""
+
+    FP8 = "fp8"
+
+
+class KvDtype(StrEnum):
+    """What the engine keeps KV pages in; auto: as the dtype, or FP8 where the checkpoint has scales for it."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+    FP8_E4M3 = "fp8_e4m3"
+
+
 class On(StrEnum):
     """Where a search measures."""
 
@@ -31,6 +47,9 @@ class On(StrEnum):
 
 
 ModelFolder = Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")]
+OfDtype = Annotated[InDtype, typer.Option(help="Of weights and activations, as in engine.json.")]
+Quantisation = Annotated[Quantised | None, typer.Option(help="Of products, as in engine.json.")]
+KvCacheDtype = Annotated[KvDtype, typer.Option(help="Of KV pages, as in engine.json.")]
 MeasureOn = Annotated[On, typer.Option(help="synthetic: a law in place of a GPU, for development.")]
 
 
@@ -46,9 +65,9 @@ def search(
         Path | None, typer.Option(help="The schedule file. What is done lies beside it, in NAME.search.")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
-    dtype: Annotated[
-        InDtype, typer.Option(help="Of weights, activations and KV pages, as in engine.json.")
-    ] = InDtype.BFLOAT16,
+    dtype: OfDtype = InDtype.BFLOAT16,
+    quantization: Quantisation = None,
+    kv_cache_dtype: KvCacheDtype = KvDtype.AUTO,
     profile: Annotated[
         Path | None, typer.Option(help="A profile to use, or to measure; default: NAME.profile.json.")
     ] = None,
@@ -79,7 +98,7 @@ def search(
         missing = "model" if model is None else "out" if workload else "workload"
         raise typer.BadParameter("expected a value", param_hint=_option(missing))
     effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
-    request = SearchRequest.of(model, tp, workload, dtype.value)
+    request = SearchRequest.of(model, tp, workload, **_precision(dtype, quantization, kv_cache_dtype))
     run_search(request, dense_batch_tokens or [], effort, device, profile, out, until)
 
 
@@ -122,6 +141,15 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def _precision(dtype: InDtype, quantization: Quantised | None, kv_cache_dtype: KvDtype) -> dict[str, str | None]:
+    """Return the fields of engine.json that options stand for."""
+    return {
+        "dtype": dtype.value,
+        "quantization": None if quantization is None else quantization.value,
+        "kv_cache_dtype": kv_cache_dtype.value,
+    }
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -135,11 +163,14 @@ def analyze(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
     dense_batch_tokens: Annotated[int | None, typer.Option(min=1, help="Default: what fills the memory.")] = None,
+    quantization: Quantisation = None,
+    kv_cache_dtype: KvCacheDtype = KvDtype.AUTO,
 ) -> None:
     """What bounds the model's throughput: the paper's cost model (section 3), with power as a fourth resource."""
     from nanoflow_search.emit.cost_table import show_cost_table
 
-    show_cost_table(model, device or [], tp, workload, dense_batch_tokens)
+    precision = _precision(InDtype.BFLOAT16, quantization, kv_cache_dtype)
+    show_cost_table(SearchRequest.of(model, tp, workload, **precision), device or [], dense_batch_tokens)
 
 
 @app.command()
@@ -165,7 +196,9 @@ def time(
     layers: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
     rounds: Annotated[int, typer.Option(min=2, max=21, help="Rounds, A B B A each.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.01, help="Seconds of each run that are measured.")] = 1.0,
-    dtype: Annotated[InDtype, typer.Option(help="Of weights, activations and KV pages.")] = InDtype.BFLOAT16,
+    dtype: OfDtype = InDtype.BFLOAT16,
+    quantization: Quantisation = None,
+    kv_cache_dtype: KvCacheDtype = KvDtype.AUTO,
     device: MeasureOn = On.AUTO,
 ) -> None:
     """Time schedules beside sequential in a steady state, on the GPU that is here; with a profile, predict them first.
@@ -180,7 +213,7 @@ def time(
     from nanoflow_search.predict.timing_model import TimingModel
     from nanoflow_search.profile.data import Profile
 
-    request = SearchRequest.of(model, 1, [workload], dtype.value)
+    request = SearchRequest.of(model, 1, [workload], **_precision(dtype, quantization, kv_cache_dtype))
     schedules = named_schedules(schedule, request.model, tokens)
     if (machine := find_machine(device.value, 1)) is None:
         raise ValueError("here is no GPU to time schedules on; --device synthetic has a law in its place")
@@ -223,7 +256,7 @@ def predict_run(
     from nanoflow_backend.bench import workload as workloads
     from nanoflow_backend.commands.settings import parse
     from nanoflow_backend.config.engine_config import EngineConfig
-    from nanoflow_backend.models.hugging_face import read_model_config
+    from nanoflow_backend.models.computed import read_computed
     from nanoflow_backend.runtime.cuda import bucket
     from nanoflow_search.cost.workload import MeanWorkload
     from nanoflow_search.emit.run_prediction import predict_run
@@ -231,7 +264,7 @@ def predict_run(
 
     settings = parse(setting or [])
     named = EngineConfig.resolve({"model": str(model), **settings}, relative_to=Path.cwd())
-    shape, taken = read_model_config(model), Profile.load(profile)
+    (named, shape), taken = read_computed(named, "cuda"), Profile.load(profile)
     if trace:
         work = workloads.of_trace(trace, requests, named.max_model_tokens or shape.max_model_tokens)
     else:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.config.precision import BFLOAT16, Dtype, Precision
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.model import Model
-from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.cost.batch_sizes import batch_mix, natural_tokens, suitable_sizes
@@ -66,17 +67,21 @@ class SearchRequest:
     precision: Precision = BFLOAT16  # that the engine will run in
 
     @classmethod
-    def of(cls, folder: Path, ranks: int, workloads: Sequence[str], dtype: Dtype = "bfloat16") -> SearchRequest:
+    def of(cls, folder: Path, ranks: int, workloads: Sequence[str], **precision: str | None) -> SearchRequest:
         """Return the request for the model in `folder`, which holds a Hugging Face config.json.
 
+        `precision` is dtype, quantization and kv_cache_dtype as in engine.json, for an engine on a GPU.
+
         Raises:
-            ConfigError: the model cannot be read.
+            ConfigError: the model cannot be read, or cannot be computed in such a precision.
             ValueError: a workload cannot be read.
         """
         for workload in workloads:
             MeanWorkload.parse(workload)
-        config, precision = read_model_config(folder), Precision.of(dtype)
-        return cls(folder.resolve().name, config, ranks, tuple(dict.fromkeys(workloads)), precision)
+        asked = EngineConfig.resolve({"model": str(folder), **precision}, relative_to=Path.cwd(), origin="precision")
+        engine, config = read_computed(asked, "cuda")
+        names = tuple(dict.fromkeys(workloads))
+        return cls(folder.resolve().name, config, ranks, names, engine.precision_on("cuda"))
 
     @cached_property
     def model(self) -> Model:

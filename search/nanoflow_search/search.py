@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from nanoflow_backend.schedule.file import ScheduleFile, fingerprint
+from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_search.checkpoint import Checkpoint, Run, SearchError
 from nanoflow_search.emit.progress import ProgressDisplay
 from nanoflow_search.emit.schedule_file import Outcome, Planned, make_schedule_file
@@ -79,13 +79,8 @@ def _profile(
     if not path.exists():
         raise SearchError(f"{path}: there is no profile, and no GPU here: take it where one is (--until profile)")
     profile = Profile.load(path)
-    header, wanted = profile.header, (fingerprint(request.model.layer), request.precision, request.ranks)
-    if (header.model_fingerprint, header.precision, header.tensor_parallel) != wanted:
-        raise SearchError(
-            f"{path}: was taken of layer {header.model_fingerprint} in {header.precision} on "
-            f"{header.tensor_parallel} rank(s), and {request.name} is {wanted[0]} in {request.precision} on "
-            f"{request.ranks}"
-        )
+    if mismatch := profile.header.mismatch(request.model.layer, request.precision, request.ranks):
+        raise SearchError(f"{path}: {mismatch}")
     return profile
 
 

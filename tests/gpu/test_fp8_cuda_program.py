@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 from nanoflow_kernels import device, reference
@@ -20,6 +22,7 @@ from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
+from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
@@ -109,23 +112,33 @@ def test_every_launch_writes_what_the_cpus_writes(case: str, dtype: Dtype, page_
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_an_independent_computation(case: str) -> None:
-    """In lanes of their own and one after the other, as they come and from the capture."""
+def test_logits_are_as_close_to_an_independent_computation_as_the_cpus(case: str) -> None:
+    """In lanes of their own and one after the other, as they come and from the capture.
+
+    fp16 rounds before e4m3 does, and so to another neighbour now and then: in models as small as these that is most of
+    the error, on either program.
+    """
     shape, requests = CASES[case], Requests(CASES[case], LENGTHS, 64)
     model, dtype = build(shape), "float16"
     weights = cast(cast(made_weights(model, seed=2), dtype, "cpu"), "float32", "cpu")
     expected = [Fp8Forward(shape, weights).logits(ids) for ids in requests.ids]
     sms = torch.cuda.get_device_properties().multi_processor_count
-    for schedule in (sequential(model.layer, 64), overlapped(model.layer, 64, 32, 0.5, 40, sms)):
+    plain = sequential(model.layer, 64)
+    reached = _median_error(CpuProgram(binding(shape, model, plain, requests, dtype, "cpu")), requests, expected)
+    for schedule in (plain, overlapped(model.layer, 64, 32, 0.5, 40, sms)):
         made = CudaProgram(binding(shape, model, schedule, requests, dtype, "cuda"), max_rows=64)
-        page_table = requests.page_table.cuda()
         for _ in range(2):
-            errors = []
-            for batch in BATCHES:
-                token_ids, positions, slots, _ = (x.cuda() for x in requests.inputs(batch))
-                forward(made, (token_ids, positions, slots, page_table), decode_kv_tokens(batch))
-                logits = made.head(torch.arange(len(token_ids), dtype=torch.int32, device="cuda")).cpu()
-                rows = requests.rows(expected, batch)
-                errors += [relative_rms(a, e) for a, e in zip(logits, rows, strict=True)]
-            assert sorted(errors)[len(errors) // 2] < 2e-2, (schedule, errors)
-            assert max(errors) < 0.1, (schedule, errors)
+            error = _median_error(made, requests, expected)
+            assert error < 1.3 * reached, (schedule, error, reached)
+
+
+def _median_error(program: CpuProgram | CudaProgram, requests: Requests, expected: list[Tensor]) -> float:
+    """Of all rows, relative to each."""
+    errors, page_table = [], requests.page_table.to(program.binding.device)
+    for batch in BATCHES:
+        token_ids, positions, slots, _ = (x.to(program.binding.device) for x in requests.inputs(batch))
+        forward(program, (token_ids, positions, slots, page_table), decode_kv_tokens(batch))
+        rows = torch.arange(len(token_ids), dtype=torch.int32, device=program.binding.device)
+        logits = program.head(rows).cpu()
+        errors += [relative_rms(a, e) for a, e in zip(logits, requests.rows(expected, batch), strict=True)]
+    return median(errors)

@@ -72,7 +72,7 @@ def _load_queries(q_ptr, offset, mask, PARTS: tl.constexpr):
     else:
         even, odd = first.to(tl.float32), tl.load(q_ptr + offset + 1, mask=mask, other=0.0).to(tl.float32)
         power = power_of_two(tl.max(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 1), 0))
-        return ((even / power).to(tl.float16), (odd / power).to(tl.float16)), power
+        return ((even * (1 / power)).to(tl.float16), (odd * (1 / power)).to(tl.float16)), power
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def _prefill(
         if kv_scales_ptr is not None:
             wide = queries.to(tl.float32)
             power = power_of_two(tl.max(tl.max(tl.abs(wide), 1), 0))
-            queries = (wide / power).to(tl.float16)
+            queries = (wide * (1 / power)).to(tl.float16)
             scale = scale_log2 * tl.load(kv_scales_ptr) * power
         position = first_position + tl.minimum(token, num_rows - 1)
         table_ptr = page_table_ptr + slot.to(tl.int64) * page_table_stride

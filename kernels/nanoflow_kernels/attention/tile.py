@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanoflow_kernels.quantise import INTERPRETED
+from nanoflow_kernels.interpreted import INTERPRETED
 
 # The running maximum m before the first tile: finite, so that the difference of two maxima is never NaN.
 LOWEST = tl.constexpr(-1e30)

@@ -169,6 +169,6 @@ def gemm_persistent(
         bias, x_scale, weight_scale,
         TensorDescriptor.from_tensor(out, [t.rows, t.columns // 2]),
         len(x), len(weight), x.shape[1],
-        *((0, 0) if scales is None else (x_scale.stride(0), weight_scale.stride(0))),
+        *((0, 0) if scales is None else (scales.x.stride(0), scales.weight.stride(0))),
         t.rows, t.columns, t.depth, GROUPED_ROW_TILES, stages, swiglu, kind, num_warps=t.warps,
     )  # fmt: skip

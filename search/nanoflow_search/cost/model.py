@@ -10,7 +10,7 @@ from math import prod
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.models.model import build
 from nanoflow_search.cost.devices import GpuSpec
 from nanoflow_search.cost.workload import MeanWorkload
@@ -25,34 +25,43 @@ class ModelSize:
     hidden: int  # D_model
     layers: int
     kv_bytes_per_token: float  # of all layers
-    weight_bytes: int = 2  # S_type of one parameter
+    weight_bytes: float = 2  # S_type of one parameter, on average
     activation_bytes: int = 2  # S_type of one activation
+    fp8_share: float = 0.0  # of the active parameters, those in products of e4m3 operands
 
     @classmethod
     def of(cls, config: ModelConfig, precision: Precision = BFLOAT16) -> ModelSize:
-        """Count the parameters of the model's op graphs; tied embeddings count once."""
+        """Count the parameters of the model's op graphs; tied embeddings count once, scales and constants do not."""
         model = build(config)
-        layers = sum(map(_parameters, model.in_order))
-        rest = _parameters(model.embed) + _parameters(model.head)
+        held = [
+            parameter
+            for graph in (model.embed, *model.in_order, model.head)
+            for parameter in graph.parameters
+            if parameter.constant is None and parameter.scale is None
+        ]
+        used = config.experts_per_token / config.num_experts if config.num_experts else 1.0
+        active = {True: 0.0, False: 0.0}  # by whether they are e4m3
+        total = total_bytes = 0
+        for parameter in held:
+            elements = prod(parameter.shape)
+            total += elements
+            total_bytes += elements * precision.element_bytes(parameter.dtype)
+            active[parameter.dtype == FP8] += elements * (used if len(parameter.shape) == 3 else 1.0)
         if config.tie_word_embeddings:
-            rest -= config.vocab_size * config.hidden_size
-        idle = 1 - config.experts_per_token / config.num_experts if config.num_experts else 0.0
-        experts = sum(prod(p.shape) for graph in model.in_order for p in graph.parameters if len(p.shape) == 3)
-        total = layers + rest
+            twice = config.vocab_size * config.hidden_size
+            total, total_bytes = total - twice, total_bytes - twice * precision.element_bytes("weights")
+            active[False] -= twice
         kv_elements = 2 * config.num_kv_heads * config.head_dim * config.num_layers
         return cls(
             parameters=total,
-            active_parameters=total - idle * experts,
+            active_parameters=sum(active.values()),
             hidden=config.hidden_size,
             layers=config.num_layers,
             kv_bytes_per_token=kv_elements * precision.element_bytes("kv"),
-            weight_bytes=precision.element_bytes("weights"),
+            weight_bytes=total_bytes / total,
             activation_bytes=precision.element_bytes("activations"),
+            fp8_share=active[True] / sum(active.values()),
         )
-
-
-def _parameters(graph: Graph) -> int:
-    return sum(prod(p.shape) for p in graph.parameters if p.constant is None)
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,13 @@ class CostModel:
         return self.device.memory_bytes / self.device.memory_bytes_per_s
 
     def compute_s(self, dense_batch_tokens: float) -> float:
-        """T_compute (Eq. 2), in seconds: two operations for each token and active parameter."""
-        return 2 * dense_batch_tokens * self.model.active_parameters / (self.gpus * self.device.flop_per_s)
+        """T_compute (Eq. 2), in seconds: two operations for each token and active parameter, each kind at its rate.
+
+        Raises:
+            ValueError: the device has no products of FP8 operands.
+        """
+        flop, fp8_share = 2 * dense_batch_tokens * self.model.active_parameters, self.model.fp8_share
+        return self.device.compute_s(flop * (1 - fp8_share), flop * fp8_share) / self.gpus
 
     def network_s(self, dense_batch_tokens: float) -> float:
         """T_net (Eq. 3), in seconds: two all-reduces a layer, or the reduce-scatter and all-gather that make them up.
@@ -103,4 +117,4 @@ class CostModel:
 
         The paper's figures are per GPU: divide by `gpus` to compare.
         """
-        return self.gpus * self.device.flop_per_s / (2 * self.model.active_parameters)
+        return 1 / self.compute_s(1)

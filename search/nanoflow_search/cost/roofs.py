@@ -44,12 +44,15 @@ def roofs(graph: Graph, works: Mapping[str, Work], device: GpuSpec, layers: int 
     """Return the roofs of `layers` equal layers from the work of each operation of one.
 
     Each operation uses the resource that the graph tags it with, alone and at the device's full rate.
+
+    Raises:
+        ValueError: the device has no products of FP8 operands.
     """
 
     def total(resource: Resource, seconds: dict[str, float]) -> float:
         return layers * sum(seconds[op.name] for op in graph.operations if op.resource is resource)
 
-    compute = {name: work.flop / device.flop_per_s for name, work in works.items()}
+    compute = {name: device.compute_s(work.flop, work.fp8_flop) for name, work in works.items()}
     memory = {name: work.memory_bytes / device.memory_bytes_per_s for name, work in works.items()}
     network = {name: work.network_bytes / device.network_bytes_per_s for name, work in works.items()}
     power_s = None
@@ -72,7 +75,7 @@ def dynamic_energy_j(resource: Resource, work: Work, device: GpuSpec) -> float:
         raise ValueError(f"{device.name}: no energies are known of it")
     match resource:
         case Resource.COMPUTE:
-            return work.flop * power.j_per_flop
+            return power.compute_j(work.flop, work.fp8_flop)
         case Resource.MEMORY:
             return work.memory_bytes * power.j_per_byte
         case Resource.NETWORK:

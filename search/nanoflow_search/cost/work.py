@@ -1,6 +1,6 @@
 """The work of an operation is what it computes, reads and sends; it follows from the shapes of the op graph.
 
-Shapes are those of one rank. Biases and scalars are not counted.
+Shapes are those of one rank. Biases and scales of weights are not counted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_search.cost.workload import Mix
 
@@ -17,15 +18,17 @@ from nanoflow_search.cost.workload import Mix
 class Work:
     """The work of one launch of an operation."""
 
-    flop: float = 0.0
+    flop: float = 0.0  # of 16-bit operands, or wider ones
     memory_bytes: float = 0.0
     network_bytes: float = 0.0  # one way, of one rank
+    fp8_flop: float = 0.0  # of e4m3 operands
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.flop + other.flop,
             self.memory_bytes + other.memory_bytes,
             self.network_bytes + other.network_bytes,
+            self.fp8_flop + other.fp8_flop,
         )
 
 
@@ -36,29 +39,28 @@ def operation_work(
 
     Every weight is read once, and so is the context of each token that decodes.
     """
-    element_bytes, kv_bytes = precision.element_bytes("activations"), precision.element_bytes("kv")
     values = [graph.values[name] for name in (*operation.inputs, *operation.outputs)]
-    width = sum(value.width for value in values if value.kind is Kind.TOKENS)
-    moved = mix.tokens * width * element_bytes
+    rows = [value for value in values if value.kind is Kind.TOKENS]
+    moved = mix.tokens * sum(value.width * precision.element_bytes(value.dtype) for value in rows)
     if operation.kernel == "attention":
         return _attention(graph, operation, Mix(mix.decode_tokens, 0, mix.decode_context, 0), precision) + (
             _attention(graph, operation, Mix(0, mix.prefill_tokens, 0, mix.prefill_context), precision)
         )
     if operation.resource is Resource.COMPUTE:
-        shapes = {p.name: p.shape for p in graph.parameters}
-        shape = shapes[operation.parameters[0]]
-        chosen = 1
+        weight = next(p for p in graph.parameters if p.name == operation.parameters[0])
+        shape, chosen = weight.shape, 1
         if len(shape) == 3:  # each token meets the matrices of its experts alone
             chosen = next(v.width for v in values if v.name in operation.inputs and v.dtype == "int32")
-        weights = prod(shape) * precision.element_bytes("weights")
-        return Work(2 * mix.tokens * chosen * shape[-1] * shape[-2], weights + moved)
+        read = prod(shape) * precision.element_bytes(weight.dtype) + moved
+        flop = 2 * mix.tokens * chosen * shape[-1] * shape[-2]
+        return Work(memory_bytes=read, fp8_flop=flop) if weight.dtype == FP8 else Work(flop, read)
     if operation.kernel in ("all_reduce", "reduce_scatter_columns", "all_gather_columns"):
-        whole = max(graph.values[name].width for name in (*operation.inputs, *operation.outputs))
+        whole = max(value.width * precision.element_bytes(value.dtype) for value in values)
         passes = 2 if operation.kernel == "all_reduce" else 1
-        sent = passes * (ranks - 1) / ranks * mix.tokens * whole * element_bytes
+        sent = passes * (ranks - 1) / ranks * mix.tokens * whole
         return Work(0.0, sent, sent)
     pages = sum(value.width for value in values if value.kind is Kind.PAGES)  # what rope_append writes
-    return Work(0.0, moved + mix.tokens * pages * kv_bytes)
+    return Work(0.0, moved + mix.tokens * pages * precision.element_bytes("kv"))
 
 
 def _attention(graph: Graph, operation: Operation, mix: Mix, precision: Precision) -> Work:

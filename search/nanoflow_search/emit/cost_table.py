@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
-from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.models.hugging_face import read_model_config
-from nanoflow_backend.models.model import build
 from nanoflow_search.cost.devices import DEVICES, GpuSpec
-from nanoflow_search.cost.model import CostModel, ModelSize
+from nanoflow_search.cost.model import CostModel
 from nanoflow_search.cost.roofs import roofs
 from nanoflow_search.cost.work import layer_work
 from nanoflow_search.cost.workload import MeanWorkload
+from nanoflow_search.request import SearchRequest
 
 COST_COLUMNS = (
     *("device", "workload", "B_dense", "T_compute", "T_mem", "T_net", "T_R"),
@@ -22,28 +18,26 @@ COST_COLUMNS = (
 )
 
 
-def show_cost_table(
-    folder: Path, names: list[str], tp: int, workloads: list[str], dense_batch_tokens: int | None
-) -> None:
-    """Print one row for each device and workload.
-
-    `folder` holds a Hugging Face config.json; `names` are those of the device table, none for all of them.
+def show_cost_table(request: SearchRequest, names: list[str], dense_batch_tokens: int | None) -> None:
+    """Print one row for each device and workload. `names` are those of the device table, none for all of them.
 
     Raises:
-        ValueError: a device is not in the table, or a workload cannot be read.
+        ValueError: a device is not in the table.
     """
     if unknown := set(names) - DEVICES.keys():
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {', '.join(sorted(unknown))}")
-    config = read_model_config(folder)
     devices = [DEVICES[name] for name in names] or list(DEVICES.values())
-    table = Table(title=f"{folder.name}, {ModelSize.of(config).parameters / 1e9:.2f}e9 parameters, TP {tp}")
+    table = Table(
+        title=f"{request.name}, {request.size.parameters / 1e9:.2f}e9 parameters of {request.size.weight_bytes:.2g} "
+        f"bytes, KV cache {request.precision.kv}, TP {request.ranks}"
+    )
     for column in COST_COLUMNS:
         table.add_column(
             column, no_wrap=True, justify="left" if column in ("device", "workload", "bound by") else "right"
         )
     for device in devices:
-        for workload in map(MeanWorkload.parse, workloads):
-            table.add_row(device.name, *_row(config, device, tp, workload, dense_batch_tokens))
+        for workload in request.parsed:
+            table.add_row(device.name, *_row(request, device, workload, dense_batch_tokens))
     console = Console(width=max(Console().width, 150))  # a pipe has no width of its own
     console.print(table)
     console.print(
@@ -54,14 +48,17 @@ def show_cost_table(
     )
 
 
-def _row(config: ModelConfig, device: GpuSpec, tp: int, workload: MeanWorkload, tokens: int | None) -> tuple[str, ...]:
-    size, model = ModelSize.of(config), build(config, tp)
+def _row(request: SearchRequest, device: GpuSpec, workload: MeanWorkload, tokens: int | None) -> tuple[str, ...]:
+    size, model, tp = request.size, request.model, request.ranks
     cost = CostModel(size, device, tp)
     name = f"{workload.prompt_tokens:g}/{workload.output_tokens:g}"
-    if size.parameters * 2 > tp * device.memory_bytes:
+    if size.parameters * size.weight_bytes > tp * device.memory_bytes:
         return (name, *[""] * 9, "weights do not fit")
+    if size.fp8_share and device.fp8_flop_per_s is None:
+        return (name, *[""] * 9, "no FP8 products")
     batch = tokens or cost.dense_batch_tokens(workload)
-    limits = roofs(model.layer, layer_work(model.layer, workload.mix(batch), tp), device, model.num_layers)
+    works = layer_work(model.layer, workload.mix(batch), tp, request.precision)
+    limits = roofs(model.layer, works, device, model.num_layers)
     return (
         name,
         f"{batch:.0f}",

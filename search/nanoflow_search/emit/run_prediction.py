@@ -1,7 +1,8 @@
 """A whole run is predicted by the engine's scheduler, with steps that take what a profile predicts of their batches.
 
 No GPU is needed, so that settings that lose here need no time on one. The LM head counts as a product that is as fast
-as the widest one of a layer. Sampling, and what a step costs on the host, are not counted.
+as the widest one of a layer, or as that would be on operands of 16 bits. Sampling, and what a step costs on the host,
+are not counted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from nanoflow_backend.bench.trace import Trace
 from nanoflow_backend.bench.workload import Workload
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.graph.model import Model
-from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.graph.operation import Parameter, Resource
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
@@ -25,11 +27,13 @@ from nanoflow_backend.scheduler.batch import Batch
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
 from nanoflow_search.cost.batch_sizes import TILE
+from nanoflow_search.cost.devices import FP8_TIME
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.plan.partitions import best_by_grid
 from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
 
 GRAIN = 32  # tokens: steps whose decodes, rows and mean contexts differ by less are taken to last as long
 COARSE_GRAIN = 128  # the same where each kind of step gets a plan of its own
@@ -56,6 +60,7 @@ class StepTimes:
         self._pad, self._best, self._grain = pad, best, COARSE_GRAIN if best else GRAIN
         products = [op.name for op in model.layer.operations if op.resource is Resource.COMPUTE]
         self._widest = max(products, key=self._columns)
+        self._head_time = 1 / FP8_TIME if self._weight(self._widest).dtype == FP8 else 1.0  # over the widest product's
         self._known: dict[tuple[int, ...], float] = {}
         self.under_s = [0.0] * len(plans)
 
@@ -82,12 +87,16 @@ class StepTimes:
         timing = min((predict(schedule, timing_model, layers) for schedule in tried), key=lambda found: found.layer_us)
         vocabulary = next(p.shape[0] for p in self._model.head.parameters if len(p.shape) == 2)
         widest = self._profile.surface(self._widest, timing.clock_mhz)
-        head_us = widest.duration_us(rows, None) * vocabulary / self._columns(self._widest) if rows else 0.0
+        of_widest = vocabulary / self._columns(self._widest) * self._head_time
+        head_us = widest.duration_us(rows, None) * of_widest if rows else 0.0
         return 1e-6 * (layers * timing.layer_us + head_us)
 
     def _columns(self, operation: str) -> int:
+        return self._weight(operation).shape[-2]
+
+    def _weight(self, operation: str) -> Parameter:
         graph = self._model.layer
-        return next(p.shape[-2] for p in graph.parameters if p.name == graph[operation].parameters[0])
+        return next(p for p in graph.parameters if p.name == graph[operation].parameters[0])
 
 
 def fitted(plan: Schedule, tokens: int) -> Schedule:
@@ -114,12 +123,15 @@ def predict_run(
 
     Raises:
         ConfigError: the settings do not fit the model or the profile's device.
+        ProfileError: the profile was taken of another layer, precision or number of ranks.
         ValueError: the settings do not say how many tokens the KV cache holds.
     """
     if named.kv_cache_tokens is None:
         raise ValueError("--set kv_cache_tokens=N: expected how many tokens the KV cache holds, since no GPU says so")
     config = replace(named, dense_batch_tokens=named_dense_batch_tokens(named)).settle("cuda")
     model, device = build(shape), profile.header
+    if mismatch := device.mismatch(model.layer, config.precision, 1):
+        raise ProfileError(f"the profile {mismatch}")
     plans = find_schedules(config, model, device.device, device.device_sms)
     limits = SchedulerLimits(
         dense_batch_tokens=config.dense_batch_tokens,

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, Value
+from nanoflow_backend.config.quantization import FP8
+from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, ScaleOf, Value
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.model import build
+from nanoflow_backend.models.random_values import FP8_DEVIATION, fill_normal
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests
 from nanoflow_search.profile.load import Load, ProfileError
 
+DEVIATION = 0.02  # of weights
 SETS = 4
 COLD_BYTES = 500e6  # sets that take more than this together are enough: none is in a cache when its turn comes
 
@@ -55,6 +58,7 @@ class OperationInputs:
         self._page_tokens, self._device = page_tokens, device
         self._precision = precision
         self._parameters = {p.name: p for p in self.graph.parameters}
+        self._scales = {op.outputs[-1] for op in self.graph.operations if op.kernel.endswith("quantise")}
         self._generator = torch.Generator(device).manual_seed(0)
 
     def calls(self, load: Load) -> RotatingCalls:
@@ -135,20 +139,32 @@ class OperationInputs:
             one_layer = replace(self._config, num_layers=1)
             dtype = self._dtype(value.dtype)
             pages = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device).layer(0)
-            return pages.normal_(generator=self._generator)
-        width = -(-value.width // 8) * 8  # rows begin at multiples of 16 bytes, as in the engine
+            return fill_normal(pages, 1.0, self._generator)
+        aligned = 16 // self._precision.element_bytes(value.dtype)
+        width = 1 if value.width == 1 else -(-value.width // aligned) * aligned  # as the engine's buffers have it
         tensor = torch.empty(rows, width, dtype=self._dtype(value.dtype), device=self._device)[:, : value.width]
         if value.dtype == "int32":  # experts
             experts = self._parameters[user.parameters[0]].shape[0] if user.parameters else 1
             return tensor.random_(0, experts, generator=self._generator)
-        return tensor.normal_(generator=self._generator)
+        if value.name in self._scales:
+            return tensor.fill_(1 / FP8_DEVIATION)
+        return fill_normal(tensor, generator=self._generator)
 
     def _parameter(self, parameter: Parameter) -> Tensor:
         """Return a parameter with values as `weights.dummy` draws them: values change the power that a GPU draws."""
         if parameter.constant is not None:
             return torch.tensor(parameter.constant, dtype=torch.float32, device=self._device)
         made = torch.ones(parameter.shape, dtype=self._dtype(parameter.dtype), device=self._device)
-        return made if parameter.name.endswith("norm.weight") else made.normal_(0, 0.02, generator=self._generator)
+        match parameter.scale:
+            case ScaleOf.WEIGHT:
+                return made.fill_(DEVIATION / FP8_DEVIATION)
+            case ScaleOf.INPUT:
+                return made.fill_(1 / FP8_DEVIATION)
+            case ScaleOf.KV:
+                return made
+        if parameter.name.endswith("norm.weight"):
+            return made
+        return fill_normal(made, None if parameter.dtype == FP8 else DEVIATION, self._generator)
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self._precision.dtype(name))

@@ -55,7 +55,9 @@ class SyntheticMachine:
         return lambda schedule: device.time_plan(schedule, mix, num_layers or request.model.num_layers)
 
     def _device(self, request: SearchRequest) -> SyntheticDevice:
-        return SyntheticDevice(request.model.layer, DEVICES[SYNTHETIC], ranks=request.ranks, noise=0.0)
+        return SyntheticDevice(
+            request.model.layer, DEVICES[SYNTHETIC], ranks=request.ranks, noise=0.0, precision=request.precision
+        )
 
 
 def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | None:
@@ -97,7 +99,7 @@ def measure_profile(
     device = machine.load_runner(request, mix)
     graph, ranks = request.model.layer, request.ranks
     mixes = [request.mix(workload, tokens, machine.name) for workload in request.workloads for tokens in sizes]
-    shares = attention_sms_for(graph, device.sms, mixes)
+    shares = attention_sms_for(graph, device.sms, mixes, request.precision)
     alone, together = partition_loads(graph, device.sms, mix, max(sizes), shares) if ranks == 1 else ((), ())
     if shared or ranks > 1:
         others = shared_loads(graph, device.sms, mix, max(sizes))

@@ -16,6 +16,7 @@ from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
+from nanoflow_backend.models.random_values import fill_normal
 from nanoflow_backend.runtime.binding import Binding, Kernels
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.schedule.layout import deal
@@ -71,7 +72,7 @@ class PlanTimer:
         shape = msgspec.structs.replace(config, num_layers=distinct)
         kv_dtype: torch.dtype = getattr(torch, precision.kv)
         self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, kv_dtype, device=device)
-        self._kv.tensor.normal_(generator=torch.Generator(device).manual_seed(0))
+        fill_normal(self._kv.tensor, 1.0, torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
         self._inputs = [ints.to(device) for ints in (ids, batch.positions, batch.slots, batch.page_table)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.schedule.plan import Launch, Schedule
 from nanoflow_search.cost.devices import GpuSpec
@@ -26,14 +27,21 @@ CONTEXT = 1024.0  # of the decodes that an amount of keys stands for
 
 
 class SyntheticDevice:
-    """A `LoadRunner` of the rates in `spec`, with seeded noise.
+    """A `LoadRunner` of the rates in `spec`, with seeded noise, for a layer in `precision`.
 
     Arithmetic divides evenly over SMs. Few SMs saturate a bandwidth, which all loads share. The clock falls until power
     is within the cap; the dynamic energy of arithmetic grows with its square.
     """
 
     def __init__(
-        self, graph: Graph, spec: GpuSpec, sms: int = 132, ranks: int = 1, noise: float = 0.005, seed: int = 0
+        self,
+        graph: Graph,
+        spec: GpuSpec,
+        sms: int = 132,
+        ranks: int = 1,
+        noise: float = 0.005,
+        seed: int = 0,
+        precision: Precision = BFLOAT16,
     ) -> None:
         if spec.power is None:
             raise ProfileError(f"{spec.name}: no energies are known of it")
@@ -41,9 +49,9 @@ class SyntheticDevice:
         self.static_w, self.power_cap_w = spec.power.static_w, spec.power.cap_w
         self.highest_clock_mhz = 1980.0
         self._graph, self._spec, self._power, self._ranks = graph, spec, spec.power, ranks
-        self._noise, self._random = noise, random.Random(seed)
+        self._noise, self._random, self._precision = noise, random.Random(seed), precision
         products = [op for op in graph.operations if op.resource is Resource.COMPUTE]
-        product = max(products, key=lambda op: self._work(Load(op.name, 2048)).flop)
+        product = max(products, key=lambda op: self._compute_j(self._work(Load(op.name, 2048))))
         attention = next(op for op in graph.operations if op.kernel == "attention")
         few = round(sms * SATURATING_SHARE[Resource.MEMORY])
         # The heater is a product beside attention: the cap may not bind a product alone, and the clock stay.
@@ -112,7 +120,7 @@ class SyntheticDevice:
 
     def _duration_us(self, work: Work, share: float, clock_mhz: float, crowd: float) -> float:
         spec = self._spec
-        compute_s = work.flop / (spec.flop_per_s * share * clock_mhz / self.highest_clock_mhz)
+        compute_s = spec.compute_s(work.flop, work.fp8_flop) / (share * clock_mhz / self.highest_clock_mhz)
         reading = min(1.0, share / SATURATING_SHARE[Resource.MEMORY])
         sending = min(1.0, share / SATURATING_SHARE[Resource.NETWORK])
         memory_s = crowd * work.memory_bytes / (spec.memory_bytes_per_s * reading)
@@ -122,11 +130,14 @@ class SyntheticDevice:
     def _dynamic_j(self, load: Load, work: Work, clock_mhz: float) -> float:
         match self._graph[load.operation.partition("/")[0]].resource:
             case Resource.COMPUTE:
-                return work.flop * self._power.j_per_flop * (clock_mhz / self.highest_clock_mhz) ** 2
+                return self._compute_j(work) * (clock_mhz / self.highest_clock_mhz) ** 2
             case Resource.MEMORY:
                 return work.memory_bytes * self._power.j_per_byte
             case Resource.NETWORK:
                 return work.network_bytes * self._power.j_per_network_byte
+
+    def _compute_j(self, work: Work) -> float:
+        return self._power.compute_j(work.flop, work.fp8_flop)
 
     def _work(self, load: Load) -> Work:
         name, _, phase = load.operation.partition("/")
@@ -137,4 +148,4 @@ class SyntheticDevice:
             "decode": Mix(load.amount / CONTEXT, 0, CONTEXT, 0),
             "prefill": Mix(0, load.amount / CONTEXT, 0, CONTEXT),
         }
-        return operation_work(self._graph, self._graph[name], mixes[phase], self._ranks)
+        return operation_work(self._graph, self._graph[name], mixes[phase], self._ranks, self._precision)

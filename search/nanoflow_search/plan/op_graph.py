@@ -45,7 +45,7 @@ def operation_runs(graph: Graph, ranks: int) -> list[tuple[str, ...]]:
     alone = False
     for operation in graph.operations:
         apart = _apart(operation, ranks)
-        if not found or apart or alone or operation.kernel == "add_rms_norm":
+        if not found or apart or alone or operation.kernel.startswith("add_rms_norm"):
             found.append([])
         found[-1].append(operation.name)
         alone = apart

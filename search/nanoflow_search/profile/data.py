@@ -10,6 +10,8 @@ from typing import NamedTuple
 import msgspec
 
 from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.file import fingerprint
 from nanoflow_search.profile.load import Point, ProfileError
 from nanoflow_search.profile.surface import SAME_CLOCK, Surface, at_clock
 
@@ -41,6 +43,17 @@ class ProfileHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tensor_parallel: int
     static_w: float
     power_cap_w: float
+
+    def mismatch(self, layer: Graph, precision: Precision, ranks: int) -> str | None:
+        """Say what the profile was taken of, and what is here; None: the same."""
+        here = (fingerprint(layer), precision, ranks)
+        taken = (self.model_fingerprint, self.precision, self.tensor_parallel)
+        if taken == here:
+            return None
+        return (
+            f"was taken of layer {taken[0]} in {taken[1]} on {taken[2]} rank(s), and here is {here[0]} in {here[1]} on "
+            f"{here[2]}"
+        )
 
 
 class _Version(msgspec.Struct):

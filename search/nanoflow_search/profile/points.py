@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.operation import Graph, Operation, Resource
-from nanoflow_search.cost.work import operation_work
+from nanoflow_search.cost.devices import FP8_TIME
+from nanoflow_search.cost.work import layer_work
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.profile.load import Load, LoadsToMeasure, SoloLoad
 
@@ -21,6 +23,7 @@ MOST_SHARES = 5  # the most sizes in one profile: each costs some 35 points
 SHARE_GRAIN = 4  # SMs by which the sizes of a partition differ
 # Operations of one SM in the time in which attention reads a byte on another: 56 side by side
 # (partition_placement_h200.json, 32 of 132 SMs), and a quarter more, since attention waits for products in every layer.
+# Of 16-bit operands: an operation on e4m3 ones takes FP8_TIME of that.
 FLOP_PER_BYTE = 70.0
 ENOUGH_SMS_SHARE = 1 / 3  # 40 of 132 SMs read 0.93 of what all do (kernels_decode_partition_h200.json)
 PARTITION_TOKENS = (512, 640, 768, 896, 1024, 1152, 1280, 1536)  # nano-batches: times grow in steps of tiles
@@ -167,16 +170,16 @@ def _listed(graph: Graph, mix: Mix, table: Callable[[Operation], Table]) -> Load
     return LoadsToMeasure(tuple(alone), tuple(together))
 
 
-def attention_sms(graph: Graph, device_sms: int, mix: Mix) -> tuple[int, ...]:
+def attention_sms(graph: Graph, device_sms: int, mix: Mix, precision: Precision = BFLOAT16) -> tuple[int, ...]:
     """Return the sizes of attention's partition that are worth measuring, ascending, in SMs.
 
     They lie around the size with which attention reads for as long as the products compute on the other SMs, and end
     where attention saturates the memory's bandwidth.
     """
-    reading = FLOP_PER_BYTE * sum(
-        operation_work(graph, op, mix).memory_bytes for op in graph.operations if op.kernel == "attention"
-    )
-    products = sum(operation_work(graph, op, mix).flop for op in graph.operations if op.resource is Resource.COMPUTE)
+    works = layer_work(graph, mix, precision=precision)
+    reading = FLOP_PER_BYTE * sum(works[op.name].memory_bytes for op in graph.operations if op.kernel == "attention")
+    of_products = [works[op.name] for op in graph.operations if op.resource is Resource.COMPUTE]
+    products = sum(work.flop + FP8_TIME * work.fp8_flop for work in of_products)
     balanced = device_sms * reading / (reading + products)
     most = int(ENOUGH_SMS_SHARE * device_sms / SHARE_GRAIN)
     first = min(round(balanced / SHARE_GRAIN - (NUM_SHARES - 1) / 2), most - NUM_SHARES + 1)
@@ -184,9 +187,11 @@ def attention_sms(graph: Graph, device_sms: int, mix: Mix) -> tuple[int, ...]:
     return tuple(SHARE_GRAIN * share for share in shares if SHARE_GRAIN * share < device_sms)
 
 
-def attention_sms_for(graph: Graph, device_sms: int, mixes: Sequence[Mix]) -> tuple[int, ...]:
+def attention_sms_for(
+    graph: Graph, device_sms: int, mixes: Sequence[Mix], precision: Precision = BFLOAT16
+) -> tuple[int, ...]:
     """Return the sizes of `attention_sms` for all `mixes`; where they are too many, those in the middle."""
-    found = sorted({sms for mix in mixes for sms in attention_sms(graph, device_sms, mix)})
+    found = sorted({sms for mix in mixes for sms in attention_sms(graph, device_sms, mix, precision)})
     spare = max(len(found) - MOST_SHARES, 0)
     return tuple(found[(spare + 1) // 2 : len(found) - spare // 2])
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
 from nanoflow_backend.request.sampling_params import SamplingParams
-from nanoflow_backend.sampling.sampler import Sampler
+from nanoflow_backend.sampling.sampler import Sampler, warm_up
 from nanoflow_backend.scheduler.batch import Admission
 
 VOCABULARY, EOS, STOP = 40, 7, 8
@@ -82,3 +85,22 @@ def test_logprobs_come_to_the_rows_that_asked_and_before_masks() -> None:
     assert (by_slot[2].token_ids, by_slot[2].sampled_rank) == ([20, EOS, 20], 2)
     mass = math.exp(15) + math.exp(10) + math.exp(5) + VOCABULARY - 3
     assert by_slot[2].logprobs == pytest.approx([h - math.log(mass) for h in (10, 15, 10)], abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_warm_up_runs_every_kernel_and_changes_no_logits(rows: int) -> None:
+    called = set()
+
+    def noted(name: str) -> Any:
+        def kernel(*args: Any) -> Any:
+            called.add(name)
+            return getattr(reference_sampling, name)(*args)
+
+        return kernel
+
+    names = ("greedy", "sample", "mask", "penalise", "logprobs")
+    logits = torch.randn(rows, VOCABULARY + 8, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    warm_up(logits, VOCABULARY, SimpleNamespace(**{name: noted(name) for name in names}))  # type: ignore[arg-type]
+    assert called == set(names)
+    assert torch.equal(logits, before)

@@ -193,7 +193,7 @@ def test_what_is_done_needs_no_machine(tmp_path: Path) -> None:
     assert run(tmp_path, Biased(0.9), Phase.PROFILE, sizes=(256,)) is None
     assert not (tmp_path / "state").exists()
     with pytest.raises(SearchError, match=r"profile\.json: was taken of layer \w+ in bfloat16 .* in float16 on 1"):
-        run(tmp_path, None, Phase.PLANS, request=SearchRequest.of(LLAMA_3_8B, 1, ("512/1024",), "float16"))
+        run(tmp_path, None, Phase.PLANS, request=SearchRequest.of(LLAMA_3_8B, 1, ("512/1024",), dtype="float16"))
     assert run(tmp_path, None, Phase.PLANS, sizes=(256,)) is None
     with pytest.raises(SearchError, match="the plans are found; run the same command where a GPU is to time them"):
         run(tmp_path, None, sizes=(256,))
