@@ -142,6 +142,14 @@ def test_modules_that_stay_as_they_are(given: dict[str, Any], excluded: list[str
     assert left == [module for module in MODULES if any(part in module for part in excluded)]
 
 
+def test_experts_that_stay_by_the_names_that_llm_compressor_has_for_them() -> None:
+    moe = "model.layers.0.block_sparse_moe.experts.1"
+    given = compressed(group(), ignore=[f"{moe}.gate_proj", f"{moe}.up_proj"])
+    found = read_quantization({"quantization_config": given}, None, "config.json")
+    assert found is not None
+    assert [found.covers(f"{moe}.{w}.weight") for w in ("w1", "w2", "w3")] == [False, True, False]
+
+
 def test_bounds_of_activations() -> None:
     bounded = read_quantization({"quantization_config": FBGEMM | {"activation_scale_ub": 7}}, None, "config.json")
     default = read_quantization({"quantization_config": {"quant_method": "fbgemm_fp8"}}, None, "config.json")
