@@ -1,4 +1,4 @@
-"""INTERPRETED says whether kernels run in the kernel language's interpreter, which lacks some of a device's operations."""
+"""INTERPRETED says whether kernels run in the language's interpreter, which lacks some of a device's operations."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ def bench_plot(run: Path, output: Path) -> None:
     """Raises: ConfigError for a file that is no result of `bench offline`, or without matplotlib."""
     try:
         result = msgspec.json.decode(run.read_bytes(), type=dict[str, Any])
+        if "runs" in result:
+            raise ConfigError(f"{run}: expected a result of one workload, got {len(result['runs'])}")
         intervals = utilisation(result)
     except (OSError, msgspec.DecodeError, KeyError) as error:
         raise ConfigError(f"{run}: expected a result of nanoflow bench offline: {error!r}") from None

@@ -34,6 +34,7 @@ RULES = {  # of engine.json, beyond the types of its fields
     "max_running": TOKENS,
     "max_queue_size": whole(1),
     "queue_timeout_us": whole(1, 2**53, or_null=True),
+    "max_answer_bytes": whole(1, 2**53),
     "priority_aging_s": Rule("a finite number >= 0", lambda value: 0 <= value < math.inf),
     "max_engine_restarts": whole(0),
     "max_model_tokens": whole(2, or_null=True),  # one of a prompt, one of an answer
@@ -67,6 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
     queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
+    max_answer_bytes: int = 2**29  # a request whose answer could take more is refused
     priority_aging_s: float = 60.0  # a request overtakes those of the next priority that came so much before it
     max_engine_restarts: int = 5  # in a row, when its process dies; then the model must be reloaded
     max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings

@@ -93,9 +93,10 @@ class Engine:
     def description(self) -> str:
         """One line for people: what runs here, and how."""
         shape, config = self.model_config, self.config
+        precision = f"{config.precision}{', products in FP8' if shape.quantization else ''}"
         paced = f", {config.prompt_tokens} of prompts" if config.prompt_tokens < config.dense_batch_tokens else ""
         return (
-            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.precision}, "
+            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {precision}, "
             f"TP {config.tensor_parallel} on {self.executor.device.name}; schedule {config.schedule}, "
             f"B_dense {config.dense_batch_tokens}{paced}; "
             f"{self.executor.num_pages} pages of {config.page_tokens} tokens"

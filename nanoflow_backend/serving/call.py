@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -10,8 +10,10 @@ import numpy as np
 
 from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.sequence_factory import check_can_run
 from nanoflow_backend.scheduler.waiting_queue import check_can_wait
 from nanoflow_backend.serving.inputs import Inputs
+from nanoflow_backend.serving.limits import Limits
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 from nanoflow_backend.text.bad_words import encode_bad_words
 from nanoflow_backend.text.tokenizer import Tokenizer
@@ -52,9 +54,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         parameters: Mapping[str, Any],
         requested: Collection[str],
         tokenizer: Tokenizer | None,
-        vocab_size: int,
-        max_queue_us: int = 0,
-        max_queue_size: int = 4096,
+        limits: Limits,
     ) -> list[Call]:
         """Understand a request: a call for each of its prompts.
 
@@ -63,9 +63,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             parameters: the request's own parameters: sampling parameters, `priority`, `timeout` and `queue_timeout`
                 (microseconds).
             requested: names of the outputs that the client wants; all of them where it names none.
-            vocab_size: of the model; ids of `input_ids` are below it.
-            max_queue_us: no request may wait longer, whatever it says; 0 is no limit.
-            max_queue_size: sequences of one request, `n` of each prompt; more could never wait.
+            limits: what the model takes, and the most that its answer may be. The sizes of `tensors` are checked
+                already.
 
         Raises:
             InvalidRequest: the message names the field and what was expected.
@@ -83,23 +82,26 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
         timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
         queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
-        queue_timeout_us = min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
+        queue_timeout_us = min(queue_timeout_us or limits.max_queue_us, limits.max_queue_us or queue_timeout_us)
         params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
         num_prompts = max((inputs.flat(name).size for name in SEVERAL if name in inputs), default=1)
-        check_can_wait(num_prompts, num_prompts * params.n, max_queue_size)  # before any text becomes tokens
+        check_can_wait(num_prompts, num_prompts * params.n, limits.max_queue_size)  # before any text becomes tokens
         params = encode_bad_words(params, tokenizer)
-        prompts = _prompts(inputs, tokenizer, vocab_size)
+        prompts = _prompts(inputs, tokenizer, limits, num_prompts)
         is_batch = any(name in inputs for name in SEVERAL)
         stream = inputs.flag("stream") or False
         exclude = inputs.flag("exclude_input_in_output")
         outputs = _outputs(inputs, requested, tokenizer, is_batch)
+        shown = [_shown_prompt(exclude, stream, text) for _, text in prompts]
+        shown_bytes = sum(len(text.encode()) for text in shown)
+        limits.check_answer(params, [len(ids) for ids, _ in prompts], shown_bytes, len(outputs) if stream else 0)
         return [
             cls(
                 prompt=prompt,
                 params=_with_logprobs(params) if "cumulative_logprob" in outputs else params,
                 stream=stream,
-                shown_prompt=_shown_prompt(exclude, stream, text),
+                shown_prompt=shown[index],
                 outputs=outputs,
                 show_logprobs=params.logprobs is not None,
                 priority=priority,
@@ -107,7 +109,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
                 queue_timeout_us=queue_timeout_us,
                 batch_index=index if is_batch else None,
             )
-            for index, (prompt, text) in enumerate(prompts)
+            for index, (prompt, _) in enumerate(prompts)
         ]
 
 
@@ -166,8 +168,25 @@ def _spelling(value: Any) -> str:
     return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
-def _prompts(inputs: Inputs, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], str | None]]:
-    """(ids, text) of each prompt; no text where the ids came as such."""
+def _prompts(
+    inputs: Inputs, tokenizer: Tokenizer | None, limits: Limits, num_prompts: int
+) -> list[tuple[list[int], str | None]]:
+    """(ids, text) of each prompt; no text where the ids came as such. None is read after one that cannot run."""
+    name = _prompt_input(inputs)
+    prompts = []
+    for index, (ids, text) in enumerate(_read(name, inputs, tokenizer, limits)):
+        place = f" in prompt {index}" if num_prompts > 1 else ""
+        if not ids:
+            raise InvalidRequest(f"{name}: expected at least one token, got none{place}")
+        check_can_run(len(ids), limits.max_model_tokens, limits.cache_tokens, place)
+        prompts.append((ids, text))
+    if not prompts:
+        raise InvalidRequest(f"{name}: expected at least one prompt, got none")
+    return prompts
+
+
+def _prompt_input(inputs: Inputs) -> str:
+    """The one input that has the prompts."""
     given = [name for name in PROMPTS if name in inputs]
     if len(given) != 1:
         raise InvalidRequest(f"{', '.join(PROMPTS)}: expected one of them, got {' and '.join(given) or 'none'}")
@@ -176,23 +195,24 @@ def _prompts(inputs: Inputs, tokenizer: Tokenizer | None, vocab_size: int) -> li
         _refuse_chat_inputs(inputs)
     if "input_lengths" in inputs and name != "input_ids":
         raise InvalidRequest(f"input_lengths: expected input_ids with them, got {name}")
-    prompts: list[tuple[list[int], str | None]]
+    return name
+
+
+def _read(
+    name: str, inputs: Inputs, tokenizer: Tokenizer | None, limits: Limits
+) -> Iterator[tuple[list[int], str | None]]:
+    """The prompts in the input `name`, each tokenised when it is its turn."""
     if name == "input_ids":
-        prompts = [(ids, None) for ids in _ids(inputs, vocab_size)]
+        yield from ((ids, None) for ids in _ids(inputs, limits.vocab_size))
     elif tokenizer is None:
         raise InvalidRequest(f"{name}: expected none, for the model has no tokenizer.json (use input_ids)")
     elif name == "messages":
-        prompts = [(tokenizer.encode(_chat(inputs, tokenizer), add_special_tokens=False), None)]
+        text = _chat(inputs, tokenizer)
+        limits.check_chat(text)
+        yield tokenizer.encode(text, add_special_tokens=False), None
     else:
-        texts = inputs.texts(name) if name == "prompts" else [inputs.text(name)]
-        prompts = [(tokenizer.encode(text), text) for text in texts]
-    if not prompts:
-        raise InvalidRequest(f"{name}: expected at least one prompt, got none")
-    for index, (ids, _) in enumerate(prompts):
-        if not ids:
-            place = f" in prompt {index}" if len(prompts) > 1 else ""
-            raise InvalidRequest(f"{name}: expected at least one token, got none{place}")
-    return prompts
+        for text in inputs.texts(name) if name == "prompts" else [inputs.text(name)]:
+            yield tokenizer.encode(text), text
 
 
 def _ids(inputs: Inputs, vocab_size: int) -> list[list[int]]:

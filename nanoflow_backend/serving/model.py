@@ -1,6 +1,7 @@
 """TritonPythonModel is the model that the server's Python backend loads, in its stub only and without torch.
 
-A request's way in, on the server's thread: tensors -> Call -> engine process. Chats become Calls on other threads.
+A request's way in, on the server's thread: tensors -> Call -> engine process. Chats and long prompts become Calls on
+other threads.
 Its way out: news of the engine process (reader thread) -> Senders (a few threads) -> Reply -> client.
 """
 
@@ -14,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,17 @@ from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
 from nanoflow_backend.serving.call import Call, is_cancellation
-from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
 from nanoflow_backend.serving.failure import Code, Failure, without_words
-from nanoflow_backend.serving.limits import Limits, check_parameters
+from nanoflow_backend.serving.limits import Limits, reads_quickly
 from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
 from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
+from nanoflow_backend.serving.prompt_threads import PromptThreads, SlowRequest
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
 from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete_config
+from nanoflow_backend.telemetry import vllm_families
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -78,12 +80,12 @@ class TritonPythonModel:
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
         folder = Path(args["model_repository"], args["model_version"])
         config = version_folder.load(folder, _engine_parameters(model_config))
+        reports_vllm_metrics = vllm_families.are_reported(model_config, folder)
         self._tokenizer = Tokenizer.find(config.model)
         if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
-        self._max_queue_us, self._max_queue_size = config.queue_timeout_us or 0, config.max_queue_size
         endpoint = config.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
         self._engine = Supervisor(
@@ -98,16 +100,21 @@ class TritonPythonModel:
             host_pid=os.getppid(),
         )
         self._ready = self._engine.start()
-        self._limits = Limits.of(self._ready.max_model_tokens, self._tokenizer)
+        self._limits = Limits.of(config, self._ready, self._tokenizer)
         self._metrics = Metrics(self._ready)
         self._senders = Senders()
-        self._chats = ChatThreads()
+        self._long_prompts = PromptThreads()
         self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
+        self._vllm_metrics: Ticker | None = None
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            # Equal labels are one metric on the server's page: instances would overwrite each other's values.
-            engine = args["model_instance_name"]
-            server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"], "engine": engine})
-            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
+            labels = {"model": args["model_name"], "version": args["model_version"]}
+            # Equal labels are one metric on the server's page: instances would overwrite each other's gauges.
+            own = _ServerMetrics({**labels, "engine": args["model_instance_name"]})
+            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(own.create, self._metrics).flush))
+            if reports_vllm_metrics:
+                page = Page(_ServerMetrics(labels).create, self._metrics, vllm_families.VLLM_FAMILIES)
+                self._vllm_metrics = Ticker("vLLM's metrics", FLUSH_PERIOD_S, page.flush)
+                self._tickers.append(self._vllm_metrics)
         log.info("%s", self._ready.description)
 
     def execute(self, requests: list[Any]) -> None:
@@ -127,7 +134,7 @@ class TritonPythonModel:
         for ticker in self._tickers:
             ticker.stop(JOIN_TIMEOUT_S)
         unloaded = Failure("UNAVAILABLE", "the model is being unloaded")
-        self._chats.close(unloaded, JOIN_TIMEOUT_S)
+        self._long_prompts.close(unloaded, JOIN_TIMEOUT_S)
         self._engine.stop()
         self._senders.close(unloaded)
         self._senders.stop(JOIN_TIMEOUT_S)
@@ -142,30 +149,23 @@ class TritonPythonModel:
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
         self._engine.check_room()  # before any work for it: under overload most requests end here
-        parse = self._parser(request, tensors)
+        own = request.parameters() or "{}"
+        self._limits.check(tensors, own)
+        quick = reads_quickly(tensors, own)
+        if not quick:  # read later, when the server's memory may be another request's
+            tensors = {name: array.copy() for name, array in tensors.items()}
+        parse = functools.partial(self._parse, tensors, own, request.timeout(), request.requested_output_names())
         context = request.trace().get_context() if self._tracer else None
         start = functools.partial(self._submit_prompts, channel, arrived_s, context)
-        if "messages" in tensors:
-            self._chats.add(Chat(channel, parse, start, functools.partial(self._refuse, channel)))
-        else:
+        if quick:
             start(parse())
+        else:
+            self._long_prompts.add(SlowRequest(channel, parse, start, functools.partial(self._refuse, channel)))
 
-    def _parser(self, request: Any, tensors: Arrays) -> Callable[[], list[Call]]:
-        """What understands a request without looking at the server's objects again, which this has read."""
-        self._limits.check(tensors)
-        own = request.parameters() or "{}"
-        check_parameters(own)
-        parameters = json.loads(own)
-        if request.timeout():
-            parameters["timeout"] = request.timeout()
-        outputs = request.requested_output_names()
-        if "messages" in tensors:  # understood later, when the server's memory may be another request's
-            tensors = {name: array.copy() for name, array in tensors.items()}
-        return functools.partial(self._parse, tensors, parameters, outputs)
-
-    def _parse(self, tensors: Arrays, parameters: Mapping[str, Any], outputs: Collection[str]) -> list[Call]:
-        tokenizer, vocab_size, longest_us = self._tokenizer, self._ready.vocab_size, self._max_queue_us
-        calls = Call.parse(tensors, parameters, outputs, tokenizer, vocab_size, longest_us, self._max_queue_size)
+    def _parse(self, tensors: Arrays, own: str, timeout_us: int, outputs: Collection[str]) -> list[Call]:
+        """Understand a request. `own`: its parameters, as JSON."""
+        parameters = json.loads(own) | ({"timeout": timeout_us} if timeout_us else {})
+        calls = Call.parse(tensors, parameters, outputs, self._tokenizer, self._limits)
         if calls[0].stream and not self._streams:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
         return calls
@@ -190,6 +190,8 @@ class TritonPythonModel:
             self._metrics.refused(REFUSED[closed.code])
             channels[0].fail(closed)  # it is one failure, whoever tells of it first
             return
+        for call in calls:
+            self._metrics.queued(call.params.n)
         try:
             self._engine.submit(*requests)
         except Exception as error:
@@ -206,7 +208,7 @@ class TritonPythonModel:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
         if not client_id:
             raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
-        chats = self._chats.cancel(client_id)  # those that are not in the engine yet
+        chats = self._long_prompts.cancel(client_id)  # those that are not in the engine yet
         replies = [reply for reply in self._senders.live() if reply.channel.request_id == client_id]
         for reply in replies:
             reply.cancel()
@@ -226,6 +228,8 @@ class TritonPythonModel:
 
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
+        if self._vllm_metrics and not stats.scheduler.running_requests:
+            self._vllm_metrics.wake()  # scripts look right after their last response
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._metrics.refused(refusal.reason)
@@ -239,6 +243,7 @@ class TritonPythonModel:
 
     def _on_restart(self, ready: Ready) -> None:
         self._metrics.engine_restarted(ready)
+        self._limits = self._limits.with_cache(ready)
 
 
 def _inputs(request: Any) -> Arrays:

@@ -57,6 +57,7 @@ def _is_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> b
     """Whether cuBLAS takes these operands with block scales: whole blocks, and scales at multiples of 16 bytes."""
     return (
         x.device.type == "cuda"
+        and len(x) % 16 == 0
         and x.shape[1] % (4 * SCALED_BLOCK) == len(weight) % SCALED_BLOCK == 0
         and out.dtype == torch.bfloat16
         and (bias is None or bias.dtype == out.dtype)

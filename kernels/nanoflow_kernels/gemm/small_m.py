@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,14 +27,14 @@ WEIGHT_ROWS = 64  # of a tile
 class WeightTiling(NamedTuple):
     """How programs read their rows of the weight."""
 
-    depth: int  # columns of a tile, of 2 bytes each
+    depth_bytes: int  # of a row in a tile
     stages: int  # tiles on their way
     per_sm: int  # programs
     prefetched_bytes: int  # of each row of a program's first tile, brought into the L2 cache while earlier kernels end
 
 
 # The fastest of 20 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
-SHORT_WEIGHT, TALL_WEIGHT = WeightTiling(256, 4, 1, 2048), WeightTiling(128, 4, 3, 512)
+SHORT_WEIGHT, TALL_WEIGHT = WeightTiling(512, 4, 1, 2048), WeightTiling(256, 4, 3, 512)
 TALL_ROWS = 16384  # a weight of more rows is tall
 
 
@@ -84,8 +83,7 @@ def _gemm_small_m(
 
 def is_small_m(x: Tensor, weight: Tensor) -> bool:
     """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 1 or 2 bytes."""
-    narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-    return narrow and len(x) <= SMALL_M and weight.stride(0) * weight.element_size() % 16 == 0
+    return len(x) <= SMALL_M and x.element_size() <= 2 and weight.stride(0) * weight.element_size() % 16 == 0
 
 
 def gemm_small_m(
@@ -96,14 +94,15 @@ def gemm_small_m(
     swiglu: bool,
     out: Tensor,
     num_sms: int | None = None,
+    tiling: WeightTiling | None = None,
 ) -> None:
     """Compute x weight^T, or its silu(gate) * up with `swiglu`; the callers in dense.py and scaled.py check operands.
 
     x [T, in], weight [N, in], both of one dtype of 2 bytes or, with `scales` (ROW_SCALES), of e4m3 -> out [T, N], or
-    [T, N / 2] with `swiglu`.
+    [T, N / 2] with `swiglu`. `tiling`: to measure others than those above.
     """
-    tiling = TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT
-    depth = tiling.depth * 2 // x.element_size()
+    tiling = tiling or (TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT)
+    depth = tiling.depth_bytes // x.element_size()
     pdl = uses_pdl(len(x), x.device)
     x_scale, weight_scale = scales or (None, None)
     _gemm_small_m[(programs(triton.cdiv(len(weight), WEIGHT_ROWS), num_sms, x.device, per_sm=tiling.per_sm),)](

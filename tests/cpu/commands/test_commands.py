@@ -133,6 +133,20 @@ def test_bench_offline_runs_workloads_in_turn_as_if_each_were_the_first(model, t
     assert "5 requests of 48/3" in done.stdout
 
 
+def test_bench_offline_in_fp8_counts_products_at_their_own_rate(model, tmp_path):
+    fp8 = ("--set", "quantization=fp8", "--set", "kv_cache_dtype=fp8_e4m3")
+    done = run_here("bench", "offline", "--model", model, "--workload", "40/3:5", *fp8, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "r").read_text())
+    assert (measured["quantization"]["method"], measured["kv_cache_dtype"]) == ("fp8", "fp8_e4m3")
+    assert "kv float8_e4m3fn, products in FP8, TP 1" in measured["engine_is"]
+    work = measured["work"]
+    assert 0 < work["fp8_parameters"] < work["parameters"]
+    rest_s = 2 * (work["parameters"] - work["fp8_parameters"]) / measured["gemm"]["per_s"]
+    fp8_s = 2 * work["fp8_parameters"] / measured["gemm_fp8"]["per_s"]
+    assert measured["eq5_tokens_per_s_per_device"] == pytest.approx(1 / (rest_s + fp8_s), rel=1e-4)
+
+
 def test_bench_online_measures_each_level(model, tmp_path):
     levels = ("--concurrency", "1", "--concurrency", "3")
     sizes = ("--input-tokens", "12", "--output-tokens", "5", "--requests", "2")

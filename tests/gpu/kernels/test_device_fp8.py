@@ -64,9 +64,10 @@ def test_quantise(checks: Fp8Checks, tokens: int, width: int, group: int) -> Non
 @pytest.mark.parametrize(("width", "group"), [(4099, 0), (4096, 128)])
 def test_add_rms_norm_quantise(checks: Fp8Checks, tokens: int, width: int, group: int) -> None:
     checks.add_rms_norm_quantise(tokens, width, group)
+    checks.add_rms_norm_quantise(tokens, width, group, 0.037)
 
 
-@pytest.mark.parametrize("tokens", [*TOKENS, 61, 389])
+@pytest.mark.parametrize("tokens", [*TOKENS, 29, 61, 112, 389])
 @pytest.mark.parametrize("num_sms", [None, 37, 999])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_scaled_products(checks: Fp8Checks, tokens: int, num_sms: int | None, blocks: bool) -> None:

@@ -29,24 +29,31 @@ class Fp8Checks(Checks):
         assert_same_steps("q", q.cpu(), expected[0])
         self.untouched(q, scale)
 
-    def add_rms_norm_quantise(self, tokens: int, width: int, group: int) -> None:
-        """The two kernels one after the other, to the bit."""
+    def add_rms_norm_quantise(self, tokens: int, width: int, group: int, static_scale: float | None = None) -> None:
+        """The two kernels one after the other: to the bit with one scale a row, else but for the order of a sum."""
         inputs = [self.there(self.normal(*shape)) for shape in ((tokens, width), (tokens, width), (width,))]
+        static = [] if static_scale is None else [self.there(torch.tensor([static_scale]))]
         kept, normed = self.empty(tokens, width), self.empty(tokens, width)
         expected = self.outputs(tokens, width, group)
         kernels.add_rms_norm(*inputs, eps=1e-5, out=(kept, normed))
-        kernels.quantise(normed, group=group, upper_bound=2.5, out=expected)
+        kernels.quantise(normed, *static, group=group, upper_bound=2.5, out=expected)
         actual = self.empty(tokens, width), *self.outputs(tokens, width, group)
-        kernels.add_rms_norm_quantise(*inputs, eps=1e-5, group=group, upper_bound=2.5, out=actual)
-        for ours, theirs in zip(actual, (kept, *expected), strict=True):
-            assert torch.equal(ours.cpu().float(), theirs.cpu().float())
+        kernels.add_rms_norm_quantise(*inputs, *static, eps=1e-5, group=group, upper_bound=2.5, out=actual)
+        assert torch.equal(actual[0].cpu(), kept.cpu())
+        if group:
+            dequantised = [reference.dequantise(q.cpu(), scale.cpu()) for q, scale in (actual[1:], expected)]
+            assert_close("norm", *dequantised, 1e-3)
+        else:
+            assert torch.equal(actual[1].cpu().float(), expected[0].cpu().float())
+            assert torch.equal(actual[2].cpu(), expected[1].cpu())
         self.untouched(*actual)
 
-    def swiglu_quantise(self, tokens: int, width: int, group: int, run: int) -> None:
+    def swiglu_quantise(self, tokens: int, width: int, group: int, run: int, static_scale: float | None = None) -> None:
         pairs, (q, scale) = self.normal(tokens, 2 * width) * 3, self.outputs(tokens, width, group)
+        static = [] if static_scale is None else [torch.tensor([static_scale])]
         expected = self.outputs(tokens, width, group, "cpu")
-        kernels.swiglu_quantise(self.there(pairs), run=run, group=group, out=(q, scale))
-        reference.swiglu_quantise(pairs, run=run, group=group, out=expected)
+        kernels.swiglu_quantise(self.there(pairs), *map(self.there, static), run=run, group=group, out=(q, scale))
+        reference.swiglu_quantise(pairs, *static, run=run, group=group, out=expected)
         assert_close("scale", scale.cpu(), expected[1], self.tolerance)
         # Where a scale was rounded another way, its values may be the next ones.
         dequantised = reference.dequantise(q.cpu(), scale.cpu())

@@ -4,11 +4,10 @@ import contextlib
 import json
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.serving.parsed_call import VOCAB_SIZE, parse, tensor
+from support.serving.parsed_call import LIMITS, parse, tensor
 
 from nanoflow_backend.process.messages import Submit
 from nanoflow_backend.request.request import Request
@@ -141,8 +140,8 @@ def test_priority_and_timeouts_may_stand_beside_sampling_parameters(tokenizer):
 
 @pytest.mark.parametrize(("own", "servers", "counts"), [(0, 0, 0), (7, 0, 7), (0, 9, 9), (7, 9, 7), (9, 7, 7)])
 def test_the_shorter_queue_timeout_counts(tokenizer, own, servers, counts):
-    tensors = {"text_input": np.array([b"a"], np.object_)}
-    (call,) = Call.parse(tensors, {"queue_timeout": own}, ["text_output"], tokenizer, 400, servers)
+    limits = msgspec.structs.replace(LIMITS, max_queue_us=servers)
+    call = parse(tokenizer, text_input="a", parameters={"queue_timeout": own}, limits=limits)
     assert call.queue_timeout_us == counts
 
 
@@ -247,4 +246,4 @@ def test_any_json_is_refused_or_can_be_sent_to_the_engine(tokenizer, sampling, p
 def test_bytes_that_are_no_object_are_refused(tokenizer, text):
     tensors = {"text_input": tensor("text_input", "a"), "sampling_parameters": tensor("sampling_parameters", text)}
     with pytest.raises(InvalidRequest, match="sampling_parameters"):
-        Call.parse(tensors, {}, ALL_OUTPUTS, tokenizer, VOCAB_SIZE)
+        Call.parse(tensors, {}, ALL_OUTPUTS, tokenizer, LIMITS)

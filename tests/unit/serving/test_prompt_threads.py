@@ -1,4 +1,4 @@
-"""Chats on their threads: each is started or refused exactly once, and a slow one holds up no more than it must."""
+"""Long prompts on their threads: each is started or refused once, and a slow one holds up no more than it must."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from support.waiting import until
 
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
-from nanoflow_backend.serving import chat_threads
-from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
+from nanoflow_backend.serving import prompt_threads
 from nanoflow_backend.serving.failure import Failure
+from nanoflow_backend.serving.prompt_threads import PromptThreads, SlowRequest
 
 UNLOADED = Failure("UNAVAILABLE", "the model is being unloaded")
 
@@ -25,13 +25,13 @@ class Channel:
 
 
 class Desk:
-    """Makes chats and notes how each ended."""
+    """Makes requests and notes how each ended."""
 
     def __init__(self) -> None:
-        self.threads, self.ends, self.rendering = ChatThreads(), [], []
+        self.threads, self.ends, self.rendering = PromptThreads(), [], []
         self.released = threading.Event()
 
-    def chat(self, request_id: str, prepare: Callable[[], object] | None = None) -> Chat:
+    def request(self, request_id: str, prepare: Callable[[], object] | None = None) -> SlowRequest:
         def rendered() -> object:
             self.rendering.append(request_id)
             assert self.released.wait(30)
@@ -39,13 +39,13 @@ class Desk:
 
         start = lambda prepared: self.ends.append((request_id, prepared))  # noqa: E731
         refuse = lambda error: self.ends.append((request_id, getattr(error, "code", str(error))))  # noqa: E731
-        return Chat(Channel(request_id), prepare or rendered, start, refuse)
+        return SlowRequest(Channel(request_id), prepare or rendered, start, refuse)
 
     def fill(self) -> None:
         """Keep every thread busy."""
-        for index in range(chat_threads.THREADS):
-            self.threads.add(self.chat(f"slow {index}"))
-        until(lambda: len(self.rendering) == chat_threads.THREADS)
+        for index in range(prompt_threads.THREADS):
+            self.threads.add(self.request(f"slow {index}"))
+        until(lambda: len(self.rendering) == prompt_threads.THREADS)
 
 
 @pytest.fixture
@@ -56,10 +56,10 @@ def desk() -> Iterator[Desk]:
     desk.threads.close(UNLOADED, 30)
 
 
-def test_a_slow_chat_does_not_hold_up_another(desk: Desk) -> None:
-    desk.threads.add(desk.chat("slow"))
+def test_a_slow_request_does_not_hold_up_another(desk: Desk) -> None:
+    desk.threads.add(desk.request("slow"))
     until(lambda: desk.rendering)
-    desk.threads.add(desk.chat("quick", lambda: "text"))
+    desk.threads.add(desk.request("quick", lambda: "text"))
     until(lambda: desk.ends == [("quick", "text")])
 
 
@@ -67,43 +67,43 @@ def test_what_preparing_raises_is_refused_and_the_thread_goes_on(desk: Desk) -> 
     def broken() -> object:
         raise ValueError("no")
 
-    for index in range(2 * chat_threads.THREADS):
-        desk.threads.add(desk.chat(str(index), broken))
-    until(lambda: sorted(desk.ends) == [(str(index), "no") for index in range(2 * chat_threads.THREADS)])
+    for index in range(2 * prompt_threads.THREADS):
+        desk.threads.add(desk.request(str(index), broken))
+    until(lambda: sorted(desk.ends) == [(str(index), "no") for index in range(2 * prompt_threads.THREADS)])
 
 
-def test_a_cancelled_chat_is_not_started(desk: Desk) -> None:
+def test_a_cancelled_request_is_not_started(desk: Desk) -> None:
     desk.fill()
-    waiting = [desk.chat("x"), desk.chat("x"), desk.chat("y")]
-    for chat in waiting:
-        desk.threads.add(chat)
+    waiting = [desk.request("x"), desk.request("x"), desk.request("y")]
+    for request in waiting:
+        desk.threads.add(request)
     assert len(desk.threads.cancel("x")) == 2
     assert len(desk.threads.cancel("slow 0")) == 1  # is being rendered
     waiting[2].channel.gone = True
     desk.released.set()
-    until(lambda: len(desk.ends) == chat_threads.THREADS + 3)
+    until(lambda: len(desk.ends) == prompt_threads.THREADS + 3)
     cancelled = [("slow 0", "CANCELLED"), ("x", "CANCELLED"), ("x", "CANCELLED"), ("y", "CANCELLED")]
     assert sorted(desk.ends) == sorted(
-        [*cancelled, *((f"slow {i}", f"slow {i}") for i in range(1, chat_threads.THREADS))]
+        [*cancelled, *((f"slow {i}", f"slow {i}") for i in range(1, prompt_threads.THREADS))]
     )
-    assert desk.rendering == [f"slow {i}" for i in range(chat_threads.THREADS)]
+    assert desk.rendering == [f"slow {i}" for i in range(prompt_threads.THREADS)]
     until(lambda: not desk.threads.cancel("x"))
 
 
 def test_no_more_wait_than_may(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.fill()
-    for index in range(chat_threads.MOST_WAITING):
-        desk.threads.add(desk.chat(str(index), lambda: "text"))
+    for index in range(prompt_threads.MOST_WAITING):
+        desk.threads.add(desk.request(str(index), lambda: "text"))
     with pytest.raises(QueueFull, match="256 requests are waiting"):
-        desk.threads.add(desk.chat("one more"))
+        desk.threads.add(desk.request("one more"))
     desk.released.set()
-    until(lambda: len(desk.ends) == chat_threads.THREADS + chat_threads.MOST_WAITING)
+    until(lambda: len(desk.ends) == prompt_threads.THREADS + prompt_threads.MOST_WAITING)
 
 
 def test_the_end_refuses_what_waits_and_what_comes_later(desk: Desk) -> None:
     desk.fill()
-    desk.threads.add(desk.chat("x"))
+    desk.threads.add(desk.request("x"))
     desk.threads.close(UNLOADED, 0.01)
     assert desk.ends == [("x", "UNAVAILABLE")]
     with pytest.raises(Failure, match="unloaded"):
-        desk.threads.add(desk.chat("y"))
+        desk.threads.add(desk.request("y"))
