@@ -39,6 +39,7 @@ ROOMS = {
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
         Command("beside-vllm", "peers.beside_vllm", "Our engine and vLLM on one card, with their ratio (GPU)."),
+        Command("vllm-online", "peers.vllm_online", "The open loop of arrivals on vLLM (GPU)."),
         Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
     ),
     "stress": (

@@ -165,6 +165,48 @@ def test_bench_online_measures_each_level(model, tmp_path):
     assert 0 < alone["share_of_bound"] < 1
 
 
+def test_bench_online_measures_each_rate(model, tmp_path):
+    rates = ("--rate", "30", "--rate", "60", "--duration", "0.5", "--warm-up", "0.2")
+    sizes, limits = ("--input-tokens", "12", "--output-tokens", "5"), ("--ttft-limit", "1e6", "--itl-limit", "1e-6")
+    done = run_here("bench", "online", "--model", model, *sizes, *rates, *limits, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "r").read_text())
+    assert (measured["workload"], measured["arrivals"]) == ("12/5", "Poisson, seed 0")
+    assert measured["slo"] == {"first_token_ms": 1e6, "between_tokens_ms": 1e-6}
+    assert {"command", "date", "versions", "model", "engine", "schedule", "settings"} <= measured.keys()
+    for rate, asked in zip(measured["rates"], (30, 60), strict=True):
+        assert rate["rate"] == asked
+        assert 0.3 * asked < 2 * rate["requests"] < 2.0 * asked, "in half a second"
+        assert rate["failed"] == {}
+        assert rate["goodput_share"] == 0.0, "nothing is that quick"
+        for times in ("first_token_ms", "between_tokens_ms", "normalized_latency_ms"):
+            assert 0 < rate[times]["p50"] <= rate[times]["p90"] <= rate[times]["p99"]
+        assert 0 <= rate["lateness_ms"]["p50"] <= rate["lateness_ms"]["max"]
+    assert "requests/s ┃ 30 ┃ 60 ┃" in " ".join(done.stdout.split())
+    picture = run_here("bench", "plot", tmp_path / "r", "--output", tmp_path / "r.svg")
+    assert picture.returncode == 0, picture.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--duration", "3"), "--duration: expected --rate beside it"),
+        (("--url", "localhost:1"), "--url: expected --rate beside it"),
+        (("--arrivals", "poisson"), "--arrivals: expected --rate beside it"),
+        (("--rate", "1", "--concurrency", "4"), "--concurrency: expected none beside --rate"),
+        (("--rate", "1", "--requests", "4"), "--requests: expected none beside --rate"),
+        (("--rate", "-1"), "--rate: expected a number above 0, got -1"),
+        (("--rate", "1", "--ttft-limit", "0"), "--ttft-limit: expected milliseconds above 0, got 0"),
+        (("--rate", "1", "--served-model", "a"), "--served-model: expected --url beside it"),
+        (("--rate", "1", "--url", "localhost:1", "--set", "seed=1"), "--set: expected none beside --url"),
+        (("--rate", "1", "--url", "localhost:1"), "--url localhost:1: "),
+        (("--arrivals", "trace"), "--arrivals trace: expected --trace, the file that has them"),
+    ],
+)
+def test_bench_online_names_what_does_not_go_together(model, arguments, message):
+    assert_one_line(run_here("bench", "online", "--model", model, *arguments), message)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

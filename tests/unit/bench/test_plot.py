@@ -67,7 +67,7 @@ def test_the_picture_names_its_curves(tmp_path):
     run, picture = tmp_path / "run.json", tmp_path / "run.svg"
     steady = {"from_s": 1.0, "wall_s": 1.0}
     run.write_text(json.dumps({**RESULT, "steady": steady}))
-    bench_plot(run, picture)
+    bench_plot([run], picture)
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     for name in ("compute", "memory bandwidth", "power", "stationary"):
         assert f"<!-- {name} -->" in picture.read_text()
@@ -78,4 +78,4 @@ def test_what_is_no_result_is_named(tmp_path, text):
     run = tmp_path / "run.json"
     run.write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json: expected a result of nanoflow bench offline"):
-        bench_plot(run, tmp_path / "run.svg")
+        bench_plot([run], tmp_path / "run.svg")
