@@ -25,17 +25,20 @@ MOST_WAITING = 256  # chats, of at most 4 MiB each
 
 
 class Chat(msgspec.Struct, eq=False):
-    """One request with messages: `prepare` makes of it what `start` takes. Whatever they raise goes to `refuse`."""
+    """One request with messages: `prepare` makes of it what `start` takes. Whatever they raise goes to `refuse`.
+
+    `due` is by when it must be started, of `time.monotonic()`, and what it is refused with then.
+    """
 
     channel: Channel
     prepare: Callable[[], object]
     start: Callable[..., None]
     refuse: Callable[[Exception], None]
-    cancelled: bool = False
+    due: tuple[float, Failure] | None = None
 
 
 class ChatThreads:
-    """Thread-safe. Each chat that `add` takes is started, or refused once."""
+    """Thread-safe. Each chat that `add` takes is started, or refused once: by whoever takes it out of the live ones."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[Chat | None] = queue.Queue(MOST_WAITING)
@@ -61,9 +64,14 @@ class ChatThreads:
         """Refuse the chats of a client's id that are not started; their channels."""
         with self._lock:
             chats = [chat for chat in self._live if chat.channel.request_id == client_id]
-            for chat in chats:
-                chat.cancelled = True
-        return [chat.channel for chat in chats]
+        return [chat.channel for chat in chats if self._end(chat, _cancelled())]
+
+    def refuse_overdue(self, now_s: float) -> None:
+        """Refuse those that are due, also those that are being rendered: their threads go on for nobody."""
+        with self._lock:
+            late = [(chat, chat.due[1]) for chat in self._live if chat.due and chat.due[0] <= now_s]
+        for chat, failure in late:
+            self._end(chat, failure)
 
     def close(self, failure: Failure, timeout_s: float) -> None:
         """Refuse every chat that waits, and every later one; give up on those that are being rendered."""
@@ -72,7 +80,7 @@ class ChatThreads:
         with contextlib.suppress(queue.Empty):
             while True:
                 if (chat := self._waiting.get_nowait()) is not None:
-                    self._refuse(chat, failure)
+                    self._end(chat, failure)
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
@@ -83,23 +91,41 @@ class ChatThreads:
             try:
                 self._serve(chat)
             except Exception as error:
-                self._refuse(chat, error)
+                self._end(chat, error)
 
     def _serve(self, chat: Chat) -> None:
-        cancelled = Failure("CANCELLED", "the request was cancelled before its messages were rendered")
-        if chat.cancelled or chat.channel.is_cancelled():
-            raise cancelled
-        prepared = chat.prepare()
         with self._lock:
-            self._live.discard(chat)  # from now on it is the engine's
-            if chat.cancelled:
-                raise cancelled
-        chat.start(prepared)
+            if chat not in self._live:
+                return
+        if chat.channel.is_cancelled():
+            raise _cancelled()
+        prepared = chat.prepare()
+        if self._take(chat):  # from now on it is the engine's
+            try:
+                chat.start(prepared)
+            except Exception as error:
+                self._refuse(chat, error)
+
+    def _take(self, chat: Chat) -> bool:
+        """Whether it is the caller's to start or to refuse: no other one has it."""
+        with self._lock:
+            is_live = chat in self._live
+            self._live.discard(chat)
+        return is_live
+
+    def _end(self, chat: Chat, error: Exception) -> bool:
+        """Refuse it, if it is live; whether it was."""
+        if not self._take(chat):
+            return False
+        self._refuse(chat, error)
+        return True
 
     def _refuse(self, chat: Chat, error: Exception) -> None:
-        with self._lock:
-            self._live.discard(chat)
         try:
             chat.refuse(error)
         except Exception as broken:  # the server is gone; the thread has other chats
             log.error("a refusal broke: %s", without_words(broken))
+
+
+def _cancelled() -> Failure:
+    return Failure("CANCELLED", "the request was cancelled before its messages were rendered")

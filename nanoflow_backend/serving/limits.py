@@ -6,6 +6,9 @@ model, whatever its tokens are, is refused by its size.
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import msgspec
 
 from nanoflow_backend.request.sampling_params import InvalidRequest
@@ -53,9 +56,12 @@ class Limits(msgspec.Struct, frozen=True):
             raise InvalidRequest(f"texts: expected at most {MOST_TEXT_BYTES} bytes in a request, got {total_bytes}")
 
 
-def check_parameters(parameters: str) -> None:
-    """The same of the request's own parameters. Raises: InvalidRequest, they are too large."""
+def read_parameters(request: Any) -> dict[str, Any]:
+    """The own parameters of a request of the server. Raises: InvalidRequest, they are too large."""
+    parameters: str = request.parameters() or "{}"
     if len(parameters) > MOST_PARAMETERS_BYTES:
         raise InvalidRequest(
             f"parameters: expected at most {MOST_PARAMETERS_BYTES} bytes of JSON, got {len(parameters)}"
         )
+    timeout_us = request.timeout()
+    return {**json.loads(parameters), **({"timeout": timeout_us} if timeout_us else {})}

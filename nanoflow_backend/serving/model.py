@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from nanoflow_backend.config import version_folder
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
-from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
+from nanoflow_backend.process.messages import Heartbeat, News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor
 from nanoflow_backend.process.ticker import Ticker
 from nanoflow_backend.request.request import Request
@@ -33,17 +33,17 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
-from nanoflow_backend.serving.call import Call, is_cancellation
+from nanoflow_backend.serving.call import Call, first_timeout, is_cancellation
 from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
-from nanoflow_backend.serving.failure import Code, Failure, without_words
-from nanoflow_backend.serving.limits import Limits, check_parameters
-from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
+from nanoflow_backend.serving.failure import Code, Failure, overdue, without_words
+from nanoflow_backend.serving.limits import Limits, read_parameters
+from nanoflow_backend.serving.placement import engine_parameters, place
 from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
 from nanoflow_backend.serving.reply import Reply
 from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
-from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete_config
+from nanoflow_backend.serving.tensors import Arrays, complete_config, read_inputs
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
 JOIN_TIMEOUT_S = 5.0
+# What is overdue is the engine's to end, at its next step; where it has not for GRACE_S, it is ended here.
+DEADLINE_PERIOD_S, GRACE_S = 0.1, 0.25
 CODES: dict[str, Code] = {"invalid": "INVALID_ARG", "queue_full": "UNAVAILABLE", "internal": "INTERNAL"}  # of refusals
-REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": "unavailable", "INTERNAL": "internal"}
 
 
 class TritonPythonModel:
@@ -77,7 +78,7 @@ class TritonPythonModel:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
         folder = Path(args["model_repository"], args["model_version"])
-        config = version_folder.load(folder, _engine_parameters(model_config))
+        config = version_folder.load(folder, engine_parameters(model_config))
         self._tokenizer = Tokenizer.find(config.model)
         if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
@@ -91,6 +92,7 @@ class TritonPythonModel:
             Callbacks(
                 on_news=self._on_news,
                 on_stats=self._on_stats,
+                on_heartbeat=self._on_heartbeat,
                 on_refusal=self._on_refusal,
                 on_death=self._on_death,
                 on_restart=self._on_restart,
@@ -102,7 +104,10 @@ class TritonPythonModel:
         self._metrics = Metrics(self._ready)
         self._senders = Senders()
         self._chats = ChatThreads()
-        self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
+        self._tickers = [
+            Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned),
+            Ticker("deadlines", DEADLINE_PERIOD_S, self._end_overdue),
+        ]
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
             # Equal labels are one metric on the server's page: instances would overwrite each other's values.
             engine = args["model_instance_name"]
@@ -137,31 +142,24 @@ class TritonPythonModel:
     def _submit(self, request: Any, channel: ServerChannel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
         arrived_s = time.monotonic()
-        tensors = _inputs(request)
+        tensors = read_inputs(request)
         if is_cancellation(tensors):
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
         self._engine.check_room()  # before any work for it: under overload most requests end here
-        parse = self._parser(request, tensors)
+        self._limits.check(tensors)
+        parameters, outputs = read_parameters(request), request.requested_output_names()
         context = request.trace().get_context() if self._tracer else None
         start = functools.partial(self._submit_prompts, channel, arrived_s, context)
-        if "messages" in tensors:
-            self._chats.add(Chat(channel, parse, start, functools.partial(self._refuse, channel)))
-        else:
-            start(parse())
-
-    def _parser(self, request: Any, tensors: Arrays) -> Callable[[], list[Call]]:
-        """What understands a request without looking at the server's objects again, which this has read."""
-        self._limits.check(tensors)
-        own = request.parameters() or "{}"
-        check_parameters(own)
-        parameters = json.loads(own)
-        if request.timeout():
-            parameters["timeout"] = request.timeout()
-        outputs = request.requested_output_names()
-        if "messages" in tensors:  # understood later, when the server's memory may be another request's
-            tensors = {name: array.copy() for name, array in tensors.items()}
-        return functools.partial(self._parse, tensors, parameters, outputs)
+        if "messages" not in tensors:
+            start(self._parse(tensors, parameters, outputs))
+            return
+        limit = first_timeout(tensors, parameters, self._max_queue_us)
+        due = limit and (arrived_s + limit[0] / 1e6, overdue(limit[1], limit[0]))
+        # Understood later, when the server's memory may be another request's.
+        tensors = {name: array.copy() for name, array in tensors.items()}
+        parse = functools.partial(self._parse, tensors, parameters, outputs)
+        self._chats.add(Chat(channel, parse, start, functools.partial(self._refuse, channel), due))
 
     def _parse(self, tensors: Arrays, parameters: Mapping[str, Any], outputs: Collection[str]) -> list[Call]:
         tokenizer, vocab_size, longest_us = self._tokenizer, self._ready.vocab_size, self._max_queue_us
@@ -172,7 +170,7 @@ class TritonPythonModel:
 
     def _refuse(self, channel: ServerChannel, error: Exception) -> None:
         failure = _failure(error)
-        self._metrics.refused("queue_full" if isinstance(error, QueueFull) else REFUSED[failure.code])
+        self._metrics.refused(failure.reason)
         channel.fail(failure)
 
     def _submit_prompts(self, channel: ServerChannel, arrived_s: float, context: str | None, calls: list[Call]) -> None:
@@ -181,17 +179,21 @@ class TritonPythonModel:
         is_batch = calls[0].batch_index is not None
         channels = PromptFanIn(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
         requests = [self._request(call, arrived_s) for call in calls]
+        replies = []
         try:
             for request, call, own_channel in zip(requests, calls, channels, strict=True):
                 trace = self._tracer.request(context, arrived_s) if self._tracer else None
                 cancel = functools.partial(self._cancel, request.id)
-                self._senders.add(request.id, Reply(call, own_channel, self._tokenizer, cancel, trace))
+                replies.append(Reply(call, own_channel, self._tokenizer, cancel, trace))
+                self._senders.add(request, replies[-1])
         except Failure as closed:
-            self._metrics.refused(REFUSED[closed.code])
+            self._metrics.refused(closed.reason)
             channels[0].fail(closed)  # it is one failure, whoever tells of it first
             return
         try:
             self._engine.submit(*requests)
+            for reply in replies:
+                reply.submitted()
         except Exception as error:
             # The replies are on their senders' hands, and news of the engine's death may have come first.
             for request in requests:
@@ -218,14 +220,25 @@ class TritonPythonModel:
 
     def _cancel_abandoned(self) -> None:
         for reply in self._senders.live():
-            if reply.channel.is_cancelled():
+            if not reply.cancelled and reply.channel.is_cancelled():
                 reply.cancel()
 
+    def _end_overdue(self) -> None:
+        now_s = time.monotonic()
+        self._chats.refuse_overdue(now_s)
+        for _, request_id, reason in self._senders.fail_overdue(now_s - GRACE_S):
+            self._cancel(request_id, reason, None)
+
     def _on_news(self, news: News) -> None:
+        self._senders.begin(news.begun)
         self._senders.file(news.deltas)
 
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
+
+    def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        if heartbeat.idle:
+            self._metrics.confirm()
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._metrics.refused(refusal.reason)
@@ -233,19 +246,12 @@ class TritonPythonModel:
 
     def _on_death(self, how: str) -> None:
         self._metrics.engine_died()
-        self._metrics.refused("engine_failure", len(self._senders.live()))
-        self._senders.fail_all(Failure("UNAVAILABLE", how))
+        for reason, requests in self._senders.fail_all(Failure("UNAVAILABLE", how, "engine_failure")).items():
+            self._metrics.refused(reason, requests)
         log.error("%s", how)
 
     def _on_restart(self, ready: Ready) -> None:
         self._metrics.engine_restarted(ready)
-
-
-def _inputs(request: Any) -> Arrays:
-    tensors = {tensor.name(): tensor for tensor in request.inputs()}
-    if unknown := tensors.keys() - INPUT_NAMES:  # a config.pbtxt of another backend may declare more
-        raise InvalidRequest(f"{', '.join(sorted(unknown))}: not implemented; expected no such input")
-    return {name: tensor.as_numpy() for name, tensor in tensors.items()}
 
 
 def _failure(error: Exception) -> Failure:
@@ -254,17 +260,13 @@ def _failure(error: Exception) -> Failure:
             return error
         case InvalidRequest():
             return Failure("INVALID_ARG", str(error))
-        case EngineError() | QueueFull():
+        case QueueFull():
+            return Failure("UNAVAILABLE", str(error), "queue_full")
+        case EngineError():
             return Failure("UNAVAILABLE", str(error))
     log.error("a request broke: %s", without_words(error))
     pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
-
-
-def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
-    """The `parameters` of config.pbtxt; those in capitals (EXECUTION_ENV_PATH, ...) are the Python backend's."""
-    entries = model_config.get("parameters", {}).items()
-    return {name: entry["string_value"] for name, entry in entries if not name.isupper() and name != GPU_DEVICE_IDS}
 
 
 class _ServerMetrics:

@@ -30,6 +30,7 @@ class View(msgspec.Struct):
     refused: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
     restarts: int = 0
     up: bool = True
+    age_s: float = 0.0  # of `stats`: since the engine sent them, or last said that they still hold
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -133,6 +134,8 @@ STUB_FAMILIES = (
     Family("nanoflow_requests_refused_total", "counter", "Requests without a result that their client did not give up",
            _refused, ("reason",)),
     Family("nanoflow_engine_up", "gauge", "Whether the engine process serves: 1 or 0", lambda v: v.up),
+    Family("nanoflow_stats_age_seconds", "gauge", "Since the engine last said how things stand, as gauges have it",
+           lambda v: round(v.age_s, 1)),
     Family("nanoflow_engine_restarts_total", "counter", "Engine processes started in place of one that died",
            lambda v: v.restarts),
 )  # fmt: skip

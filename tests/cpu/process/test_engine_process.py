@@ -13,7 +13,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
-from nanoflow_backend.process.messages import Stats
+from nanoflow_backend.process.messages import Heartbeat, Stats
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
@@ -30,7 +30,15 @@ class Client:
         self.finished: dict[int, FinishReason] = {}
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
-        told = Callbacks(self.on_news, self.on_stats, self.on_refusal, self.on_death, on_restart=lambda ready: None)
+        self.heartbeats: list[Heartbeat] = []
+        told = Callbacks(
+            self.on_news,
+            self.on_stats,
+            self.heartbeats.append,
+            self.on_refusal,
+            self.on_death,
+            on_restart=lambda ready: None,
+        )
         self.process = EngineProcess(config, told)
         self.stats: Stats | None = None
 
