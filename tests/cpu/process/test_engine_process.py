@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,11 @@ class Client:
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
         self.heartbeats: list[Heartbeat] = []
+        self.begun: list[tuple[int, list[int]]] = []  # requests, and what had come of them then
         told = Callbacks(
             self.on_news,
             self.on_stats,
-            self.heartbeats.append,
+            self.on_heartbeat,
             self.on_refusal,
             self.on_death,
             on_restart=lambda ready: None,
@@ -44,6 +46,7 @@ class Client:
 
     def on_news(self, news):
         with self.changed:
+            self.begun += [(request_id, self.tokens.get(request_id, [])) for request_id in news.begun]
             for delta in news.deltas:
                 self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
                 if delta.finish_reason:
@@ -54,6 +57,11 @@ class Client:
     def on_stats(self, stats):
         with self.changed:
             self.stats = stats
+            self.changed.notify_all()
+
+    def on_heartbeat(self, heartbeat):
+        with self.changed:
+            self.heartbeats.append(heartbeat)
             self.changed.notify_all()
 
     def on_refusal(self, refusal):
@@ -113,6 +121,34 @@ def test_cancelled_requests_end_once_and_stopping_cancels_the_rest(model, prompt
     assert client.finished.pop(3) is FinishReason.STOP
     assert set(client.finished.values()) <= {FinishReason.CANCELLED, FinishReason.LENGTH}
     assert len(client.finished) == 3
+
+
+def test_it_says_how_far_it_is_and_who_begins(model, prompts):
+    """What a stub goes by where the engine is in a long step, or stuck."""
+    client = Client(config(model, max_running=1))
+    client.process.start()
+    client.wait_for(lambda: client.heartbeats)
+    assert (client.heartbeats[0].steps, client.heartbeats[0].idle) == (0, True)
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    soon_s = time.monotonic() + 60
+    client.process.submit(
+        Request(0, prompts[0], long, queue_deadline=soon_s), Request(1, prompts[1], long, queue_deadline=soon_s)
+    )
+    client.process.submit(Request(2, prompts[2], long))
+    client.wait_for(lambda: 0 in client.tokens)
+    assert client.begun[0] == (0, []), "it was said before its first token"
+    os.kill(client.process.pid, signal.SIGSTOP)
+    before = len(client.heartbeats)
+    time.sleep(1)
+    assert len(client.heartbeats) <= before + 1
+    os.kill(client.process.pid, signal.SIGCONT)
+    until(lambda: any(beat.steps > 1 and not beat.idle for beat in client.heartbeats[before:]))
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    until(lambda: client.heartbeats[-1].idle)
+    assert {request_id for request_id, _ in client.begun} <= {0, 1}
+    client.process.stop()
 
 
 def test_a_full_queue_is_known_before_the_engine_says_so(model, prompts):
