@@ -103,8 +103,8 @@ class SoakClient:
                 leave_s = now_s + self._random.uniform(1, 5)
             self._receive(min(0.02, max(0.0, next_s - now_s)))
         stop.set()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):  # the event may take long
+            self._receive(0.02)
         self.drain()
 
     def drain(self) -> None:
