@@ -43,9 +43,12 @@ class Child:
     """`python -m module`, running. Sending is thread-safe; receiving is for one thread.
 
     With `host_pid`, the child also watches that process (a stub's server): when it ends, the child kills us and ends.
+    With `group`, what the child has started is killed with it: of that, a stopped process would not notice its end.
     """
 
-    def __init__(self, module: str, python: str | None = None, host_pid: int | None = None) -> None:
+    def __init__(
+        self, module: str, python: str | None = None, host_pid: int | None = None, group: bool = False
+    ) -> None:
         """Raises: OSError where there is no such interpreter."""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as inherited:
@@ -58,7 +61,9 @@ class Child:
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 env=_environment(python),
+                process_group=0 if group else None,
             )
+        self._group = group
         self._connection = Connection(ours.detach())
         self._sending = threading.Lock()
         self._killed_for = ""
@@ -93,7 +98,7 @@ class Child:
         try:
             code = self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             return f"process {self.pid} closed its socket and was killed"
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"process {self.pid} ended with {cause}"
@@ -103,7 +108,7 @@ class Child:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             try:
                 self._process.wait(timeout_s)
             except (
@@ -115,13 +120,19 @@ class Child:
     def kill(self, why: str = "") -> None:
         """End it at once. Whoever is in `receive` or `send` hears of it, and `why`, even if the process cannot end."""
         self._killed_for = why
-        self._process.kill()
+        self._kill()
         self._hang_up()
 
     def close(self) -> None:
         """End the conversation. A mere close would leave it open for as long as another thread is in `receive`."""
         self._hang_up()
         self._connection.close()
+
+    def _kill(self) -> None:
+        if self._group and self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
 
     def _hang_up(self) -> None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:

@@ -69,7 +69,9 @@ class EngineProcess:
             with self._changing:
                 if self._stopping:
                     raise EngineError("the engine was stopped before it was started")
-                self._child = child = Child("nanoflow_backend.engine.loop", self._config.python, self._host_pid)
+                self._child = child = Child(
+                    "nanoflow_backend.engine.loop", self._config.python, self._host_pid, group=True
+                )
         except OSError as error:
             raise EngineError(f"python: {self._config.python}: {error.strerror}") from None
         try:

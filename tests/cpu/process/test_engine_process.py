@@ -230,6 +230,19 @@ def test_news_that_cannot_be_taken_is_a_death_and_no_silence(model, prompts, mon
     client.process.stop()
 
 
+def test_a_rank_that_is_stopped_ends_with_its_engine(model, prompts):
+    """The collective that waits for it hangs, and it cannot notice that its engine is gone."""
+    client = Client(config(model, tensor_parallel=2, engine_stall_s=2))
+    client.process.start()
+    (rank_pid,) = children(client.process.pid)
+    os.kill(rank_pid, signal.SIGSTOP)
+    client.process.submit(Request(0, prompts[0], GREEDY))
+    client.wait_for(lambda: client.deaths)
+    assert client.deaths == [f"process {client.process.pid} was killed: it made no step for 2 s (engine_stall_s)"]
+    until(lambda: not alive(rank_pid) and not alive(client.process.pid))
+    client.process.stop()
+
+
 @pytest.mark.parametrize("victim", ["rank", "engine"])
 def test_a_tensor_parallel_group_ends_together(model, victim):
     """Kill the rank: the engine reports it. Kill the engine: the rank goes too."""

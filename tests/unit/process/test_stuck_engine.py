@@ -43,7 +43,9 @@ def start(tmp_path, monkeypatch):
     (tmp_path / "pretending_engine.py").write_text(ENGINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(Child, "stop", functools.partialmethod(Child.stop, timeout_s=0.2))  # it hears of no stop
-    monkeypatch.setattr(engine_process, "Child", lambda module, *rest: Child("pretending_engine", *rest))
+    monkeypatch.setattr(
+        engine_process, "Child", lambda module, *rest, **options: Child("pretending_engine", *rest, **options)
+    )
     started = []
 
     def start(make: Callable, steps: bool, **told):
