@@ -111,10 +111,8 @@ class Child:
             self._kill()
             try:
                 self._process.wait(timeout_s)
-            except (
-                subprocess.TimeoutExpired
-            ):  # it hangs in the kernel, as in a driver: nothing ends it before that does
-                self._hang_up()
+            except subprocess.TimeoutExpired:
+                self._hang_up()  # it is in a call of the kernel, as of a driver, and cannot end before that returns
                 log.error("process %d does not end, though it was killed: what it holds is not free", self.pid)
 
     def kill(self, why: str = "") -> None:

@@ -11,7 +11,7 @@ from nanoflow_backend.process.ticker import Ticker
 
 
 class Heart:
-    """Beats on a thread of its own, so also in a step that hangs; the loop says how far it has come.
+    """Beats on a thread of its own, so also in a step that is stuck; the loop says how far it has come.
 
     Attributes:
         steps: of the engine, that came back.

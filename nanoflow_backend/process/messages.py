@@ -89,7 +89,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The engine process runs. Comes every STATS_PERIOD_S, from the moment it is ready, also while a step hangs."""
+    """The engine process runs. Comes every STATS_PERIOD_S once it is ready, also in a step that is stuck."""
 
     steps: int  # of the engine, that came back
     idle: bool  # it waits for messages, so the last Stats are how things stand

@@ -15,8 +15,8 @@ CHECK_PERIOD_S = 0.25
 class Watchdog:
     """Told of the process's heartbeats on one thread, it compares what they say on its own.
 
-    A heartbeat alone proves only that the process is not stopped: one whose loop hangs, as in a call of a driver, has
-    a heart that goes on. Progress is a step more than before, or a loop with nothing to do.
+    A heartbeat alone proves only that the process is not stopped: one whose loop is stuck, as in a call that does not
+    return, has a heart that goes on. Progress is a step more than before, or a loop with nothing to do.
 
     Args:
         limit_s: the longest step that may be. Some are long: the first one of a size may compile kernels and capture a

@@ -231,7 +231,7 @@ def test_news_that_cannot_be_taken_is_a_death_and_no_silence(model, prompts, mon
 
 
 def test_a_rank_that_is_stopped_ends_with_its_engine(model, prompts):
-    """The collective that waits for it hangs, and it cannot notice that its engine is gone."""
+    """The collective waits for it, and it cannot notice that its engine is gone."""
     client = Client(config(model, tensor_parallel=2, engine_stall_s=2))
     client.process.start()
     (rank_pid,) = children(client.process.pid)

@@ -33,13 +33,13 @@ heart = Heart(parent.send)
 parent.send(Ready(vocab_size=400, max_model_tokens=10**6, num_pages=9, page_tokens=4, description="", queue_room=10**6))
 while True:  # it reads no more
     time.sleep(0.05)
-    heart.steps += start.config.seed  # 0: a step that hangs
+    heart.steps += start.config.seed  # 0: a step that is stuck
 """
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Starts an engine whose steps come back, or hang, and that never reads what it is sent."""
+    """Starts an engine whose steps come back, or do not, and that never reads what it is sent."""
     (tmp_path / "pretending_engine.py").write_text(ENGINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(Child, "stop", functools.partialmethod(Child.stop, timeout_s=0.2))  # it hears of no stop

@@ -41,7 +41,7 @@ def test_an_engine_that_gets_on_or_has_nothing_to_do_is_left_alone(world, heartb
 
 
 @pytest.mark.parametrize(
-    "heartbeat", [None, lambda tick: Heartbeat(7, idle=False)], ids=["no sign of life", "a step that hangs"]
+    "heartbeat", [None, lambda tick: Heartbeat(7, idle=False)], ids=["no sign of life", "a step that is stuck"]
 )
 def test_no_progress_for_the_limit_is_told_once(world, heartbeat):
     world.pass_(10, lambda tick: Heartbeat(7, idle=True))
