@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.sequence_factory import check_can_run
 from nanoflow_backend.scheduler.waiting_queue import check_can_wait
 from nanoflow_backend.serving.inputs import Inputs
@@ -70,19 +72,10 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             InvalidRequest: the message names the field and what was expected.
         """
         inputs = Inputs(tensors)
-        sampling = "sampling_parameters" in inputs
-        fields = _merge(
-            ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
-            ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
-            ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
-            ("the input stop_words", _words(inputs, "stop_words", "stop")),
-            ("the input bad_words", _words(inputs, "bad_words", "bad_words")),
-        )
+        fields = _fields(inputs, parameters)
         # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
-        timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
-        queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
-        queue_timeout_us = min(queue_timeout_us or limits.max_queue_us, limits.max_queue_us or queue_timeout_us)
+        timeout_us, queue_timeout_us = _timeouts(fields, limits.max_queue_us)
         params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
         num_prompts = max((inputs.flat(name).size for name in SEVERAL if name in inputs), default=1)
@@ -113,17 +106,38 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
-def is_cancellation(tensors: Arrays) -> bool:
-    """Whether a request is there to end others: it has `cancel` and nothing else.
+def own_parameters(text: str, timeout_us: int) -> dict[str, Any]:
+    """A request's own parameters, of the JSON that the server gives, and its timeout, if it has one."""
+    return {**json.loads(text), **({"timeout": timeout_us} if timeout_us else {})}
 
-    Raises:
-        InvalidRequest: there is something else.
+
+def first_timeout(tensors: Arrays, own: Mapping[str, Any], max_queue_us: int = 0) -> tuple[int, FinishReason] | None:
+    """When a request that never begins is over: microseconds after it came, and why. None: it has no limit.
+
+    The arguments, and what is raised, are as those of `Call.parse`.
     """
-    if not Inputs(tensors).flag("cancel"):
-        return False
-    if others := [name for name in tensors if name != "cancel"]:
-        raise InvalidRequest(f"cancel: expected no other input, got {', '.join(others)}")
-    return True
+    reasons = (FinishReason.DEADLINE, FinishReason.QUEUE_TIMEOUT)
+    limits = zip(_timeouts(_fields(Inputs(tensors), own), max_queue_us), reasons, strict=True)
+    return min(((us, reason) for us, reason in limits if us), default=None)
+
+
+def _fields(inputs: Inputs, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What the request says of its sampling, and of itself, wherever it says it."""
+    sampling = "sampling_parameters" in inputs
+    return _merge(
+        ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
+        ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
+        ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
+        ("the input stop_words", _words(inputs, "stop_words", "stop")),
+        ("the input bad_words", _words(inputs, "bad_words", "bad_words")),
+    )
+
+
+def _timeouts(fields: dict[str, Any], max_queue_us: int) -> tuple[int, int]:
+    """Take (timeout, queue_timeout) out of `fields`, in microseconds; 0 is no limit."""
+    timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
+    queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
+    return timeout_us, min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
 
 
 def _is_reserved(name: str) -> bool:

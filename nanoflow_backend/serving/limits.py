@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.process.messages import Ready
@@ -136,3 +137,9 @@ def reads_quickly(tensors: Arrays, parameters: str) -> bool:
         return False
     texts = (array for array in tensors.values() if array.dtype == object)
     return len(parameters) + sum(len(text) for array in texts for text in array.flat) <= QUICK_BYTES
+
+
+def has_short_json(tensors: Arrays, parameters: str) -> bool:
+    """Whether the server's thread may parse what such a request says of itself, its prompts and chat aside."""
+    said = tensors.get("sampling_parameters", ())
+    return len(parameters) + sum(len(text) for text in np.ravel(said)) <= QUICK_BYTES

@@ -25,17 +25,20 @@ MOST_WAITING = 256  # requests, of at most 5 MiB each
 
 
 class SlowRequest(msgspec.Struct, eq=False):
-    """One that takes long to read: `prepare` makes of it what `start` takes. Whatever they raise goes to `refuse`."""
+    """One that takes long to read: `prepare` makes of it what `start` takes. Whatever they raise goes to `refuse`.
+
+    `due` is by when it must be started, of `time.monotonic()`, and what it is refused with then.
+    """
 
     channel: Channel
     prepare: Callable[[], object]
     start: Callable[..., None]
     refuse: Callable[[Exception], None]
-    cancelled: bool = False
+    due: tuple[float, Failure] | None = None
 
 
 class PromptThreads:
-    """Thread-safe. Each request that `add` takes is started, or refused once."""
+    """Thread-safe. A request that `add` takes is started or refused, once: by whoever takes it out of the live ones."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[SlowRequest | None] = queue.Queue(MOST_WAITING)
@@ -61,9 +64,14 @@ class PromptThreads:
         """Refuse the requests of a client's id that are not started; their channels."""
         with self._lock:
             requests = [request for request in self._live if request.channel.request_id == client_id]
-            for request in requests:
-                request.cancelled = True
-        return [request.channel for request in requests]
+        return [request.channel for request in requests if self._end(request, _cancelled())]
+
+    def refuse_overdue(self, now_s: float) -> None:
+        """Refuse those that are due, also those that are being read: their threads go on for nobody."""
+        with self._lock:
+            late = [(request, request.due[1]) for request in self._live if request.due and request.due[0] <= now_s]
+        for request, failure in late:
+            self._end(request, failure)
 
     def close(self, failure: Failure, timeout_s: float) -> None:
         """Refuse every request that waits, and every later one; give up on those that are being read."""
@@ -72,7 +80,7 @@ class PromptThreads:
         with contextlib.suppress(queue.Empty):
             while True:
                 if (request := self._waiting.get_nowait()) is not None:
-                    self._refuse(request, failure)
+                    self._end(request, failure)
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
@@ -83,23 +91,41 @@ class PromptThreads:
             try:
                 self._serve(request)
             except Exception as error:
-                self._refuse(request, error)
+                self._end(request, error)
 
     def _serve(self, request: SlowRequest) -> None:
-        cancelled = Failure("CANCELLED", "the request was cancelled before it was read")
-        if request.cancelled or request.channel.is_cancelled():
-            raise cancelled
-        prepared = request.prepare()
         with self._lock:
-            self._live.discard(request)  # from now on it is the engine's
-            if request.cancelled:
-                raise cancelled
-        request.start(prepared)
+            if request not in self._live:
+                return
+        if request.channel.is_cancelled():
+            raise _cancelled()
+        prepared = request.prepare()
+        if self._take(request):  # from now on it is the engine's
+            try:
+                request.start(prepared)
+            except Exception as error:
+                self._refuse(request, error)
+
+    def _take(self, request: SlowRequest) -> bool:
+        """Whether it is the caller's to start or to refuse: no other one has it."""
+        with self._lock:
+            is_live = request in self._live
+            self._live.discard(request)
+        return is_live
+
+    def _end(self, request: SlowRequest, error: Exception) -> bool:
+        """Refuse it, if it is live; whether it was."""
+        if not self._take(request):
+            return False
+        self._refuse(request, error)
+        return True
 
     def _refuse(self, request: SlowRequest, error: Exception) -> None:
-        with self._lock:
-            self._live.discard(request)
         try:
             request.refuse(error)
         except Exception as broken:  # the server is gone; the thread has others
             log.error("a refusal broke: %s", without_words(broken))
+
+
+def _cancelled() -> Failure:
+    return Failure("CANCELLED", "the request was cancelled before it was read")

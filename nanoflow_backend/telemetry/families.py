@@ -32,6 +32,7 @@ class View(msgspec.Struct):
     restarts: int = 0
     up: bool = True
     asked_n: Histogram = msgspec.field(default_factory=lambda: Histogram(ASKED_N))  # of the prompts that were queued
+    age_s: float = 0.0  # of `stats`: since the engine sent them, or last said that they still hold
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -137,6 +138,8 @@ FAMILIES = (
     Family("nanoflow_requests_refused_total", "counter", "Requests without a result that their client did not give up",
            _refused, ("reason",), of_stub=True),
     Family("nanoflow_engine_up", "gauge", "Whether the engine process serves: 1 or 0", lambda v: v.up, of_stub=True),
+    Family("nanoflow_stats_age_seconds", "gauge", "Since the engine last said how things stand, as gauges have it",
+           lambda v: round(v.age_s, 1), of_stub=True),
     Family("nanoflow_engine_restarts_total", "counter", "Engine processes started in place of one that died",
            lambda v: v.restarts, of_stub=True),
 )  # fmt: skip

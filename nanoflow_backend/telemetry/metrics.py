@@ -7,6 +7,7 @@ consists of: counters with an `le` label, raised a bucket at a time. To a query 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -24,13 +25,21 @@ FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a t
 class Metrics:
     """Told from any thread."""
 
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._view = View(ready, _nothing(ready))
+        self._heard_s = clock()
 
     def take(self, stats: Stats) -> None:
         with self._lock:
             self._view.stats = stats
+            self._heard_s = self._clock()
+
+    def confirm(self) -> None:
+        """The last statistics are still how things stand."""
+        with self._lock:
+            self._heard_s = self._clock()
 
     def refused(self, reason: str, requests: int = 1) -> None:
         """They get no result. Any reason will do; those that the engine ends count by themselves."""
@@ -53,13 +62,15 @@ class Metrics:
             view.refused.update(refused_by_engine(view.stats))
             view.ready, view.stats, view.up = ready, _nothing(ready), True
             view.restarts += 1
+            self._heard_s = self._clock()
 
     def view(self) -> View:
         """As it is now."""
         with self._lock:
             view, asked_n = self._view, self._view.asked_n
             own_n = Histogram(asked_n.bounds, asked_n.counts.copy(), asked_n.total)
-            return msgspec.structs.replace(view, refused=view.refused.copy(), asked_n=own_n)
+            age_s = self._clock() - self._heard_s
+            return msgspec.structs.replace(view, refused=view.refused.copy(), asked_n=own_n, age_s=age_s)
 
 
 def _nothing(ready: Ready) -> Stats:

@@ -4,6 +4,7 @@ import contextlib
 import json
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from support.serving.parsed_call import LIMITS, parse, tensor
 from nanoflow_backend.process.messages import Submit
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
-from nanoflow_backend.serving.call import ALL_OUTPUTS, Call
+from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.serving.call import ALL_OUTPUTS, Call, first_timeout
 
 
 def test_a_bare_prompt(tokenizer):
@@ -143,6 +145,23 @@ def test_the_shorter_queue_timeout_counts(tokenizer, own, servers, counts):
     limits = msgspec.structs.replace(LIMITS, max_queue_us=servers)
     call = parse(tokenizer, text_input="a", parameters={"queue_timeout": own}, limits=limits)
     assert call.queue_timeout_us == counts
+
+
+@pytest.mark.parametrize(
+    ("fields", "servers", "first"),
+    [
+        ({}, 0, None),
+        ({}, 9, (9, FinishReason.QUEUE_TIMEOUT)),
+        ({"timeout": 7}, 0, (7, FinishReason.DEADLINE)),
+        ({"timeout": 7, "queue_timeout": 6}, 9, (6, FinishReason.QUEUE_TIMEOUT)),
+        ({"timeout": 7, "queue_timeout": 8}, 9, (7, FinishReason.DEADLINE)),
+        ({"timeout": 7}, 5, (5, FinishReason.QUEUE_TIMEOUT)),
+    ],
+)
+def test_the_first_timeout_of_a_request_that_never_begins(fields, servers, first):
+    assert first_timeout({}, fields, servers) == first
+    sampling = {"sampling_parameters": np.array([json.dumps(fields).encode()], np.object_)}
+    assert first_timeout(sampling, {}, servers) == first
 
 
 REFUSED = {

@@ -90,6 +90,26 @@ def test_a_cancelled_request_is_not_started(desk: Desk) -> None:
     until(lambda: not desk.threads.cancel("x"))
 
 
+def test_cancelled_and_overdue_requests_are_refused_at_once_even_while_they_are_read(desk: Desk) -> None:
+    late = Failure("UNAVAILABLE", "timeout")
+    requests = [desk.request(name) for name in ("rendered", "cancelled", "waits", "patient")]
+    for request, due_s in zip(requests, (5.0, 9.0, 5.0, None), strict=True):
+        request.due = None if due_s is None else (due_s, late)
+        desk.threads.add(request)
+    until(lambda: desk.rendering == ["rendered", "cancelled"])
+    assert len(desk.threads.cancel("cancelled")) == 1
+    assert desk.ends == [("cancelled", "CANCELLED")]
+    desk.threads.refuse_overdue(4.9)
+    assert len(desk.ends) == 1
+    desk.threads.refuse_overdue(5.0)
+    desk.threads.refuse_overdue(99.0)
+    assert sorted(desk.ends[1:]) == [("rendered", "UNAVAILABLE"), ("waits", "UNAVAILABLE")]
+    desk.released.set()
+    until(lambda: ("patient", "patient") in desk.ends)
+    assert len(desk.ends) == 4, "none that was refused is started"
+    assert "waits" not in desk.rendering
+
+
 def test_no_more_wait_than_may(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.fill()
     for index in range(prompt_threads.MOST_WAITING):

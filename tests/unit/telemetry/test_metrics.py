@@ -91,6 +91,29 @@ def test_only_what_changed_is_written(server, metrics, page):
     assert server.value("nanoflow_num_preemptions_total") == 2
 
 
+def test_the_age_of_the_statistics_is_that_of_the_engines_last_word(server):
+    now_s = 100.0
+    metrics = Metrics(READY, clock=lambda: now_s)
+    page = Page(server.create, metrics)
+    ages = []
+    for passed_s, event in (
+        (0.3, None),
+        (4.0, lambda: metrics.take(stats(running_requests=3))),
+        (0.2, None),
+        (60.0, metrics.engine_died),
+        (1.0, lambda: metrics.engine_restarted(READY)),
+        (0.46, None),
+        (9.0, metrics.confirm),
+        (7.0, None),
+    ):
+        now_s += passed_s
+        if event:
+            event()
+        page.flush()
+        ages.append(server.value("nanoflow_stats_age_seconds"))
+    assert ages == [0.3, 0.0, 0.2, 60.2, 0.0, 0.5, 0.0, 7.0]
+
+
 def test_a_histogram_is_cumulative_as_prometheus_defines_it(server, metrics, page):
     observed = Observed()
     for value, times in ((0.0005, 3), (0.004, 2), (0.009, 5), (99.0, 1)):
