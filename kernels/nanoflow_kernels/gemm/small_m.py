@@ -83,7 +83,7 @@ def _gemm_small_m(
 
 def is_small_m(x: Tensor, weight: Tensor) -> bool:
     """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 1 or 2 bytes."""
-    return x.element_size() <= 2 and len(x) <= SMALL_M and weight.stride(0) * weight.element_size() % 16 == 0
+    return len(x) <= SMALL_M and x.element_size() <= 2 and weight.stride(0) * weight.element_size() % 16 == 0
 
 
 def gemm_small_m(
@@ -94,13 +94,14 @@ def gemm_small_m(
     swiglu: bool,
     out: Tensor,
     num_sms: int | None = None,
+    tiling: WeightTiling | None = None,
 ) -> None:
     """Compute x weight^T, or its silu(gate) * up with `swiglu`; the callers in dense.py and scaled.py check operands.
 
     x [T, in], weight [N, in], both of one dtype of 2 bytes or, with `scales` (ROW_SCALES), of e4m3 -> out [T, N], or
-    [T, N / 2] with `swiglu`.
+    [T, N / 2] with `swiglu`. `tiling`: to measure others than those above.
     """
-    tiling = TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT
+    tiling = tiling or (TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT)
     depth = tiling.depth_bytes // x.element_size()
     pdl = uses_pdl(len(x), x.device)
     x_scale, weight_scale = scales or (None, None)
