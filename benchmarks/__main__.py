@@ -45,6 +45,7 @@ ROOMS = {
     "stress": (
         Command("fuzz", "stress.fuzz", "Whether any request breaks the server."),
         Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),
+        Command("bursts", "stress.bursts", "Whether the server outlives bursts of streams."),
         Command("overload", "stress.overload", "What becomes of requests that are too many."),
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
         Command("mutate", "stress.mutated_files", "Whether any file of a model breaks the start."),

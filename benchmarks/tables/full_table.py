@@ -258,6 +258,15 @@ def _faults() -> Iterator[ResultRow]:
             f"{soak['growth']['lost_sockets'][1]:g} sockets of {soak['departures']} gRPC clients that left",
             soak["device"],
         )
+    if bursts := load("bursts"):
+        yield ResultRow(
+            f"{bursts['bursts']} bursts of {bursts['streams']} gRPC streams of tritonclient, each read to its end, "
+            f"against {bursts['settings']['max_running']} running and {bursts['settings']['max_queue_size']} waiting: "
+            f"{bursts['requests']:,} requests",
+            f"server 2.51 alive after {bursts['bursts_alive']}; {len(bursts['failures'])} failures; "
+            f"{bursts['ends']['answered']:,} answered whole, the others told that the queue is full",
+            bursts["device"],
+        )
 
 
 def span(cells: list[dict[str, Any]], name: str) -> str:
