@@ -23,7 +23,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-paper test-gpu soak fuzz mutate parity histories templates lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-paper test-gpu soak bursts fuzz mutate parity histories templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -59,6 +59,9 @@ test-gpu: setup
 # The long modes of tests. Each writes its result file and fails if it found anything.
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --duration-min $(SOAK_MINUTES) --output benchmarks/results/soak.json
+
+bursts: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks bursts --output benchmarks/results/bursts.json
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks fuzz --output benchmarks/results/fuzz.json

@@ -39,11 +39,13 @@ ROOMS = {
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
         Command("beside-vllm", "peers.beside_vllm", "Our engine and vLLM on one card, with their ratio (GPU)."),
+        Command("vllm-online", "peers.vllm_online", "The open loop of arrivals on vLLM (GPU)."),
         Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
     ),
     "stress": (
         Command("fuzz", "stress.fuzz", "Whether any request breaks the server."),
         Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),
+        Command("bursts", "stress.bursts", "Whether the server outlives bursts of streams."),
         Command("overload", "stress.overload", "What becomes of requests that are too many."),
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
         Command("mutate", "stress.mutated_files", "Whether any file of a model breaks the start."),
@@ -51,6 +53,7 @@ ROOMS = {
     ),
     "accuracy": (
         Command("parity", "accuracy.parity", "Greedy tokens and logits against transformers."),
+        Command("held-out-loss", "accuracy.held_out_loss", "What FP8 costs: the demo model's loss on unseen text."),
         Command("chat-templates", "accuracy.chat_templates", "Chat templates of a folder against transformers."),
     ),
     "paper": (

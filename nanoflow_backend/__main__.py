@@ -24,6 +24,13 @@ Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/c
 Result = Annotated[Path | None, typer.Option(help="Where the whole result goes, as JSON; shown is a part of it.")]
 InputTokens = Annotated[int, typer.Option(min=1)]
 OutputTokens = Annotated[int, typer.Option(min=1)]
+Requests = Annotated[int, typer.Option(min=1, help="How many; of a trace, drawn from all of it.")]
+LengthsOfTrace = Annotated[
+    Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
+]
+LengthsOfDataset = Annotated[
+    Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
+]
 HttpPort = Annotated[int, typer.Option(help="0: any free port.")]
 GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
 MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
@@ -121,19 +128,42 @@ def batch(
     raise typer.Exit(batch(model, input, output, settings or []))
 
 
+@app.command()
+def trace(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Where the trace goes: JSON for ui.perfetto.dev or chrome://tracing.")],
+    steps: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    input_tokens: InputTokens = 128,
+    output_tokens: OutputTokens = 128,
+    requests: Requests = 64,
+    trace: LengthsOfTrace = None,
+    dataset: LengthsOfDataset = None,
+    begin: Annotated[
+        Literal["start", "decodes"], typer.Option(help="With the first step, or with the first of decodes alone.")
+    ] = "start",
+    skip_steps: Annotated[int, typer.Option(min=0, help="Then so many are left out.")] = 0,
+    settings: Settings = None,
+) -> None:
+    """A few steps of a workload whose requests all come at once, launch by launch: lanes, waits, and the host's work.
+
+    The steps before them, as many, are timed untraced, to say what tracing costs.
+    """
+    from nanoflow_backend.bench.step_trace.command import bench_trace
+    from nanoflow_backend.bench.workload import asked_for
+
+    (spec,) = asked_for([], trace, dataset, (input_tokens, output_tokens), requests)
+    bench_trace(model, output, spec=spec, steps=steps, begin=begin, skip_steps=skip_steps, settings=settings or [])
+
+
 @bench.command()
 def offline(
     model: Model,
     output: Result = None,
     input_tokens: InputTokens = 128,
     output_tokens: OutputTokens = 128,
-    requests: Annotated[int, typer.Option(min=1, help="How many; of a trace, drawn from all of it.")] = 64,
-    trace: Annotated[
-        Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
-    ] = None,
-    dataset: Annotated[
-        Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
-    ] = None,
+    requests: Requests = 64,
+    trace: LengthsOfTrace = None,
+    dataset: LengthsOfDataset = None,
     workload: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,29 +195,61 @@ def offline(
 def online(
     model: Model,
     output: Result = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Open loop: requests a second; repeatable.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Open loop: seconds of measured arrivals. [60]")] = None,
+    warm_up: Annotated[float | None, typer.Option(help="Open loop: seconds of others before and after. [10]")] = None,
     input_tokens: InputTokens = 1024,
     output_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    trace: LengthsOfTrace = None,
+    dataset: LengthsOfDataset = None,
+    arrivals: Annotated[
+        Literal["poisson", "trace"] | None,
+        typer.Option(help="Open loop: drawn, or the trace's, stretched to each rate; without one, as they are."),
+    ] = None,
+    ttft_limit: Annotated[float | None, typer.Option(help="Goodput: ms to a request's first token.")] = None,
+    itl_limit: Annotated[float | None, typer.Option(help="Goodput: ms between its tokens, the mean.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Open loop: of arrivals and prompts. [0]")] = None,
+    url: Annotated[str | None, typer.Option(help="Open loop: a server's gRPC endpoint, host:port.")] = None,
+    served_model: Annotated[str | None, typer.Option(help="Its model there. [nanoflow]")] = None,
     requests: Annotated[
-        int, typer.Option(min=1, help="Measured for each level, at least; and one of each client.")
-    ] = 32,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="A level; repeatable.")] = None,
+        int | None, typer.Option(min=1, help="Closed loop: measured for each level at least, one a client. [32]")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Closed loop: requests in flight; repeatable. [1, 16, 64, 256]")
+    ] = None,
     settings: Settings = None,
 ) -> None:
-    """Latency with 1, 16, 64 and 256 requests in flight: time to the first token, and between tokens."""
-    from nanoflow_backend.bench.online import bench_online
+    """Latency: at a rate of arrivals (open loop), or with so many requests in flight (closed loop).
 
-    bench_online(model, output, input_tokens, output_tokens, requests, concurrency or [1, 16, 64, 256], settings or [])
+    With --rate or --arrivals trace, requests come when they are due, whatever has become of those before them.
+    """
+    from nanoflow_backend.bench.online.command import bench_online
+
+    open_loop = {
+        "duration": duration, "warm-up": warm_up, "trace": trace, "dataset": dataset, "arrivals": arrivals,
+        "seed": seed, "ttft-limit": ttft_limit, "itl-limit": itl_limit, "url": url, "served-model": served_model,
+    }  # fmt: skip
+    closed_loop = {"requests": requests, "concurrency": concurrency}
+    bench_online(
+        model, output, rate or [], input_tokens, output_tokens, open_loop, closed_loop, settings=settings or []
+    )
 
 
 @bench.command()
 def plot(
-    run: Annotated[Path, typer.Argument(help="A result of `nanoflow bench offline`.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A result of `nanoflow bench offline`, or some of `nanoflow bench online --rate`."),
+    ],
     output: Annotated[Path, typer.Option(help="Where the picture goes: .svg, .png or .pdf.")],
 ) -> None:
-    """Draw an offline run's use of compute, memory bandwidth and power over time. Needs the extra `plot`."""
+    """Draw a result. Needs the extra `plot`.
+
+    Of an offline run: its use of compute, memory bandwidth and power over time. Of open loops: latencies over rates.
+    """
     from nanoflow_backend.bench.plot import bench_plot
 
-    bench_plot(run, output)
+    bench_plot(runs, output)
 
 
 def main() -> None:

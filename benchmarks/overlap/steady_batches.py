@@ -31,6 +31,7 @@ from nanoflow_search.profile.load import ProfileError
 from benchmarks.overlap.halves import nano_batch_only, overlap_memory
 from benchmarks.resumable import Cell
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -154,6 +155,14 @@ def pairs(turn: Round) -> tuple[float, float]:
     return turn.before.layer_us / turn.first.layer_us, turn.after.layer_us / turn.second.layer_us
 
 
+def profiled_config(model: Path, profile: Path) -> ModelConfig:
+    """The model of a folder as it was profiled: in FP8, if its layer is then that of the profile."""
+    header = Profile.load(profile).header
+    plain = msgspec.structs.replace(read_model_config(model), scaled_kv=header.precision.kv == FP8)
+    quantised = msgspec.structs.replace(plain, quantization=plain.quantization or AT_LOAD)
+    return quantised if fingerprint(build(quantised).layer) == header.model_fingerprint else plain
+
+
 def load_profile(path: Path, model: Model, device: Device) -> Profile:
     """Raises: ProfileError, of another model or GPU than the one here, or without SMs of attention's own."""
     profile = Profile.load(path)
@@ -180,7 +189,7 @@ def steady_batches(
     Raises:
         ProfileError: the profile is of another model or GPU.
     """
-    config = read_model_config(model)
+    config = profiled_config(model, profile)
     here = find_device(device)
     taken = load_profile(profile, build(config), here)
     num_layers = layers or config.num_layers

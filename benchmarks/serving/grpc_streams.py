@@ -2,7 +2,8 @@
 
 Such a client is not in the way of the server that it measures, though both share the cores: grpcio needs two thread
 switches for each response, here a read of the socket brings many. HTTP/2 is spoken only as far as a server that answers
-needs it (RFC 9113): headers are sent as literals, those of responses are not read, flow control is opened wide once.
+needs it (RFC 9113): headers are sent as literals, those of responses are not read, flow control is opened wide once,
+unless it is to be felt.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ READ_BYTES = 1 << 18
 
 
 class GrpcStreams:
-    """Calls of ModelStreamInfer on one connection. A call carries one request after the other until it is closed."""
+    """Calls of ModelStreamInfer on one connection. A call carries one request after the other until it is closed.
 
-    def __init__(self, url: str) -> None:
+    With `back_pressure`, the server has to wait while 64 KiB of its responses are not read.
+    """
+
+    def __init__(self, url: str, back_pressure: bool = False) -> None:
         host, port = url.split(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -38,7 +42,10 @@ class GrpcStreams:
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, WIDE_OPEN)
         window = struct.pack(">I", WIDE_OPEN - DEFAULT_WINDOW)
         self._write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        self._write(frame(SETTINGS, 0, 0, settings) + frame(WINDOW_UPDATE, 0, 0, window))
+        self._back_pressure = back_pressure
+        self._write(frame(SETTINGS, 0, 0, settings))
+        if not back_pressure:
+            self._write(frame(WINDOW_UPDATE, 0, 0, window))
         self._headers = literals(
             (":method", "POST"),
             (":scheme", "http"),
@@ -99,13 +106,17 @@ class GrpcStreams:
         if not received:
             raise ConnectionError("the server closed the connection")
         answers = []
+        read_bytes = 0
         for kind, flags, stream, payload in self._frames(received):
+            read_bytes += len(payload) if kind == DATA else 0
             if kind == DATA and stream in self._partial:
                 answers += [(stream, ModelStreamInferResponse.FromString(m)) for m in self._messages(stream, payload)]
             elif kind in (SETTINGS, PING) and not flags & ACK:
                 self._write(frame(kind, ACK, 0, payload if kind == PING else b""))
             elif kind == GOAWAY or (stream in self._partial and (kind == RST_STREAM or flags & END_STREAM)):
                 raise ConnectionError(f"the server ended stream {stream}: frame {kind}, {payload!r}")
+        if self._back_pressure and read_bytes:
+            self._write(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", read_bytes)))
         return answers
 
     def _write(self, content: bytes) -> None:

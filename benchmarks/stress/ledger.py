@@ -19,9 +19,10 @@ ALLOWED = {
     "deadline": {ANSWERED, UNAVAILABLE, DEADLINE},
     "cancel": {ANSWERED, UNAVAILABLE, CANCELLED},
     "malformed": {INVALID, UNAVAILABLE},
+    "slow": {ANSWERED, UNAVAILABLE},  # its client does not read for a while, so nothing of it is timed
 }
 SAYS_DEADLINE = re.compile("timeout: not done")
-SAYS_KILLED = re.compile("the engine is gone: .* SIGKILL")
+SAYS_KILLED = re.compile("the engine is gone: .*( SIGKILL|it made no step)")
 SAYS_UNAVAILABLE = re.compile("waiting|engine|unload|is not ready|is not at ready state|queue")
 
 
@@ -29,6 +30,7 @@ SAYS_UNAVAILABLE = re.compile("waiting|engine|unload|is not ready|is not at read
 class Entry:
     kind: str
     sent_s: float
+    timeout_s: float = math.inf
     tokens: int = 0  # of the responses so far
 
 
@@ -44,13 +46,14 @@ class Ledger:
 
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (kind, end)
     refusals: list[Refusal] = field(default_factory=list)  # UNAVAILABLE and INVALID_ARG
+    late_ms: list[float] = field(default_factory=list)  # of requests with a timeout, how long after it they ended
     faults: list[str] = field(default_factory=list)
-    killed_s: float = -math.inf  # when the engine last was
+    killed_s: float = -math.inf  # when the engine last was; inf: it will be, nobody knows when
     open: set[Entry] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def enter(self, kind: str) -> Entry:
-        entry = Entry(kind, time.monotonic())
+    def enter(self, kind: str, timeout_s: float = math.inf) -> Entry:
+        entry = Entry(kind, time.monotonic(), timeout_s)
         with self._lock:
             self.open.add(entry)
         return entry
@@ -64,8 +67,10 @@ class Ledger:
             self.ends[entry.kind, how] += 1
             if how not in {*ALLOWED[entry.kind], INTERRUPTED, DISCONNECTED}:
                 self.faults.append(f"a {entry.kind} request ended as {how}")
-            if how in (UNAVAILABLE, INVALID):
-                now_s = time.monotonic()
+            now_s = time.monotonic()
+            if entry.timeout_s < math.inf:
+                self.late_ms.append(1e3 * (now_s - entry.sent_s - entry.timeout_s))
+            if how in (UNAVAILABLE, INVALID) and entry.kind != "slow":
                 self.refusals.append(Refusal(1e3 * (now_s - entry.sent_s), now_s, message))
 
     def refuse(self, entry: Entry, message: str) -> None:

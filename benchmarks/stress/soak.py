@@ -25,9 +25,16 @@ from nanoflow_backend.bench import result
 from nanoflow_backend.embedded.server import EmbeddedServer
 
 # A queue that fills in a second, and fewer pages than the running requests may need: some are preempted.
-SETTINGS = {"max_running": 32, "max_queue_size": 32, "dense_batch_tokens": 256, "kv_cache_tokens": 2048}
+SETTINGS = {
+    "max_running": 32,
+    "max_queue_size": 32,
+    "dense_batch_tokens": 256,
+    "kv_cache_tokens": 2048,
+    "engine_stall_s": 3.0,
+}
 OVERLOAD = 2.0
 MAX_REFUSAL_P99_MS = 100.0
+MAX_LATE_MS = 1000.0  # after its timeout a request must have ended, also while the engine is stuck
 # Growth from the first third of the rounds to the last one, as medians: what is no leak. The stub of a reloaded model
 # inherits what the server has open, some 25 descriptors; shared memory grows by 1 MiB at a time.
 MAX_GROWTH = {"stub_fds": 32.0, "fds": 4.0, "lost_sockets": math.inf, "shm_mib": 1.0, "processes": 0.0}
@@ -100,11 +107,25 @@ def _rounds(
 def _plan(client: SoakClient, start_s: float, duration_s: float) -> Iterator[tuple[Callable[[], None] | None, bool]]:
     """(event, whether calls are cancelled) of each round: half of the time each, and all kinds at least once.
 
-    Where only kills are left, they come seldom enough for an engine to count as stable between them.
+    Where no reload is left, deaths come seldom enough for an engine to count as stable between them.
     """
     halves = [
-        (start_s + duration_s / 2, (None, client.kill_engine, client.reload), False),
-        (start_s + duration_s, (None, client.kill_engine, None, None), True),
+        (
+            start_s + duration_s / 2,
+            (
+                None,
+                client.faults.kill_engine,
+                client.faults.reload,
+                client.faults.pause_engine,
+                client.faults.stall_engine,
+            ),
+            False,
+        ),
+        (
+            start_s + duration_s,
+            (None, client.faults.kill_engine, None, None, client.faults.stall_engine, None, None),
+            True,
+        ),
     ]
     for until_s, events, cancels in halves:
         yield from ((event, cancels) for event in dict.fromkeys(events))
@@ -129,6 +150,8 @@ def _report(client: SoakClient, capacity: float, rounds: list[dict[str, Any]], b
     failures += list(itertools.islice(lost_too_much(rounds), 1))  # what is lost stays so in all later rounds
     if p99 > MAX_REFUSAL_P99_MS:
         failures.append(f"p99 of refusals: {p99:.0f} ms")
+    if client.ledger.late_ms and (latest_ms := max(client.ledger.late_ms)) > MAX_LATE_MS:
+        failures.append(f"late: {latest_ms:.0f} ms after its timeout a request ended")
     if rounds and not client.ledger.count(ANSWERED):
         failures.append("no request was answered")
     failures += [_miscount(client, last) for last in rounds[-1:] if _miscount(client, last)]
@@ -142,7 +165,9 @@ def _report(client: SoakClient, capacity: float, rounds: list[dict[str, Any]], b
         "refusal_ms_p50": round(p50, 1),
         "refusal_ms_p99": round(p99, 1),
         "slowest_refusals": [(round(r.after_ms), r.message) for r in sorted(refusals)[-5:]],
-        "recoveries_s": client.recoveries_s,
+        "latest_after_timeout_ms": round(max(client.ledger.late_ms, default=0.0)),
+        "recoveries_s": client.faults.recoveries_s,
+        "stalls_s": client.faults.stalls_s,
         "departures": client.departures,
         "growth": growth,
         "failures": failures,

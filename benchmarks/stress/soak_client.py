@@ -1,8 +1,9 @@
 """A client soaks a server: rounds of load at twice the capacity with all that goes wrong in production, then silence.
 
-In a round, requests come at random times over gRPC (plain ones, deadlines, malformed ones, where asked for cancels and
-clients that leave) and HTTP (some leave in the middle of a stream); the engine is killed or the model reloaded. Then
-every request must have ended, once, and the server must hold no more than before.
+In a round, requests come at random times over gRPC (plain ones, deadlines, malformed ones, some of a client that does
+not read for a while, where asked for cancels and clients that leave) and HTTP (some leave in the middle of a stream);
+the engine is killed or stopped, or the model reloaded. Then every request must have ended, once, and the server must
+hold no more than before.
 
 The 2.51 server sometimes keeps the connection of a client that left, and waits for it when the model is to unload
 (examples/README.md). So no reload comes after clients that cancel or leave, and such connections are counted apart.
@@ -14,28 +15,27 @@ import contextlib
 import http.client
 import json
 import math
-import os
 import random
 import select
-import signal
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import tritonclient.grpc
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from benchmarks.serving import server_state
 from benchmarks.serving.grpc_streams import GrpcStreams
+from benchmarks.stress.faults import PATIENCE_S, Faults, wait_for
 from benchmarks.stress.ledger import ALLOWED, ANSWERED, CANCELLED, DISCONNECTED, Entry, Ledger
 from nanoflow_backend.embedded.server import EmbeddedServer
 
 MODEL = "nanoflow"
-PATIENCE_S = 60.0
 CONNECTIONS = 4
+SLOW = CONNECTIONS  # the number of one more, whose client reads and does not read in turns
+SLOW_READS_S = 0.5, 2.0  # at least and at most, each time
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "does", "not", "mind", "a", "page")
-MIX = {"plain": 6, "deadline": 1, "cancel": 2, "malformed": 1}
+MIX = {"plain": 6, "deadline": 1, "cancel": 2, "malformed": 1, "slow": 1}
 assert MIX.keys() == ALLOWED.keys()
 MALFORMED: tuple[dict[str, Any], ...] = (
     {"max_tokens": 0},
@@ -53,21 +53,21 @@ class SoakClient:
     def __init__(self, server: EmbeddedServer, seed: int = 0) -> None:
         self.ledger = Ledger()
         self.not_ready: list[str] = []
-        self.recoveries_s: list[float] = []  # from the death of an engine to the next answer
         self.departures = 0  # clients that left a connection of gRPC, whatever was under way
         self.probes = 0  # requests that are not in the ledger: they only ask whether there is an answer
         self._server = server
         self._random = random.Random(seed)
-        self._admin = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-        self._connections = [GrpcStreams(server.grpc_url) for _ in range(CONNECTIONS)]
-        self._calls: list[dict[int, Entry]] = [{} for _ in range(CONNECTIONS)]
+        self.faults = Faults(server, MODEL, self.ledger, self._answers)
+        self._connections = [self._connect(number) for number in range(CONNECTIONS + 1)]
+        self._calls: list[dict[int, Entry]] = [{} for _ in self._connections]
+        self._slow_reads, self._slow_until_s = True, math.inf
         self._cancels: list[tuple[float, int, int, Entry]] = []  # when, connection, stream
         self._expected = self._canary()
 
     def close(self) -> None:
         for connection in self._connections:
             connection.disconnect()
-        self._admin.close()
+        self.faults.close()
 
     def capacity(self, running: int, seconds: float) -> float:
         """Requests a second that the server answers when `running` plain ones are always there."""
@@ -93,63 +93,53 @@ class SoakClient:
         start_s = next_s = time.monotonic()
         leave_s = start_s + self._random.uniform(1, 5) if cancels else math.inf
         mix = {kind: share for kind, share in MIX.items() if cancels or kind != "cancel"}
+        self._slow_until_s = start_s
         while (now_s := time.monotonic()) < start_s + duration_s:
             while next_s <= now_s:
                 self._send(*self._random.choices(list(mix), mix.values()))
                 next_s += self._random.expovariate(requests_per_s)
             if leave_s <= now_s:
-                self._leave(self._random.randrange(CONNECTIONS))
+                self._leave(self._random.randrange(len(self._connections)))
                 leave_s = now_s + self._random.uniform(1, 5)
             self._receive(min(0.02, max(0.0, next_s - now_s)))
         stop.set()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):  # the event may take long
+            self._receive(0.02)
         self.drain()
 
     def drain(self) -> None:
         """Until every request has ended, and the engine says so too."""
+        self._slow_reads, self._slow_until_s = True, math.inf
         deadline_s = time.monotonic() + PATIENCE_S
         while self.ledger.open and time.monotonic() < deadline_s:
             self._receive(0.05)
         for entry in list(self.ledger.open):
             self.ledger.end(entry, "nothing: no final response came")
-        self._wait_for("an idle engine, and the end of one that was replaced", self._is_quiet)
-
-    def kill_engine(self) -> None:
-        """SIGKILL, then until the model answers again."""
-        self.ledger.killed_s = killed_s = time.monotonic()
-        for pid in server_state.by_role(self._server)["engine"]:
-            os.kill(pid, signal.SIGKILL)
-        self._wait_for("an engine after the kill", self._answers)
-        self.recoveries_s.append(round(time.monotonic() - killed_s, 2))
-
-    def reload(self) -> None:
-        """The server loads the model anew beside the old one, which ends when its requests have."""
-        (self._server.model_repository / MODEL / "1" / "engine.json").touch()
-        self._admin.load_model(MODEL)
+        wait_for("an idle engine, and the end of one that was replaced", self._is_quiet)
 
     def _send(self, kind: str) -> None:
-        number = self._random.randrange(CONNECTIONS)
+        number = SLOW if kind == "slow" else self._random.randrange(CONNECTIONS)
         connection = self._connections[number]
         stream = connection.open()
-        entry = self._calls[number][stream] = self.ledger.enter(kind)
-        connection.send(stream, self._request(kind))
+        timeout_us = int(10 ** self._random.uniform(3, 6)) if kind == "deadline" else 0
+        entry = self._calls[number][stream] = self.ledger.enter(kind, timeout_us / 1e6 or math.inf)
+        connection.send(stream, self._request(kind, timeout_us))
         if kind == "cancel":
             self._cancels.append((entry.sent_s + self._random.expovariate(5), number, stream, entry))
 
-    def _request(self, kind: str) -> ModelInferRequest:
+    def _request(self, kind: str, timeout_us: int) -> ModelInferRequest:
         sampling: dict[str, Any] = {"max_tokens": self._random.randint(1, 64), "ignore_eos": True}
         if kind == "malformed":
             sampling |= self._random.choice(MALFORMED)
         message = ModelInferRequest(model_name=MODEL)
         message.parameters["triton_enable_empty_final_response"].bool_param = True
-        if kind == "deadline":
-            message.parameters["timeout"].int64_param = int(10 ** self._random.uniform(3, 6))
+        if timeout_us:
+            message.parameters["timeout"].int64_param = timeout_us
         text = " ".join(self._random.choices(WORDS, k=self._random.randint(1, 60)))
         for name, datatype, content in (
             ("text_input", "BYTES", text.encode()),
             ("sampling_parameters", "BYTES", json.dumps(sampling).encode()),
-            ("stream", "BOOL", self._random.choice([b"\1", b"\1", b"\0"])),
+            ("stream", "BOOL", b"\1" if kind == "slow" else self._random.choice([b"\1", b"\1", b"\0"])),
             ("return_num_output_tokens", "BOOL", b"\1"),
             ("return_total_output_tokens", "BOOL", b"\1"),
         ):
@@ -160,7 +150,8 @@ class SoakClient:
 
     def _receive(self, wait_s: float) -> None:
         """Book what comes within `wait_s`, and the client's own cancels that are due."""
-        for connection in select.select(self._connections, [], [], wait_s)[0]:
+        heard = self._connections if self._hears_slow() else self._connections[:SLOW]
+        for connection in select.select(heard, [], [], wait_s)[0]:
             number = self._connections.index(connection)
             try:
                 answers = connection.read()
@@ -182,6 +173,15 @@ class SoakClient:
                 self._connections[number].cancel(stream)
                 self.ledger.end(entry, CANCELLED)
 
+    def _hears_slow(self) -> bool:
+        """Whether the slow client reads now."""
+        if (now_s := time.monotonic()) >= self._slow_until_s:
+            self._slow_reads, self._slow_until_s = not self._slow_reads, now_s + self._random.uniform(*SLOW_READS_S)
+        return self._slow_reads
+
+    def _connect(self, number: int) -> GrpcStreams:
+        return GrpcStreams(self._server.grpc_url, back_pressure=number == SLOW)
+
     def _leave(self, number: int) -> None:
         """One of the clients goes, and does not want what it had asked for; another comes."""
         for stream, entry in self._calls[number].items():
@@ -192,7 +192,7 @@ class SoakClient:
         self.departures += 1
         self._calls[number] = {}
         with contextlib.suppress(ConnectionError):
-            self._connections[number] = GrpcStreams(self._server.grpc_url)
+            self._connections[number] = self._connect(number)
 
     def _http_clients(self, stop: threading.Event) -> None:
         """One request after the other; every third leaves in the middle of a stream."""
@@ -243,13 +243,6 @@ class SoakClient:
                 self.ledger.faults.append(f"{event.__name__}: {error!r}")
 
         return run
-
-    def _wait_for(self, what: str, condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not condition():
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{what}: not within {PATIENCE_S:g} s")
-            time.sleep(0.05)
 
     def _is_quiet(self) -> bool:
         self._receive(0.05)

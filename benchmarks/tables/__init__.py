@@ -1,1 +1,1 @@
-"""Tables of what was measured are written from the result files: one in full, and six rows for the README."""
+"""Tables of what was measured are written from the result files: one in full, and seven rows for the README."""

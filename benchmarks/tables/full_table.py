@@ -195,6 +195,26 @@ def _latency() -> Iterator[ResultRow]:
             )
 
 
+    for run in load_all("open_loop"):
+        rates = run["rates"]
+        asked = " / ".join(f"{rate['rate']:g}" for rate in rates)
+        kept = f"; goodput {_at_each(rates, 'goodput_per_s')} requests/s" if "slo" in run else ""
+        yield ResultRow(
+            f"Latency of {run['engine']} at {asked} requests a second ({run['arrivals']}), {run['model']} with random "
+            f"weights, {run['workload']} tokens in and out",
+            f"normalized latency {_at_each(rates, 'normalized_latency_ms', 'mean')} ms a token (means); p99 of the "
+            f"first token {_at_each(rates, 'first_token_ms', 'p99')} ms, between tokens "
+            f"{_at_each(rates, 'between_tokens_ms', 'p99')} ms{kept}",
+            run["gpu"],
+        )
+
+
+def _at_each(rates: list[dict[str, Any]], field: str, part: str | None = None) -> str:
+    """A figure of each rate; "-" where no request had one."""
+    figures = [rate[field].get(part) if part else rate[field] for rate in rates]
+    return " / ".join("-" if figure is None else f"{figure:.1f}" for figure in figures)
+
+
 def _without_device() -> Iterator[ResultRow]:
     if loop := load("engine_loop"):
         yield ResultRow(
@@ -237,6 +257,15 @@ def _faults() -> Iterator[ResultRow]:
             f"{len(soak['failures'])} failures; refusals p99 {soak['refusal_ms_p99']:g} ms; server 2.51 keeps "
             f"{soak['growth']['lost_sockets'][1]:g} sockets of {soak['departures']} gRPC clients that left",
             soak["device"],
+        )
+    if bursts := load("bursts"):
+        yield ResultRow(
+            f"{bursts['bursts']} bursts of {bursts['streams']} gRPC streams of tritonclient, each read to its end, "
+            f"against {bursts['settings']['max_running']} running and {bursts['settings']['max_queue_size']} waiting: "
+            f"{bursts['requests']:,} requests",
+            f"server 2.51 alive after {bursts['bursts_alive']}; {len(bursts['failures'])} failures; "
+            f"{bursts['ends']['answered']:,} answered whole, the others told that the queue is full",
+            bursts["device"],
         )
 
 

@@ -1,4 +1,4 @@
-"""The README's table has six rows: what was measured, in figures, and one sentence that explains it."""
+"""The README's table has seven rows: what was measured, in figures, and one sentence that explains it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.tables.result_files import load, load_all, runs_beside_vllm, who
 
 def headlines() -> list[ResultRow]:
     """The rows, as far as their results are there."""
-    rows = (_tokens, _beside_vllm, _overlap, _served, _latency, _soak)
+    rows = (_tokens, _beside_vllm, _in_fp8, _overlap, _served, _latency, _soak)
     return [row for make in rows for row in make()]
 
 
@@ -39,6 +39,21 @@ def _beside_vllm() -> Iterator[ResultRow]:
             "FLOP/s over two per parameter.",
             f"{rate:,.0f} against {peer:,.0f} tokens/s ({rate / peer:.2f}x); {ours['share_of_eq5']:.0%} of Eq. 5",
             ours["gpu"],
+        )
+
+
+def _in_fp8() -> Iterator[ResultRow]:
+    for run in load_all("beside_vllm", "*_fp8"):
+        told = (
+            f"{row['workload']}: {row['nanoflow']['total_tokens_per_s']:,.0f} against "
+            f"{row['vllm']['total_tokens_per_s']:,.0f} ({row['ratio']:.2f}x)"
+            for row in run["rows"]
+        )
+        yield ResultRow(
+            f"**In FP8 beside vLLM {run['vllm'][0]['versions']['vllm']}.** Weights, activations and KV cache of "
+            f"{run['model']} are e4m3 in both engines; lengths are constant, or those of a trace of conversations.",
+            f"tokens/s, whole run: {'; '.join(told)}",
+            run["gpu"],
         )
 
 

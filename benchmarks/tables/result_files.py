@@ -17,8 +17,9 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def load_all(kind: str, which: str = "*") -> list[dict[str, Any]]:
-    """All results KIND_WHICH, by name."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}_{which}.json"))]
+    """All results KIND_WHICH, by name; without those parts that lie beside a whole, as NAME.PART."""
+    paths = sorted(RESULTS.glob(f"{kind}_{which}.json"))
+    return [json.loads(path.read_text()) for path in paths if "." not in path.stem]
 
 
 def whole_runs_of_the_search() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -20,7 +20,7 @@ END = "<!-- end of measured -->"
 def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if a file is stale.")] = False,
 ) -> None:
-    """Write the six rows of the README and the full table of docs/results.md from the result files."""
+    """Write the seven rows of the README and the full table of docs/results.md from the result files."""
     for path, text in ((README, table(headlines())), (FULL, full())):
         wanted = between_markers(path.read_text(), text)
         if check and wanted != path.read_text():

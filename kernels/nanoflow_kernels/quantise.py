@@ -74,8 +74,7 @@ def _quantise(
     inside = column < K
     wait_for_earlier(PDL)
     for item in range(tl.program_id(0), T * PARTS, tl.num_programs(0)):
-        # The last rows first: of a large x they are those that the kernel before has left in the L2 cache.
-        row, part = tl.cast(T - 1 - item // PARTS, tl.int64), item % PARTS
+        row, part = tl.cast(item // PARTS, tl.int64), item % PARTS
         from_ptr = x_ptr + row * x_stride + part * K * (1 if RUN == 0 else 2)
         if RUN == 0:
             x = tl.load(from_ptr + column, mask=inside, other=0).to(tl.float32)

@@ -13,12 +13,12 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from nanoflow_backend.engine import Engine
+from nanoflow_backend.graph.operation import Operation, Resource
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.source import find_schedules
 
 STEPS = 10
-BY_LIBRARY = ("linear", "scaled_linear")  # kernels that call cuBLAS
-PRODUCTS = ("nvjet", "gemm", "cutlass")  # in the names of cuBLAS's kernels
+PRODUCTS = ("nvjet", "gemm", "cutlass")  # in the names of dense products: of cuBLAS's kernels, and of ours
 OPERATIONS = {  # by the names of our kernels
     "_decode": "attention of decodes",
     "_merge": "attention of decodes",
@@ -50,16 +50,16 @@ def break_down(engine: Engine, step: Callable[[], object], steps: int = STEPS) -
         for event in profiled.events()
         if event.device_type == DeviceType.CUDA
     )
-    found = summarise(kernels, steps, linear_operations(engine))
+    found = summarise(kernels, steps, product_operations(engine))
     return {**found, "took_s": round(time.perf_counter() - start_s, 2)}
 
 
-def summarise(kernels: Sequence[Kernel], steps: int, linears: Sequence[str]) -> dict[str, Any]:
-    """`kernels`: of whole steps, by start. `linears`: the operations of one step that are matrix products, in order."""
+def summarise(kernels: Sequence[Kernel], steps: int, products: Sequence[str]) -> dict[str, Any]:
+    """`kernels`: of whole steps, by start. `products`: the operations of one step that are dense products, in order."""
     window_us, busy_us, reached_us = kernels[-1].end_us - kernels[0].start_us, 0.0, kernels[0].start_us
     by_operation: defaultdict[str, float] = defaultdict(float)
     by_name: defaultdict[str, list[float]] = defaultdict(list)
-    operations = _operations(kernels, steps, linears)
+    operations = _operations(kernels, steps, products)
     for kernel, operation in zip(kernels, operations, strict=True):
         took_us = kernel.end_us - kernel.start_us
         by_name[kernel.name].append(took_us)
@@ -83,26 +83,29 @@ def summarise(kernels: Sequence[Kernel], steps: int, linears: Sequence[str]) -> 
     }
 
 
-def linear_operations(engine: Engine) -> list[str]:
-    """The names of a full step's products by cuBLAS, in the order in which they run; none if two lanes have some."""
+def product_operations(engine: Engine) -> list[str]:
+    """The names of a full step's dense products, in the order in which they run; none if two lanes have some."""
     config, device = engine.config, engine.executor.device
     model = build(engine.model_config, config.tensor_parallel)
     schedule = find_schedules(config, model, device.name, device.sms)[-1]
-    in_head = [operation.name for operation in model.head.operations if operation.kernel in BY_LIBRARY]
+    in_head = [operation.name for operation in model.head.operations if _is_dense(operation)]
     order = [(model.in_order[layer], schedule.launches[number]) for layer, number in schedule.unroll(model.num_layers)]
-    products = [
-        launch for graph, launch in order if launch.operation in graph and graph[launch.operation].kernel in BY_LIBRARY
-    ]
+    products = [launch for graph, launch in order if launch.operation in graph and _is_dense(graph[launch.operation])]
     one_lane = len({launch.lane for launch in products}) == 1
     return [launch.operation for launch in products] + in_head if one_lane else []
 
 
-def _operations(kernels: Sequence[Kernel], steps: int, linears: Sequence[str]) -> list[str]:
-    """The operation of each kernel. cuBLAS's names do not tell; its kernels come in the order of `linears`, if each
-    launch is one kernel."""
-    products = [kernel for kernel in kernels if _is_product(kernel.name)]
-    expected = list(linears) * steps
-    names = iter(expected if len(products) == len(expected) else ["linear"] * len(products))
+def _is_dense(operation: Operation) -> bool:
+    """Experts' products are several kernels, which have names of their own."""
+    return operation.resource is Resource.COMPUTE and "grouped_" not in operation.kernel
+
+
+def _operations(kernels: Sequence[Kernel], steps: int, products: Sequence[str]) -> list[str]:
+    """The operation of each kernel. A product's name does not tell which one it is; they come in the order of
+    `products`, if each launch is one kernel."""
+    found = [kernel for kernel in kernels if _is_product(kernel.name)]
+    expected = list(products) * steps
+    names = iter(expected if len(found) == len(expected) else ["linear"] * len(found))
     return [next(names) if _is_product(kernel.name) else _operation(kernel.name) for kernel in kernels]
 
 

@@ -1,12 +1,15 @@
-"""`nanoflow bench plot` draws how much of the device an offline run used, second by second (as the paper's Fig. 10)."""
+"""`nanoflow bench plot`: how much of the device an offline run used, second by second (as the paper's Fig. 10); or
+latencies of open loops over their rates (as its Fig. 8)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from nanoflow_backend.bench.online.rates_plot import draw_rates
 from nanoflow_backend.config.error import ConfigError
 
 COLOURS = {"compute": "#2a78d6", "memory bandwidth": "#d1602b", "power": "#6b8f2a"}
@@ -22,14 +25,44 @@ class Utilisation(NamedTuple):
     power: float | None  # None where it was not measured
 
 
-def bench_plot(run: Path, output: Path) -> None:
-    """Raises: ConfigError for a file that is no result of `bench offline`, or without matplotlib."""
+def bench_plot(runs: Sequence[Path], output: Path) -> None:
+    """Raises: ConfigError for files that are no such results, or without matplotlib."""
+    results = {run: _read(run) for run in runs}
+    if all("rates" in result for result in results.values()):
+        draw_rates({_name(run, results): result for run, result in results.items()}, output, _figure_class())
+        return
+    run, *others = runs
+    if others:
+        raise ConfigError(f"{others[0]}: expected one result of nanoflow bench offline, or some of bench online --rate")
     try:
-        result = msgspec.json.decode(run.read_bytes(), type=dict[str, Any])
-        intervals = utilisation(result)
-    except (OSError, msgspec.DecodeError, KeyError) as error:
+        if "runs" in results[run]:
+            raise ConfigError(f"{run}: expected a result of one workload, got {len(results[run]['runs'])}")
+        intervals = utilisation(results[run])
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"{run}: expected a result of nanoflow bench offline: {error!r}") from None
-    draw(result, intervals, output)
+    draw(results[run], intervals, output)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(run.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{run}: expected a result of nanoflow bench offline: {error!r}") from None
+
+
+def _name(run: Path, results: Mapping[Path, Mapping[str, Any]]) -> str:
+    """The engine of a result; its file's name, where others have the same engine."""
+    engines = [result["engine"] for result in results.values()]
+    engine = str(results[run]["engine"])
+    return engine if engines.count(engine) == 1 else run.stem
+
+
+def _figure_class() -> Callable[..., Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("matplotlib is not installed: pip install 'nanoflow-triton[plot]'") from None
+    return Figure
 
 
 def utilisation(result: dict[str, Any]) -> list[Utilisation]:
@@ -61,11 +94,6 @@ def utilisation(result: dict[str, Any]) -> list[Utilisation]:
 
 def draw(result: dict[str, Any], intervals: list[Utilisation], output: Path) -> None:
     """Write the picture. Raises: ConfigError, matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("matplotlib is not installed: pip install 'nanoflow-triton[plot]'") from None
-
     edges = [intervals[0].start_s, *(interval.end_s for interval in intervals)]
     columns = {
         "compute": [interval.compute for interval in intervals],
@@ -74,7 +102,7 @@ def draw(result: dict[str, Any], intervals: list[Utilisation], output: Path) -> 
     powers = [interval.power for interval in intervals if interval.power is not None]
     if len(powers) == len(intervals):
         columns["power"] = powers
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = _figure_class()(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, values in columns.items():
         axes.stairs([100 * value for value in values], edges, baseline=None, color=COLOURS[name], label=name, lw=1.5)

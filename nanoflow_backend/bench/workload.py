@@ -102,7 +102,7 @@ def asked_for(
     return [WorkloadSpec(trace or dataset or lengths, requests)]
 
 
-def random_prompts(lengths: Iterable[int], vocab_size: int, seed: int = SEED) -> Iterator[list[int]]:
+def random_prompts(lengths: Iterable[int], vocab_size: int, seed: int | str = SEED) -> Iterator[list[int]]:
     """Random ids, the same for every engine; no two prompts share a prefix worth caching."""
     draw, ids = random.Random(seed), range(vocab_size)
     for length in lengths:

@@ -34,8 +34,10 @@ RULES = {  # of engine.json, beyond the types of its fields
     "max_running": TOKENS,
     "max_queue_size": whole(1),
     "queue_timeout_us": whole(1, 2**53, or_null=True),
+    "max_answer_bytes": whole(1, 2**53),
     "priority_aging_s": Rule("a finite number >= 0", lambda value: 0 <= value < math.inf),
     "max_engine_restarts": whole(0),
+    "engine_stall_s": Rule("a finite number >= 2 or null", lambda value: 2 <= value < math.inf),
     "max_model_tokens": whole(2, or_null=True),  # one of a prompt, one of an answer
     "page_tokens": TOKENS,
     "kv_cache_tokens": TOKENS,
@@ -67,8 +69,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
     queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
+    max_answer_bytes: int = 2**29  # a request whose answer could take more is refused
     priority_aging_s: float = 60.0  # a request overtakes those of the next priority that came so much before it
     max_engine_restarts: int = 5  # in a row, when its process dies; then the model must be reloaded
+    engine_stall_s: float | None = 300.0  # the longest that a step may take; then its process is restarted. None: never
     max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
     page_tokens: int | None = None  # KV page size; None: by device
     kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device

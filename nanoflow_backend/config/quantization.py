@@ -12,6 +12,8 @@ FP8: Literal["float8_e4m3fn"] = (
 )
 BLOCK = 128  # rows and columns of a weight, or columns of an activation, that share a scale
 
+EVERYTHING = "re:"  # in `excluded`: what every name begins with
+
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The linear layers of a model whose weights and inputs are e4m3, each with fp32 scales that multiply.
@@ -31,6 +33,11 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_scales: tuple[str, str] | None = None  # the tensors of K's and V's scale of a layer's module; None: it has none
     at_load: bool = False  # the checkpoint is not quantised: scales are found while its weights are read
     layer: int = 0  # that "{layer}" stands for
+
+    @property
+    def is_of_pages_alone(self) -> bool:
+        """No weight is quantised, whatever its name."""
+        return EVERYTHING in self.excluded
 
     def covers(self, tensor: str) -> bool:
         """Whether this weight, "{module}.weight" with {layer} where it has one, is quantised."""

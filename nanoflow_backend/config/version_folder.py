@@ -12,6 +12,14 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import read_json
 from nanoflow_backend.model_folder import what_is_wrong
 
+OWN_FILE, VLLM_FILE = "engine.json", "model.json"
+
+
+def settings_file(folder: Path) -> Path:
+    """The file that counts: engine.json, or model.json where there is only that."""
+    own, vllm = folder / OWN_FILE, folder / VLLM_FILE
+    return vllm if vllm.exists() and not own.exists() else own
+
 
 def load(folder: Path, parameters: Mapping[str, Any]) -> EngineConfig:
     """Read engine.json, or model.json where there is none; `parameters` of config.pbtxt win over either.
@@ -19,9 +27,8 @@ def load(folder: Path, parameters: Mapping[str, Any]) -> EngineConfig:
     Raises:
         ConfigError: naming the file, the key and what was expected; or the model's folder, and what is wrong with it.
     """
-    own, vllm = folder / "engine.json", folder / "model.json"
-    path = vllm if vllm.exists() and not own.exists() else own
-    config = EngineConfig.load(own, parameters) if path == own else _translated(vllm, parameters)
+    path = settings_file(folder)
+    config = EngineConfig.load(path, parameters) if path.name == OWN_FILE else _translated(path, parameters)
     if not Path(config.model).exists():
         wrong = what_is_wrong(Path(config.model))
         raise ConfigError(f"{path}: model (a relative path starts at this file's folder): {wrong}")

@@ -201,6 +201,8 @@ DECISIVE: dict[str, tuple[Any, ...]] = {
     "scheduler_cls": (),
     "io_processor_plugin": (),
     "additional_config": ({},),
+    # other metrics: `telemetry.vllm_families` reads it
+    "disable_log_stats": (True, False),
 }
 
 # Where the model's files are; `_refusals` and `_downloaded` read them.
@@ -263,7 +265,7 @@ IDLE: dict[str, str] = {
         use_tqdm_on_load pt_load_map_location
     """,
     "names, logs, metrics and traces are the server's or have switches of their own": """
-        served_model_name disable_log_stats disable_log_requests enable_log_requests max_log_len
+        served_model_name disable_log_requests enable_log_requests max_log_len
         aggregate_engine_logging otlp_traces_endpoint collect_detailed_traces show_hidden_metrics_for_version
         kv_cache_metrics kv_cache_metrics_sample cudagraph_metrics enable_layerwise_nvtx_tracing enable_mfu_metrics
         enable_logging_iteration_details profiler_config fail_on_environ_validation

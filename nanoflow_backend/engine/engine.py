@@ -36,6 +36,10 @@ class Engine:
         on_rank_death: called from another thread when a tensor-parallel rank has ended, with what is known of its end.
         make_executor: makes what computes the batches.
 
+    Attributes:
+        on_begun: called in a step, before it is launched, with the requests that begin and that a queue deadline would
+            have ended else.
+
     Raises:
         ConfigError: naming what is wrong in the model's folder or the configuration, or what does not fit.
         ScheduleError: the schedule cannot be read, or does not fit the model or the device.
@@ -73,6 +77,7 @@ class Engine:
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
         self._pending = PendingGrammars(self.scheduler)
+        self.on_begun: Callable[[list[int]], None] = lambda request_ids: None
         self.in_flight: LaunchedStep | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
@@ -93,9 +98,10 @@ class Engine:
     def description(self) -> str:
         """One line for people: what runs here, and how."""
         shape, config = self.model_config, self.config
+        precision = f"{config.precision}{', products in FP8' if shape.quantization else ''}"
         paced = f", {config.prompt_tokens} of prompts" if config.prompt_tokens < config.dense_batch_tokens else ""
         return (
-            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {config.precision}, "
+            f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {precision}, "
             f"TP {config.tensor_parallel} on {self.executor.device.name}; schedule {config.schedule}, "
             f"B_dense {config.dense_batch_tokens}{paced}; "
             f"{self.executor.num_pages} pages of {config.page_tokens} tokens"
@@ -155,6 +161,8 @@ class Engine:
         """
         self._pending.release_compiled()
         batch = self.scheduler.schedule()  # ints; None when nothing can run
+        if self.scheduler.begun:
+            self.on_begun(self.scheduler.begun)
         launched = self.executor.launch_forward(batch) if batch else None
         results = self._collect(self.in_flight)  # of the step before
         deltas = self.scheduler.retire(results)

@@ -19,6 +19,7 @@ from nanoflow_backend.engine.engine import Engine, MakeExecutor
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Parent
+from nanoflow_backend.process.heart import Heart
 from nanoflow_backend.process.messages import (
     STATS_PERIOD_S,
     Cancel,
@@ -82,12 +83,17 @@ def ready(engine: Engine) -> Ready:
 
 def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngine]) -> None:
     """Until told to stop: all messages that have come, then one step; wait for a message when there is no work."""
+    heart = Heart(parent.send)
     stopping = False
     received = 0
     stats_due_s = 0.0
+    engine.on_begun = lambda request_ids: parent.send(News([], queue(engine, received), request_ids))
     while not stopping or engine.has_work:
         while parent.has_message() or not engine.has_work:
-            match parent.receive(decoder):
+            heart.idle = not engine.has_work
+            message = parent.receive(decoder)
+            heart.idle = False
+            match message:
                 case Submit(requests):
                     received += sum(request.params.n for request in requests)
                     try:
@@ -103,6 +109,7 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                     engine.cancel_all()
                     break
         deltas = engine.step()
+        heart.steps += 1
         for request_id, why in engine.take_refused():
             parent.send(refusal(request_id, why))
         if deltas or not engine.has_work:

@@ -69,6 +69,11 @@ class Worker:
                 some = torch.zeros(min(rows, config.max_running), dtype=torch.int32, device=self._torch_device)
                 warm_up(self.program.head(some), vocab_size, builder.kernels)
 
+    def warm_up(self) -> None:
+        """Compile and capture again what batches will run, as at the start, when the program is to be watched. No
+        request may have pages: they are overwritten."""
+        self.program.warm_up(self._page_table)
+
     def launch_forward(self, batch: Batch) -> InFlightStep:
         """Embedding and layers on all T tokens.
 

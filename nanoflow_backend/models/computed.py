@@ -22,9 +22,9 @@ def read_computed(config: EngineConfig, device: Literal["cpu", "cuda"]) -> tuple
         ConfigError: what is wrong with the folder, or with the precision on this device.
     """
     model = read_model_config(Path(config.model))
-    if config.quantization == "fp8" and model.quantization is None:
-        model = replace(model, quantization=AT_LOAD)
-    has_kv_scales = model.quantization is not None and model.quantization.kv_scales is not None
-    if config.kv_cache_dtype == "auto" and has_kv_scales:
+    kv_scales = None if model.quantization is None else model.quantization.kv_scales
+    if config.quantization == "fp8" and (model.quantization is None or model.quantization.is_of_pages_alone):
+        model = replace(model, quantization=replace(AT_LOAD, kv_scales=kv_scales))
+    if config.kv_cache_dtype == "auto" and kv_scales is not None:
         config = replace(config, kv_cache_dtype="fp8_e4m3")
     return config, replace(model, scaled_kv=config.precision_on(device).kv == FP8)

@@ -55,6 +55,7 @@ def from_hf(
     hf.refuse_if(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
     hf.refuse_if(hf.flag("attention_bias"), "attention_bias")
     hf.refuse_if(hf.flag("mlp_bias"), "mlp_bias")
+    quantization = read_quantization(given, modelopt, origin)
     num_layers, kinds = hf.repeats("num_hidden_layers"), hf["layer_types"]
     if kinds is not None and kinds != ["full_attention"] * num_layers:
         hf.refuse(f"layer_types: expected full_attention for every layer ({num_layers}), got {kinds!r}")
@@ -82,7 +83,7 @@ def from_hf(
         "max_model_tokens": max(hf.size("max_position_embeddings"), rope.stretched_positions),
         "tie_word_embeddings": hf.flag("tie_word_embeddings"),
         "dtype": hf.agreed("dtype", "torch_dtype") or "float32",  # what transformers assumes
-        "quantization": read_quantization(given, modelopt, origin),
+        "quantization": quantization,
         "eos_token_ids": eos,
     }
     return convert(fields | architecture.fields(hf), ModelConfig, origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -61,9 +62,10 @@ def read_scales(stored: Tensor, source: Source, path: Path, name: str) -> Tensor
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(weight [..., columns] in e4m3, its scale [...] in fp32), with which a row's largest value is e4m3's largest."""
-    values = weight.float()
-    scale = values.abs().amax(-1).clamp(SMALLEST_AMAX) / E4M3_MAX
-    return (values / scale[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    values = weight.to(torch.float32, copy=True)
+    scale = torch.linalg.vector_norm(values, math.inf, -1).clamp(SMALLEST_AMAX) / E4M3_MAX
+    values.div_(scale[..., None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    return values.to(torch.float8_e4m3fn), scale
 
 
 def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:

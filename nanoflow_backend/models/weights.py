@@ -21,12 +21,19 @@ from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Parameter, ScaleOf
 from nanoflow_backend.models import checkpoint
 from nanoflow_backend.models.fused import split
-from nanoflow_backend.models.parameters import by_loaders_names, check, find_stand_ins, named_parameters, wanted_tensors
+from nanoflow_backend.models.parameters import (
+    E4M3,
+    by_loaders_names,
+    check,
+    find_stand_ins,
+    named_parameters,
+    wanted_tensors,
+)
 from nanoflow_backend.models.placement import Place, find_places, put, shard, shards
 from nanoflow_backend.models.registry import ARCHITECTURES
 from nanoflow_backend.models.scales import quantise_blocks, quantise_rows, read_scales
 
-CHUNK_ELEMENTS = 2**20  # of a weight that are quantised at a time: what that takes is small beside the weights
+CHUNK_ELEMENTS = 2**18  # of a weight that are quantised at a time: what that takes is small beside the weights
 DUMMY_INPUT_SCALE = 0.02  # static: of inputs up to 9
 
 log = logging.getLogger(__name__)
@@ -87,7 +94,7 @@ def _read(
         scales = read_scales(checkpoint.whole(file, header), place.source, header.path, header.name)
         part = shard(scales, place.source, rank, tp)
         put(torch.maximum(out[0], part.to(out.device)) if parameter.scale is ScaleOf.INPUT else part, out)
-    elif parameter.dtype == FP8 and header.dtype != "F8_E4M3":
+    elif parameter.dtype == FP8 and header.dtype != E4M3:
         rows = replace(place.source, shape=place.source.shape[:1])
         scales = place._replace(source=rows).of(weights[f"{parameter.name}.scale"])
         for first, part in shards(checkpoint.lazy(file, header), place.source, rank, tp, CHUNK_ELEMENTS):

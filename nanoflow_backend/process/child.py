@@ -7,6 +7,7 @@ lifeline: whichever side dies, the kernel tells the other at once, even after SI
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -21,11 +22,17 @@ from typing import Any
 
 import msgspec
 
+log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 PACKAGES = ("nanoflow_backend", "nanoflow_kernels")
 # torch's CPU threads spin while they wait. On 2 cores beside other work the demo model then took 18 to 20 times as
 # long as with threads that sleep.
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """What goes over the socket."""
+    return _encoder.encode(message)
 
 
 class ChildDied(RuntimeError):
@@ -36,9 +43,12 @@ class Child:
     """`python -m module`, running. Sending is thread-safe; receiving is for one thread.
 
     With `host_pid`, the child also watches that process (a stub's server): when it ends, the child kills us and ends.
+    With `group`, what the child has started is killed with it: of that, a stopped process would not notice its end.
     """
 
-    def __init__(self, module: str, python: str | None = None, host_pid: int | None = None) -> None:
+    def __init__(
+        self, module: str, python: str | None = None, host_pid: int | None = None, group: bool = False
+    ) -> None:
         """Raises: OSError where there is no such interpreter."""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as inherited:
@@ -51,9 +61,12 @@ class Child:
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 env=_environment(python),
+                process_group=0 if group else None,
             )
+        self._group = group
         self._connection = Connection(ours.detach())
         self._sending = threading.Lock()
+        self._killed_for = ""
 
     @property
     def pid(self) -> int:
@@ -61,9 +74,10 @@ class Child:
 
     def send(self, message: msgspec.Struct) -> None:
         """Raises: ChildDied."""
-        self.send_bytes(_encoder.encode(message))
+        self.send_bytes(encode(message))
 
     def send_bytes(self, message: bytes) -> None:
+        """Waits until the socket has room for it. Raises: ChildDied."""
         try:
             with self._sending:
                 self._connection.send_bytes(message)
@@ -79,10 +93,12 @@ class Child:
 
     def how_it_ended(self) -> str:
         """Wait for the end and say what it was: the socket closes moments before the process is gone."""
+        if self._killed_for:
+            return f"process {self.pid} was killed: {self._killed_for}"
         try:
             code = self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             return f"process {self.pid} closed its socket and was killed"
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"process {self.pid} ended with {cause}"
@@ -92,18 +108,33 @@ class Child:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self._hang_up()  # it is in a call of the kernel, as of a driver, and cannot end before that returns
+                log.error("process %d does not end, though it was killed: what it holds is not free", self.pid)
 
-    def kill(self) -> None:
-        """End it at once; whoever is in `receive` hears of it."""
-        self._process.kill()
+    def kill(self, why: str = "") -> None:
+        """End it at once. Whoever is in `receive` or `send` hears of it, and `why`, even if the process cannot end."""
+        self._killed_for = why
+        self._kill()
+        self._hang_up()
 
     def close(self) -> None:
         """End the conversation. A mere close would leave it open for as long as another thread is in `receive`."""
+        self._hang_up()
+        self._connection.close()
+
+    def _kill(self) -> None:
+        if self._group and self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+
+    def _hang_up(self) -> None:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
             ours.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
 
 
 class Parent:
@@ -130,7 +161,7 @@ class Parent:
         os._exit(1)  # also from inside a collective or a long load
 
     def send(self, message: msgspec.Struct) -> None:
-        encoded = _encoder.encode(message)
+        encoded = encode(message)
         with self._sending:
             self._connection.send_bytes(encoded)
 

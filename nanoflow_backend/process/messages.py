@@ -71,10 +71,14 @@ class Queue(msgspec.Struct, frozen=True, array_like=True):
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought, and the queue after it. Without deltas when the work ends."""
+    """What one step brought, and the queue after it. Without deltas when the work ends.
+
+    Or, before a step that may be long, the requests that could have been too late to begin and begin with it.
+    """
 
     deltas: list[Delta]
     queue: Queue
+    begun: list[int] = []
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
@@ -84,7 +88,14 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     observed: Observed
 
 
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The engine process runs. Comes every STATS_PERIOD_S once it is ready, also in a step that is stuck."""
+
+    steps: int  # of the engine, that came back
+    idle: bool  # it waits for messages, so the last Stats are how things stand
+
+
 STATS_PERIOD_S = 0.5  # well below the period of any collector; encoding takes 3 us
 
 ToEngine = Start | Submit | Cancel | Stop
-FromEngine = Ready | Failed | Refusal | News | Stats
+FromEngine = Ready | Failed | Refusal | News | Stats | Heartbeat

@@ -17,7 +17,11 @@ MOST_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20  # as many alternatives per token as other servers return by default
 MOST_SEQUENCES = 128  # of one request
 MOST_BIASES = 300  # as OpenAI's API allows
-MOST_BAD_WORDS = 1000  # as token sequences
+MOST_BAD_WORDS = 1000
+MOST_BAD_WORD_CHARACTERS = 1024  # of one
+MOST_BAD_WORDS_CHARACTERS = 32768  # of all together
+SPELLINGS = 2  # token sequences that a bad word may become: at the start of a text, and after a space
+MOST_BAD_WORD_TOKENS = 128  # of one; what a step costs grows with how many lengths there are
 MOST_ALLOWED = 4096  # token ids
 
 
@@ -92,10 +96,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         require(biases_ok, "logit_bias", "token ids >= 0 with numbers in [-100, 100]")
         require(len(self.allowed_token_ids) <= MOST_ALLOWED, "allowed_token_ids", f"at most {MOST_ALLOWED}")
         require(all(0 <= i < 2**31 for i in self.allowed_token_ids), "allowed_token_ids", "token ids >= 0")
-        require(len(self.bad_words) <= MOST_BAD_WORDS, "bad_words", f"at most {MOST_BAD_WORDS}")
-        require(all(word.strip() for word in self.bad_words), "bad_words", "texts that are not empty")
-        sequences = self.bad_words_token_ids
-        require(len(sequences) <= MOST_BAD_WORDS, "bad_words_token_ids", f"at most {MOST_BAD_WORDS} lists")
+        self._check_bad_words(require)
+
+    def _check_bad_words(self, require: Callable[[bool, str, str], None]) -> None:
+        words, sequences = self.bad_words, self.bad_words_token_ids
+        sizes = [len(word) for word in words]
+        longest, characters = max(sizes, default=0), sum(sizes)
+        if len(words) > MOST_BAD_WORDS or longest > MOST_BAD_WORD_CHARACTERS or characters > MOST_BAD_WORDS_CHARACTERS:
+            raise InvalidRequest(
+                f"bad_words: expected at most {MOST_BAD_WORDS} words of at most {MOST_BAD_WORD_CHARACTERS} characters, "
+                f"{MOST_BAD_WORDS_CHARACTERS} together, got {len(words)} of at most {longest}, {characters} together"
+            )
+        require(all(word.strip() for word in words), "bad_words", "texts that are not empty")
+        allowed = SPELLINGS * (MOST_BAD_WORDS - len(words))
+        longest = max((len(ids) for ids in sequences), default=0)
+        if len(sequences) > allowed or longest > MOST_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words_token_ids: expected at most {allowed} lists beside {len(words)} bad_words, of at most "
+                f"{MOST_BAD_WORD_TOKENS} ids, got {len(sequences)} of at most {longest}"
+            )
         sequences_ok = all(ids and all(0 <= i < 2**31 for i in ids) for ids in sequences)
         require(sequences_ok, "bad_words_token_ids", "lists of token ids >= 0, none of them empty")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.runtime.binding import Binding, FittedPlan, KernelCall
+from nanoflow_backend.runtime.launch_watcher import LaunchWatcher
 from nanoflow_backend.runtime.tags import RowTags, StaleRead
 
 CACHED_BATCH_SIZES = 64  # bound launches of one batch size are about 0.3 MB in a model of 4 layers with 3 nano-batches
@@ -29,6 +30,7 @@ class CpuProgram:
         self.binding, self.checked = binding, checked
         self.tags_of = {plan: RowTags(plan.layers, plan.schedule, plan.buffers) for plan in binding.plans}
         self.plan = FittedPlan(binding.plans[-1], 0)  # of the last batch
+        self._watcher: LaunchWatcher | None = None
         for buffer in binding.buffers:
             buffer.fill_(_poison(buffer.dtype))
         # Launches are bound to their tensors once per plan and batch size, so what changes from step to step is copied.
@@ -69,6 +71,8 @@ class CpuProgram:
         binding.positions[:tokens] = positions
         binding.slots[:tokens] = slots
         self.plan = plan
+        if self._watcher:
+            self._watcher.begin(plan)
         if self.checked:
             for buffer in binding.buffers:
                 buffer.fill_(_poison(buffer.dtype))
@@ -103,8 +107,16 @@ class CpuProgram:
     def warm_up(self, page_table: Tensor) -> None:
         """See Program. There is nothing to compile."""
 
+    def watch(self, watcher: LaunchWatcher | None) -> None:
+        """See Program."""
+        self._watcher = watcher
+        self._launches.cache_clear()
+
     def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
-        return [self._ready(call) if call else _nothing for call in self.binding.layers(plan)]
+        launches = [self._ready(call) if call else None for call in self.binding.layers(plan)]
+        if watcher := self._watcher:
+            launches = [partial(watcher.run, step, run) if run else None for step, run in enumerate(launches)]
+        return [run or _nothing for run in launches]
 
     def _ready(self, call: KernelCall) -> Callable[[], None]:
         return partial(_checked, call) if self.checked else call.run

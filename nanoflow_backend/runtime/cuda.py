@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from nanoflow_backend.runtime.binding import Binding, BoundPlan, FittedPlan, KernelCall
 from nanoflow_backend.runtime.green_contexts import lane_streams
+from nanoflow_backend.runtime.launch_watcher import LaunchWatcher
 from nanoflow_backend.schedule.plan import Schedule
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "in_place": True, "limit_sms": True}  # options of a CudaProgram's Binding
@@ -62,9 +64,10 @@ class CudaProgram:
         self._plan_attention = binding.kernels.plan_attention
         shared = [torch.cuda.Stream() for _ in range(max(len(plan.schedule.lanes) for plan in binding.plans) - 1)]
         self._lanes = {plan: _streams(plan.schedule, shared) for plan in binding.plans}
-        self._waits = {plan: _waits(plan.schedule, binding.model.num_layers) for plan in binding.plans}
+        self._waits = {plan: plan.schedule.awaited(binding.model.num_layers) for plan in binding.plans}
         self._cuda_graphs = cuda_graphs
-        self._graphs: dict[FittedPlan, torch.cuda.CUDAGraph] = {}
+        self._watcher: LaunchWatcher | None = None
+        self._graphs: dict[tuple[FittedPlan, int | None], torch.cuda.CUDAGraph] = {}  # watched: one for each lap
         self._graph_pool = torch.cuda.graph_pool_handle()  # one for all: they never run together
         self._last_plan = FittedPlan(binding.plans[-1], 0)  # of the last batch
 
@@ -89,15 +92,16 @@ class CudaProgram:
         binding.positions[:tokens].copy_(positions)
         binding.positions[tokens:padded].fill_(PAD)
         self._last_plan = plan
-        if plan in self._graphs:
-            self._graphs[plan].replay()
+        captured = plan, self._watcher.begin(plan) if self._watcher else None
+        if captured in self._graphs:
+            self._graphs[captured].replay()
             return
         self._issue(plan)
         if self._cuda_graphs:
             graph = torch.cuda.CUDAGraph()
             with _uncollected(), torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 self._issue(plan)
-            self._graphs[plan] = graph
+            self._graphs[captured] = graph
 
     def head(self, rows: Tensor) -> Tensor:
         """See Program. That the batch has these rows is not checked: they are on the device.
@@ -126,6 +130,10 @@ class CudaProgram:
         for tokens in sorted({bucket(tokens) for tokens in range(1, self.binding.max_tokens)}, reverse=True):
             self._pad(min(tokens, self.binding.max_tokens), page_table)
 
+    def watch(self, watcher: LaunchWatcher | None) -> None:
+        """See Program. Graphs that were captured unwatched stay, for when nobody looks on any more."""
+        self._watcher = watcher
+
     def _pad(self, tokens: int, page_table: Tensor) -> None:
         """Run a batch of padding under each plan that batches of `tokens` may have."""
         ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
@@ -153,8 +161,9 @@ class CudaProgram:
             for target in waits[step]:
                 stream.wait_event(ended[target])
             if call:
+                run = partial(self._watcher.run, step, call.run) if self._watcher else call.run
                 with torch.cuda.stream(stream):
-                    call.run(**attention_plans.get((kind_of[layer], number), {}))
+                    run(**attention_plans.get((kind_of[layer], number), {}))
             if step in awaited:
                 ended[step] = stream.record_event()
         for stream in streams.values():
@@ -205,18 +214,3 @@ def _streams(schedule: Schedule, shared: Sequence[torch.cuda.Stream]) -> dict[st
     if schedule.partition:
         return dict(lane_streams(tuple(schedule.partition.items())))
     return dict(zip(schedule.lanes, [None, *shared], strict=False))
-
-
-def _waits(schedule: Schedule, num_layers: int) -> list[list[int]]:
-    """For each step of the unrolled schedule the steps in other lanes that it waits for."""
-    steps = schedule.unroll(num_layers)
-    index = {step: k for k, step in enumerate(steps)}
-    lane = [launch.lane for launch in schedule.launches]
-    return [
-        [
-            index[layer - wait.layers_back, wait.launch]
-            for wait in schedule.launches[number].waits
-            if wait.layers_back <= layer and lane[wait.launch] != lane[number]
-        ]
-        for layer, number in steps
-    ]

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nanoflow_backend.runtime.binding import FittedPlan
+from nanoflow_backend.runtime.launch_watcher import LaunchWatcher
 
 
 class Program(Protocol):
@@ -40,4 +41,8 @@ class Program(Protocol):
 
     def warm_up(self, page_table: Tensor) -> None:
         """Compile and capture whatever batches will run, so that none of them waits for it."""
+        ...
+
+    def watch(self, watcher: LaunchWatcher | None) -> None:
+        """From the next batch on, `watcher` makes the launches of the layers; None: nobody looks on."""
         ...

@@ -86,6 +86,20 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
             if 0 <= period + launch.layers_ahead < num_layers
         ]
 
+    def awaited(self, num_layers: int) -> list[list[int]]:
+        """For each step of `unroll` the steps in other lanes that it waits for, as places in the order of issue."""
+        steps = self.unroll(num_layers)
+        index = {step: place for place, step in enumerate(steps)}
+        lane = [launch.lane for launch in self.launches]
+        return [
+            [
+                index[layer - wait.layers_back, wait.launch]
+                for wait in self.launches[number].waits
+                if wait.layers_back <= layer and lane[wait.launch] != lane[number]
+            ]
+            for layer, number in steps
+        ]
+
     def sms(self, launch: Launch) -> int | None:
         """How many SMs a launch may fill; None: all of the device."""
         return launch.sms or self.partition.get(launch.lane)

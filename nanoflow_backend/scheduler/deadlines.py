@@ -48,6 +48,10 @@ class Deadlines:
             for entry in entries:
                 heapq.heappush(self._heap, entry)
 
+    def may_be_late_to_begin(self, request_id: int) -> bool:
+        """It has a deadline by which it must have begun."""
+        return any(entry.reason is FinishReason.QUEUE_TIMEOUT for entry in self._live.get(request_id, ()))
+
     def forget(self, request_id: int) -> None:
         """The request has ended. One without deadlines is left alone."""
         self._live.pop(request_id, None)

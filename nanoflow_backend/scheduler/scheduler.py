@@ -38,6 +38,9 @@ class Scheduler:
     preempted: it gives its pages back, and later computes again what it knows. The request first in order is never
     preempted, so every request finishes.
 
+    Attributes:
+        begun: of the requests with a queue deadline, those that the last batch admits.
+
     With a `lower_tier`, pages that the device evicts are stored there, and loaded again for a request that begins with
     their content. Such a request is in no step until the one with its loads has come back.
     """
@@ -67,6 +70,7 @@ class Scheduler:
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines = Deadlines()
+        self.begun: list[int] = []
         self._pending_deltas: list[Delta] = []  # last deltas of requests that ended between steps
         self._waiting = WaitingQueue()
         self._slots = Slots(limits.max_running)
@@ -164,7 +168,10 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Decide the next step. None: nothing can run before a request is added or a batch comes back."""
         self._expire()
-        return self._planner.plan_step()
+        batch = self._planner.plan_step()
+        admitted = [self._slots.at(a.slot).id for a in batch.admitted] if batch and self._deadlines else []
+        self.begun = [request_id for request_id in admitted if self._deadlines.may_be_late_to_begin(request_id)]
+        return batch
 
     def retire(self, sampled: Sampled | None) -> list[Delta]:
         """Take what the oldest batch in flight sampled, or None if none has come back. Returns each request's news.

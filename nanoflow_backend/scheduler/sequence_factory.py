@@ -12,6 +12,19 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.sequence import Sequence
 
 
+def check_can_run(prompt_tokens: int, max_model_tokens: int, cache_tokens: int, place: str = "") -> None:
+    """Raises: InvalidRequest, where a prompt leaves no token for output, or is more than the KV cache holds.
+
+    `place` says at the end of the message which prompt of several it is.
+    """
+    longest = min(max_model_tokens - 1, cache_tokens)
+    if prompt_tokens > longest:
+        raise InvalidRequest(
+            f"prompt: expected at most {longest} tokens (the model has {max_model_tokens}, one of them for "
+            f"output; the KV cache has {cache_tokens}), got {prompt_tokens}{place}"
+        )
+
+
 class SequenceFactory:
     """Numbers the arrivals, settles in which order they are served, and draws a seed where the client gave none.
 
@@ -66,13 +79,8 @@ class SequenceFactory:
         )
 
     def _validate(self, prompt: list[int]) -> None:
-        longest = min(self._max_model_tokens - 1, self._cache_tokens)
         if not prompt:
             raise InvalidRequest("prompt: expected at least one token, got none")
-        if len(prompt) > longest:
-            raise InvalidRequest(
-                f"prompt: expected at most {longest} tokens (the model has {self._max_model_tokens}, one of them for "
-                f"output; the KV cache has {self._cache_tokens}), got {len(prompt)}"
-            )
+        check_can_run(len(prompt), self._max_model_tokens, self._cache_tokens)
         if min(prompt) < 0 or max(prompt) >= 2**31:
             raise InvalidRequest(f"prompt: expected token ids in 0..2^31-1, got {min(prompt)}..{max(prompt)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -10,8 +11,11 @@ import numpy as np
 
 from nanoflow_backend.request import exact_json
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.scheduler.sequence_factory import check_can_run
 from nanoflow_backend.scheduler.waiting_queue import check_can_wait
 from nanoflow_backend.serving.inputs import Inputs
+from nanoflow_backend.serving.limits import Limits
 from nanoflow_backend.serving.tensors import OUTPUTS, Arrays
 from nanoflow_backend.text.bad_words import encode_bad_words
 from nanoflow_backend.text.tokenizer import Tokenizer
@@ -52,9 +56,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         parameters: Mapping[str, Any],
         requested: Collection[str],
         tokenizer: Tokenizer | None,
-        vocab_size: int,
-        max_queue_us: int = 0,
-        max_queue_size: int = 4096,
+        limits: Limits,
     ) -> list[Call]:
         """Understand a request: a call for each of its prompts.
 
@@ -63,43 +65,36 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             parameters: the request's own parameters: sampling parameters, `priority`, `timeout` and `queue_timeout`
                 (microseconds).
             requested: names of the outputs that the client wants; all of them where it names none.
-            vocab_size: of the model; ids of `input_ids` are below it.
-            max_queue_us: no request may wait longer, whatever it says; 0 is no limit.
-            max_queue_size: sequences of one request, `n` of each prompt; more could never wait.
+            limits: what the model takes, and the most that its answer may be. The sizes of `tensors` are checked
+                already.
 
         Raises:
             InvalidRequest: the message names the field and what was expected.
         """
         inputs = Inputs(tensors)
-        sampling = "sampling_parameters" in inputs
-        fields = _merge(
-            ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
-            ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
-            ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
-            ("the input stop_words", _words(inputs, "stop_words", "stop")),
-            ("the input bad_words", _words(inputs, "bad_words", "bad_words")),
-        )
+        fields = _fields(inputs, parameters)
         # Of the request, not of sampling. Clients put them here too: gRPC has no other way for a priority.
         priority = _integer(fields, "priority", -(2**31), 2**31 - 1)
-        timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
-        queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
-        queue_timeout_us = min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
+        timeout_us, queue_timeout_us = _timeouts(fields, limits.max_queue_us)
         params = SamplingParams.parse(fields)
         _check_stop(params.stop, tokenizer)
         num_prompts = max((inputs.flat(name).size for name in SEVERAL if name in inputs), default=1)
-        check_can_wait(num_prompts, num_prompts * params.n, max_queue_size)  # before any text becomes tokens
+        check_can_wait(num_prompts, num_prompts * params.n, limits.max_queue_size)  # before any text becomes tokens
         params = encode_bad_words(params, tokenizer)
-        prompts = _prompts(inputs, tokenizer, vocab_size)
+        prompts = _prompts(inputs, tokenizer, limits, num_prompts)
         is_batch = any(name in inputs for name in SEVERAL)
         stream = inputs.flag("stream") or False
         exclude = inputs.flag("exclude_input_in_output")
         outputs = _outputs(inputs, requested, tokenizer, is_batch)
+        shown = [_shown_prompt(exclude, stream, text) for _, text in prompts]
+        shown_bytes = sum(len(text.encode()) for text in shown)
+        limits.check_answer(params, [len(ids) for ids, _ in prompts], shown_bytes, len(outputs) if stream else 0)
         return [
             cls(
                 prompt=prompt,
                 params=_with_logprobs(params) if "cumulative_logprob" in outputs else params,
                 stream=stream,
-                shown_prompt=_shown_prompt(exclude, stream, text),
+                shown_prompt=shown[index],
                 outputs=outputs,
                 show_logprobs=params.logprobs is not None,
                 priority=priority,
@@ -107,21 +102,42 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
                 queue_timeout_us=queue_timeout_us,
                 batch_index=index if is_batch else None,
             )
-            for index, (prompt, text) in enumerate(prompts)
+            for index, (prompt, _) in enumerate(prompts)
         ]
 
 
-def is_cancellation(tensors: Arrays) -> bool:
-    """Whether a request is there to end others: it has `cancel` and nothing else.
+def own_parameters(text: str, timeout_us: int) -> dict[str, Any]:
+    """A request's own parameters, of the JSON that the server gives, and its timeout, if it has one."""
+    return {**json.loads(text), **({"timeout": timeout_us} if timeout_us else {})}
 
-    Raises:
-        InvalidRequest: there is something else.
+
+def first_timeout(tensors: Arrays, own: Mapping[str, Any], max_queue_us: int = 0) -> tuple[int, FinishReason] | None:
+    """When a request that never begins is over: microseconds after it came, and why. None: it has no limit.
+
+    The arguments, and what is raised, are as those of `Call.parse`.
     """
-    if not Inputs(tensors).flag("cancel"):
-        return False
-    if others := [name for name in tensors if name != "cancel"]:
-        raise InvalidRequest(f"cancel: expected no other input, got {', '.join(others)}")
-    return True
+    reasons = (FinishReason.DEADLINE, FinishReason.QUEUE_TIMEOUT)
+    limits = zip(_timeouts(_fields(Inputs(tensors), own), max_queue_us), reasons, strict=True)
+    return min(((us, reason) for us, reason in limits if us), default=None)
+
+
+def _fields(inputs: Inputs, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What the request says of its sampling, and of itself, wherever it says it."""
+    sampling = "sampling_parameters" in inputs
+    return _merge(
+        ("sampling_parameters", inputs.json("sampling_parameters", dict, exact_json.loads) if sampling else {}),
+        ("the request's parameters", {name: v for name, v in parameters.items() if not _is_reserved(name)}),
+        ("the input stop", {"stop": inputs.texts("stop")} if "stop" in inputs else {}),
+        ("the input stop_words", _words(inputs, "stop_words", "stop")),
+        ("the input bad_words", _words(inputs, "bad_words", "bad_words")),
+    )
+
+
+def _timeouts(fields: dict[str, Any], max_queue_us: int) -> tuple[int, int]:
+    """Take (timeout, queue_timeout) out of `fields`, in microseconds; 0 is no limit."""
+    timeout_us = _integer(fields, "timeout", 0, 2**63 - 1)
+    queue_timeout_us = _integer(fields, "queue_timeout", 0, 2**63 - 1)
+    return timeout_us, min(queue_timeout_us or max_queue_us, max_queue_us or queue_timeout_us)
 
 
 def _is_reserved(name: str) -> bool:
@@ -166,8 +182,25 @@ def _spelling(value: Any) -> str:
     return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
-def _prompts(inputs: Inputs, tokenizer: Tokenizer | None, vocab_size: int) -> list[tuple[list[int], str | None]]:
-    """(ids, text) of each prompt; no text where the ids came as such."""
+def _prompts(
+    inputs: Inputs, tokenizer: Tokenizer | None, limits: Limits, num_prompts: int
+) -> list[tuple[list[int], str | None]]:
+    """(ids, text) of each prompt; no text where the ids came as such. None is read after one that cannot run."""
+    name = _prompt_input(inputs)
+    prompts = []
+    for index, (ids, text) in enumerate(_read(name, inputs, tokenizer, limits)):
+        place = f" in prompt {index}" if num_prompts > 1 else ""
+        if not ids:
+            raise InvalidRequest(f"{name}: expected at least one token, got none{place}")
+        check_can_run(len(ids), limits.max_model_tokens, limits.cache_tokens, place)
+        prompts.append((ids, text))
+    if not prompts:
+        raise InvalidRequest(f"{name}: expected at least one prompt, got none")
+    return prompts
+
+
+def _prompt_input(inputs: Inputs) -> str:
+    """The one input that has the prompts."""
     given = [name for name in PROMPTS if name in inputs]
     if len(given) != 1:
         raise InvalidRequest(f"{', '.join(PROMPTS)}: expected one of them, got {' and '.join(given) or 'none'}")
@@ -176,23 +209,24 @@ def _prompts(inputs: Inputs, tokenizer: Tokenizer | None, vocab_size: int) -> li
         _refuse_chat_inputs(inputs)
     if "input_lengths" in inputs and name != "input_ids":
         raise InvalidRequest(f"input_lengths: expected input_ids with them, got {name}")
-    prompts: list[tuple[list[int], str | None]]
+    return name
+
+
+def _read(
+    name: str, inputs: Inputs, tokenizer: Tokenizer | None, limits: Limits
+) -> Iterator[tuple[list[int], str | None]]:
+    """The prompts in the input `name`, each tokenised when it is its turn."""
     if name == "input_ids":
-        prompts = [(ids, None) for ids in _ids(inputs, vocab_size)]
+        yield from ((ids, None) for ids in _ids(inputs, limits.vocab_size))
     elif tokenizer is None:
         raise InvalidRequest(f"{name}: expected none, for the model has no tokenizer.json (use input_ids)")
     elif name == "messages":
-        prompts = [(tokenizer.encode(_chat(inputs, tokenizer), add_special_tokens=False), None)]
+        text = _chat(inputs, tokenizer)
+        limits.check_chat(text)
+        yield tokenizer.encode(text, add_special_tokens=False), None
     else:
-        texts = inputs.texts(name) if name == "prompts" else [inputs.text(name)]
-        prompts = [(tokenizer.encode(text), text) for text in texts]
-    if not prompts:
-        raise InvalidRequest(f"{name}: expected at least one prompt, got none")
-    for index, (ids, _) in enumerate(prompts):
-        if not ids:
-            place = f" in prompt {index}" if len(prompts) > 1 else ""
-            raise InvalidRequest(f"{name}: expected at least one token, got none{place}")
-    return prompts
+        for text in inputs.texts(name) if name == "prompts" else [inputs.text(name)]:
+            yield tokenizer.encode(text), text
 
 
 def _ids(inputs: Inputs, vocab_size: int) -> list[list[int]]:

@@ -67,3 +67,16 @@ class Inputs:
         if self._tensors[name].size != 1:
             raise InvalidRequest(f"{name}: expected one element, got shape {list(self._tensors[name].shape)}")
         return self._tensors[name].flat[0]
+
+
+def is_cancellation(tensors: Arrays) -> bool:
+    """Whether a request is there to end others: it has `cancel` and nothing else.
+
+    Raises:
+        InvalidRequest: there is something else.
+    """
+    if not Inputs(tensors).flag("cancel"):
+        return False
+    if others := [name for name in tensors if name != "cancel"]:
+        raise InvalidRequest(f"cancel: expected no other input, got {', '.join(others)}")
+    return True

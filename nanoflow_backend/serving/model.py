@@ -1,6 +1,7 @@
 """TritonPythonModel is the model that the server's Python backend loads, in its stub only and without torch.
 
-A request's way in, on the server's thread: tensors -> Call -> engine process. Chats become Calls on other threads.
+A request's way in, on the server's thread: tensors -> Call -> engine process. Chats and long prompts become Calls on
+other threads.
 Its way out: news of the engine process (reader thread) -> Senders (a few threads) -> Reply -> client.
 """
 
@@ -12,9 +13,8 @@ import itertools
 import json
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from nanoflow_backend.config import version_folder
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
-from nanoflow_backend.process.messages import News, Ready, Refusal, Stats
+from nanoflow_backend.process.messages import Heartbeat, News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor
 from nanoflow_backend.process.ticker import Ticker
 from nanoflow_backend.request.request import Request
@@ -33,17 +33,19 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 from nanoflow_backend.serving import shared_memory
-from nanoflow_backend.serving.call import Call, is_cancellation
-from nanoflow_backend.serving.chat_threads import Chat, ChatThreads
-from nanoflow_backend.serving.failure import Code, Failure, without_words
-from nanoflow_backend.serving.limits import Limits, check_parameters
-from nanoflow_backend.serving.placement import GPU_DEVICE_IDS, place
+from nanoflow_backend.serving.call import Call, first_timeout, own_parameters
+from nanoflow_backend.serving.failure import Code, Failure, overdue, without_words
+from nanoflow_backend.serving.inputs import is_cancellation
+from nanoflow_backend.serving.limits import Limits, has_short_json, reads_quickly
+from nanoflow_backend.serving.placement import engine_parameters, place
 from nanoflow_backend.serving.prompt_fan_in import PromptFanIn
+from nanoflow_backend.serving.prompt_threads import PromptThreads, SlowRequest
 from nanoflow_backend.serving.reply import Reply
-from nanoflow_backend.serving.response_channel import ServerChannel, has_response_parameters
+from nanoflow_backend.serving.response_channel import ServerChannel, check_numpy
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
-from nanoflow_backend.serving.tensors import INPUT_NAMES, Arrays, complete_config
+from nanoflow_backend.serving.tensors import Arrays, complete_config, read_inputs
+from nanoflow_backend.telemetry import vllm_families
 from nanoflow_backend.telemetry.families import Kind
 from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
 from nanoflow_backend.telemetry.tracing import Tracer
@@ -54,8 +56,9 @@ log = logging.getLogger(__name__)
 # A client that is gone is noticed within this, and what asking for all live requests takes (some 90 us each).
 CANCELLATION_PERIOD_S = 0.1
 JOIN_TIMEOUT_S = 5.0
+# What is overdue is the engine's to end, at its next step; where it has not for GRACE_S, it is ended here.
+DEADLINE_PERIOD_S, GRACE_S = 0.1, 0.25
 CODES: dict[str, Code] = {"invalid": "INVALID_ARG", "queue_full": "UNAVAILABLE", "internal": "INTERNAL"}  # of refusals
-REFUSED = {"INVALID_ARG": "invalid", "UNAVAILABLE": "unavailable", "CANCELLED": "unavailable", "INTERNAL": "internal"}
 
 
 class TritonPythonModel:
@@ -68,7 +71,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Return when every rank of the engine is ready. Whatever it raises ends in the server's log as it is."""
-        _check_numpy()
+        check_numpy()
         logs.name_origin(args["model_name"], args["model_instance_name"])
         logs.configure(ServerLog())
         shared_memory.make_private()
@@ -77,13 +80,13 @@ class TritonPythonModel:
             raise ValueError("config.pbtxt: expected model_transaction_policy { decoupled: true }")
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
         folder = Path(args["model_repository"], args["model_version"])
-        config = version_folder.load(folder, _engine_parameters(model_config))
+        config = version_folder.load(folder, engine_parameters(model_config))
+        reports_vllm_metrics = vllm_families.are_reported(model_config, folder)
         self._tokenizer = Tokenizer.find(config.model)
         if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
         self._ids = itertools.count()
         config = place(config, args, model_config)
-        self._max_queue_us, self._max_queue_size = config.queue_timeout_us or 0, config.max_queue_size
         endpoint = config.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, args["model_name"]) if endpoint else None
         self._engine = Supervisor(
@@ -91,6 +94,7 @@ class TritonPythonModel:
             Callbacks(
                 on_news=self._on_news,
                 on_stats=self._on_stats,
+                on_heartbeat=self._on_heartbeat,
                 on_refusal=self._on_refusal,
                 on_death=self._on_death,
                 on_restart=self._on_restart,
@@ -98,16 +102,24 @@ class TritonPythonModel:
             host_pid=os.getppid(),
         )
         self._ready = self._engine.start()
-        self._limits = Limits.of(self._ready.max_model_tokens, self._tokenizer)
+        self._limits = Limits.of(config, self._ready, self._tokenizer)
         self._metrics = Metrics(self._ready)
         self._senders = Senders()
-        self._chats = ChatThreads()
-        self._tickers = [Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned)]
+        self._long_prompts = PromptThreads()
+        self._tickers = [
+            Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned),
+            Ticker("deadlines", DEADLINE_PERIOD_S, self._end_overdue),
+        ]
+        self._vllm_metrics: Ticker | None = None
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            # Equal labels are one metric on the server's page: instances would overwrite each other's values.
-            engine = args["model_instance_name"]
-            server = _ServerMetrics({"model": args["model_name"], "version": args["model_version"], "engine": engine})
-            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(server.create, self._metrics).flush))
+            labels = {"model": args["model_name"], "version": args["model_version"]}
+            # Equal labels are one metric on the server's page: instances would overwrite each other's gauges.
+            own = _ServerMetrics({**labels, "engine": args["model_instance_name"]})
+            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(own.create, self._metrics).flush))
+            if reports_vllm_metrics:
+                page = Page(_ServerMetrics(labels).create, self._metrics, vllm_families.VLLM_FAMILIES)
+                self._vllm_metrics = Ticker("vLLM's metrics", FLUSH_PERIOD_S, page.flush)
+                self._tickers.append(self._vllm_metrics)
         log.info("%s", self._ready.description)
 
     def execute(self, requests: list[Any]) -> None:
@@ -127,7 +139,7 @@ class TritonPythonModel:
         for ticker in self._tickers:
             ticker.stop(JOIN_TIMEOUT_S)
         unloaded = Failure("UNAVAILABLE", "the model is being unloaded")
-        self._chats.close(unloaded, JOIN_TIMEOUT_S)
+        self._long_prompts.close(unloaded, JOIN_TIMEOUT_S)
         self._engine.stop()
         self._senders.close(unloaded)
         self._senders.stop(JOIN_TIMEOUT_S)
@@ -137,42 +149,37 @@ class TritonPythonModel:
     def _submit(self, request: Any, channel: ServerChannel) -> None:
         """Whatever it raises, nothing was sent then, and nothing will be."""
         arrived_s = time.monotonic()
-        tensors = _inputs(request)
+        tensors = read_inputs(request)
         if is_cancellation(tensors):
             channel.send({"num_cancelled": np.array([self._cancel_named(channel.request_id)], np.uint32)}, True, {})
             return
         self._engine.check_room()  # before any work for it: under overload most requests end here
-        parse = self._parser(request, tensors)
+        own, timeout_us = request.parameters() or "{}", request.timeout()
+        self._limits.check(tensors, own)
+        quick = reads_quickly(tensors, own)
+        if not quick:  # read later, when the server's memory may be another request's
+            tensors = {name: array.copy() for name, array in tensors.items()}
+        parse = functools.partial(self._parse, tensors, own, timeout_us, request.requested_output_names())
         context = request.trace().get_context() if self._tracer else None
         start = functools.partial(self._submit_prompts, channel, arrived_s, context)
-        if "messages" in tensors:
-            self._chats.add(Chat(channel, parse, start, functools.partial(self._refuse, channel)))
-        else:
+        if quick:
             start(parse())
+            return
+        said = (tensors, own) if has_short_json(tensors, own) else ({}, "{}")  # else it is known once it is read
+        limit = first_timeout(said[0], own_parameters(said[1], timeout_us), self._limits.max_queue_us)
+        due = limit and (arrived_s + limit[0] / 1e6, overdue(limit[1], limit[0]))
+        self._long_prompts.add(SlowRequest(channel, parse, start, functools.partial(self._refuse, channel), due))
 
-    def _parser(self, request: Any, tensors: Arrays) -> Callable[[], list[Call]]:
-        """What understands a request without looking at the server's objects again, which this has read."""
-        self._limits.check(tensors)
-        own = request.parameters() or "{}"
-        check_parameters(own)
-        parameters = json.loads(own)
-        if request.timeout():
-            parameters["timeout"] = request.timeout()
-        outputs = request.requested_output_names()
-        if "messages" in tensors:  # understood later, when the server's memory may be another request's
-            tensors = {name: array.copy() for name, array in tensors.items()}
-        return functools.partial(self._parse, tensors, parameters, outputs)
-
-    def _parse(self, tensors: Arrays, parameters: Mapping[str, Any], outputs: Collection[str]) -> list[Call]:
-        tokenizer, vocab_size, longest_us = self._tokenizer, self._ready.vocab_size, self._max_queue_us
-        calls = Call.parse(tensors, parameters, outputs, tokenizer, vocab_size, longest_us, self._max_queue_size)
+    def _parse(self, tensors: Arrays, own: str, timeout_us: int, outputs: Collection[str]) -> list[Call]:
+        """Understand a request. `own`: its parameters, as JSON."""
+        calls = Call.parse(tensors, own_parameters(own, timeout_us), outputs, self._tokenizer, self._limits)
         if calls[0].stream and not self._streams:
             raise InvalidRequest("stream: expected false, for config.pbtxt says decoupled: false")
         return calls
 
     def _refuse(self, channel: ServerChannel, error: Exception) -> None:
         failure = _failure(error)
-        self._metrics.refused("queue_full" if isinstance(error, QueueFull) else REFUSED[failure.code])
+        self._metrics.refused(failure.reason)
         channel.fail(failure)
 
     def _submit_prompts(self, channel: ServerChannel, arrived_s: float, context: str | None, calls: list[Call]) -> None:
@@ -181,17 +188,23 @@ class TritonPythonModel:
         is_batch = calls[0].batch_index is not None
         channels = PromptFanIn(channel, calls[0].stream).channels(len(calls)) if is_batch else [channel]
         requests = [self._request(call, arrived_s) for call in calls]
+        replies = []
         try:
             for request, call, own_channel in zip(requests, calls, channels, strict=True):
                 trace = self._tracer.request(context, arrived_s) if self._tracer else None
                 cancel = functools.partial(self._cancel, request.id)
-                self._senders.add(request.id, Reply(call, own_channel, self._tokenizer, cancel, trace))
+                replies.append(Reply(call, own_channel, self._tokenizer, cancel, trace))
+                self._senders.add(request, replies[-1])
         except Failure as closed:
-            self._metrics.refused(REFUSED[closed.code])
+            self._metrics.refused(closed.reason)
             channels[0].fail(closed)  # it is one failure, whoever tells of it first
             return
+        for call in calls:
+            self._metrics.queued(call.params.n)
         try:
             self._engine.submit(*requests)
+            for reply in replies:
+                reply.submitted()
         except Exception as error:
             # The replies are on their senders' hands, and news of the engine's death may have come first.
             for request in requests:
@@ -206,7 +219,7 @@ class TritonPythonModel:
         """End what runs or waits under a client's id; how many prompts that are. An id may have been used twice."""
         if not client_id:
             raise InvalidRequest("cancel: expected the id of the requests to end as this request's own, got none")
-        chats = self._chats.cancel(client_id)  # those that are not in the engine yet
+        chats = self._long_prompts.cancel(client_id)  # those that are not in the engine yet
         replies = [reply for reply in self._senders.live() if reply.channel.request_id == client_id]
         for reply in replies:
             reply.cancel()
@@ -218,14 +231,27 @@ class TritonPythonModel:
 
     def _cancel_abandoned(self) -> None:
         for reply in self._senders.live():
-            if reply.channel.is_cancelled():
+            if not reply.cancelled and reply.channel.is_cancelled():
                 reply.cancel()
 
+    def _end_overdue(self) -> None:
+        now_s = time.monotonic()
+        self._long_prompts.refuse_overdue(now_s)
+        for _, request_id, reason in self._senders.fail_overdue(now_s - GRACE_S):
+            self._cancel(request_id, reason, None)
+
     def _on_news(self, news: News) -> None:
+        self._senders.begin(news.begun)
         self._senders.file(news.deltas)
 
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
+        if self._vllm_metrics and not stats.scheduler.running_requests:
+            self._vllm_metrics.wake()  # scripts look right after their last response
+
+    def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        if heartbeat.idle:
+            self._metrics.confirm()
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._metrics.refused(refusal.reason)
@@ -233,19 +259,13 @@ class TritonPythonModel:
 
     def _on_death(self, how: str) -> None:
         self._metrics.engine_died()
-        self._metrics.refused("engine_failure", len(self._senders.live()))
-        self._senders.fail_all(Failure("UNAVAILABLE", how))
+        for reason, requests in self._senders.fail_all(Failure("UNAVAILABLE", how, "engine_failure")).items():
+            self._metrics.refused(reason, requests)
         log.error("%s", how)
 
     def _on_restart(self, ready: Ready) -> None:
         self._metrics.engine_restarted(ready)
-
-
-def _inputs(request: Any) -> Arrays:
-    tensors = {tensor.name(): tensor for tensor in request.inputs()}
-    if unknown := tensors.keys() - INPUT_NAMES:  # a config.pbtxt of another backend may declare more
-        raise InvalidRequest(f"{', '.join(sorted(unknown))}: not implemented; expected no such input")
-    return {name: tensor.as_numpy() for name, tensor in tensors.items()}
+        self._limits = self._limits.with_cache(ready)
 
 
 def _failure(error: Exception) -> Failure:
@@ -254,17 +274,13 @@ def _failure(error: Exception) -> Failure:
             return error
         case InvalidRequest():
             return Failure("INVALID_ARG", str(error))
-        case EngineError() | QueueFull():
+        case QueueFull():
+            return Failure("UNAVAILABLE", str(error), "queue_full")
+        case EngineError():
             return Failure("UNAVAILABLE", str(error))
     log.error("a request broke: %s", without_words(error))
     pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
-
-
-def _engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
-    """The `parameters` of config.pbtxt; those in capitals (EXECUTION_ENV_PATH, ...) are the Python backend's."""
-    entries = model_config.get("parameters", {}).items()
-    return {name: entry["string_value"] for name, entry in entries if not name.isupper() and name != GPU_DEVICE_IDS}
 
 
 class _ServerMetrics:
@@ -279,15 +295,3 @@ class _ServerMetrics:
             of_server = getattr(pb_utils.MetricFamily, kind.upper())
             self._families[name] = pb_utils.MetricFamily(name=name, description=meaning, kind=of_server)
         return self._families[name].Metric(labels={**self._labels, **labels})
-
-
-def _check_numpy() -> None:
-    """Servers before 24.11 cannot read string tensors under numpy 2.
-
-    They do not say which they are. Parameters of a response came with 25.02: what has them is new enough.
-    """
-    if int(np.__version__.split(".")[0]) >= 2 and not has_response_parameters():
-        raise RuntimeError(
-            f"numpy {np.__version__} does not work with this server, which is older than 25.02: "
-            f"install 'numpy<2' for {sys.executable}"
-        )

@@ -43,6 +43,12 @@ def place(config: EngineConfig, args: Mapping[str, str], model_config: Mapping[s
     return msgspec.structs.replace(config, gpus=gpus)
 
 
+def engine_parameters(model_config: Mapping[str, Any]) -> dict[str, str]:
+    """The other `parameters` of config.pbtxt; those in capitals (EXECUTION_ENV_PATH, ...) are the Python backend's."""
+    entries = model_config.get("parameters", {}).items()
+    return {name: entry["string_value"] for name, entry in entries if not name.isupper() and name != GPU_DEVICE_IDS}
+
+
 def _shared_group(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r" *\d+ *(, *\d+ *)*", text, re.ASCII):
         raise ConfigError(f'{VLLM_GPU_DEVICE_IDS}: expected GPU ids as in "0,1", got {text!r}')

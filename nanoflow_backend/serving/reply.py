@@ -10,7 +10,7 @@ from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.serving.answer import Answer
 from nanoflow_backend.serving.call import Call
-from nanoflow_backend.serving.failure import Failure, without_words
+from nanoflow_backend.serving.failure import Failure, overdue, without_words
 from nanoflow_backend.serving.tensors import ACCOUNT_OUTPUTS, Arrays, Parameters
 from nanoflow_backend.telemetry.tracing import RequestTrace
 from nanoflow_backend.text.text_stream import TextDelta, TextStream, merge
@@ -38,6 +38,7 @@ class Reply:
 
     Attributes:
         finished: it was sent; the engine, where it still runs the request, was told to stop.
+        cancelled: nobody wants it any more, and the engine was told.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Reply:
         """`cancel` ends the request in the engine, or one sequence of it, which then reports a last delta of each."""
         self.channel = channel
         self.finished = False
+        self.cancelled = False
         self._call = call
         self._cancel = cancel
         self._texts = [TextStream(tokenizer, call.params, call.prompt) for _ in range(call.params.n)]
@@ -62,8 +64,20 @@ class Reply:
         self._needs_accounts = trace is not None or not call.outputs.isdisjoint(ACCOUNT_OUTPUTS)
 
     def cancel(self) -> None:
-        """End the request in the engine: nobody wants it."""
-        self._cancel(FinishReason.CANCELLED, None)
+        """End the request in the engine: nobody wants it. Harmless when repeated."""
+        if not self.cancelled:
+            self.cancelled = True
+            self._cancel(FinishReason.CANCELLED, None)
+
+    def submitted(self) -> None:
+        """The engine has the request from now on: a cancel that came before it is said again."""
+        if self.cancelled:
+            self._cancel(FinishReason.CANCELLED, None)
+
+    def overdue(self, reason: FinishReason) -> Failure:
+        """What its client is to be told when its time is over."""
+        is_deadline = reason is FinishReason.DEADLINE
+        return overdue(reason, self._call.timeout_us if is_deadline else self._call.queue_timeout_us)
 
     def awaits(self, delta: Delta) -> bool:
         """Whether something may have to be done now: nothing leaves early where no one waits for each token."""
@@ -113,11 +127,9 @@ class Reply:
             return
         self._unsent = [[] for _ in deltas]
         reasons = {delta.finish_reason for delta in deltas}
-        if FinishReason.DEADLINE in reasons:
-            raise Failure("UNAVAILABLE", f"timeout: not done {self._call.timeout_us} us after the request came")
-        if FinishReason.QUEUE_TIMEOUT in reasons:
-            waited_us = self._call.queue_timeout_us
-            raise Failure("UNAVAILABLE", f"queue_timeout: still waiting {waited_us} us after the request came")
+        for reason in (FinishReason.DEADLINE, FinishReason.QUEUE_TIMEOUT):
+            if reason in reasons:
+                raise self.overdue(reason)
         if FinishReason.CANCELLED in reasons and "finish_reason" not in self._call.outputs:
             raise Failure("CANCELLED", "the request was cancelled")  # else a part would pass for the whole
         tensors = self._answer.tensors(deltas, self._account() if last else None, last)

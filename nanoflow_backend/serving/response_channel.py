@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from nanoflow_backend.serving.failure import Failure
@@ -55,3 +57,15 @@ def has_response_parameters() -> bool:
     except TypeError:
         return False
     return True
+
+
+def check_numpy() -> None:
+    """Servers before 24.11 cannot read string tensors under numpy 2.
+
+    They do not say which they are. Parameters of a response came with 25.02: what has them is new enough.
+    """
+    if int(np.__version__.split(".")[0]) >= 2 and not has_response_parameters():
+        raise RuntimeError(
+            f"numpy {np.__version__} does not work with this server, which is older than 25.02: "
+            f"install 'numpy<2' for {sys.executable}"
+        )

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import msgspec
 from numpy.typing import NDArray
 
+from nanoflow_backend.request.sampling_params import InvalidRequest
+
 Arrays = Mapping[str, NDArray[Any]]  # tensors by name; strings are objects: bytes
 Parameters = Mapping[str, str | int]  # of a response; servers before 25.02 have none
 
@@ -90,6 +92,14 @@ INPUTS = (
 )
 VLLM_DIMS = {"num_input_tokens": (1,)}  # where its config.pbtxt may differ: it takes one prompt a request
 INPUT_NAMES = frozenset(tensor.name for tensor in INPUTS)
+
+
+def read_inputs(request: Any) -> Arrays:
+    """The inputs of a request of the server. Raises: InvalidRequest, the table does not have them."""
+    tensors = {tensor.name(): tensor for tensor in request.inputs()}
+    if unknown := tensors.keys() - INPUT_NAMES:  # a config.pbtxt of another backend may declare more
+        raise InvalidRequest(f"{', '.join(sorted(unknown))}: not implemented; expected no such input")
+    return {name: tensor.as_numpy() for name, tensor in tensors.items()}
 
 
 def complete_config(config: Any) -> None:

@@ -19,6 +19,7 @@ from nanoflow_backend.scheduler.observer import WHOLE
 Kind = Literal["gauge", "counter", "histogram"]
 # Reasons that are there from the start, so that their first rise is seen as one. Others may come.
 REFUSALS = ("invalid", "queue_full", "queue_timeout", "deadline", "unavailable", "engine_failure", "internal")
+ASKED_N = (1.0, 2.0, 5.0, 10.0, 20.0)  # sequences
 Values = Mapping[tuple[str, ...], float]  # by the values of a family's labels
 
 
@@ -30,16 +31,23 @@ class View(msgspec.Struct):
     refused: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
     restarts: int = 0
     up: bool = True
+    asked_n: Histogram = msgspec.field(default_factory=lambda: Histogram(ASKED_N))  # of the prompts that were queued
+    age_s: float = 0.0  # of `stats`: since the engine sent them, or last said that they still hold
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One metric: its name, kind, help text, labels, and how its value is read."""
+    """One metric: its name, kind, help text, labels, and how its value is read.
+
+    `of_stub`: its counts go on when an engine process is replaced. `bounds`: those of the histogram's that are shown.
+    """
 
     name: str
     kind: Kind
     meaning: str
     read: Callable[[View], float | Values | Histogram]
     labels: tuple[str, ...] = ()
+    of_stub: bool = False
+    bounds: tuple[float, ...] | None = None  # None: all
 
 
 def _pages(view: View) -> Values:
@@ -80,7 +88,7 @@ def _refused(view: View) -> Values:
     return {(reason,): view.refused[reason] + of_engine[reason] for reason in {**view.refused, **of_engine}}
 
 
-ENGINE_FAMILIES = (
+FAMILIES = (
     Family("nanoflow_num_requests_running", "gauge", "Requests that hold KV pages",
            lambda v: v.stats.scheduler.running_requests),
     Family("nanoflow_num_requests_waiting", "gauge", "Requests in the engine's queue",
@@ -127,13 +135,11 @@ ENGINE_FAMILIES = (
            lambda v: v.stats.observed.step_time_s),
     Family("nanoflow_dense_batch_fill_ratio", "histogram", "Tokens of a step over dense_batch_tokens",
            lambda v: v.stats.observed.dense_batch_fill),
-)  # fmt: skip
-# These go on when an engine process is replaced.
-STUB_FAMILIES = (
     Family("nanoflow_requests_refused_total", "counter", "Requests without a result that their client did not give up",
-           _refused, ("reason",)),
-    Family("nanoflow_engine_up", "gauge", "Whether the engine process serves: 1 or 0", lambda v: v.up),
+           _refused, ("reason",), of_stub=True),
+    Family("nanoflow_engine_up", "gauge", "Whether the engine process serves: 1 or 0", lambda v: v.up, of_stub=True),
+    Family("nanoflow_stats_age_seconds", "gauge", "Since the engine last said how things stand, as gauges have it",
+           lambda v: round(v.age_s, 1), of_stub=True),
     Family("nanoflow_engine_restarts_total", "counter", "Engine processes started in place of one that died",
-           lambda v: v.restarts),
+           lambda v: v.restarts, of_stub=True),
 )  # fmt: skip
-FAMILIES = ENGINE_FAMILIES + STUB_FAMILIES

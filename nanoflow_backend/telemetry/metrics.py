@@ -7,7 +7,8 @@ consists of: counters with an `le` label, raised a bucket at a time. To a query 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import msgspec
 from nanoflow_backend.process.messages import Ready, Stats
 from nanoflow_backend.scheduler.observed import Histogram, Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
-from nanoflow_backend.telemetry.families import ENGINE_FAMILIES, STUB_FAMILIES, Family, Kind, View, refused_by_engine
+from nanoflow_backend.telemetry.families import FAMILIES, Family, Kind, View, refused_by_engine
 
 FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a timer writes them, not every step
 
@@ -24,18 +25,31 @@ FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a t
 class Metrics:
     """Told from any thread."""
 
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._view = View(ready, _nothing(ready))
+        self._heard_s = clock()
 
     def take(self, stats: Stats) -> None:
         with self._lock:
             self._view.stats = stats
+            self._heard_s = self._clock()
+
+    def confirm(self) -> None:
+        """The last statistics are still how things stand."""
+        with self._lock:
+            self._heard_s = self._clock()
 
     def refused(self, reason: str, requests: int = 1) -> None:
         """They get no result. Any reason will do; those that the engine ends count by themselves."""
         with self._lock:
             self._view.refused[reason] += requests
+
+    def queued(self, n: int) -> None:
+        """A prompt with `n` sequences is on its way to the engine."""
+        with self._lock:
+            self._view.asked_n.observe(n)
 
     def engine_died(self) -> None:
         with self._lock:
@@ -48,11 +62,15 @@ class Metrics:
             view.refused.update(refused_by_engine(view.stats))
             view.ready, view.stats, view.up = ready, _nothing(ready), True
             view.restarts += 1
+            self._heard_s = self._clock()
 
     def view(self) -> View:
         """As it is now."""
         with self._lock:
-            return msgspec.structs.replace(self._view, refused=self._view.refused.copy())
+            view, asked_n = self._view, self._view.asked_n
+            own_n = Histogram(asked_n.bounds, asked_n.counts.copy(), asked_n.total)
+            age_s = self._clock() - self._heard_s
+            return msgspec.structs.replace(view, refused=view.refused.copy(), asked_n=own_n, age_s=age_s)
 
 
 def _nothing(ready: Ready) -> Stats:
@@ -82,7 +100,7 @@ class _Shown:
     def show(self, view: View) -> None:
         read = self.family.read(view)
         if isinstance(read, Histogram):
-            values = _exposition(read)
+            values = _exposition(read, self.family.bounds or read.bounds)
         elif isinstance(read, Mapping):
             values = {("", *labels): value for labels, value in read.items()}
         else:
@@ -97,8 +115,8 @@ class _Shown:
                 self._values[series] = value
 
     def begin_again(self) -> None:
-        """Counts start at zero again; those on the page go on."""
-        if self.family.kind != "gauge":
+        """The engine's counts start at zero again; those on the page go on."""
+        if self.family.kind != "gauge" and not self.family.of_stub:
             self._values = dict.fromkeys(self._values, 0)
 
     def _add(self, series: tuple[str, ...]) -> Metric:
@@ -111,22 +129,25 @@ class _Shown:
         return metric
 
 
-def _exposition(histogram: Histogram) -> dict[tuple[str, ...], float]:
-    """(suffix, le): value, as Prometheus defines a histogram: each bucket counts those below it too."""
-    bounds = [*(f"{bound:.9g}" for bound in histogram.bounds), "+Inf"]
-    values: dict[tuple[str, ...], float] = {
-        ("_bucket", bound): count for bound, count in zip(bounds, accumulate(histogram.counts), strict=True)
-    }
-    return {**values, ("_sum",): histogram.total, ("_count",): sum(histogram.counts)}
+def _exposition(histogram: Histogram, shown: Sequence[float]) -> dict[tuple[str, ...], float]:
+    """(suffix, le): value, as Prometheus defines a histogram: each bucket counts those below it too.
+
+    The widest comes first: the server lists up to 13 series of a name in the reverse order of their making, so that
+    the last line of a name is the one of all, as in a histogram of the server.
+    """
+    below = dict(zip(histogram.bounds, accumulate(histogram.counts), strict=False))
+    buckets = {f"{bound:.9g}": below[bound] for bound in reversed(shown)}
+    count = sum(histogram.counts)
+    values: dict[tuple[str, ...], float] = {("_bucket", le): n for le, n in {"+Inf": count, **buckets}.items()}
+    return {**values, ("_sum",): histogram.total, ("_count",): count}
 
 
 class Page:
     """The metrics on the server's page. For one thread."""
 
-    def __init__(self, create: Create, metrics: Metrics) -> None:
+    def __init__(self, create: Create, metrics: Metrics, families: Sequence[Family] = FAMILIES) -> None:
         self._metrics = metrics
-        self._engine = [_Shown(create, family) for family in ENGINE_FAMILIES]
-        self._stub = [_Shown(create, family) for family in STUB_FAMILIES]
+        self._shown = [_Shown(create, family) for family in families]
         self._restarts = 0
         self.flush()
 
@@ -135,7 +156,7 @@ class Page:
         view = self._metrics.view()
         if view.restarts != self._restarts:
             self._restarts = view.restarts
-            for shown in self._engine:
+            for shown in self._shown:
                 shown.begin_again()
-        for shown in self._engine + self._stub:
+        for shown in self._shown:
             shown.show(view)

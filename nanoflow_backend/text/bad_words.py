@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.request.sampling_params import MOST_BAD_WORD_TOKENS, InvalidRequest, SamplingParams
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 
@@ -13,7 +13,7 @@ def encode_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sam
     token sequence of the same length, after a space; as in vLLM.
 
     Raises:
-        InvalidRequest: a word without tokens, or no tokenizer.
+        InvalidRequest: a word without tokens or with too many, or no tokenizer.
     """
     if not params.bad_words:
         return params
@@ -27,6 +27,10 @@ def encode_bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> Sam
             raise InvalidRequest(f"bad_words: expected valid Unicode text, got {word!r}") from None
         if not bare:
             raise InvalidRequest(f"bad_words: expected words with at least one token, got {word!r}")
+        if len(bare) > MOST_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words: expected words of at most {MOST_BAD_WORD_TOKENS} tokens, got {len(bare)} in {word!r}"
+            )
         sequences.append(tuple(bare))
         if len(spaced) == len(bare) and spaced[0] != bare[0]:
             sequences.append(tuple(spaced))

@@ -109,6 +109,12 @@ class Tokenizer:
         """No token stands for more bytes of text; it may be less, for vocabularies spell some bytes with several."""
         return max(len(token.encode()) for token in self._backend.get_vocab())
 
+    @property
+    def longest_token_json_bytes(self) -> int:
+        """No token's own text (`token_text`) takes more bytes as a JSON string, its quotes and escapes included."""
+        texts = (self._bytes.decoding.to_bytes(token).decode(errors="replace") for token in self._backend.get_vocab())
+        return max(len(msgspec.json.encode(text)) for text in texts)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
 

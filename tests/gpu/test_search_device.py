@@ -14,6 +14,8 @@ from nanoflow_search.profile.points import partition_loads, shared_loads
 from support.models.shapes import CONFIGS, config
 
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
@@ -23,22 +25,26 @@ pytestmark = [
 ]
 MIX = Mix(40, 88, 256.0, 64.0)
 SECONDS = 0.2
+FP8_KV = Precision(weights="bfloat16", activations="bfloat16", kv=FP8)
 
 
-def shape(name: str) -> ModelConfig:
-    return config(name, hidden_size=512, intermediate_size=1024, head_dim=64, vocab_size=1000, dtype="bfloat16")
+def shape(name: str, in_fp8: bool = False) -> ModelConfig:
+    fp8 = {"quantization": AT_LOAD, "scaled_kv": True} if in_fp8 else {}
+    return config(name, hidden_size=512, intermediate_size=1024, head_dim=64, vocab_size=1000, dtype="bfloat16", **fp8)
 
 
+@pytest.mark.parametrize("precision", [BFLOAT16, FP8_KV], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_load_of_a_model_runs(name: str, tmp_path: Path) -> None:
+def test_every_load_of_a_model_runs(name: str, precision: Precision, tmp_path: Path) -> None:
     from nanoflow_search.hardware.gpu import GpuLoadRunner
 
-    made = shape(name)
-    device, graph = GpuLoadRunner.here(made, MIX, seconds=SECONDS), build(made).layer
+    made = shape(name, precision is FP8_KV)
+    device, graph = GpuLoadRunner.here(made, MIX, seconds=SECONDS, precision=precision), build(made).layer
     loads = shared_loads(graph, device.sms, MIX, largest_tokens=128)
     # One amount of each is enough here.
     alone = {(a.load.operation, a.load.sms): a for a in loads.alone}.values()
-    profile = take_profile(device, profile_header(device, graph), alone, loads.together[:3], tmp_path / "profile.json")
+    header = profile_header(device, graph, precision=precision)
+    profile = take_profile(device, header, alone, loads.together[:3], tmp_path / "profile.json")
     assert all(p.duration_us > 0 for p in profile.points if not p.operation.endswith("_reduce"))
     assert all(0 < p.clock_mhz <= device.highest_clock_mhz for p in profile.points)
     assert 0 < profile.header.static_w < profile.header.power_cap_w
@@ -81,11 +87,12 @@ def test_a_large_product_takes_longer_than_a_small_one() -> None:
     assert large > 4 * small
 
 
-def test_plans_are_timed_in_the_engines_program() -> None:
+@pytest.mark.parametrize("precision", [BFLOAT16, FP8_KV], ids=["bf16", "fp8"])
+def test_plans_are_timed_in_the_engines_program(precision: Precision) -> None:
     from nanoflow_search.hardware.plan_timer import PlanTimer
 
-    made = shape("llama")
-    timer, layer = PlanTimer.here(made, MIX, seconds=SECONDS), build(made).layer
+    made = shape("llama", precision is FP8_KV)
+    timer, layer = PlanTimer.here(made, MIX, seconds=SECONDS, precision=precision), build(made).layer
     for schedule in (sequential(layer, 128), nano_batched(layer, 128, 2)):
         found = timer(schedule)
         assert found.layer_us > 0

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 LARGEST = 448.0  # of float8_e4m3fn
+BLOCK = 128  # rows and columns
 
 Round = Callable[[str, Tensor], Tensor]  # module name, its input -> the input as FP8 holds it
 
@@ -34,10 +35,11 @@ def dequantised(folder: Path, rounded: Round, *, kv: bool = False) -> PreTrained
     for name, tensor in state.items():
         if name.endswith(("scale", "scale_inv")):
             continue
-        scale = state.get(f"{name}_scale", torch.tensor(1.0)).float()
-        if f"{name}_scale_inv" in state:
-            scale = state[f"{name}_scale_inv"].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
-        scale = scale[:, None] if scale.ndim == 1 and len(scale) > 1 else scale
+        scale = state.get(f"{name}_scale", state.get(f"{name}_scale_inv", torch.tensor(1.0))).float()
+        if scale.ndim == 1 and len(scale) > 1:
+            scale = scale[:, None]  # a row's
+        elif scale.ndim == 2 and len(scale) < len(tensor):
+            scale = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
         for theirs, ours in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
             name = name.replace(theirs, ours) if "experts" in name else name
         plain[name] = tensor.float() * scale

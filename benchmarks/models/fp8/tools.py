@@ -211,6 +211,7 @@ def _quantise(
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = ["LlamaForCausalLM"]
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"quantization_config": scheme}
+    config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}

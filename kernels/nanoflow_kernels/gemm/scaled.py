@@ -54,10 +54,13 @@ def scaled_linear(
 
 
 def _is_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
-    """Whether cuBLAS takes these operands with block scales: whole blocks, and scales at multiples of 16 bytes."""
+    """Whether cuBLAS takes these operands with block scales: on Hopper, and of both operands' scales each column (row)
+    must begin at a multiple of 16 bytes.
+    """
     return (
         x.device.type == "cuda"
-        and len(x) % 16 == 0
+        and torch.cuda.get_device_capability(x.device)[0] == 9
+        and len(x) % 4 == 0
         and x.shape[1] % (4 * SCALED_BLOCK) == len(weight) % SCALED_BLOCK == 0
         and out.dtype == torch.bfloat16
         and (bias is None or bias.dtype == out.dtype)

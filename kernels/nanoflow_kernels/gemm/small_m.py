@@ -20,8 +20,7 @@ from nanoflow_kernels.grid import programs
 from nanoflow_kernels.pdl import launch_dependents, prefetch_l2, uses_pdl, wait_for_earlier
 from nanoflow_kernels.swiglu import swiglu
 
-SMALL_M, SMALL_M_FP8 = 16, 64  # tokens, at most
-FEWEST_TOKENS = 16  # of a tile
+SMALL_M = 16  # tokens, at most
 WEIGHT_ROWS = 64  # of a tile
 
 
@@ -36,7 +35,6 @@ class WeightTiling(NamedTuple):
 
 # The fastest of 20 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
 SHORT_WEIGHT, TALL_WEIGHT = WeightTiling(512, 4, 1, 2048), WeightTiling(256, 4, 3, 512)
-MORE_TOKENS = WeightTiling(256, 6, 1, 0)  # than SMALL_M: their tiles take more of the SM's memory
 TALL_ROWS = 16384  # a weight of more rows is tall
 
 
@@ -84,14 +82,8 @@ def _gemm_small_m(
 
 
 def is_small_m(x: Tensor, weight: Tensor) -> bool:
-    """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 1 or 2 bytes.
-
-    Of FP8 it is for more tokens, where the weight is not tall: cuBLAS and the persistent kernel leave SMs idle there.
-    """
-    if x.element_size() > 2 or weight.stride(0) * weight.element_size() % 16:
-        return False
-    more = x.element_size() == 1 and len(weight) <= TALL_ROWS
-    return len(x) <= (SMALL_M_FP8 if more else SMALL_M)
+    """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 1 or 2 bytes."""
+    return len(x) <= SMALL_M and x.element_size() <= 2 and weight.stride(0) * weight.element_size() % 16 == 0
 
 
 def gemm_small_m(
@@ -109,15 +101,13 @@ def gemm_small_m(
     x [T, in], weight [N, in], both of one dtype of 2 bytes or, with `scales` (ROW_SCALES), of e4m3 -> out [T, N], or
     [T, N / 2] with `swiglu`. `tiling`: to measure others than those above.
     """
-    if tiling is None:
-        of_few = TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT
-        tiling = of_few if len(x) <= SMALL_M else MORE_TOKENS
-    depth, token_columns = tiling.depth_bytes // x.element_size(), max(FEWEST_TOKENS, triton.next_power_of_2(len(x)))
+    tiling = tiling or (TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT)
+    depth = tiling.depth_bytes // x.element_size()
     pdl = uses_pdl(len(x), x.device)
     x_scale, weight_scale = scales or (None, None)
     _gemm_small_m[(programs(triton.cdiv(len(weight), WEIGHT_ROWS), num_sms, x.device, per_sm=tiling.per_sm),)](
         x, TensorDescriptor.from_tensor(weight, [WEIGHT_ROWS, depth]), weight, x_scale, weight_scale, out,
         len(x), len(weight), x.shape[1], x.stride(0), weight.stride(0), 0 if x_scale is None else x_scale.stride(0),
-        out.stride(0), swiglu, token_columns, WEIGHT_ROWS, depth, tiling.stages,
+        out.stride(0), swiglu, SMALL_M, WEIGHT_ROWS, depth, tiling.stages,
         min(tiling.prefetched_bytes, x.shape[1] * x.element_size() // 32 * 32), pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

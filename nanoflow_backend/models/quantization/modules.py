@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from nanoflow_backend.config.error import ConfigError
-
-EVERYTHING = "re:"  # what every name begins with
+from nanoflow_backend.config.quantization import EVERYTHING
+from nanoflow_backend.models.quantization.tensor_names import loaders_names
 
 
 def names_and_patterns(listed: Iterable[str], origin: str) -> tuple[str, ...]:
     """Of compressed-tensors: full names, and "re:" with a pattern for a name's start. Raises: ConfigError."""
-    return tuple(_checked(name, origin) for name in listed)
+    return tuple(_checked(name, origin) if name.startswith("re:") else _loaders_name(name) for name in listed)
 
 
 def prefixes_and_suffixes(listed: Iterable[str], origin: str) -> tuple[str, ...]:
@@ -35,9 +35,13 @@ def others_than(targets: Sequence[str], origin: str) -> tuple[str, ...]:
     return (_checked(f"re:(?!{'|'.join(patterns)})", origin) if targets else EVERYTHING,)
 
 
-def _checked(name: str, origin: str) -> str:
+def _loaders_name(module: str) -> str:
+    return loaders_names(f"{module}.weight")[0].removesuffix(".weight")
+
+
+def _checked(pattern: str, origin: str) -> str:
     try:
-        re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        re.compile(pattern.removeprefix("re:"))
     except re.error as error:
-        raise ConfigError(f"{origin}: expected names or patterns of modules, got {name!r}: {error}") from None
-    return name
+        raise ConfigError(f"{origin}: expected names or patterns of modules, got {pattern!r}: {error}") from None
+    return pattern

@@ -33,9 +33,8 @@ def read_quantization(
         ConfigError: a format that is not read here, with those that are; or the two files differ.
     """
     given = agreed(config, KEYS, origin)
-    quantization = (
-        None if given in (None, {}) else _read(given, f"{origin}: {KEYS[0] if KEYS[0] in config else KEYS[1]}")
-    )
+    key = next((key for key in KEYS if config.get(key) is not None), KEYS[0])
+    quantization = None if given in (None, {}) else _read(given, f"{origin}: {key}")
     if own_file is None:
         return quantization
     path = Path(origin).with_name(modelopt.OWN_FILE)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanoflow_backend.bench.breakdown import Kernel, linear_operations, summarise
+from nanoflow_backend.bench.breakdown import Kernel, product_operations, summarise
 from nanoflow_backend.engine import Engine
 
 STEPS = 3
@@ -18,10 +18,10 @@ def kernels(per_product: int = 1) -> list[Kernel]:
             ("_merge", 2.0, 0.0),
             ("nvjet_sm90_a", 8.0, 0.0),
             ("Memset (Device)", 4.0, -4.0),  # beside the product: busy once
-            ("nvjet_sm90_b", 6.0, 10.0),
+            ("_gemm_persistent", 6.0, 10.0),
         ):
             at += gap_us
-            for _ in range(per_product if name.startswith("nvjet") else 1):
+            for _ in range(per_product if "nvjet" in name or "gemm" in name else 1):
                 found.append(Kernel(at, at + duration_us, name))
                 at += duration_us
     return sorted(found)
@@ -52,7 +52,7 @@ def test_products_of_several_kernels_are_not_told_apart():
 def test_the_launches_of_a_step_are_named(schedule):
     engine = Engine.from_pretrained("demo/tiny-llama", schedule=schedule, kv_cache_tokens=1024)
     parts = 1 if schedule == "sequential" else 2
-    names = linear_operations(engine)
+    names = product_operations(engine)
     assert names[-1] == "lm_head"
     layers = engine.model_config.num_layers
-    assert sorted(names[:-1]) == sorted(["qkv", "o", "down"] * layers * parts)
+    assert sorted(names[:-1]) == sorted(["qkv", "o", "gate_up", "down"] * layers * parts)

@@ -133,6 +133,20 @@ def test_bench_offline_runs_workloads_in_turn_as_if_each_were_the_first(model, t
     assert "5 requests of 48/3" in done.stdout
 
 
+def test_bench_offline_in_fp8_counts_products_at_their_own_rate(model, tmp_path):
+    fp8 = ("--set", "quantization=fp8", "--set", "kv_cache_dtype=fp8_e4m3")
+    done = run_here("bench", "offline", "--model", model, "--workload", "40/3:5", *fp8, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "r").read_text())
+    assert (measured["quantization"]["method"], measured["kv_cache_dtype"]) == ("fp8", "fp8_e4m3")
+    assert "kv float8_e4m3fn, products in FP8, TP 1" in measured["engine_is"]
+    work = measured["work"]
+    assert 0 < work["fp8_parameters"] < work["parameters"]
+    rest_s = 2 * (work["parameters"] - work["fp8_parameters"]) / measured["gemm"]["per_s"]
+    fp8_s = 2 * work["fp8_parameters"] / measured["gemm_fp8"]["per_s"]
+    assert measured["eq5_tokens_per_s_per_device"] == pytest.approx(1 / (rest_s + fp8_s), rel=1e-4)
+
+
 def test_bench_online_measures_each_level(model, tmp_path):
     levels = ("--concurrency", "1", "--concurrency", "3")
     sizes = ("--input-tokens", "12", "--output-tokens", "5", "--requests", "2")
@@ -149,6 +163,48 @@ def test_bench_online_measures_each_level(model, tmp_path):
         alone["memory"]["per_s"] / alone["weight_bytes"], rel=1e-3
     )
     assert 0 < alone["share_of_bound"] < 1
+
+
+def test_bench_online_measures_each_rate(model, tmp_path):
+    rates = ("--rate", "30", "--rate", "60", "--duration", "0.5", "--warm-up", "0.2")
+    sizes, limits = ("--input-tokens", "12", "--output-tokens", "5"), ("--ttft-limit", "1e6", "--itl-limit", "1e-6")
+    done = run_here("bench", "online", "--model", model, *sizes, *rates, *limits, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "r").read_text())
+    assert (measured["workload"], measured["arrivals"]) == ("12/5", "Poisson, seed 0")
+    assert measured["slo"] == {"first_token_ms": 1e6, "between_tokens_ms": 1e-6}
+    assert {"command", "date", "versions", "model", "engine", "schedule", "settings"} <= measured.keys()
+    for rate, asked in zip(measured["rates"], (30, 60), strict=True):
+        assert rate["rate"] == asked
+        assert 0.3 * asked < 2 * rate["requests"] < 2.0 * asked, "in half a second"
+        assert rate["failed"] == {}
+        assert rate["goodput_share"] == 0.0, "nothing is that quick"
+        for times in ("first_token_ms", "between_tokens_ms", "normalized_latency_ms"):
+            assert 0 < rate[times]["p50"] <= rate[times]["p90"] <= rate[times]["p99"]
+        assert 0 <= rate["lateness_ms"]["p50"] <= rate["lateness_ms"]["max"]
+    assert "requests/s ┃ 30 ┃ 60 ┃" in " ".join(done.stdout.split())
+    picture = run_here("bench", "plot", tmp_path / "r", "--output", tmp_path / "r.svg")
+    assert picture.returncode == 0, picture.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--duration", "3"), "--duration: expected --rate beside it"),
+        (("--url", "localhost:1"), "--url: expected --rate beside it"),
+        (("--arrivals", "poisson"), "--arrivals: expected --rate beside it"),
+        (("--rate", "1", "--concurrency", "4"), "--concurrency: expected none beside --rate"),
+        (("--rate", "1", "--requests", "4"), "--requests: expected none beside --rate"),
+        (("--rate", "-1"), "--rate: expected a number above 0, got -1"),
+        (("--rate", "1", "--ttft-limit", "0"), "--ttft-limit: expected milliseconds above 0, got 0"),
+        (("--rate", "1", "--served-model", "a"), "--served-model: expected --url beside it"),
+        (("--rate", "1", "--url", "localhost:1", "--set", "seed=1"), "--set: expected none beside --url"),
+        (("--rate", "1", "--url", "localhost:1"), "--url localhost:1: "),
+        (("--arrivals", "trace"), "--arrivals trace: expected --trace, the file that has them"),
+    ],
+)
+def test_bench_online_names_what_does_not_go_together(model, arguments, message):
+    assert_one_line(run_here("bench", "online", "--model", model, *arguments), message)
 
 
 @pytest.mark.parametrize(

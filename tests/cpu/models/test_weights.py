@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models.loading import load_rank
+from support.models.rank_parts import expected, pieces
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.config.precision import Dtype
@@ -23,65 +23,6 @@ from nanoflow_backend.models.checkpoint import WeightsError
 from nanoflow_backend.models.placement import put, shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-State = dict[str, Tensor]
-
-
-def pieces(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
-    """`count` equal pieces along `dim`, the last ones filled up with zeros."""
-    size = -(-tensor.shape[dim] // count)
-    padding = torch.zeros_like(tensor).narrow(dim, 0, size * count - tensor.shape[dim])
-    return list(torch.cat((tensor, padding), dim).split(size, dim))
-
-
-def take_turns(gate: Tensor, up: Tensor) -> Tensor:
-    """A row of each [..., rows, columns]."""
-    return torch.stack((gate, up), -2).flatten(-3, -2)
-
-
-def expected(model: PreTrainedModel, rank: int, tp: int) -> State:
-    """The layer-0 weights, embeddings and head of one rank, from the model's own modules (8 heads, head_dim 16)."""
-    layer = model.model.layers[0]
-    attention, kv_heads = layer.self_attn, model.config.num_key_value_heads
-    copies = max(tp // kv_heads, 1)
-
-    def heads(parameter: Tensor, units: int) -> Tensor:
-        return pieces(parameter.data, min(tp, units), 0)[rank // copies if units < tp else rank]
-
-    state = {
-        "embed.weight": model.get_input_embeddings().weight.data,
-        "norm.weight": model.model.norm.weight.data,
-        "lm_head.weight": pieces(model.get_output_embeddings().weight.data, tp, 0)[rank],
-        "layers.0.input_layernorm.weight": layer.input_layernorm.weight.data,
-        "layers.0.post_attention_layernorm.weight": layer.post_attention_layernorm.weight.data,
-        "layers.0.o.weight": pieces(attention.o_proj.weight.data, tp, 1)[rank],
-    }
-    units = (8, kv_heads, kv_heads)
-    if model.config.model_type == "phi3":
-        qkv = attention.qkv_proj.weight.split([16 * n for n in units])
-    else:
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        qkv = [p.weight for p in projections]
-        if attention.q_proj.bias is not None:
-            state["layers.0.qkv.bias"] = torch.cat([heads(p.bias, n) for p, n in zip(projections, units, strict=True)])
-    state["layers.0.qkv.weight"] = torch.cat([heads(p, n) for p, n in zip(qkv, units, strict=True)])
-    if model.config.model_type.startswith("qwen3"):
-        state["layers.0.q_norm.weight"] = attention.q_norm.weight.data
-        state["layers.0.k_norm.weight"] = attention.k_norm.weight.data
-    if hasattr(layer.mlp, "experts"):
-        experts = layer.mlp.experts
-        gate, up = experts.gate_up_proj.data.chunk(2, 1)
-        state["layers.0.router.weight"] = layer.mlp.gate.weight.data
-        state["layers.0.gate_up.weight"] = take_turns(pieces(gate, tp, 1)[rank], pieces(up, tp, 1)[rank])
-        state["layers.0.down.weight"] = pieces(experts.down_proj.data, tp, 2)[rank]
-    else:
-        mlp = layer.mlp
-        if model.config.model_type == "phi3":
-            gate_up = mlp.gate_up_proj.weight.data.chunk(2)
-        else:
-            gate_up = [mlp.gate_proj.weight.data, mlp.up_proj.weight.data]
-        state["layers.0.gate_up.weight"] = take_turns(*(pieces(p, tp, 0)[rank] for p in gate_up))
-        state["layers.0.down.weight"] = pieces(mlp.down_proj.weight.data, tp, 1)[rank]
-    return state
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3_moe", "mixtral", "phi3"])

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
-from nanoflow_backend.process.messages import Stats
+from nanoflow_backend.process.messages import Heartbeat, Stats
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
@@ -30,12 +31,22 @@ class Client:
         self.finished: dict[int, FinishReason] = {}
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
-        told = Callbacks(self.on_news, self.on_stats, self.on_refusal, self.on_death, on_restart=lambda ready: None)
+        self.heartbeats: list[Heartbeat] = []
+        self.begun: list[tuple[int, list[int]]] = []  # requests, and what had come of them then
+        told = Callbacks(
+            self.on_news,
+            self.on_stats,
+            self.on_heartbeat,
+            self.on_refusal,
+            self.on_death,
+            on_restart=lambda ready: None,
+        )
         self.process = EngineProcess(config, told)
         self.stats: Stats | None = None
 
     def on_news(self, news):
         with self.changed:
+            self.begun += [(request_id, self.tokens.get(request_id, [])) for request_id in news.begun]
             for delta in news.deltas:
                 self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
                 if delta.finish_reason:
@@ -46,6 +57,11 @@ class Client:
     def on_stats(self, stats):
         with self.changed:
             self.stats = stats
+            self.changed.notify_all()
+
+    def on_heartbeat(self, heartbeat):
+        with self.changed:
+            self.heartbeats.append(heartbeat)
             self.changed.notify_all()
 
     def on_refusal(self, refusal):
@@ -105,6 +121,34 @@ def test_cancelled_requests_end_once_and_stopping_cancels_the_rest(model, prompt
     assert client.finished.pop(3) is FinishReason.STOP
     assert set(client.finished.values()) <= {FinishReason.CANCELLED, FinishReason.LENGTH}
     assert len(client.finished) == 3
+
+
+def test_it_says_how_far_it_is_and_who_begins(model, prompts):
+    """What a stub goes by where the engine is in a long step, or stuck."""
+    client = Client(config(model, max_running=1))
+    client.process.start()
+    client.wait_for(lambda: client.heartbeats)
+    assert (client.heartbeats[0].steps, client.heartbeats[0].idle) == (0, True)
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    soon_s = time.monotonic() + 60
+    client.process.submit(
+        Request(0, prompts[0], long, queue_deadline=soon_s), Request(1, prompts[1], long, queue_deadline=soon_s)
+    )
+    client.process.submit(Request(2, prompts[2], long))
+    client.wait_for(lambda: 0 in client.tokens)
+    assert client.begun[0] == (0, []), "it was said before its first token"
+    os.kill(client.process.pid, signal.SIGSTOP)
+    before = len(client.heartbeats)
+    time.sleep(1)
+    assert len(client.heartbeats) <= before + 1
+    os.kill(client.process.pid, signal.SIGCONT)
+    until(lambda: any(beat.steps > 1 and not beat.idle for beat in client.heartbeats[before:]))
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    until(lambda: client.heartbeats[-1].idle)
+    assert {request_id for request_id, _ in client.begun} <= {0, 1}
+    client.process.stop()
 
 
 def test_a_full_queue_is_known_before_the_engine_says_so(model, prompts):
@@ -183,6 +227,19 @@ def test_news_that_cannot_be_taken_is_a_death_and_no_silence(model, prompts, mon
     client.process.submit(Request(0, prompts[0], GREEDY))
     client.wait_for(lambda: client.deaths)
     assert "ZeroDivisionError" in client.deaths[0]
+    client.process.stop()
+
+
+def test_a_rank_that_is_stopped_ends_with_its_engine(model, prompts):
+    """The collective waits for it, and it cannot notice that its engine is gone."""
+    client = Client(config(model, tensor_parallel=2, engine_stall_s=2))
+    client.process.start()
+    (rank_pid,) = children(client.process.pid)
+    os.kill(rank_pid, signal.SIGSTOP)
+    client.process.submit(Request(0, prompts[0], GREEDY))
+    client.wait_for(lambda: client.deaths)
+    assert client.deaths == [f"process {client.process.pid} was killed: it made no step for 2 s (engine_stall_s)"]
+    until(lambda: not alive(rank_pid) and not alive(client.process.pid))
     client.process.stop()
 
 

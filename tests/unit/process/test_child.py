@@ -1,9 +1,17 @@
-"""Lifelines: who ends when someone else is killed."""
+"""Lifelines: who ends when someone else is killed; and a child that cannot end."""
 
+import logging
 import os
 import select
+import signal
 import subprocess
 import sys
+import threading
+
+import msgspec
+import pytest
+
+from nanoflow_backend.process.child import Child, ChildDied
 
 CHILD = """
 import time
@@ -39,3 +47,29 @@ def test_a_killed_host_takes_a_frozen_stub_and_its_child_along(tmp_path):
     assert stub.wait(30) == -9
     os.close(child)
     stub.stdout.close()
+
+
+def test_a_child_that_hangs_in_the_kernel_is_given_up(tmp_path, monkeypatch, caplog):
+    """No signal ends such a process. This one is stopped, and only never killed."""
+    (tmp_path / "waiting_child.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    child = Child("waiting_child")
+    ended, really_kill = [], child._process.kill
+    monkeypatch.setattr(child._process, "kill", lambda: None)
+    os.kill(child.pid, signal.SIGSTOP)
+
+    def read():
+        with pytest.raises(ChildDied) as death:
+            child.receive(msgspec.msgpack.Decoder())
+        ended.append(str(death.value))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    child.kill("it made no step")
+    reader.join(30)
+    assert ended == [f"process {child.pid} was killed: it made no step"]
+    with caplog.at_level(logging.ERROR):
+        child.stop(timeout_s=0.01)
+    assert f"process {child.pid} does not end, though it was killed" in caplog.text
+    really_kill()
+    child.close()

@@ -55,7 +55,8 @@ class World:
             lambda *arguments: Process(self.made, starts, arguments[1].on_death),
         )
         self.supervisor = Supervisor(
-            EngineConfig(model="m", **config), Callbacks(None, None, None, self.deaths.append, self.restarts.append)
+            EngineConfig(model="m", **config),
+            Callbacks(None, None, None, None, self.deaths.append, self.restarts.append),
         )
 
     def settle(self):

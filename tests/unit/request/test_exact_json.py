@@ -42,6 +42,13 @@ def test_what_would_not_be_kept_is_refused(text: str) -> None:
         exact_json.loads(text)
 
 
+def test_a_key_that_is_there_twice_is_found_in_one_walk() -> None:
+    """Comparing all keys with each other would take this object half an hour."""
+    keys = [f'"{number}": 0' for number in range(300_000)]
+    with pytest.raises(InexactJson, match="an object has the key '299999' twice"):
+        exact_json.loads("{" + ", ".join([*keys, keys[-1]]) + "}")
+
+
 @pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}, "\ud800", object()])
 def test_what_json_cannot_say_is_refused(value: Any) -> None:
     with pytest.raises(InexactJson):

@@ -57,6 +57,19 @@ def test_who_has_not_begun_in_time_is_refused() -> None:
     assert finish(s) == {0: [7] * 8, 2: [7] * 10}
 
 
+def test_it_says_who_begins_of_those_that_could_be_too_late() -> None:
+    s = make(max_running=2, clock=lambda: 0.0)
+    for id, queue_deadline in enumerate((9.0, None, 9.0, 9.0)):
+        s.add(Request(id, [1, 2], SamplingParams(max_tokens=2, n=1 + (id == 3)), queue_deadline=queue_deadline))
+    begun = []
+    while s.has_work:
+        step(s)
+        begun.append(s.begun)
+    # All of a step's; the second sequence of 3 begins with its first.
+    assert [ids for ids in begun if ids] == [[0], [2, 3], [3]]
+    assert begun[0] == [0]
+
+
 def test_a_full_queue_says_how_long_it_is() -> None:
     s = make(max_queue_size=2, max_running=1)
     for id in range(3):

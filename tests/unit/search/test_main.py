@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.places import ROOT
 
 
@@ -73,6 +74,37 @@ def test_a_search_from_end_to_end_and_what_it_explains(tmp_path: Path) -> None:
         assert words in told.stdout
 
 
+def test_a_profile_in_fp8_is_of_another_layer_and_says_its_precision(tmp_path: Path) -> None:
+    """With the options that the engine passes on; on the synthetic device."""
+    headers = []
+    for number, words in enumerate(((), ("--quantization", "fp8", "--kv-cache-dtype", "fp8_e4m3"))):
+        out = tmp_path / f"{number}.json"
+        model = ("--model", "benchmarks/models/llama-3-8b", "--workload", "1024/512", "--out", str(out))
+        size = ("--dense-batch-tokens", "256", "--until", "profile", "--device", "synthetic")
+        done = run(*model, *size, "--dtype", "bfloat16", *words)
+        assert done.returncode == 0, done.stderr
+        headers.append(json.loads(out.with_suffix(".profile.json").read_text())["header"])
+    plain, fp8 = headers
+    assert "gate_up_quantise 256 on 132 SMs" in done.stderr
+    assert fp8["model_fingerprint"] != plain["model_fingerprint"]
+    assert (plain["precision"]["kv"], fp8["precision"]["kv"]) == ("bfloat16", "float8_e4m3fn")
+    assert fp8["precision"]["weights"] == plain["precision"]["weights"] == "bfloat16"
+
+
+def test_analyze_says_what_fp8_changes() -> None:
+    model = ("--model", "benchmarks/models/llama-3-8b", "--workload", "1024/512")
+    fp8 = ("--quantization", "fp8", "--kv-cache-dtype", "fp8_e4m3")
+    plain, done = run("analyze", *model), run("analyze", *model, *fp8)
+    assert done.returncode == 0, done.stderr
+    assert "8.03e9 parameters of 1.1 bytes, KV cache float8_e4m3fn, TP 1" in done.stdout
+    rates = []
+    for shown in (plain, done):
+        row = next(line for line in shown.stdout.splitlines() if "H200-sustained" in line)
+        rates.append(float(row.split("│")[8].replace(",", "")))
+    assert rates[1] / rates[0] == pytest.approx(8.03 / (1.051 + 6.979 * 667 / 1261), rel=0.002)
+    assert "no FP8 products" in next(line for line in done.stdout.splitlines() if "A100" in line)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     model, workload = ("--model", "benchmarks/models/llama-3-8b"), ("--workload", "1/1")
     out = ("--out", str(tmp_path / "schedule.json"))
@@ -83,6 +115,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         (*out, "analyze", *model, *workload): "Invalid value for --out: stands before analyze",
         (*model, *workload, *out, "--dense-batch-tokens", "100"): "expected a multiple of 128 from 256 on, got 100",
         (*model, "--workload", "1", *out): "workload: expected PROMPT/OUTPUT tokens such as 1024/512, got '1'",
+        (
+            *model,
+            *workload,
+            *out,
+            "--kv-cache-dtype",
+            "float16",
+        ): "kv_cache_dtype: expected bfloat16, as dtype is, or fp8",
         (*model, *workload, *out, "--until", "plans"): "there is no profile, and no GPU here",
         ("explain", str(tmp_path / "absent.json")): "absent.json: No such file or directory",
     }.items():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.serving.parsed_call import VOCAB_SIZE, parse, tensor
+from support.serving.parsed_call import LIMITS, parse, tensor
 
 from nanoflow_backend.process.messages import Submit
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
-from nanoflow_backend.serving.call import ALL_OUTPUTS, Call
+from nanoflow_backend.scheduler.batch import FinishReason
+from nanoflow_backend.serving.call import ALL_OUTPUTS, Call, first_timeout
 
 
 def test_a_bare_prompt(tokenizer):
@@ -141,9 +142,26 @@ def test_priority_and_timeouts_may_stand_beside_sampling_parameters(tokenizer):
 
 @pytest.mark.parametrize(("own", "servers", "counts"), [(0, 0, 0), (7, 0, 7), (0, 9, 9), (7, 9, 7), (9, 7, 7)])
 def test_the_shorter_queue_timeout_counts(tokenizer, own, servers, counts):
-    tensors = {"text_input": np.array([b"a"], np.object_)}
-    (call,) = Call.parse(tensors, {"queue_timeout": own}, ["text_output"], tokenizer, 400, servers)
+    limits = msgspec.structs.replace(LIMITS, max_queue_us=servers)
+    call = parse(tokenizer, text_input="a", parameters={"queue_timeout": own}, limits=limits)
     assert call.queue_timeout_us == counts
+
+
+@pytest.mark.parametrize(
+    ("fields", "servers", "first"),
+    [
+        ({}, 0, None),
+        ({}, 9, (9, FinishReason.QUEUE_TIMEOUT)),
+        ({"timeout": 7}, 0, (7, FinishReason.DEADLINE)),
+        ({"timeout": 7, "queue_timeout": 6}, 9, (6, FinishReason.QUEUE_TIMEOUT)),
+        ({"timeout": 7, "queue_timeout": 8}, 9, (7, FinishReason.DEADLINE)),
+        ({"timeout": 7}, 5, (5, FinishReason.QUEUE_TIMEOUT)),
+    ],
+)
+def test_the_first_timeout_of_a_request_that_never_begins(fields, servers, first):
+    assert first_timeout({}, fields, servers) == first
+    sampling = {"sampling_parameters": np.array([json.dumps(fields).encode()], np.object_)}
+    assert first_timeout(sampling, {}, servers) == first
 
 
 REFUSED = {
@@ -247,4 +265,4 @@ def test_any_json_is_refused_or_can_be_sent_to_the_engine(tokenizer, sampling, p
 def test_bytes_that_are_no_object_are_refused(tokenizer, text):
     tensors = {"text_input": tensor("text_input", "a"), "sampling_parameters": tensor("sampling_parameters", text)}
     with pytest.raises(InvalidRequest, match="sampling_parameters"):
-        Call.parse(tensors, {}, ALL_OUTPUTS, tokenizer, VOCAB_SIZE)
+        Call.parse(tensors, {}, ALL_OUTPUTS, tokenizer, LIMITS)

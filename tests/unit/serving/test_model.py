@@ -98,22 +98,25 @@ def test_an_unknown_parameter_of_config_pbtxt_is_named(module, args):
         module.TritonPythonModel().initialize(args)
 
 
+CHANNEL = "nanoflow_backend.serving.response_channel"  # imported with the stub's module that a fixture makes
+
+
 def test_numpy_2_is_refused_by_an_old_server(module, args, monkeypatch):
     monkeypatch.setattr(np, "__version__", "2.4.6")
-    module.has_response_parameters.cache_clear()
+    sys.modules[CHANNEL].has_response_parameters.cache_clear()
     with pytest.raises(RuntimeError, match=r"numpy 2\.4\.6 does not work with this server.*install 'numpy<2'"):
         module.TritonPythonModel().initialize(args)
-    module.has_response_parameters.cache_clear()
+    sys.modules[CHANNEL].has_response_parameters.cache_clear()
     monkeypatch.setattr(module.pb_utils, "InferenceResponse", lambda output_tensors, error=None, parameters=None: None)
     model = module.TritonPythonModel()
     model.initialize(args)
     model.finalize()
-    module.has_response_parameters.cache_clear()
+    sys.modules[CHANNEL].has_response_parameters.cache_clear()
 
 
 @pytest.mark.parametrize("new_server", [True, False])
 def test_parameters_of_responses_where_the_server_has_them(module, served, monkeypatch, new_server):
-    module.has_response_parameters.cache_clear()
+    sys.modules[CHANNEL].has_response_parameters.cache_clear()
     plain = module.pb_utils.InferenceResponse
     if new_server:
 
@@ -130,7 +133,7 @@ def test_parameters_of_responses_where_the_server_has_them(module, served, monke
     model.execute(requests)
     engine.say(*(last(submitted.id) for submitted in engine.requests))
     one, streamed, gathered = [request.result() for request in requests]
-    module.has_response_parameters.cache_clear()
+    sys.modules[CHANNEL].has_response_parameters.cache_clear()
     if new_server:
         for response in (one, streamed):
             assert (response.parameters["finish_reason"], response.parameters["total_output_tokens"]) == ("length", 1)

@@ -1,5 +1,6 @@
 """TritonPythonModel without a server: several prompts of one request are answered together, or fail together."""
 
+import msgspec
 import numpy as np
 import pytest
 from support.serving.fake_engine import FLAG, last, text
@@ -81,7 +82,7 @@ def test_prompts_of_one_request_reach_the_engine_together(served):
 )
 def test_more_than_may_ever_wait_is_invalid_before_it_becomes_tokens(served, monkeypatch, tensors):
     model, engine = served
-    monkeypatch.setattr(model, "_max_queue_size", 5)
+    monkeypatch.setattr(model, "_limits", msgspec.structs.replace(model._limits, max_queue_size=5))
     monkeypatch.setattr(model._tokenizer, "encode", lambda *_, **__: pytest.fail("nothing is tokenised"))
     request = ServerRequest(parameters='{"n": 2, "temperature": 1}', **tensors)
     model.execute([request])

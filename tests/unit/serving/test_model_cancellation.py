@@ -54,6 +54,32 @@ def test_other_requests_come_in_while_a_chat_is_rendered(served, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "long",
+    [
+        {"prompts": np.array([b"dog " * 200] * 30, np.object_)},
+        {"text_input": text("dog"), "sampling_parameters": text(" " * 20_000 + "{}")},
+        {"text_input": text("dog"), "parameters": " " * 20_000 + "{}"},
+    ],
+    ids=["prompts", "sampling parameters", "parameters"],
+)
+def test_other_requests_come_in_while_a_long_one_is_read(served, monkeypatch, module, long):
+    model, engine = served
+    parse, released = module.Call.parse, threading.Event()
+
+    def slow(*arguments):
+        assert threading.current_thread() is threading.main_thread() or released.wait(30)
+        return parse(*arguments)
+
+    monkeypatch.setattr(module.Call, "parse", slow)
+    request = ServerRequest(**long)
+    model.execute([request, ServerRequest(text_input=text("quick"))])
+    assert [engine.requests[0].prompt] == [model._tokenizer.encode("quick")]
+    released.set()
+    assert "prompts" not in long or "in prompt 0" in request.result().error.message
+    until(lambda: len(engine.requests) == 2 or "prompts" in long)
+
+
+@pytest.mark.parametrize(
     ("request_", "message"),
     [
         (ServerRequest(cancel=np.array([True])), "cancel: expected the id of the requests to end"),

@@ -3,6 +3,7 @@
 import re
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from support.serving.fake_engine import last, text
@@ -92,9 +93,10 @@ def test_an_error_of_ours_is_logged_without_its_words(module, served, monkeypatc
             ServerRequest(f'{{"x": "{"y" * 2**20}"}}', text_input=text("x")),
             "parameters: expected at most 1048576 bytes",
         ),
-        (ServerRequest(sampling_parameters=text(" " * 2**22 + "{}")), "sampling_parameters: expected at most 4194304"),
+        (ServerRequest(sampling_parameters=text(" " * 2**20 + "{}")), "sampling_parameters: expected at most 1048576"),
+        (ServerRequest(tools=text(" " * 2**22 + "[]"), messages=text("[]")), "tools: expected at most 4194304 bytes"),
         (
-            ServerRequest(sampling_parameters=text(" " * 2**21), stop=text(" " * 2**21), text_input=text("x")),
+            ServerRequest(tools=text(" " * 2**21), stop=text(" " * 2**21), text_input=text("x")),
             "texts: expected at most 4194304 bytes in a request, got 4194305",
         ),
     ],
@@ -127,6 +129,15 @@ def test_death_fails_what_runs_and_not_what_comes_after_a_restart(served):
     assert requests[8].result().error is None
     view = model._metrics.view()
     assert (view.up, view.restarts) == (True, 1)
+
+
+def test_a_restarted_engine_may_have_another_cache(served):
+    model, engine = served
+    engine.on_restart(msgspec.structs.replace(engine.start(), num_pages=1))
+    requests = [ServerRequest(input_ids=np.array(ids, np.int32)) for ids in ([5] * 4, [5] * 5)]
+    model.execute(requests)
+    assert "expected at most 4 tokens" in requests[1].result().error.message
+    assert [request.prompt for request in engine.requests] == [[5] * 4]
 
 
 @pytest.mark.parametrize("why", [QueueFull(7), EngineError("the engine is gone: restart 1 of 5 is under way")])

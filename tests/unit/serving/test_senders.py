@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from support.serving.conversation import TEXT, Client, Conversation, deltas
 
+from nanoflow_backend.request.request import Request
+from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.serving.failure import Failure
 from nanoflow_backend.serving.senders import Senders
@@ -19,7 +21,7 @@ class Crowd:
         self.talks = dict(enumerate(conversations))
         self.senders = Senders(threads)
         for request_id, talk in self.talks.items():
-            self.senders.add(request_id, talk.reply)
+            self.senders.add(Request(request_id, [5], SamplingParams()), talk.reply)
 
     def stop(self):
         self.senders.stop(timeout_s=30)
@@ -74,7 +76,7 @@ def test_failures_reach_their_request_and_closing_reaches_all(tokenizer):
         time.sleep(0.001)
     crowd.senders.close(gone)
     with pytest.raises(Failure, match="gone"):
-        crowd.senders.add(7, crowd.talks[0].reply)
+        crowd.senders.add(Request(7, [5], SamplingParams()), crowd.talks[0].reply)
     crowd.stop()
     outcomes = {n: talk.client.failure and talk.client.failure.message for n, talk in crowd.talks.items()}
     assert outcomes == dict.fromkeys((0, 1, 3, 5), gone.message) | {2: "prompt: too long", 4: None}

@@ -16,12 +16,14 @@ from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.load import ProfileError
 from nanoflow_search.profile.points import partition_loads
 from support.places import LLAMA_3_8B
 from support.simulated.profiles import profiled
 from typer.testing import CliRunner
 
 from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.config.quantization import AT_LOAD
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.cuda import bucket
@@ -54,6 +56,26 @@ def test_a_step_takes_what_is_predicted_of_its_batch(profile: Profile) -> None:
     assert found_s == pytest.approx(1e-6 * (32 * layer.layer_us + head_us))
     assert times.under_s == [found_s]
     assert times(batch([], [(0, 416)])) != found_s
+
+
+def test_in_fp8_the_lm_head_stays_a_product_of_16_bits() -> None:
+    config = replace(read_model_config(LLAMA_3_8B), quantization=AT_LOAD)
+    model = build(config)
+    device = SyntheticDevice(model.layer, DEVICES["H200-sustained"], noise=0.0)
+    taken = profiled(device, model.layer, partition_loads(model.layer, 132, Mix(512, 512, 1024, 256), 1024))
+    times = StepTimes(model, taken, [sequential(model.layer, 1024)], 1024, bucket)
+    rows, step_us = 257, 1e6 * times(batch([500] * 256, [(0, 256)]))
+    layer = predict(sequential(model.layer, 512), TimingModel(taken, Mix(256, 256, 501, 128.5)), 32)
+    head_us = taken.surface("gate_up", layer.clock_mhz).duration_us(rows) * 128256 / 28672 * 1261 / 667
+    assert step_us == pytest.approx(32 * layer.layer_us + head_us)
+
+
+def test_a_profile_of_another_precision_predicts_nothing(profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    words = ("--workload", "256/8", "--requests", "6", "--set", "kv_cache_dtype=fp8_e4m3")
+    with pytest.raises(ProfileError, match=r"the profile was taken of layer .* in bfloat16 on .*kv float8_e4m3fn"):
+        run(tmp_path / "r.json", path, *words)
 
 
 def test_a_batch_runs_under_the_first_plan_that_holds_it(profile: Profile) -> None:

@@ -4,18 +4,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from msgspec.structs import replace
 from nanoflow_kernels import reference
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.inputs import SETS, OperationInputs
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests, requests_of
 from nanoflow_search.profile.load import Load, ProfileError
-from support.models.shapes import WITH_NORMS, config
+from support.models.shapes import CONFIGS, WITH_NORMS, config
 
-from nanoflow_backend.config.precision import FLOAT32
+from nanoflow_backend.config.precision import FLOAT32, Precision
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.model import build
 
 MIX = Mix(6.0, 10.0, 9.0, 4.0)
+# Whole blocks of 128, for scales of blocks.
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32}
+IN_BLOCKS = replace(AT_LOAD, weights="block", activations="group")
+SHAPES = {
+    **{name: config(name, sliding_window=5) for name in WITH_NORMS},
+    **{f"{name} in FP8": config(name, quantization=AT_LOAD, scaled_kv=True, sliding_window=5) for name in CONFIGS},
+    "static scales": config("llama", quantization=replace(AT_LOAD, activations="static"), sliding_window=5),
+    "scales of blocks": config("llama", quantization=IN_BLOCKS, sliding_window=5, **WIDE),
+}
 
 
 class Recorded:
@@ -23,7 +35,7 @@ class Recorded:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        names = {op.kernel for name in WITH_NORMS for op in build(config(name)).layer.operations}
+        names = {op.kernel for shape in SHAPES.values() for op in build(shape).layer.operations}
         self.kernels = SimpleNamespace(
             plan_attention=lambda *arguments, window, num_sms: f"plan of {window} on {num_sms}",
             **{name: self._recorded(name) for name in names if hasattr(reference, name)},
@@ -38,12 +50,12 @@ class Recorded:
 
 
 def operands(name: str, recorded: Recorded, mix: Mix = MIX) -> OperationInputs:
-    return OperationInputs(
-        config(name, sliding_window=5), mix, recorded.kernels, page_tokens=4, precision=FLOAT32, device="cpu"
-    )
+    shape = SHAPES[name]
+    precision = Precision(weights="float32", activations="float32", kv=FP8) if shape.scaled_kv else FLOAT32
+    return OperationInputs(shape, mix, recorded.kernels, page_tokens=4, precision=precision, device="cpu")
 
 
-@pytest.mark.parametrize("name", WITH_NORMS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_every_operation_runs_on_every_set(name: str) -> None:
     recorded = Recorded()
     made = operands(name, recorded)
@@ -60,7 +72,7 @@ def test_every_operation_runs_on_every_set(name: str) -> None:
             assert [kernel for kernel, _, _ in recorded.calls] == [op.kernel] * SETS
             for _, _, options in recorded.calls:
                 outputs = options["out"] if isinstance(options["out"], tuple) else (options["out"],)
-                assert all(out.isfinite().all() for out in outputs)
+                assert all(out.float().isfinite().all() for out in outputs)
                 assert options["num_sms"] == 3
                 assert options["plan"] == ("plan of 5 on 3" if op.kernel == "attention" else None)
 
@@ -106,6 +118,41 @@ def test_weights_have_the_values_of_dummies() -> None:
     weight, norm = recorded.calls[0][1][1], recorded.calls[1][1][2]
     assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (norm == 1).all()
+
+
+@pytest.mark.parametrize("name", ["llama in FP8", "static scales", "scales of blocks"])
+def test_values_in_fp8_stand_for_those_of_dummies(name: str) -> None:
+    """So a GPU draws the power of real rows and weights: e4m3 is filled up to its largest value."""
+    recorded = Recorded()
+    made = operands(name, recorded)
+    made.calls(Load("qkv", 40)).call(0)
+    (_, (x, x_scale, weight, weight_scale), _) = recorded.calls[0]
+    assert x.dtype == weight.dtype == torch.float8_e4m3fn
+    assert reference.dequantise(x, x_scale).std().item() == pytest.approx(1, rel=0.1)
+    assert weight.float().std().item() > 100
+    product = torch.empty(40, len(weight))
+    reference.scaled_linear(x, x_scale, weight, weight_scale, out=product)
+    assert product.std().item() == pytest.approx(0.02 * x.shape[1] ** 0.5, rel=0.1)
+
+
+def test_pages_in_fp8_have_normal_keys() -> None:
+    recorded = Recorded()
+    made = operands("llama in FP8", recorded)
+    made.calls(Load("attention/decode", 400)).call(0)
+    (_, (_, pages, *_, kv_scales), _) = recorded.calls[0]
+    assert pages.dtype == torch.float8_e4m3fn
+    assert pages.float().std().item() == pytest.approx(1, rel=0.1)
+    assert (kv_scales == 1).all()
+
+
+def test_rows_lie_as_in_the_engines_buffers() -> None:
+    recorded = Recorded()
+    made = operands("llama in FP8", recorded)
+    made.calls(Load("gate_up", 8)).call(0)
+    (_, (x, x_scale, *_), options) = recorded.calls[0]
+    assert x.stride() == (16, 1), "16 bytes"
+    assert x_scale.stride() == (1, 1), "a vector"
+    assert options["out"].stride() == (40, 1), "37 columns of 4 bytes, in sixteens"
 
 
 def test_amounts_are_keys_and_pairs() -> None:

@@ -11,21 +11,24 @@ from support.models.shapes import CONFIGS, config
 from support.simulated.gpu import IDLE_W
 from support.simulated.programs import LAUNCH_S, Programs
 
-from nanoflow_backend.config.precision import FLOAT32
+from nanoflow_backend.config.precision import FLOAT32, Precision
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
 MIX = Mix(10.0, 14.0, 9.0, 4.0)
+FP8_KV = Precision(weights="float32", activations="float32", kv=FP8)
 LAYERS = 6
 
 
-def timer(name: str, **options: Any) -> tuple[PlanTimer, Programs]:
+def timer(name: str, in_fp8: bool = False, **options: Any) -> tuple[PlanTimer, Programs]:
     programs = Programs(LAYERS)
-    shape = config(name, num_layers=LAYERS)
+    fp8 = {"quantization": AT_LOAD, "scaled_kv": True} if in_fp8 else {}
+    shape = config(name, num_layers=LAYERS, **fp8)
     made = PlanTimer(
         shape, MIX, programs.gpu, programs, programs.burst, page_tokens=4, seconds=0.2, device="cpu",
-        sleep=programs.gpu.sleep, precision=FLOAT32, **options
+        sleep=programs.gpu.sleep, precision=FP8_KV if in_fp8 else FLOAT32, **options
     )  # fmt: skip
     return made, programs
 
@@ -48,6 +51,21 @@ def test_plans_run_on_shared_weights_and_pages(name: str) -> None:
     for a, b in zip(*results, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_plans_in_fp8_run_on_quantised_weights_and_pages(name: str) -> None:
+    made, programs = timer(name, in_fp8=True, num_layers=2)
+    layer = build(config(name, quantization=AT_LOAD, scaled_kv=True)).layer
+    made(sequential(layer, 24))
+    (program,) = programs.made
+    assert program.binding.weights["layers.1.down.weight"].dtype == torch.float8_e4m3fn
+    keys = program.binding.kv.layer(1)
+    assert keys.dtype == torch.float8_e4m3fn
+    assert keys.float().std().item() == pytest.approx(1, rel=0.2)
+    for result in program.binding.results(program.plan):
+        assert result.isfinite().all()
+        assert result.std() > 0
 
 
 def test_rows_lie_in_the_plans_groups() -> None:

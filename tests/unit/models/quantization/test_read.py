@@ -1,4 +1,4 @@
-"""What config.json and ModelOpt's own file say about quantization, as published folders have it; and what is refused."""
+"""What config.json and ModelOpt's own file say about quantization, as published; and what is refused."""
 
 from __future__ import annotations
 
@@ -140,6 +140,14 @@ def test_modules_that_stay_as_they_are(given: dict[str, Any], excluded: list[str
     assert found is not None
     left = [module for module in MODULES if not found.covers(f"{module}.weight")]
     assert left == [module for module in MODULES if any(part in module for part in excluded)]
+
+
+def test_experts_that_stay_by_the_names_that_llm_compressor_has_for_them() -> None:
+    moe = "model.layers.0.block_sparse_moe.experts.1"
+    given = compressed(group(), ignore=[f"{moe}.gate_proj", f"{moe}.up_proj"])
+    found = read_quantization({"quantization_config": given}, None, "config.json")
+    assert found is not None
+    assert [found.covers(f"{moe}.{w}.weight") for w in ("w1", "w2", "w3")] == [False, True, False]
 
 
 def test_bounds_of_activations() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from nanoflow_search.cost.devices import DEVICES
 from nanoflow_search.cost.model import CostModel, ModelSize
@@ -11,6 +12,8 @@ from nanoflow_search.cost.workload import MeanWorkload, Mix
 from support.places import LLAMA_3_8B, MODELS
 
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.graph.operation import Resource
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -23,6 +26,8 @@ SIZE_8B = replace(ModelSize.of(CONFIG_8B), parameters=8e9, active_parameters=8e9
 # Mixtral 8x7B: its figure follows if the memory too holds only the experts that a token meets.
 SIZE_MIXTRAL = ModelSize(12.6e9, 12.6e9, hidden=4096, layers=32, kv_bytes_per_token=2 * 8 * 128 * 32 * 2)
 A100 = DEVICES["A100"]
+FP8_KV = Precision(weights="bfloat16", activations="bfloat16", kv=FP8)
+FP8_8B = msgspec.structs.replace(CONFIG_8B, quantization=AT_LOAD, scaled_kv=True)
 
 
 def test_sizes_are_those_of_the_checkpoints() -> None:
@@ -176,3 +181,55 @@ def test_a_bad_workload_is_refused(text: str) -> None:
 def test_weights_must_fit() -> None:
     with pytest.raises(ValueError, match=r"70\.0e9 parameters do not fit in 1 x A100"):
         CostModel(SIZE_70B, A100).dense_batch_tokens(MeanWorkload(512, 512))
+
+
+def test_sizes_in_fp8_are_those_of_each_tensors_dtype() -> None:
+    size, plain = ModelSize.of(FP8_8B, FP8_KV), ModelSize.of(CONFIG_8B)
+    layers = 32 * 4096 * (6144 + 4096 + 3 * 14336)
+    assert size.parameters == plain.parameters
+    assert size.weight_bytes * size.parameters == layers + 2 * (plain.parameters - layers)
+    assert size.fp8_share == layers / plain.parameters
+    assert size.kv_bytes_per_token == plain.kv_bytes_per_token / 2
+    mixtral = msgspec.structs.replace(FP8_8B, architecture="mixtral", num_experts=8, experts_per_token=2)
+    active = ModelSize.of(mixtral, FP8_KV)
+    covered = 32 * 4096 * (6144 + 4096 + 2 * 3 * 14336)
+    assert active.fp8_share == covered / active.active_parameters
+
+
+def test_in_fp8_each_kind_of_product_runs_at_its_rate() -> None:
+    h200, size = DEVICES["H200"], ModelSize.of(FP8_8B, FP8_KV)
+    cost = CostModel(size, h200)
+    fp8 = size.parameters * size.fp8_share
+    a_token_s = 2 * (size.parameters - fp8) / 989e12 + 2 * fp8 / 1978e12
+    assert cost.compute_s(2048) == pytest.approx(2048 * a_token_s)
+    assert cost.optimal_tokens_per_s() == pytest.approx(1 / a_token_s)
+    free = 141e9 - size.parameters * size.weight_bytes
+    assert cost.dense_batch_tokens(MeanWorkload(512, 1024)) == pytest.approx(free / 65536 / 1024 * 3 / 2)
+    with pytest.raises(ValueError, match="A100: has no products of FP8 operands"):
+        CostModel(size, A100).compute_s(1)
+
+
+def test_the_work_of_a_layer_in_fp8() -> None:
+    """By hand, with 100 decodes over 1,000 keys and 50 tokens of prompts."""
+    layer = build(FP8_8B).layer
+    works = layer_work(layer, Mix(100, 50, 1000, 0), precision=FP8_KV)
+    plain = layer_work(build(CONFIG_8B).layer, Mix(100, 50, 1000, 0))
+    for name in ("qkv", "o", "gate_up", "down"):
+        assert (works[name].flop, works[name].fp8_flop) == (0, plain[name].flop)
+    assert works["qkv"].memory_bytes == 6144 * 4096 + 150 * (4096 + 4 + 2 * 6144)
+    assert works["attention_norm"].memory_bytes == 150 * (3 * 2 * 4096 + 4096 + 4)
+    assert works["attention_quantise"].memory_bytes == 150 * (2 * 4096 + 4096 + 4)
+    assert works["attention"].memory_bytes == 2048 * (100 * 1000 + 150) + 150 * 2 * 2 * 4096
+    assert works["rope_append"].memory_bytes == 150 * (2 * 6144 + 2 * 4096 + 2048 + 4 + 4)
+    assert works["attention"].flop == plain["attention"].flop
+
+
+def test_roofs_of_an_h200_in_fp8() -> None:
+    """The same layer in e4m3: measured 0.708 ms, and 0.500 J with the static power of that time."""
+    layer, device = build(FP8_8B).layer, DEVICES["H200-sustained"]
+    works = layer_work(layer, Mix(704, 1344, 1280, 0), precision=FP8_KV)
+    gemms = [op.name for op in layer.operations if op.resource is Resource.COMPUTE]
+    found = roofs(replace(layer, operations=tuple(layer[name] for name in gemms)), {n: works[n] for n in gemms}, device)
+    assert found.compute_s * 1e3 == pytest.approx(0.708, rel=0.01)
+    energy_j = sum(dynamic_energy_j(Resource.COMPUTE, works[name], device) for name in gemms)
+    assert energy_j + 185 * 0.708e-3 == pytest.approx(0.500, rel=0.01)

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from nanoflow_search.cost.devices import DEVICES
 from nanoflow_search.hardware.synthetic import LAUNCH_US, SyntheticDevice
 from nanoflow_search.profile.load import Load, ProfileError
 from support.places import LLAMA_3_8B
 
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
@@ -78,3 +81,20 @@ def test_unknown_operations_and_unknown_energies_are_refused() -> None:
         quiet().time([Load("kqv", 1)])
     with pytest.raises(ProfileError, match="A100: no energies are known of it"):
         SyntheticDevice(LAYER, DEVICES["A100"])
+
+
+def test_fp8_has_its_own_rates_bytes_and_joules() -> None:
+    config = msgspec.structs.replace(read_model_config(LLAMA_3_8B), quantization=AT_LOAD, scaled_kv=True)
+    precision = Precision(weights="bfloat16", activations="bfloat16", kv=FP8)
+    assert H200.power is not None
+    free = replace(H200, power=replace(H200.power, cap_w=4000.0))
+    device = SyntheticDevice(build(config).layer, free, noise=0.0, precision=precision)
+    flop = 2 * 2048 * 4096 * 28672
+    product = device.time([Load("gate_up", 2048)])
+    took_s = 1e-6 * (product.durations_us[0] - LAUNCH_US)
+    assert took_s == pytest.approx(flop / 1261e12)
+    dynamic_w = product.power_w - device.static_w
+    assert dynamic_w == pytest.approx(flop * 0.413e-12 / (1e-6 * product.durations_us[0]))
+    reads = (SyntheticDevice(LAYER, free, noise=0.0), device)
+    whole, half = (each.time([Load("attention/decode", 9e5)]).durations_us[0] - LAUNCH_US for each in reads)
+    assert half == pytest.approx(whole / 2, rel=0.01)

@@ -4,12 +4,14 @@ import random
 from itertools import pairwise
 
 import pytest
+from msgspec.structs import replace
 from nanoflow_search.plan.op_graph import layer_problem, schedule_of
 from nanoflow_search.plan.problem import TaskDependency
 from nanoflow_search.plan.stage_one import stage_one
 from support.models.shapes import CONFIGS, config
 from support.places import LLAMA_3_8B, MODELS
 
+from nanoflow_backend.config.quantization import AT_LOAD
 from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -44,6 +46,17 @@ def test_tasks_of_a_layer() -> None:
     follow = {TaskDependency(a, b, pages=b == "attention") for a, b in pairwise(names)}
     assert set(problem.dependencies) == follow | {TaskDependency("mlp_reduce", "qkv", layers_back=1)}
     assert problem.cycles() == [tuple(names)]
+
+
+def test_tasks_of_a_layer_in_fp8_are_the_same() -> None:
+    config = replace(read_model_config(LLAMA_3_8B), quantization=AT_LOAD, scaled_kv=True)
+    problem = layer_problem(build(config).layer, 1, 4, 1, seeded_times(0))
+    assert [(task.name, task.lane, task.operations) for task in problem.tasks] == [
+        ("qkv", "compute", ("attention_norm", "qkv", "rope_append")),
+        ("attention", "memory", ("attention",)),
+        ("o", "compute", ("attention_quantise", "o", "attention_reduce")),
+        ("gate_up", "compute", ("mlp_norm", "gate_up", "gate_up_quantise", "down", "mlp_reduce")),
+    ]
 
 
 def test_a_collective_of_one_rank_is_no_task() -> None:

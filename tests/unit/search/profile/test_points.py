@@ -1,9 +1,12 @@
 """Which loads a profile is to hold."""
 
+from msgspec.structs import replace
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.profile.points import attention_sms, attention_sms_for, partition_loads
 from support.places import LLAMA_3_8B
 
+from nanoflow_backend.config.precision import Precision
+from nanoflow_backend.config.quantization import AT_LOAD, FP8
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 
@@ -41,3 +44,15 @@ def test_attentions_share_follows_what_it_reads_beside_what_products_compute() -
     assert attention_sms(LAYER, 132, Mix(1, 2047, 16, 512))[0] == 4
     assert attention_sms(LAYER, 132, Mix(1000, 280, 8000, 512)) == (32, 36, 40, 44)
     assert attention_sms(LAYER, 16, Mix(704, 1344, 100_000, 512)) == (4, 8, 12)
+
+
+def test_in_fp8_products_are_faster_and_pages_half_as_large() -> None:
+    """By hand: 704 x 1280 tokens of 2 KiB beside products that take 0.529 of the time: 0.95 of the share in 16 bits."""
+    config = read_model_config(LLAMA_3_8B)
+    precision = Precision(weights="bfloat16", activations="bfloat16", kv=FP8)
+    in_fp8 = build(replace(config, quantization=AT_LOAD, scaled_kv=True)).layer
+    assert attention_sms(in_fp8, 132, MIX, precision) == (24, 28, 32, 36) == attention_sms(LAYER, 132, MIX)
+    assert attention_sms(LAYER, 132, MIX, precision) == (12, 16, 20, 24), "with pages alone in FP8"
+    assert attention_sms_for(in_fp8, 132, [MIX], precision) == (24, 28, 32, 36)
+    names = {anchor.load.operation for anchor in partition_loads(in_fp8, 132, MIX).alone}
+    assert {"attention_quantise", "gate_up_quantise"} < names
