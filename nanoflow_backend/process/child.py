@@ -128,7 +128,8 @@ class Child:
 
     def _kill(self) -> None:
         if self._group and self._process.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+                os.killpg(self.pid, signal.SIGKILL)
         else:
             self._process.kill()
 

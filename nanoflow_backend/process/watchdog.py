@@ -19,8 +19,8 @@ class Watchdog:
     return, has a heart that goes on. Progress is a step more than before, or a loop with nothing to do.
 
     Args:
-        limit_s: the longest step that may be. Some are long: the first one of a size may compile kernels and capture a
-            CUDA graph, and on a slow CPU a prefill takes what it takes.
+        limit_s: the longest step that may be. Some are long: on a slow CPU a prefill takes what it takes, and whatever
+            was not compiled and captured before is, in the first step that needs it.
         on_stall: called once, when there has been no progress for `limit_s`. Time in which we did not run either, as in
             a container that is paused, does not count.
     """
