@@ -51,6 +51,16 @@ def _correctness() -> Iterator[ResultRow]:
             f"{wrong} of {chat['pairs']:,} texts differ",
             chat["device"],
         )
+    if loss := load("held_out_loss"):
+        told = (
+            f"{name} {found['nats_per_token']:.4f}" + (f" (+{more:.4f})" if (more := found["more_than_16_bits"]) else "")
+            for name, found in loss["precisions"].items()
+        )
+        yield ResultRow(
+            f"Loss of the demo model on {loss['rows']} rows of {loss['row_tokens']} tokens that it was not trained on",
+            f"nats a token: {'; '.join(told)}",
+            loss["device"],
+        )
     if tests := load("gpu_tests_h200"):
         yield ResultRow(
             "Tests that need a GPU: kernels, programs, engine and search against their references",
