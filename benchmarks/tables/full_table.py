@@ -52,10 +52,7 @@ def _correctness() -> Iterator[ResultRow]:
             chat["device"],
         )
     if loss := load("held_out_loss"):
-        told = (
-            f"{name} {found['nats_per_token']:.4f}" + (f" (+{more:.4f})" if (more := found["more_than_16_bits"]) else "")
-            for name, found in loss["precisions"].items()
-        )
+        told = (f"{name} {found['nats_per_token']:.4f}" for name, found in loss["precisions"].items())
         yield ResultRow(
             f"Loss of the demo model on {loss['rows']} rows of {loss['row_tokens']} tokens that it was not trained on",
             f"nats a token: {'; '.join(told)}",
@@ -203,7 +200,6 @@ def _latency() -> Iterator[ResultRow]:
                 f"{alone['tokens_per_s']:.0f} tokens/s, {alone['share_of_bound']:.0%}",
                 run["gpu"],
             )
-
 
     for run in load_all("open_loop"):
         rates = run["rates"]
