@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
 
-# Before vLLM is imported. A function goes to its workers (the weights); NVLink multicast stays off on shared hosts.
+# Before vLLM is imported. A function goes to its workers (the weights); collectives do without NVLink multicast.
 ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
@@ -35,6 +36,7 @@ ENVIRONMENT = {
 MAX_MODEL_TOKENS = 8192  # of one request, where the model has as many positions
 WARM_UP = constant(512, 32, 64)
 DEVIATION = 0.02  # of weights
+SETTINGS = {"load_format": "dummy", "dtype": "bfloat16", "enable_prefix_caching": False}  # in every run
 
 
 def main(
@@ -66,20 +68,14 @@ def main(
     try:
         from vllm import LLM
     except ImportError as missing:
-        raise SystemExit(
-            f"vLLM cannot be imported ({missing}): pip install vllm, in an environment of its own, and run this with "
-            "that environment's Python and PYTHONPATH=.:kernels"
-        ) from None
-    settings = {
-        "load_format": "dummy",
-        "dtype": "bfloat16",
+        raise not_installed(missing) from None
+    settings = SETTINGS | {
         "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
         "max_model_len": max_model_tokens,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
-        "enable_prefix_caching": False,
         "tensor_parallel_size": tensor_parallel_size,
     }
     llm = LLM(model=str(model), skip_tokenizer_init=True, **settings)
@@ -96,16 +92,29 @@ def main(
         }
         for seed, work in enumerate(works)
     ]
-    facts = {
+    facts = engine_facts(model, settings, deviations)
+    result.write(facts | (runs[0] if len(runs) == 1 else {"runs": runs}), output)
+
+
+def not_installed(missing: ImportError) -> SystemExit:
+    """What to say where there is no vLLM."""
+    return SystemExit(
+        f"vLLM cannot be imported ({missing}): pip install vllm, in an environment of its own, and run this with that "
+        "environment's Python and PYTHONPATH=.:kernels"
+    )
+
+
+def engine_facts(model: Path, settings: Mapping[str, Any], deviations: Sequence[float]) -> dict[str, Any]:
+    """What a result says of the engine. `deviations`: of the weights of each rank."""
+    return {
         "model": model.name,
         "engine": "vllm",
         "schedule": "vllm",
-        "quantization": quantization,
-        "kv_cache_dtype": kv_cache_dtype,
+        "quantization": settings["quantization"],
+        "kv_cache_dtype": settings["kv_cache_dtype"],
         "settings": settings,
         "weights": {"drawn": "N(0, 0.02), norms 1", "deviation_of_each_rank": deviations},
     }
-    result.write(facts | (runs[0] if len(runs) == 1 else {"runs": runs}), output)
 
 
 def draw_weights(model: Any) -> float:

@@ -18,7 +18,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from benchmarks.peers.vllm import ENVIRONMENT, MAX_MODEL_TOKENS, draw_weights
+from benchmarks.peers.vllm import (
+    ENVIRONMENT,
+    MAX_MODEL_TOKENS,
+    SETTINGS,
+    draw_weights,
+    engine_facts,
+    not_installed,
+)
 from nanoflow_backend.bench import result
 from nanoflow_backend.bench.online.arrivals import Kind, Load
 from nanoflow_backend.bench.online.latency import Limits
@@ -59,16 +66,13 @@ def main(
     max_model_tokens = min(MAX_MODEL_TOKENS, shape.max_model_tokens)
     if output:
         check_output(output)
-    settings = {
-        "load_format": "dummy",
-        "dtype": "bfloat16",
+    settings = SETTINGS | {
         "quantization": quantization,
         "kv_cache_dtype": kv_cache_dtype,
         "max_model_len": max_model_tokens,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "gpu_memory_utilization": gpu_memory_utilization,
-        "enable_prefix_caching": False,
         "tensor_parallel_size": tensor_parallel_size,
     }
     target = VllmTarget({"model": str(model), **settings})
@@ -77,19 +81,7 @@ def main(
         target, load, limits, vocab_size=shape.vocab_size, max_model_tokens=max_model_tokens, tell=print
     )
     target.close()
-    result.write(
-        {
-            "model": model.name,
-            "engine": "vllm",
-            "schedule": "vllm",
-            "quantization": quantization,
-            "kv_cache_dtype": kv_cache_dtype,
-            "settings": settings,
-            "weights": {"drawn": "N(0, 0.02), norms 1", "deviation_of_each_rank": deviations},
-            **measured,
-        },
-        output,
-    )
+    result.write(engine_facts(model, settings, deviations) | measured, output)
 
 
 class VllmTarget:
@@ -104,10 +96,7 @@ class VllmTarget:
             from vllm.sampling_params import RequestOutputKind
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as missing:
-            raise SystemExit(
-                f"vLLM cannot be imported ({missing}): pip install vllm, in an environment of its own, and run this "
-                "with that environment's Python and PYTHONPATH=.:kernels"
-            ) from None
+            raise not_installed(missing) from None
         self._params = lambda tokens: SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
