@@ -23,7 +23,8 @@ from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.schedule.plan import Launch, Schedule, Wait
 
 MODEL = ROOT / "demo" / "tiny-llama"
-GRAPH = build(read_model_config(MODEL)).layer
+MODEL_GRAPHS = build(read_model_config(MODEL))
+GRAPH = MODEL_GRAPHS.layer
 TOKENS, STEPS, LAYERS = 64, 6, 4
 HOST, DEVICE = 1, 2
 NS = 2e-3  # in microseconds: how exact the file is
@@ -39,7 +40,7 @@ def schedule(request):
 def trace(schedule, tmp_path_factory):
     """Of steps in which some requests decode, and others have their prompts computed."""
     folder = tmp_path_factory.mktemp("trace")
-    plan = save(folder / "plan.json", GRAPH, schedule)
+    plan = save(folder / "plan.json", MODEL_GRAPHS, schedule)
     sizes = ("--input-tokens", 40, "--output-tokens", 30, "--requests", 20, "--steps", STEPS, "--skip-steps", 1)
     settings = ("--set", f"schedule={plan}", "--set", f"dense_batch_tokens={TOKENS}", "--set", "kv_cache_tokens=2048")
     done = run_here("trace", "--model", MODEL, "--output", folder / "trace.json", *sizes, *settings, "--begin", "start")
