@@ -190,7 +190,8 @@ def test_sizes_in_fp8_are_those_of_each_tensors_dtype() -> None:
     assert size.weight_bytes * size.parameters == layers + 2 * (plain.parameters - layers)
     assert size.fp8_share == layers / plain.parameters
     assert size.kv_bytes_per_token == plain.kv_bytes_per_token / 2
-    mixtral = msgspec.structs.replace(FP8_8B, architecture="mixtral", num_experts=8, experts_per_token=2)
+    experts = {"num_experts": 8, "experts_per_token": 2, "moe_intermediate_size": 14336}
+    mixtral = msgspec.structs.replace(FP8_8B, architecture="mixtral", **experts)
     active = ModelSize.of(mixtral, FP8_KV)
     covered = 32 * 4096 * (6144 + 4096 + 2 * 3 * 14336)
     assert active.fp8_share == covered / active.active_parameters
