@@ -34,8 +34,8 @@ from nanoflow_kernels.rope import norm_rope_append, rope_append
 from nanoflow_kernels.route import route
 from nanoflow_kernels.sampling import greedy, logprobs, mask, penalise, sample
 
-# What each operation's kernel is and why, for people. Figures: one H200, benchmarks/results/kernels_h200.json and
-# peer_flashinfer_h200.json.
+# What each operation's kernel is and why, for people. Figures: one H200, benchmarks/results/kernels_h200.json,
+# kernels_fp8_h200.json and peer_flashinfer_h200.json.
 IMPLEMENTATIONS = {
     "embed": "our gather, which writes both streams in one pass",
     "add_rms_norm": "our kernel: residual, sum and norm in one pass",
@@ -48,10 +48,13 @@ IMPLEMENTATIONS = {
     "add_rms_norm_quantise": "our kernel: add_rms_norm and quantise in one pass",
     "swiglu_quantise": "our kernel: SwiGLU and quantise in one pass",
     "scaled_linear": (
-        "our persistent kernel, 3 to 8 % faster than cuBLAS with a scale a row; up to 16 tokens the one that reads "
-        "weights; with block scales cuBLAS, but on few SMs the persistent one"
+        "our persistent kernel, 4 to 8 % faster than cuBLAS without fast accumulation; up to 16 tokens the one that "
+        "reads weights; with block scales cuBLAS, but on few SMs the persistent one"
     ),
-    "scaled_linear_swiglu": "our persistent kernel: SwiGLU in the epilogue, in less time than cuBLAS's product without",
+    "scaled_linear_swiglu": (
+        "our persistent kernel: SwiGLU in the epilogue, in less time than cuBLAS's product without it and without fast "
+        "accumulation"
+    ),
     "rope_append": "our kernel: rotation and append to the pages in one pass",
     "norm_rope_append": "our kernel: the norm of every head, rotation and append to the pages in one pass",
     "attention": (

@@ -207,22 +207,27 @@ class GraphBuilder:
         parameters: tuple[str, ...] = (weight,)
         if quantise and self._is_covered(weight):
             x, *others = inputs
-            weight_scale, input_scale = self._quantise_weight(weight)
-            columns = self._parameters[weight].shape[-1]  # of one expert, where x holds those of several
-            is_part = columns != self._values[x].width
-            width = BLOCK if self._activations == "group" else columns if is_part else 0
-            kernel, inputs = f"scaled_{kernel}", (*self.quantise(x, width, input_scale), *others)
+            weight_scale, *input_scale = self._quantise_weight(weight)
+            kernel, inputs = (
+                f"scaled_{kernel}",
+                (*self.quantise(x, self._scaled_columns(x, weight), *input_scale), *others),
+            )
             parameters = (weight, weight_scale)
         return self._append(name, kernel, Resource.COMPUTE, inputs, (y,), (*parameters, *biases))
 
-    @property
-    def _activations(self) -> str:
-        return "" if self.quantization is None else self.quantization.activations
+    def _scaled_columns(self, x: str, weight: str) -> int:
+        """Columns of x that have a scale; 0: all of a row. A row may hold what several experts are to multiply."""
+        if self.quantization is not None and self.quantization.activations == "group":
+            return BLOCK
+        columns = self._parameters[weight].shape[-1]
+        return 0 if columns == self._values[x].width else columns
 
     def _is_covered(self, weight: str) -> bool:
         """Raises: ConfigError, the quantization covers some of the sources and leaves others as they are."""
+        if self.quantization is None:
+            return False
         tensors = [source.tensor for source in self._parameters[weight].sources]
-        covered = [self.quantization is not None and self.quantization.covers(tensor) for tensor in tensors]
+        covered = [self.quantization.covers(tensor) for tensor in tensors]
         if any(covered) and not all(covered):
             raise ConfigError(
                 f"quantization_config: expected all or none of {', '.join(tensors)} to be quantised, for they are "
@@ -230,8 +235,8 @@ class GraphBuilder:
             )
         return all(covered) and bool(covered)
 
-    def _quantise_weight(self, weight: str) -> tuple[str, str | None]:
-        """Make a parameter e4m3, and make those of its scales: (of the weight, of its input if that one is static).
+    def _quantise_weight(self, weight: str) -> list[str]:
+        """Make a parameter e4m3, and make those of its scales: the weight's and, if that one is static, its input's.
 
         Raises: ConfigError, blocks that are not whole, or that ranks would cut.
         """
@@ -248,16 +253,15 @@ class GraphBuilder:
                 )
         *matrices, rows, columns = parameter.shape
         shape = (rows // BLOCK, columns // BLOCK) if in_blocks else (rows,)
-        quantised = replace(parameter, dtype=FP8, run=run)
-        of_weight = replace(
-            parameter, name=f"{weight}.scale", shape=(*matrices, *shape), dtype="float32", scale=ScaleOf.WEIGHT
-        )
-        made = [quantised, of_weight]
+        self._parameters[weight] = replace(parameter, dtype=FP8, run=run)
+        scales = [
+            replace(parameter, name=f"{weight}.scale", shape=(*matrices, *shape), dtype="float32", scale=ScaleOf.WEIGHT)
+        ]
         if self.quantization.activations == "static":
             name = f"{weight}.input_scale"
-            made.append(Parameter(name, (1,), parameter.sources, dtype="float32", scale=ScaleOf.INPUT))
-        self._parameters |= {each.name: each for each in made}
-        return of_weight.name, made[2].name if len(made) > 2 else None
+            scales.append(Parameter(name, (1,), parameter.sources, dtype="float32", scale=ScaleOf.INPUT))
+        self._parameters |= {each.name: each for each in scales}
+        return [each.name for each in scales]
 
     def _value(self, name: str, width: int = 1, dtype: str = "activations", kind: Kind = Kind.TOKENS) -> str:
         if name in self._values:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from nanoflow_kernels.reference.rows import E4M3_MAX
 from torch import Tensor
 
 from nanoflow_backend.config.quantization import FP8
 
-E4M3_MAX = 448.0
 # Quantised rows of normal values: the largest of some thousand, which becomes 448, is about four deviations.
 FP8_DEVIATION = E4M3_MAX / 4
 PART = 1 << 26  # elements

@@ -48,8 +48,8 @@ class GemmTile(NamedTuple):
 
 
 # On H200 the first takes 716 us for Llama-3-8B's 2048 tokens x gate_up with SwiGLU, cuBLAS 717 us without
-# (benchmarks/results/kernels_h200.json); in FP8 391 us, cuBLAS 418 us. The others leave less of the SMs idle where its
-# tiles do not fill the grid.
+# (benchmarks/results/kernels_h200.json); in FP8 391 us, cuBLAS without fast accumulation 418 us
+# (kernels_fp8_h200.json). The others leave less of the SMs idle where its tiles do not fill the grid.
 TILES = (
     GemmTile(128, 256, 64, warps=8, stages=3, rate=1.0),
     GemmTile(128, 128, 64, warps=8, stages=5, rate=0.93),
