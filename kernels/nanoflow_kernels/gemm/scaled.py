@@ -44,7 +44,7 @@ def scaled_linear(
     _check("scaled_linear", x, weight, scales, out, out.shape[1])
     if len(x) == 0:
         return
-    if scales.kind == BLOCK_SCALES and num_sms is None and _is_cublas(x, weight, bias, out):
+    if scales.kind == BLOCK_SCALES and num_sms is None and _is_cublas(x, weight, weight_scale, bias, out):
         # cuBLAS reads the scales of x column by column.
         scale_a = x_scale.T.contiguous().T
         torch._scaled_mm(x, weight.T, scale_a, weight_scale.T, bias, out_dtype=out.dtype, out=out)
@@ -54,15 +54,17 @@ def scaled_linear(
         gemm_persistent(x, weight, bias, scales, swiglu=False, out=out, num_sms=num_sms)
 
 
-def _is_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
-    """Whether cuBLAS takes these operands with block scales: on Hopper, and of both operands' scales each column (row)
-    must begin at a multiple of 16 bytes.
+def _is_cublas(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    """Whether cuBLAS takes these operands with block scales and is right: on Hopper, and of both operands' scales each
+    column (row) must begin at a multiple of 16 bytes. torch 2.11 accepts an inner dimension of 1152, whose rows of
+    scales do not, and the result is wrong by more than half.
     """
     return (
         x.device.type == "cuda"
         and torch.cuda.get_device_capability(x.device)[0] == 9
         and len(x) % 4 == 0
         and x.shape[1] % (4 * SCALED_BLOCK) == len(weight) % SCALED_BLOCK == 0
+        and weight_scale.is_contiguous()
         and out.dtype == torch.bfloat16
         and (bias is None or bias.dtype == out.dtype)
     )
