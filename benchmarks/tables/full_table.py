@@ -97,11 +97,10 @@ def _beside_vllm() -> Iterator[ResultRow]:
     """Results of `beside-vllm`, which have both engines and several workloads."""
     for run in load_all("beside_vllm"):
         ours, vllm = run["nanoflow"], run["vllm"][0]["versions"]["vllm"]
-        precision = ", weights in FP8" if ours["quantization"] else ""
-        precision += ", KV cache in FP8" if ours["kv_cache_dtype"] == "fp8_e4m3" else ""
         for row in run["rows"]:
             yield ResultRow(
-                f"vLLM {vllm}{precision}, {row['requests']:,} requests of {row['workload']}, {run['model']}: whole run",
+                f"vLLM {vllm}{precision(ours)}, {row['requests']:,} requests of {row['workload']}, {run['model']}: "
+                "whole run",
                 f"{rates(row['vllm'])}; NanoFlow, on the same card: {rates(row['nanoflow'])} ({row['ratio']:.2f}x)",
                 run["gpu"],
             )
@@ -284,8 +283,13 @@ def told(cell: dict[str, Any]) -> str:
     return f"{cell['over_sequential']:.3f}x ({cell['tokens']:,} tokens, context {cell['context']:,})"
 
 
+def precision(run: dict[str, Any]) -> str:
+    weights = ", weights in FP8" if run.get("quantization") else ""
+    return weights + (", KV cache in FP8" if run.get("kv_cache_dtype") == "fp8_e4m3" else "")
+
+
 def requests(run: dict[str, Any]) -> str:
-    count = f"{run['requests']:,} requests at once"
+    count = f"{run['requests']:,} requests at once{precision(run)}"
     return f"{run['model']} with random weights, {run['workload']} tokens in and out, {count}"
 
 
