@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 
 class Medium(StrEnum):
@@ -41,13 +43,12 @@ class Cleared:
 PageEvent = Stored | Removed | Cleared
 
 
-@dataclass(slots=True)
-class _Description:
-    """What a page holds, for as long as a tier has it."""
+class _Description(msgspec.Struct, gc=False):
+    """What a page holds, for as long as a tier has it. There is one for each page: the collector should not walk them."""
 
     parent: bytes | None
     token_ids: array[int]
-    media: set[Medium] = field(default_factory=set)
+    tiers: int = 0  # that have it
 
 
 class PageEvents:
@@ -66,7 +67,7 @@ class PageEvents:
         description = self._descriptions.get(content)
         if description is None:
             description = self._descriptions[content] = _Description(parent, token_ids)
-        description.media.add(medium)
+        description.tiers += 1
         last = self._events[-1] if self._events else None
         if isinstance(last, Stored) and last.medium is medium and last.contents[-1] == parent and last.token_ids:
             last.contents.append(content)
@@ -86,8 +87,8 @@ class PageEvents:
         """A tier does not have a page any more."""
         description = self._descriptions.get(content)
         if description is not None:
-            description.media.discard(medium)
-            if not description.media:
+            description.tiers -= 1
+            if not description.tiers:
                 del self._descriptions[content]
         last = self._events[-1] if self._events else None
         if isinstance(last, Removed) and last.medium is medium:
