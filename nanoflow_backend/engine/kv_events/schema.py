@@ -1,6 +1,6 @@
 """encode_batch writes page events as gateways read them from vLLM: msgpack, by position, the event's name first.
 
-By position, for every gateway reads that; maps, vLLM's since 0.26, only the newer ones. Hashes are the last 8 bytes of
+By position, for every gateway reads that; the maps of vLLM 0.26 only newer ones do. Hashes are the last 8 bytes of
 ours as an unsigned integer, which is what vLLM makes of its own: gateways reduce longer ones, each in its own way.
 """
 
