@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.rules import Rule, broken, whole
+from nanoflow_backend.config.rules import INT32_END, Rule, broken, whole
 
 LAST_PORT = 65535
 TCP = re.compile(r"(tcp://[^\s/]+):([1-9]\d{0,4})", re.ASCII)
@@ -26,7 +26,7 @@ ENDPOINT = Rule(f"tcp://HOST:PORT up to port {LAST_PORT}, or ipc://PATH", _is_en
 RULES = {
     "endpoint": ENDPOINT,
     "replay_endpoint": ENDPOINT,
-    "buffer_steps": whole(1),
+    "buffer_steps": whole(1, INT32_END - 1),  # with the end of a replay, a limit of the socket
     "hwm": whole(1),
     "max_queue_size": whole(1),
     "data_parallel_rank": whole(0, LAST_PORT),

@@ -44,7 +44,7 @@ PageEvent = Stored | Removed | Cleared
 
 
 class _Description(msgspec.Struct, gc=False):
-    """What a page holds, for as long as a tier has it. There is one for each page: the collector should not walk them."""
+    """What a page holds, for as long as a tier has it. There may be many: the collector need not walk them."""
 
     parent: bytes | None
     token_ids: array[int]

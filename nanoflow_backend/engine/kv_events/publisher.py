@@ -46,7 +46,7 @@ class KvEventPublisher:
     def __init__(self, config: KvEventsConfig) -> None:
         self.pages = PageEvents()
         self._rank = config.data_parallel_rank
-        self._topic = config.filled_topic().encode()
+        self._topic = config.filled_topic().encode(errors="surrogateescape")
         self._queue: SimpleQueue[tuple[int, float, list[PageEvent]] | None] = SimpleQueue()
         self._max_queue_size = config.max_queue_size
         self._sequence = 0  # of the next batch
@@ -62,8 +62,8 @@ class KvEventPublisher:
                 most = config.buffer_steps + 1  # a whole replay, and its end
                 replaying = self._open(self._zmq.ROUTER, most, "replay_endpoint", config.own_replay_endpoint)
                 self._threads.append(Thread(target=self._replay, args=(replaying,), name="kv-replay", daemon=True))
-        except ConfigError:
-            self._context.destroy(linger=0)
+        except BaseException:
+            self._context.destroy(linger=0)  # the collector would wait for sockets that it has not closed yet
             raise
         for thread in self._threads:
             thread.start()

@@ -48,6 +48,7 @@ def test_the_section_reaches_the_engine_process() -> None:
         ({"endpoint": "inproc://events"}, ["kv_events.endpoint: expected"]),
         ({"replay_endpoint": "udp://*:1"}, ["kv_events.replay_endpoint: expected"]),
         ({"buffer_steps": 0, "hwm": 0}, ["kv_events.buffer_steps: expected", "kv_events.hwm: expected"]),
+        ({"buffer_steps": 2**31 - 1}, ["kv_events.buffer_steps: expected an integer >= 1, below 2147483647"]),
         ({"max_queue_size": -1}, ["kv_events.max_queue_size: expected an integer >= 1"]),
         (
             {"endpoint": "tcp://*:65530", "data_parallel_rank": 6},
