@@ -32,7 +32,8 @@ CALLS = {
     "numpy.load", "np.load", "os.system", "os.popen", "tempfile.mktemp", "yaml.load",
 }  # fmt: skip
 METHODS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list",
-           "recv_object_list", "send_pyobj", "recv_pyobj", "load_state_dict_from_url", "map_async", "apply_async"}  # fmt: skip
+           "recv_object_list", "send_pyobj", "recv_pyobj", "load_state_dict_from_url", "map_async",
+           "apply_async"}  # fmt: skip
 KEYWORDS = {"trust_remote_code", "allow_pickle", "shell", "weights_only"}
 
 
