@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.file import convert, read_json
+from nanoflow_backend.config.file import convert, parse_json, read_json
+from nanoflow_backend.config.kv_events import KvEventsConfig
 from nanoflow_backend.config.precision import Dtype, Precision
 from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, whole
@@ -81,6 +82,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
     cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
     otlp_traces_endpoint: str | None = None  # of a collector, OTLP over HTTP: "http://collector:4318/v1/traces"
+    kv_events: KvEventsConfig | None = None  # tell gateways which KV pages there are; None: do not
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
@@ -95,6 +97,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
                 f"since every running request decodes in every step; got {self.max_running}"
             )
+        if self.kv_events is not None and self.kv_events.publisher != "null" and not self.prefix_caching:
+            faults.append("kv_events: expected null without prefix_caching, since no page can be found then")
         if faults:
             raise ConfigError("; ".join(faults))
 
@@ -155,6 +159,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return os.path.normpath(relative_to / os.path.expanduser(value))
 
         absolute = {key: rooted(key, value) for key, value in fields.items()}
+        if isinstance(text := absolute.get("kv_events"), str):  # as a parameter of config.pbtxt
+            absolute["kv_events"] = parse_json(text, f"{origin}: kv_events")
         return convert(absolute, cls, origin, strict=False, rules=RULES)
 
 

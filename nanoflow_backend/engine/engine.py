@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine.executor import Executor, LaunchedStep
+from nanoflow_backend.engine.kv_events.publisher import open_publisher
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.settle import Settled, settle
 from nanoflow_backend.request.internal_error import RequestError
@@ -52,10 +54,15 @@ class Engine:
         make_executor: MakeExecutor = LocalExecutor,
     ) -> None:
         self.tokenizer = Tokenizer.find(config.model)  # None: such a model continues token ids
-        settled = settle(config, eos_id=self.tokenizer.eos_id if self.tokenizer else None)
+        with ExitStack() as undo:
+            self._publisher = open_publisher(config.kv_events)  # an endpoint that is taken is known before the work
+            if self._publisher:
+                undo.callback(self._publisher.close)
+            settled = settle(config, eos_id=self.tokenizer.eos_id if self.tokenizer else None)
+            self.executor = make_executor(settled, on_rank_death)
+            undo.pop_all()
         self.config, self.model_config = settled.config, settled.model_config
         self.max_model_tokens = settled.max_model_tokens
-        self.executor = make_executor(settled, on_rank_death)
         limits = SchedulerLimits(
             dense_batch_tokens=self.config.dense_batch_tokens,
             chunk_tokens=self.config.chunk_tokens,
@@ -72,7 +79,11 @@ class Engine:
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
             seed=self.config.seed,
+            page_events=self._publisher.pages if self._publisher else None,
         )
+        if self._publisher:
+            self._publisher.pages.cleared()  # subscribers may remember what a process before this one had
+            self._publisher.publish()
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
@@ -173,6 +184,8 @@ class Engine:
         if launched and not self.config.async_scheduling:
             deltas += self.scheduler.retire(self._collect(launched))
             self.in_flight = None
+        if self._publisher:
+            self._publisher.publish()
         if not (batch or results or deltas) and self.scheduler.has_work:
             if not self._pending:  # as after a step that was interrupted
                 raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
@@ -206,5 +219,7 @@ class Engine:
         return masks
 
     def close(self) -> None:
-        """End the processes of the other ranks. No step may follow."""
+        """End the processes of the other ranks, and tell no more of pages. No step may follow."""
         self.executor.close()
+        if self._publisher:
+            self._publisher.close()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from nanoflow_backend.kvcache.content_hash import extend_hashes, reusable_pages
 from nanoflow_backend.kvcache.device_tier import DeviceTier
+from nanoflow_backend.kvcache.page_events import Medium, PageEvents
 from nanoflow_backend.kvcache.tier import Tier, Transfer, leading_slots
 from nanoflow_backend.scheduler.sequence import Sequence
 
@@ -25,11 +26,19 @@ class PageAccount:
     for again. Loaded pages can be found by others once they are published, when their load has come back.
     """
 
-    def __init__(self, num_pages: int, page_tokens: int, prefix_caching: bool, lower_tier: Tier | None = None) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_tokens: int,
+        prefix_caching: bool,
+        lower_tier: Tier | None = None,
+        events: PageEvents | None = None,
+    ) -> None:
         self.page_tokens = page_tokens
         self._prefix_caching = prefix_caching
         self._device = DeviceTier(num_pages, on_evict=self._evict)
         self._lower = lower_tier
+        self._events = events
         self._transfers: list[Transfer] = []
         self.pool = self._device.pool
 
@@ -84,7 +93,7 @@ class PageAccount:
         if self._prefix_caching and full > sequence.num_published_pages:
             extend_hashes(sequence.hashes, sequence.tokens, full, self.page_tokens)
             for index in range(sequence.num_published_pages, full):
-                self._device.store(sequence.hashes[index], sequence.pages[index])
+                self._store(sequence, index)
             sequence.num_published_pages = full
 
     def close(self, sequence: Sequence) -> None:
@@ -142,6 +151,16 @@ class PageAccount:
         """The device needs a page for something else."""
         if self._lower is not None:
             self._add(self._lower.store(content, page))
+        if self._events is not None:  # last: a page that goes down a tier is never said to be nowhere
+            self._events.removed(content, Medium.DEVICE)
+
+    def _store(self, sequence: Sequence, index: int) -> None:
+        content = sequence.hashes[index]
+        if self._events is not None and self._device.lookup(content) is None:  # else others find another page
+            parent = sequence.hashes[index - 1] if index else None
+            token_ids = sequence.tokens[index * self.page_tokens : (index + 1) * self.page_tokens]
+            self._events.stored(content, parent, token_ids, Medium.DEVICE)
+        self._device.store(content, sequence.pages[index])
 
     def _add(self, transfer: Transfer | None) -> None:
         if transfer is not None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 
+from nanoflow_backend.kvcache.page_events import PageEvents
 from nanoflow_backend.kvcache.tier import Tier
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
@@ -42,7 +43,8 @@ class Scheduler:
         begun: of the requests with a queue deadline, those that the last batch admits.
 
     With a `lower_tier`, pages that the device evicts are stored there, and loaded again for a request that begins with
-    their content. Such a request is in no step until the one with its loads has come back.
+    their content. Such a request is in no step until the one with its loads has come back. `page_events` are told which
+    pages requests can find on the device.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
         lower_tier: Tier | None = None,
+        page_events: PageEvents | None = None,
     ) -> None:
         self._max_queue_size = limits.max_queue_size
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -64,7 +67,7 @@ class Scheduler:
         )
         self._clock = clock
         self._forecast = forecast or LengthForecast()
-        account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching, lower_tier)
+        account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching, lower_tier, page_events)
         self._pool = account.pool
         self.observer = Observer(clock, limits.dense_batch_tokens)
 

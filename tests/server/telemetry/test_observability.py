@@ -10,6 +10,8 @@ import time
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from support.engine.page_map import PageMap
+from support.engine.subscriber import Subscriber
 from support.server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from support.telemetry import observability
 from support.waiting import until
@@ -73,12 +75,20 @@ def collector():
 
 
 @pytest.fixture(scope="module")
-def served(server, collector, tmp_path_factory):
+def kv_events(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kv")
+    return {"endpoint": f"ipc://{folder}/events", "replay_endpoint": f"ipc://{folder}/replay"}
+
+
+@pytest.fixture(scope="module")
+def served(server, collector, kv_events, tmp_path_factory):
     checkpoint = tiny_tokenizers.llama3(tmp_path_factory.mktemp("checkpoint"))
     vocab_size = Tokenizer.from_pretrained(checkpoint).vocab_size
     checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), checkpoint)
     repository = tmp_path_factory.mktemp("repository")
-    add_model(repository, checkpoint, max_running=2, max_queue_size=1, otlp_traces_endpoint=collector.url)
+    add_model(
+        repository, checkpoint, max_running=2, max_queue_size=1, otlp_traces_endpoint=collector.url, kv_events=kv_events
+    )
     trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
     arguments = [f"--trace-config={setting}" for setting in trace]
     return server(repository, log=tmp_path_factory.mktemp("log") / "server.log", arguments=arguments)
@@ -223,6 +233,25 @@ def test_a_client_may_ask_what_its_request_took(served, stop):
     assert sum(times) == pytest.approx(last["total_time_s"], rel=1e-4)
     assert last["total_time_s"] < took_s
     assert last["peak_kv_pages"] >= 1
+
+
+def test_a_gateway_hears_which_prompts_have_their_pages_here(served, kv_events):
+    prompt = list(range(20, 60))
+    with Subscriber(**kv_events) as gateway:
+        heard = list(gateway.replay(0))
+        assert PageMap().take(heard[0][2]) == ["AllBlocksCleared"]
+        assert generate(served.http_url, "nanoflow", input_ids=prompt, max_tokens=9, temperature=0.0, ignore_eos=True)
+
+        def blocks():
+            known = PageMap()
+            for _, _, payload in gateway.replay(0):
+                known.take(payload)
+            assert known.rank == 0
+            return known.blocks["GPU"]
+
+        until(lambda: (None, tuple(prompt[:16])) in blocks().values())
+        (first,) = [block for block, held in blocks().items() if held == (None, tuple(prompt[:16]))]
+        until(lambda: (first, tuple(prompt[16:32])) in blocks().values())
 
 
 def spans_of(collector, trace_id):

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
+from support.scheduler.gateway import Gateway
 from support.scheduler.host_tier import HostTier
 from support.scheduler.ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
 
@@ -71,6 +72,7 @@ class History:
             max_model_tokens=self.max_model_tokens,
         )
         self.host = HostTier(random.Random(seed).choice((0, 1, 3, 20)))
+        self.gateway = Gateway(self.page_tokens)
         self.scheduler = Scheduler(
             limits,
             eos_token_ids=[EOS],
@@ -79,6 +81,7 @@ class History:
             clock=lambda: self.now,
             forecast=rng.choice((LengthForecast, ReserveNothing, ReserveNothing, ReserveMaxTokens))(),
             lower_tier=self.host if tiers else None,
+            page_events=self.gateway.events,
         )
         self.executor = LedgerExecutor(self.num_pages, self.page_tokens)
         self.in_flight: deque[LedgerStep] = deque()
@@ -95,12 +98,12 @@ class History:
                 self.add()
             elif action < 0.45 and self.lives:
                 self.scheduler.cancel(self.rng.choice([*self.requests, -1]), index=self.rng.choice((None, 0, 1)))
-                self.scheduler.check()
+                self.check()
             elif action < 0.47 and self.lives:
                 self.refuse(self.rng.choice([*self.requests, -1]))
             elif action < 0.52 and self.held:
                 self.scheduler.release(self.held.pop())
-                self.scheduler.check()
+                self.check()
             else:
                 self.step()
         for request_id in self.held:
@@ -156,7 +159,7 @@ class History:
             self.held += held
             for request in requests:
                 self.begin_lives(request)
-        self.scheduler.check()
+        self.check()
 
     def begin_lives(self, request: Request) -> None:
         """The request was taken: tell the executor what each of its sequences will say."""
@@ -171,21 +174,27 @@ class History:
             story = Story.of(prompt, seed, params.max_tokens + 2, masked, params.min_tokens)
             self.lives[request.id, index] = Life(request, story, most)
             self.executor.stories[seed] = story
+            self.gateway.may_hear_of(story.tokens)
 
     def step(self) -> bool:
         """The engine's step; False if it did nothing at all."""
         self.now += 1
         batch = self.scheduler.schedule()
-        self.scheduler.check()
+        self.check()
         if batch is not None:
             self.check_batch(batch)
             self.in_flight.append(self.executor.launch_forward(batch))
         wait = len(self.in_flight) > (1 if self.asynchronous and batch is not None else 0)
         deltas = self.scheduler.retire(self.executor.collect(self.in_flight.popleft()) if wait else None)
-        self.scheduler.check()
+        self.check()
         for delta in deltas:
             self.take(delta)
         return batch is not None or wait or bool(deltas)
+
+    def check(self) -> None:
+        """The scheduler's own check; and a gateway knows the pages that can be found, and no others."""
+        self.scheduler.check()
+        self.seen.update(self.gateway.follow(self.scheduler._planner._account._device._index._pages))
 
     def check_batch(self, batch: Batch) -> None:
         slots = batch.decode_slots + [p.slot for p in batch.prefills]
@@ -239,7 +248,7 @@ class History:
         self.scheduler.cancel(request_id, FinishReason.REFUSED)
         assert not self.scheduler.cancel(request_id, FinishReason.REFUSED), "there is nothing left to end"
         assert sum(self.scheduler.observer.observed.ended.values()) == counted
-        self.scheduler.check()
+        self.check()
 
     def verify_output(self, life: Life) -> None:
         params, prompt = life.request.params, life.request.prompt
@@ -277,7 +286,7 @@ def run_histories(seeds: range, tiers: bool = False) -> Counter[str]:
 def test_every_request_ends_once_with_its_own_tokens_and_no_page_is_lost(first: int) -> None:
     seen = run_histories(range(first, first + CHUNK))
     others = ("preemptions", "prefix hits", "overshoot", "queue full", "invalid", "together", "scored", "siblings")
-    for event in (*FinishReason, *others):
+    for event in (*FinishReason, *others, "BlockStored", "BlockRemoved"):
         assert seen[event] >= 20, f"the histories hardly know '{event}': they prove little"
 
 
