@@ -12,7 +12,7 @@ from benchmarks.accuracy.conversations import BARE, TOOL, Conversation, Message,
 
 # What a template may take for its own, trim, escape or split at.
 TEXTS = (
-    "Hello", "", " ", "two\nlines", "  spaces around \n\n", "\n\nlines around\n", "Größe 你好 👩‍👩‍👧 e\u0301", "CONTINUE",
+    "Hello", "", " ", "two\nlines", "  spaces around \n\n", "\n\nlines around\n", "Größe 你好 👩‍👩‍👧 e\u0301",
     "<think>\nHm.\n</think>\n\nYes", "an </think> alone", "<tool_response>\nno tool's\n</tool_response>",
     '<tool_call>\n{"name": "f"}\n</tool_call>', "[INST] x [/INST]", "<|im_end|>", "<|eot_id|><|end|>", "</s><s>",
     '{"a": [1, "<&>"]}', "{{ bos_token }} {% raw %} {# no #}", "1 < 2 & 'three'", "a" * 300,
@@ -79,7 +79,7 @@ def as_a_client_sends_it(conversation: Conversation, random: Random, split: Coll
 def _called(random: Random, answer: Message, first: int) -> list[Message]:
     """The results of calls that the answer is given."""
     numbers = range(first, first + random.choice((1, 1, 1, 2, 3)))
-    answer["tool_calls"] = [_call(random, number) for number in numbers]
+    answer["tool_calls"] = [random_call(random, number) for number in numbers]
     if random.random() < 0.3:
         del answer["content"]
     role = random.choice(("tool",) * 5 + ("ipython",))
@@ -91,7 +91,7 @@ def _message(random: Random, role: str, **more: Any) -> Message:
     return {"role": role, "content": random.choice(TEXTS), **more}
 
 
-def _call(random: Random, number: int) -> dict[str, Any]:
+def random_call(random: Random, number: int) -> dict[str, Any]:
     arguments = {name: random.choice(ARGUMENTS) for name in ("city", "ß", "x y") if random.random() < 0.5}
     function = {"name": random.choice(("weather", "now", "brave_search")), "arguments": arguments}
     return {"id": _id(number), "type": "function", "function": function}
