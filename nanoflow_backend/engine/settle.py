@@ -6,7 +6,6 @@ import msgspec
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
-from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.models.computed import read_computed
@@ -23,7 +22,11 @@ class Settled(msgspec.Struct, frozen=True):
 
     config: SettledConfig
     model_config: ModelConfig
-    max_model_tokens: int  # prompt + output of one request
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Prompt and output of one request."""
+        return self.model_config.max_model_tokens
 
 
 def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
@@ -49,11 +52,10 @@ def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
     settled = config.settle(device.kind)
     if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
         model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
-    max_model_tokens = _max_model_tokens(settled, model_config)
     model = build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
     if settled.tensor_parallel > 1:  # else the one rank says so itself
         find_schedules(settled, model, device.name, device.sms)
-    return Settled(settled, model_config, max_model_tokens)
+    return Settled(settled, model_config)
 
 
 def settled_here(config: EngineConfig) -> SettledConfig:
@@ -66,14 +68,3 @@ def settled_here(config: EngineConfig) -> SettledConfig:
     kind = "cuda" if config.gpus is not None else find_kind(config.device)
     config, _ = read_computed(config, kind)
     return config.settle(kind)
-
-
-def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_tokens is None:
-        return model.max_model_tokens
-    if config.max_model_tokens > model.max_model_tokens:
-        raise ConfigError(
-            f"max_model_tokens: expected at most {model.max_model_tokens} (the model's max_position_embeddings, "
-            f"stretched if its rope scaling is yarn), got {config.max_model_tokens}"
-        )
-    return config.max_model_tokens

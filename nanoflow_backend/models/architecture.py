@@ -32,4 +32,5 @@ class Architecture:
     layers: Callable[[ModelConfig, int], tuple[Graph, ...]]  # config, ranks -> a graph for each kind of layer
     head: Callable[[ModelConfig, int], Graph]  # config, ranks
     kind_of: Callable[[ModelConfig], tuple[int, ...]] = all_alike  # of each layer
+    partial_rotary: bool = False  # it rotates a part of each head where config.json says so
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see models.fused

@@ -68,7 +68,7 @@ def from_hf(
     if "eos_token_id" in generation:
         in_generation = ConfigJson(generation, {}, str(Path(origin).with_name("generation_config.json")))
         eos = in_generation.token_ids("eos_token_id", generation["eos_token_id"])
-    rope = read_rope(hf)
+    rope = read_rope(hf, architecture.partial_rotary)
     fields = {
         "architecture": architecture.name,
         "vocab_size": hf.size("vocab_size"),

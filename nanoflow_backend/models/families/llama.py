@@ -54,6 +54,7 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
         kv_heads,
         kv_scales,
         head_norms(g, config),
+        head_dim=config.head_dim,
         eps=eps,
         attention_factor=config.rope.attention_factor,
     )

@@ -15,7 +15,7 @@ def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """The only scaling that the class has is longrope, which it also reads where a file says yarn."""
     for scaling in (hf["rope_parameters"] or {}, hf["rope_scaling"] or {}):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        hf.refuse_if(kind != "default", f"rope scaling {kind!r} of this class")
+        hf.refuse_if(kind not in ("default", "longrope", "su"), f"rope scaling {kind!r} of this class")
     return llama.windowed_fields(hf)
 
 
@@ -25,6 +25,7 @@ PHI3 = Architecture(
     defaults={
         "hidden_act": "silu",
         "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -34,6 +35,7 @@ PHI3 = Architecture(
     embed=llama.embedding,
     layers=llama.decoder_layers,
     head=llama.lm_head,
+    partial_rotary=True,
     fused={
         f"{LAYER}.self_attn.qkv_proj.weight": tuple(f"{LAYER}.self_attn.{p}_proj.weight" for p in "qkv"),
         f"{LAYER}.mlp.gate_up_proj.weight": tuple(f"{LAYER}.mlp.{p}_proj.weight" for p in ("gate", "up")),

@@ -138,7 +138,7 @@ def attention_model(num_layers: int) -> Model:
     batch = g.batch()
     residual, x = g.add_rms_norm("norm", residual, update, llama.norm(g, "input_layernorm", shape), 1e-5)
     qkv = g.linear("qkv", x, *llama.qkv_parameters(g, shape))
-    q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2)
+    q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2, head_dim=shape.head_dim)
     attended = g.attention("attention", q, pages, batch)
     layer = g.build(residual, g.linear("o", attended, llama.o_parameter(g, shape)))
     return Model(llama.embedding(shape), (layer,), (0,) * num_layers, llama.lm_head(shape))
