@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep, Worker
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
