@@ -34,6 +34,7 @@ LOOPBACK = "lo"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 # Once all ranks are at the door. Those wait for rank 0 without a limit of their own: it ends them if it gives up.
 MEETING_S = 10.0
+EXPLAINED_S = 2.0
 # A rank that dies closes its connections, which the others notice at once; of a lost link the rank channel hears.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -81,6 +82,19 @@ class Ranks:
     def broadcast(self, message: Batch | Masks | None) -> None:
         """Send one message to every rank, each in order."""
         self._members.broadcast(self._encoder.encode(message))
+
+    @contextlib.contextmanager
+    def errors_explained(self) -> Iterator[None]:
+        """An error of what we compute together, as a collective has when a peer is gone, says who has ended, if any.
+
+        The peers' connections end some moments before their own parents, and then we, hear of them.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if how := self._members.wait_for_death(EXPLAINED_S):
+                raise RuntimeError(how) from error
+            raise
 
     def close(self) -> None:
         self._members.close()

@@ -19,7 +19,7 @@ import msgspec
 from nanoflow_backend.process.channel import ChannelClosed
 from nanoflow_backend.process.ticker import Ticker
 
-PING_S, LOST_S = 1.0, 6.0
+PING_S, LOST_S = 1.0, 5.0
 LENGTH_BYTES, CODE_BYTES, COUNTER_BYTES = 4, 16, 8
 MOST_BYTES = 2**28  # of a message; the masks of 2,048 rows of a vocabulary of 256k take 64 MiB
 NOTHING = b""  # the message of a ping

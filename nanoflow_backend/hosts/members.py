@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 
 import msgspec
 
@@ -32,6 +32,7 @@ class Members:
         self._channels = channels
         self._on_death = on_death
         self._closing = False
+        self._died: Future[str] = Future()  # of the first
         self._started: dict[str, Future[None]] = {name: Future() for name in channels}
         self._ready: dict[str, Future[None]] = {name: Future() for name in channels}
         for name, channel in channels.items():
@@ -54,6 +55,12 @@ class Members:
         for ready in self._ready.values():
             if ready.done():
                 ready.result()
+
+    def wait_for_death(self, timeout_s: float) -> str | None:
+        """Who has ended and how, once it is known."""
+        with contextlib.suppress(TimeoutError):
+            return self._died.result(timeout_s)
+        return None
 
     def broadcast(self, message: bytes) -> None:
         """Send one message to each, in order. Raises: ChannelClosed."""
@@ -80,6 +87,8 @@ class Members:
         for stage in stages:
             stage.set_exception(RuntimeError(how))
         if not self._closing:
+            with contextlib.suppress(InvalidStateError):  # another one was first
+                self._died.set_result(how)
             self._on_death(how)
 
 

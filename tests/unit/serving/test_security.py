@@ -99,8 +99,9 @@ def test_connections_carry_bytes_only():
 
 
 def test_no_socket_has_a_name():
-    """Processes talk over socket pairs; only the embedded server's free-port search binds, to loopback."""
+    """Processes talk over socket pairs. The embedded server's search for a free port binds, to loopback; and the leader
+    of several hosts listens at the address that it was told, where all must prove to have the secret."""
     binding = {"socket.socket.bind", "bind", "listen", "Listener", "create_server", "AF_UNIX"}
     for path in SHIPPED:
         names = {dotted(node).rpartition(".")[2] for node in ast.walk(ast.parse(path.read_text()))}
-        assert not names & binding or path.match("embedded/server.py"), path
+        assert not names & binding or path.match("embedded/server.py") or path.match("hosts/gathering.py"), path
