@@ -25,7 +25,7 @@ def rank(
     join_timeout_s: float,
     settings: Sequence[str],
 ) -> int:
-    """Until it is stopped. The exit status.
+    """Until it is stopped: by Ctrl-C at once, by SIGTERM when the leader has gone, too. The exit status.
 
     Raises: ConfigError, the leader and this host do not agree, or there was no leader for `join_timeout_s`.
     """
@@ -33,7 +33,7 @@ def rank(
     where = leader_address(leader, os.environ, "--leader")
     number = host_number(node_rank, os.environ)
     host = Host(model, where, number, Secret(secret_file), join_timeout_s, parse(settings))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a container's first process ignores it
+    signal.signal(signal.SIGTERM, lambda *_: host.leave())  # where hosts are stopped together, the leader drains first
     with contextlib.suppress(KeyboardInterrupt):
         host.run()
     return STOPPED

@@ -58,23 +58,40 @@ class Host:
         self._secret = secret
         self._patience_s = patience_s
         self._wanted = wanted
+        self._joined = self._leaving = False
+
+    def leave(self) -> None:
+        """To be called by a signal's handler: end when the leader does, whose requests may still run; at once without
+        a leader.
+
+        Raises: KeyboardInterrupt, there is none.
+        """
+        self._leaving = True
+        if not self._joined:
+            raise KeyboardInterrupt
+        log.info("leaving when the leader does")
 
     def run(self) -> None:
-        """Join, again and again.
+        """Join, again and again, until it is to leave.
 
-        Raises: ConfigError, the leader refuses this host, or the other way round; or there was none for `patience_s`.
+        Raises:
+            ConfigError: the leader refuses this host, or the other way round; or there was no leader for `patience_s`.
+            KeyboardInterrupt: the leader has been told.
         """
-        while True:
+        while not self._leaving:
             link = self._join()
             try:
+                self._joined = True
                 self._serve(link)
             except ChannelClosed as closed:
-                log.warning("%s; the ranks of this host have ended; joining again", closed)
+                next_step = "leaving" if self._leaving else "joining again"
+                log.warning("%s; the ranks of this host have ended; %s", closed, next_step)
             except KeyboardInterrupt:
                 with contextlib.suppress(ChannelClosed):
                     link.send(Progress("nanoflow rank was stopped there"))
                 raise
             finally:
+                self._joined = False
                 link.close()
 
     def _join(self) -> Link:
@@ -117,8 +134,9 @@ class Host:
             if differences:
                 raise ConfigError("; ".join(differences))
         except ConfigError as error:
-            link.send(Joined(str(error)))
-            link.wait_until_closed(LET_GO_S)
+            with contextlib.suppress(ChannelClosed):
+                link.send(Joined(str(error)))
+                link.wait_until_closed(LET_GO_S)
             raise
         link.send(Joined())
         begin: Begin = link.receive(msgspec.msgpack.Decoder(Begin))

@@ -79,14 +79,15 @@ class Link:
         if len(message) > MOST_BYTES:
             raise ValueError(f"message to {self.name}: expected at most {MOST_BYTES} bytes, got {len(message)}")
         with self._sending:
+            if self.ended is not None:
+                raise LinkLost(self.ended)
             head = len(message).to_bytes(LENGTH_BYTES, "big") + _code(self._keys.send, self._sent, message)
             self._sent += 1
             try:
                 self._connection.sendall(head + message)
             except OSError as error:
                 self._end(f"takes nothing for {self._lost_s:g} s" if isinstance(error, TimeoutError) else _why(error))
-        if self.ended is not None:
-            raise LinkLost(self.ended)
+                raise LinkLost(self.ended) from None
 
     def receive(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
         """See Channel. Raises: LinkLost, also for a message that is none."""

@@ -187,6 +187,22 @@ def test_a_link_that_is_lost_without_a_word_is_noticed_by_both_ends(
     wire.close()
 
 
+def test_it_leaves_with_the_leader_and_without_one_at_once(place: Path) -> None:
+    leader = settled(place)
+    running = Running(place, leader)
+    with led(leader, []) as group:
+        running._host.leave()
+        group.broadcast(ENCODE("work"))  # of requests that still run
+        until(lambda: got(place, 2) == ["work"] == got(place, 3))
+        assert running._thread.is_alive()
+    running._thread.join(30)
+    assert running.ended is None
+    assert not running._thread.is_alive()
+    alone = Running(place, leader)
+    with pytest.raises(KeyboardInterrupt):
+        alone._host.leave()
+
+
 def test_a_rank_that_cannot_start_is_named_with_its_host(place: Path) -> None:
     (place / "no weights").touch()
     leader = settled(place)
