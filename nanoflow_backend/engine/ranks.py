@@ -20,7 +20,6 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.worker import Worker
-from nanoflow_backend.hosts.address import find_interface
 from nanoflow_backend.hosts.gathering import gather, listen_at
 from nanoflow_backend.hosts.link import Link
 from nanoflow_backend.hosts.members import Members, start_ranks
@@ -59,8 +58,7 @@ class Ranks:
         with contextlib.ExitStack() as opened:
             listening = None
             if config.hosts > 1:
-                address, links = gather(settled)
-                interface = find_interface(address, os.environ)
+                address, interface, links = gather(settled)
                 listening = opened.enter_context(listen_at(address))
                 rendezvous = f"{address}:{listening.getsockname()[1]}"
             here = range(1, config.tensor_parallel // config.hosts)
@@ -106,7 +104,8 @@ class Ranks:
         try:
             join_group(rendezvous, 0, size, interface, timedelta(seconds=MEETING_S), listening)
         except RuntimeError as error:  # of torch
-            self._members.check()
+            if how := self._members.wait_for_death(EXPLAINED_S):
+                raise RuntimeError(how) from error
             raise RuntimeError(
                 f"the {size} ranks did not meet within {MEETING_S:g} s over the interface {interface} "
                 f"({INTERFACE} chooses another); each must reach the others on any port: {error}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +19,7 @@ from nanoflow_backend.config.engine_config import SettledConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.hosts import handshake
-from nanoflow_backend.hosts.address import check_leader, leader_address
+from nanoflow_backend.hosts.address import check_leader, find_interface, leader_address
 from nanoflow_backend.hosts.agreement import find_facts
 from nanoflow_backend.hosts.link import Link, LinkLost
 from nanoflow_backend.hosts.messages import Joined, Welcome
@@ -32,8 +33,16 @@ RESOLVE_S = 60.0  # a cluster's resolver may not know a new pod at once
 MOST_STRANGERS = 16  # connections that have proven nothing yet
 
 
-def gather(settled: Settled, environment: Mapping[str, str] = os.environ) -> tuple[str, dict[str, Link]]:
-    """Wait until all other hosts have joined: our address, and the links to them, by a name that says which ranks.
+class Gathered(NamedTuple):
+    """All hosts, as the leader has them."""
+
+    address: str  # ours, that the others have come to
+    interface: str  # of the network that has it
+    links: dict[str, Link]  # to the others, by a name that says which ranks they run
+
+
+def gather(settled: Settled, environment: Mapping[str, str] = os.environ) -> Gathered:
+    """Wait until all other hosts have joined.
 
     What has not proven to have the secret is refused, and the wait goes on.
 
@@ -48,10 +57,12 @@ def gather(settled: Settled, environment: Mapping[str, str] = os.environ) -> tup
     schedule = Path(config.schedule).read_bytes() if is_file(config.schedule) else None
     welcome = Welcome(settled, find_facts(config, Path(config.model)), schedule)
     with _listen(host, port, config.join_timeout_s) as listening:
-        log.info("waiting for %d hosts at %s:%d", config.hosts - 1, host, port)
+        address = listening.getsockname()[0]
+        interface = find_interface(address, environment)
+        log.info("waiting at %s:%d for the other hosts, %d in all", host, port, config.hosts)
         gathering = _Gathering(listening, secret, welcome)
         try:
-            return listening.getsockname()[0], gathering.wait(config.join_timeout_s)
+            return Gathered(address, interface, gathering.wait(config.join_timeout_s))
         except BaseException:
             gathering.close()
             raise

@@ -41,20 +41,13 @@ class Members:
     def wait_until_started(self) -> None:
         """Until each is about to meet the others; the log names every SAID_EVERY_S who is not.
 
-        Raises: RuntimeError, with the name of one that ended, and what it said.
+        Raises: RuntimeError, with the name of one that ended, and what it said, as soon as it has.
         """
-        _wait(self._started, "has not started")
+        _wait(self._started, log_missing=True)
 
     def wait_until_ready(self) -> None:
         """Until each has its weights. Raises: RuntimeError, as `wait_until_started`."""
-        for ready in self._ready.values():
-            ready.result()
-
-    def check(self) -> None:
-        """Raises: RuntimeError, for one that has ended before it was ready."""
-        for ready in self._ready.values():
-            if ready.done():
-                ready.result()
+        _wait(self._ready)
 
     def wait_for_death(self, timeout_s: float) -> str | None:
         """Who has ended and how, once it is known."""
@@ -80,7 +73,8 @@ class Members:
         stages = [self._started[name], self._ready[name]]
         try:
             while (why := channel.receive(decoder).error) is None:
-                stages.pop(0).set_result(None)
+                if stages:
+                    stages.pop(0).set_result(None)
         except ChannelClosed as closed:
             why = str(closed)
         how = why if why.startswith(name) else f"{name}: {why}"  # a link says itself whose it is
@@ -92,15 +86,15 @@ class Members:
             self._on_death(how)
 
 
-def _wait(stages: Mapping[str, Future[None]], missing: str) -> None:
+def _wait(stages: Mapping[str, Future[None]], log_missing: bool = False) -> None:
     """Raises: as soon as one of them has failed."""
     began_s = time.monotonic()
     while late := [name for name, stage in stages.items() if not stage.done()]:
         done, _ = wait([stages[name] for name in late], SAID_EVERY_S, FIRST_COMPLETED)
         for stage in done:
             stage.result()
-        if not done:
-            log.warning("after %.0f s: %s", time.monotonic() - began_s, "; ".join(f"{name} {missing}" for name in late))
+        if not done and log_missing:
+            log.warning("not started within %.0f s: %s", time.monotonic() - began_s, ", ".join(late))
     for stage in stages.values():
         stage.result()
 

@@ -115,7 +115,8 @@ class Running:
 @contextlib.contextmanager
 def led(leader: Settled, deaths: list[str]) -> Iterator[Members]:
     """The leader's part, without a rank of its own."""
-    address, links = gather(leader, {})
+    address, interface, links = gather(leader, {})
+    assert interface == "lo"
     group = Members(dict(links), deaths.append)
     try:
         for one in links.values():
