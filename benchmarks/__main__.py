@@ -42,6 +42,7 @@ ROOMS = {
         Command("vllm-online", "peers.vllm_online", "The open loop of arrivals on vLLM (GPU)."),
         Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
     ),
+    "hosts": (Command("hosts", "hosts.two_hosts", "One engine on two hosts: tokens, lost links, restarts."),),
     "stress": (
         Command("fuzz", "stress.fuzz", "Whether any request breaks the server."),
         Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),

@@ -129,6 +129,27 @@ def batch(
 
 
 @app.command()
+def rank(
+    model: Model,
+    secret_file: Annotated[Path, typer.Option(help="What the hosts prove to have: openssl rand -hex 32.")],
+    leader: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the engine. [LWS_LEADER_ADDRESS, or MASTER_ADDR:MASTER_PORT]")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="Which host this is, from 1. [LWS_WORKER_INDEX, or NODE_RANK]")
+    ] = None,
+    join_timeout: Annotated[float, typer.Option(min=1, help="Seconds without an engine, then it ends.")] = 600.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of engine.json that the engine must have so. Repeatable.")
+    ] = None,
+) -> None:
+    """Run this host's ranks of an engine on another host, whose engine.json has `hosts`; and again when it restarts."""
+    from nanoflow_backend.commands.rank import rank
+
+    raise typer.Exit(rank(model, leader, secret_file, node_rank, join_timeout, settings or []))
+
+
+@app.command()
 def trace(
     model: Model,
     output: Annotated[Path, typer.Option(help="Where the trace goes: JSON for ui.perfetto.dev or chrome://tracing.")],

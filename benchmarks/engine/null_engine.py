@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine import loop
 from nanoflow_backend.engine.local_executor import LocalExecutor
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.program import Program

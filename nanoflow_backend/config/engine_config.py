@@ -16,7 +16,7 @@ from nanoflow_backend.config.file import convert, parse_json, read_json
 from nanoflow_backend.config.kv_events import KvEventsConfig
 from nanoflow_backend.config.precision import Dtype, Precision
 from nanoflow_backend.config.quantization import FP8
-from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, whole
+from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, split_address, whole
 
 TOKENS = whole(1, or_null=True)
 RULES = {  # of engine.json, beyond the types of its fields
@@ -29,6 +29,10 @@ RULES = {  # of engine.json, beyond the types of its fields
     "schedule_cache": PATH,
     "python": PATH,
     "tensor_parallel": one_of(1, 2, 4, 8),
+    "hosts": one_of(1, 2, 4, 8),
+    "leader_address": Rule("HOST:PORT, or [IPV6]:PORT", lambda value: split_address(value) is not None),
+    "secret_file": PATH,
+    "join_timeout_s": Rule("a finite number >= 1", lambda value: 1 <= value < math.inf),
     "dense_batch_tokens": TOKENS,
     "chunk_tokens": TOKENS,
     "prompt_tokens": TOKENS,
@@ -63,7 +67,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "fp8_e4m3"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
-    gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
+    hosts: int = 1  # that share the ranks, as many each; this one is the leader, the others run `nanoflow rank`
+    leader_address: str | None = None  # HOST:PORT of this host, where the others join; None: by the environment
+    secret_file: str | None = None  # of what the hosts prove to each other to have
+    join_timeout_s: float = 600.0  # the longest wait for the other hosts
+    gpus: tuple[int, ...] | None = None  # one for each rank of a host, as the server's process counts; None: the first
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     prompt_tokens: int | None = None  # most of all prompts in one step, if B_dense has room; None: dense_batch_tokens
@@ -87,9 +95,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         faults = broken(RULES, {name: getattr(self, name) for name in self.__struct_fields__})
-        gpus, ranks = self.gpus, self.tensor_parallel
+        gpus, ranks = self.gpus, self.tensor_parallel // max(self.hosts, 1)
+        if self.tensor_parallel % max(self.hosts, 1):
+            faults.append(f"hosts: expected a divisor of tensor_parallel ({self.tensor_parallel}), got {self.hosts}")
+        if self.hosts > 1 and self.secret_file is None:
+            faults.append(f"secret_file: expected a file with the secret that {self.hosts} hosts share, got null")
         if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
-            faults.append(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
+            faults.append(f"gpus: expected {ranks} different ids (tensor_parallel / hosts), got {list(gpus)}")
         if gpus is not None and self.device == "cpu":
             faults.append(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
@@ -149,7 +161,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         def rooted(key: str, value: Any) -> Any:
             is_path = (
-                key in ("model", "schedule_cache")
+                key in ("model", "schedule_cache", "secret_file")
                 or (key == "python" and "/" in str(value))
                 or str(value).endswith(".json")
             )

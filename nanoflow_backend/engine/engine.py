@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.executor import Executor, LaunchedStep
 from nanoflow_backend.engine.kv_events.publisher import open_publisher
 from nanoflow_backend.engine.local_executor import LocalExecutor
-from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.engine.settle import settle
 from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest

@@ -1,11 +1,12 @@
-"""LocalExecutor computes batches on the ranks of this host: rank 0 in this process, the others in theirs."""
+"""LocalExecutor computes batches on the ranks of a group: rank 0 in this process, the others in theirs."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep, Worker
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
@@ -25,6 +26,7 @@ class LocalExecutor:
 
     def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
         self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
+        self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
             self.worker = Worker(settled)
             if self._ranks:
@@ -42,14 +44,16 @@ class LocalExecutor:
         return self.worker.num_pages
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
-        if self._ranks:
-            self._ranks.broadcast(batch)
-        return self.worker.launch_forward(batch)
+        with self._errors_explained():
+            if self._ranks:
+                self._ranks.broadcast(batch)
+            return self.worker.launch_forward(batch)
 
     def launch_tail(self, step: InFlightStep, masks: Masks | None) -> None:
-        if self._ranks:
-            self._ranks.broadcast(masks)
-        self.worker.launch_tail(step, masks)
+        with self._errors_explained():
+            if self._ranks:
+                self._ranks.broadcast(masks)
+            self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
         return self.worker.collect(step)

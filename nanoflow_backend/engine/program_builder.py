@@ -13,8 +13,8 @@ from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.memory import GIB, check_room
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
@@ -54,7 +54,8 @@ class ProgramBuilder:
         self.schedules = find_schedules(self.config, self.model, device.name, device.sms)
         if len(self.schedules) > 1:
             log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
-        self.free_bytes = device.free_bytes() // (self.tp if device.kind == "cpu" else 1)  # before anything is loaded
+        sharing = self.tp // self.config.hosts if device.kind == "cpu" else 1  # ranks that have the same memory
+        self.free_bytes = device.free_bytes() // sharing  # before anything is loaded
         check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, device.name)
 
     def build(self) -> tuple[Program, Tensor, int]:

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import msgspec
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
-
-
-class Settled(msgspec.Struct, frozen=True):
-    """A configuration and the model that it names. Every rank of an engine gets the same one.
-
-    Only `config.kv_cache_tokens` may still be None: the worker measures what memory is left for the KV cache of a GPU.
-    """
-
-    config: SettledConfig
-    model_config: ModelConfig
-
-    @property
-    def max_model_tokens(self) -> int:
-        """Prompt and output of one request."""
-        return self.model_config.max_model_tokens
 
 
 def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:

@@ -13,8 +13,8 @@ import torch
 from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.step_inputs import StepInputs
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host

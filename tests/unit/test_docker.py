@@ -23,7 +23,8 @@ def script(name):
     return module
 
 
-entrypoint = script("entrypoint")
+entrypoint, lint = script("entrypoint"), script("lint")
+LEADER_WORKER_SET = DOCKER / "kubernetes" / "leader-worker-set" / "leader-worker-set.yaml"
 
 
 @pytest.fixture
@@ -176,6 +177,17 @@ def test_deployed_metrics_exist():
     assert made
     assert used
     assert used <= made
+
+
+def test_the_linter_sees_the_pods_of_a_leader_worker_set():
+    """Their kind has no schema here; pods have one."""
+    found = [yaml.safe_load(pod) for pod in lint.pods(LEADER_WORKER_SET.read_text())]
+    assert [pod["kind"] for pod in found] == ["Pod", "Pod"]
+    templates = yaml.safe_load(LEADER_WORKER_SET.read_text())["spec"]["leaderWorkerTemplate"]
+    assert [pod["spec"] for pod in found] == [templates["leaderTemplate"]["spec"], templates["workerTemplate"]["spec"]]
+    assert lint.pods((DOCKER / "kubernetes" / "base" / "deployment.yaml").read_text()) == []
+    overlays = [command[-1] for command in lint.checks()["kubectl"]]
+    assert str(LEADER_WORKER_SET.parent) in overlays
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl builds the overlays")

@@ -9,8 +9,9 @@ from support.places import DEMO_MODEL
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
-from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.engine.settle import settle
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.kvcache.kv_pages import page_bytes
 from nanoflow_backend.kvcache.tier import Direction, Transfer

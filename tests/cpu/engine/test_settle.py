@@ -7,7 +7,8 @@ from support.places import DEMO_MODEL
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.config.settled import Settled
+from nanoflow_backend.engine.settle import settle
 from nanoflow_backend.schedule.plan import ScheduleError
 
 CONFIG = EngineConfig(model=str(DEMO_MODEL), device="cpu")

@@ -1,0 +1,38 @@
+"""A rank without torch: it starts like one and counts what it gets. Its environment says whether and when it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nanoflow_backend.hosts.messages import Progress, StartRank
+from nanoflow_backend.process.child import Parent
+
+
+def main() -> None:
+    parent = Parent()
+    start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
+    folder = Path(os.environ["FAKE_RANKS"])
+    config = start.settled.config
+    schedule = Path(config.schedule).read_text() if config.schedule.endswith(".json") else config.schedule
+    (folder / f"start-{start.rank}").write_text(f"{start.rendezvous} {start.interface} {config.model} {schedule}")
+    (folder / f"pid-{os.getpid()}").touch()
+    parent.send(Progress())
+    if (folder / "no weights").exists():
+        parent.send(Progress("ConfigError: no weights here"))
+        sys.exit(1)
+    parent.send(Progress())
+    while True:
+        message: Any = parent.receive(msgspec.msgpack.Decoder())
+        if message == "end":
+            sys.exit(3)
+        with (folder / f"got-{start.rank}").open("a") as file:
+            file.write(f"{message}\n")
+
+
+if __name__ == "__main__":
+    main()
