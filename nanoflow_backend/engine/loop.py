@@ -76,6 +76,7 @@ def ready(engine: Engine) -> Ready:
         max_model_tokens=engine.max_model_tokens,
         num_pages=engine.executor.num_pages,
         page_tokens=engine.config.page_tokens,
+        max_running=engine.config.max_running,
         description=engine.description,
         queue_room=engine.scheduler.queue_room,
     )
@@ -87,7 +88,13 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
     stopping = False
     received = 0
     stats_due_s = 0.0
-    engine.on_begun = lambda request_ids: parent.send(News([], queue(engine, received), request_ids))
+
+    def on_scheduled(begun: list[int]) -> None:
+        heart.carry(engine.scheduler.load)
+        if begun:
+            parent.send(News([], queue(engine, received), begun))
+
+    engine.on_scheduled = on_scheduled
     while not stopping or engine.has_work:
         while parent.has_message() or not engine.has_work:
             heart.idle = not engine.has_work
@@ -110,6 +117,7 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
                     break
         deltas = engine.step()
         heart.steps += 1
+        heart.carry(engine.scheduler.load)
         for request_id, why in engine.take_refused():
             parent.send(refusal(request_id, why))
         if deltas or not engine.has_work:

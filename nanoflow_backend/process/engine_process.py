@@ -15,6 +15,7 @@ from nanoflow_backend.process.messages import (
     Failed,
     FromEngine,
     Heartbeat,
+    Load,
     News,
     Queue,
     Ready,
@@ -174,6 +175,8 @@ class EngineProcess:
                     case News():
                         self._queue = message.queue
                         self._callbacks.on_news(message)
+                    case Load():
+                        self._callbacks.on_load(message)
                     case Stats():
                         self._callbacks.on_stats(message)
                     case Heartbeat():

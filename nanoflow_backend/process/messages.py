@@ -44,6 +44,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_model_tokens: int
     num_pages: int
     page_tokens: int
+    max_running: int  # sequences
     description: str  # one line for the log: model, schedule, sizes
     queue_room: int  # before the first request; see Queue
 
@@ -81,6 +82,14 @@ class News(msgspec.Struct, frozen=True, tag=True):
     begun: list[int] = []
 
 
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """What gateways ask for. Comes when it has changed, LOAD_PERIOD_S after the one before or later."""
+
+    running: int  # sequences with a slot
+    waiting: int  # sequences in the queue
+    used_pages: int  # held by requests
+
+
 class Stats(msgspec.Struct, frozen=True, tag=True):
     """How things stand. Comes every STATS_PERIOD_S while there is work, and when the work ends."""
 
@@ -96,6 +105,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 STATS_PERIOD_S = 0.5  # well below the period of any collector; encoding takes 3 us
+# Gateways ask every 50 ms. What changes is on the page before they ask again: the stub and the server need some of it.
+LOAD_PERIOD_S = 0.02
 
 ToEngine = Start | Submit | Cancel | Stop
-FromEngine = Ready | Failed | Refusal | News | Stats | Heartbeat
+FromEngine = Ready | Failed | Refusal | News | Load | Stats | Heartbeat

@@ -14,7 +14,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
-from nanoflow_backend.process.messages import Heartbeat, Stats
+from nanoflow_backend.process.messages import Heartbeat, Load, Stats
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
@@ -32,9 +32,11 @@ class Client:
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
         self.heartbeats: list[Heartbeat] = []
+        self.loads: list[Load] = []
         self.begun: list[tuple[int, list[int]]] = []  # requests, and what had come of them then
         told = Callbacks(
             self.on_news,
+            self.on_load,
             self.on_stats,
             self.on_heartbeat,
             self.on_refusal,
@@ -52,6 +54,11 @@ class Client:
                 if delta.finish_reason:
                     assert delta.request_id not in self.finished, "a request ends once"
                     self.finished[delta.request_id] = delta.finish_reason
+            self.changed.notify_all()
+
+    def on_load(self, load):
+        with self.changed:
+            self.loads.append(load)
             self.changed.notify_all()
 
     def on_stats(self, stats):
@@ -148,6 +155,22 @@ def test_it_says_how_far_it_is_and_who_begins(model, prompts):
     client.wait_for(lambda: len(client.finished) == 3)
     until(lambda: client.heartbeats[-1].idle)
     assert {request_id for request_id, _ in client.begun} <= {0, 1}
+    client.process.stop()
+
+
+def test_it_says_its_load_as_soon_as_requests_are_scheduled(model, prompts):
+    client = Client(config(model, max_running=2))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    client.process.submit(*(Request(number, prompts[number], long) for number in range(3)))
+    client.wait_for(lambda: client.loads)
+    first = client.loads[0]
+    assert (first.running, first.waiting) == (2, 1)
+    assert first.used_pages == sum(-(-len(prompts[number]) // 16) for number in range(2)), "the pages of its prompts"
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    client.wait_for(lambda: client.loads[-1] == Load(running=0, waiting=0, used_pages=0))
     client.process.stop()
 
 

@@ -6,7 +6,9 @@ from nanoflow_backend.process.messages import News, Queue, Ready
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
-READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
+READY = Ready(
+    vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, max_running=8, description="fake", queue_room=9
+)
 
 
 class FakeEngine:
