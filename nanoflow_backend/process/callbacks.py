@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanoflow_backend.process.messages import Heartbeat, Load, News, Ready, Refusal, Stats
+from nanoflow_backend.process.messages import Heartbeat, News, Ready, Refusal, Stats
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,6 @@ class Callbacks:
     """Called on threads of the process's owner, one at a time for each process; each must be quick."""
 
     on_news: Callable[[News], None]  # what a step brought
-    on_load: Callable[[Load], None]  # it has changed
     on_stats: Callable[[Stats], None]  # how things stand, from time to time
     on_heartbeat: Callable[[Heartbeat], None]  # the process runs; twice a second
     on_refusal: Callable[[Refusal], None]  # a request cannot be served; deltas of it that follow mean nothing

@@ -25,7 +25,7 @@ from nanoflow_backend.config import version_folder
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError
-from nanoflow_backend.process.messages import Heartbeat, Load, News, Ready, Refusal, Stats
+from nanoflow_backend.process.messages import Heartbeat, News, Ready, Refusal, Stats
 from nanoflow_backend.process.supervisor import Supervisor
 from nanoflow_backend.process.ticker import Ticker
 from nanoflow_backend.request.request import Request
@@ -93,7 +93,6 @@ class TritonPythonModel:
             config,
             Callbacks(
                 on_news=self._on_news,
-                on_load=self._on_load,
                 on_stats=self._on_stats,
                 on_heartbeat=self._on_heartbeat,
                 on_refusal=self._on_refusal,
@@ -241,10 +240,7 @@ class TritonPythonModel:
     def _on_news(self, news: News) -> None:
         self._senders.begin(news.begun)
         self._senders.file(news.deltas)
-
-    def _on_load(self, load: Load) -> None:
-        self._metrics.carry(load)
-        if self._writers:
+        if self._metrics.carry(news.load) and self._writers:
             self._writers.load_changed()
 
     def _on_stats(self, stats: Stats) -> None:

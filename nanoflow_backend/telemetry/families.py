@@ -29,7 +29,7 @@ class View(msgspec.Struct):
 
     ready: Ready
     stats: Stats
-    load: Load  # as new as `stats`, or newer
+    load: Load  # newer than `stats`
     refused: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
     restarts: int = 0
     up: bool = True

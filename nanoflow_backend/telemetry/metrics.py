@@ -19,7 +19,7 @@ from nanoflow_backend.scheduler.observed import Histogram, Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.telemetry.families import FAMILIES, Family, Kind, View, refused_by_engine
 
-IDLE = Load(0, 0, 0)
+IDLE = Load(0, 0, 0, 0, 0)
 
 
 class Metrics:
@@ -34,14 +34,13 @@ class Metrics:
     def take(self, stats: Stats) -> None:
         with self._lock:
             self._view.stats = stats
-            pages = stats.scheduler
-            self._view.load = Load(pages.running_requests, pages.waiting_requests, pages.used_pages)
             self._heard_s = self._clock()
 
-    def carry(self, load: Load) -> None:
-        """What the engine has to do has changed since its last statistics."""
+    def carry(self, load: Load) -> bool:
+        """What the engine has to do now; whether gauges have changed by it."""
         with self._lock:
-            self._view.load = load
+            before, self._view.load = self._view.load, load
+        return before.running != load.running or before.waiting != load.waiting or before.used_pages != load.used_pages
 
     def confirm(self) -> None:
         """The last statistics are still how things stand."""

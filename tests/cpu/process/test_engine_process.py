@@ -32,11 +32,10 @@ class Client:
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
         self.heartbeats: list[Heartbeat] = []
-        self.loads: list[Load] = []
+        self.loads: list[tuple[Load, int]] = []  # with the deltas that came with them
         self.begun: list[tuple[int, list[int]]] = []  # requests, and what had come of them then
         told = Callbacks(
             self.on_news,
-            self.on_load,
             self.on_stats,
             self.on_heartbeat,
             self.on_refusal,
@@ -48,17 +47,13 @@ class Client:
 
     def on_news(self, news):
         with self.changed:
+            self.loads.append((news.load, len(news.deltas)))
             self.begun += [(request_id, self.tokens.get(request_id, [])) for request_id in news.begun]
             for delta in news.deltas:
                 self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
                 if delta.finish_reason:
                     assert delta.request_id not in self.finished, "a request ends once"
                     self.finished[delta.request_id] = delta.finish_reason
-            self.changed.notify_all()
-
-    def on_load(self, load):
-        with self.changed:
-            self.loads.append(load)
             self.changed.notify_all()
 
     def on_stats(self, stats):
@@ -164,13 +159,15 @@ def test_it_says_its_load_as_soon_as_requests_are_scheduled(model, prompts):
     long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
     client.process.submit(*(Request(number, prompts[number], long) for number in range(3)))
     client.wait_for(lambda: client.loads)
-    first = client.loads[0]
-    assert (first.running, first.waiting) == (2, 1)
-    assert first.used_pages == sum(-(-len(prompts[number]) // 16) for number in range(2)), "the pages of its prompts"
+    load, tokens = client.loads[0]
+    assert (load.running, load.waiting, load.received, tokens) == (2, 1, 3, 0), "it was said before the first token"
+    assert load.used_pages == sum(-(-len(prompts[number]) // 16) for number in range(2)), "the pages of the prompts"
     for number in range(3):
         client.process.cancel(number)
     client.wait_for(lambda: len(client.finished) == 3)
-    client.wait_for(lambda: client.loads[-1] == Load(running=0, waiting=0, used_pages=0))
+    client.wait_for(lambda: client.stats and client.stats.scheduler.running_requests == 0)
+    last = client.loads[-1][0]
+    assert (last.running, last.waiting, last.used_pages) == (0, 0, 0)
     client.process.stop()
 
 

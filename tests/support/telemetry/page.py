@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nanoflow_backend.process.messages import Ready, Stats
+from nanoflow_backend.process.messages import Load, Ready, Stats
 from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.telemetry.families import Family
@@ -69,9 +69,14 @@ def stats(observed: Observed | None = None, **scheduler: int) -> Stats:
     return Stats(SchedulerStats(**fields), observed or Observed())
 
 
-def text_of(families: Iterable[Family], told: Stats, labels: Mapping[str, str] = LABELS) -> str:
+def load(running: int = 0, waiting: int = 0, used_pages: int = 0) -> Load:
+    return Load(running, waiting, used_pages, room=9, received=0)
+
+
+def text_of(families: Iterable[Family], carried: Load, told: Stats, labels: Mapping[str, str] = LABELS) -> str:
     """The page of a model that shows `families`."""
     server, metrics = ServerPage(labels), Metrics(READY)
+    metrics.carry(carried)
     metrics.take(told)
     Page(server.create, metrics, list(families))
     return server.text()

@@ -58,7 +58,7 @@ class World:
         )
         self.supervisor = Supervisor(
             EngineConfig(model="m", **config),
-            Callbacks(None, None, None, None, None, self.deaths.append, self.restarts.append),
+            Callbacks(None, None, None, None, self.deaths.append, self.restarts.append),
         )
 
     def settle(self):

@@ -7,7 +7,7 @@ from collections import Counter
 import msgspec
 import pytest
 from support.places import ROOT
-from support.telemetry.page import LABELS, READY, ServerPage, stats, text_of
+from support.telemetry.page import LABELS, READY, ServerPage, load, stats, text_of
 from support.telemetry.readers import READERS
 
 from nanoflow_backend.config.engine_config import EngineConfig
@@ -18,7 +18,7 @@ from nanoflow_backend.telemetry.families import FAMILIES
 from nanoflow_backend.telemetry.metrics import Metrics, Page
 from nanoflow_backend.telemetry.vllm_families import VLLM_FAMILIES
 
-BUSY = stats(Observed(ended={"stop": 3}), running_requests=3, waiting_requests=2, used_pages=5)
+BUSY = load(running=3, waiting=2, used_pages=5), stats(Observed(ended={"stop": 3}))
 SAID = {  # of BUSY, by what they look for
     "endpoint picker": {"running": 3, "waiting": 2, "KV use": 0.5, "block size": 4, "blocks": 10},
     "vLLM's router": {"running": 3, "waiting": 2},
@@ -40,7 +40,7 @@ def metrics():
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_reader_finds_what_it_looks_for(reader):
-    said = READERS[reader].read(text_of(families([READERS[reader].dialect]), BUSY))
+    said = READERS[reader].read(text_of(families([READERS[reader].dialect]), *BUSY))
     expected = SAID.get(reader.partition(",")[0]) or {
         "vllm:num_requests_running": 3,
         "vllm:num_requests_waiting": 2,
@@ -57,7 +57,7 @@ def test_a_reader_misses_every_name_that_is_removed(reader, name):
     without = [family for family in shown if family.name != name]
     assert len(without) == len(shown) - 1
     with pytest.raises(LookupError):
-        READERS[reader].read(text_of(without, BUSY))
+        READERS[reader].read(text_of(without, *BUSY))
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -67,7 +67,7 @@ def test_a_reader_of_series_needs_their_labels(reader):
         msgspec.structs.replace(family, labels=tuple(f"{label}_" for label in family.labels), scope=("version",))
         for family in families([READERS[reader].dialect])
     ]
-    page = text_of(renamed, BUSY)
+    page = text_of(renamed, *BUSY)
     if reader in ("vLLM's router", "KServe", "KEDA"):  # those take whatever has the name: a server of one model
         assert READERS[reader].read(page)
     else:
@@ -80,7 +80,7 @@ def test_two_models_and_two_engines_are_told_apart():
     for model in ("a", "b"):
         for engine in ("0", "1"):
             labels = {**LABELS, "model": model, "model_name": model, "engine": f"{model}_0_{engine}"}
-            page = text_of(families(DIALECTS), BUSY, labels)
+            page = text_of(families(DIALECTS), *BUSY, labels)
             keys |= {line.rpartition(" ")[0] for line in page.splitlines() if not line.startswith("#")}
     own = [key for key in keys if key.startswith("vllm:num_requests_running")]
     assert len(own) == 4

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from support.places import ROOT
-from support.telemetry.page import READY, ServerPage, stats
+from support.telemetry.page import READY, ServerPage, load, stats
 
 from nanoflow_backend.process.messages import Load
 from nanoflow_backend.scheduler.observed import Observed
@@ -36,12 +36,14 @@ def test_every_family_is_there_before_the_first_request(server, page):
 
 
 def test_only_what_changed_is_written(server, metrics, page):
-    metrics.take(stats(running_requests=3, preemptions=2))
+    metrics.carry(load(running=3))
+    metrics.take(stats(preemptions=2))
     page.flush()
     before = server.calls
     page.flush()
     assert server.calls == before
-    metrics.take(stats(running_requests=4, preemptions=2))
+    metrics.carry(load(running=4))
+    metrics.take(stats(preemptions=2))
     page.flush()
     assert server.calls == before + 1
     assert server.value("nanoflow_num_requests_running") == 4
@@ -50,7 +52,8 @@ def test_only_what_changed_is_written(server, metrics, page):
 
 def test_the_load_is_newer_than_the_statistics(server, metrics, page):
     metrics.take(stats(running_requests=3, waiting_requests=2, used_pages=5))
-    metrics.carry(Load(running=4, waiting=0, used_pages=6))
+    assert metrics.carry(load(running=4, used_pages=6))
+    assert not metrics.carry(Load(running=4, waiting=0, used_pages=6, room=2, received=7)), "no gauge has changed"
     page.flush()
     assert server.value("nanoflow_num_requests_running") == 4
     assert server.value("nanoflow_num_requests_waiting") == 0
@@ -106,7 +109,8 @@ def test_a_histogram_is_cumulative_as_prometheus_defines_it(server, metrics, pag
 def test_counts_go_on_when_the_engine_is_replaced(server, metrics, page):
     observed = Observed(delivered_tokens=100, ended={"stop": 5, "deadline": 2})
     observed.first_token_s.observe(0.2, 7)
-    metrics.take(stats(observed, running_requests=3))
+    metrics.carry(load(running=3))
+    metrics.take(stats(observed))
     page.flush()
     metrics.engine_died()
     page.flush()
