@@ -68,7 +68,7 @@ def main(
     duration_s: Annotated[float, typer.Option(help="Of all scrapes; it takes twice as long.")] = 600.0,
     period_ms: Annotated[float, typer.Option(help="From one scrape to the next.")] = 50.0,
     dialects: Annotated[str, typer.Option(help="As in engine.json.")] = "nanoflow,vllm",
-    rounds: Annotated[int, typer.Option(help="Of both arms, A B B A ...")] = 2,
+    rounds: Annotated[int, typer.Option(help="Of both arms, A B B A ...")] = 4,
 ) -> None:
     """How old the gauges of the metrics page are when it is read every 50 ms, and what that costs."""
     load_before = os.getloadavg()[0]

@@ -245,8 +245,8 @@ class TritonPythonModel:
 
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
-        if self._writers and not stats.scheduler.running_requests:
-            self._writers.work_ended()
+        if self._writers:
+            self._writers.statistics_came()
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         if heartbeat.idle:

@@ -13,10 +13,11 @@ from nanoflow_backend.telemetry.metrics import Metrics, Page
 FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a timer writes them, not every step
 # From one writing of what is live to the next: with a step of the engine and its way here it is below 50 ms.
 LIVE_PERIOD_S = 0.02
+REST = 9  # times as long as the writing of all the others took: work that ends a hundred times a second is no load
 
 
 class Writers:
-    """What is live is written when the load has changed, and the rest twice a second, on another thread: it is much.
+    """What is live is written when the load has changed, and the others when statistics came, on another thread.
 
     Args:
         make_family: the server's `MetricFamily(name=, description=, kind=)`.
@@ -30,25 +31,30 @@ class Writers:
         self._made: dict[str, Any] = {}  # metrics live as long as their families do
 
         live = Page(self._create, metrics, [family for family in families if family.live])
-        rest = Page(self._create, metrics, [family for family in families if not family.live])
+        others = Page(self._create, metrics, [family for family in families if not family.live])
 
         def write_live() -> None:
             live.flush()
             time.sleep(LIVE_PERIOD_S)
 
+        def write_others() -> None:
+            begun_s = time.monotonic()
+            others.flush()
+            time.sleep(REST * (time.monotonic() - begun_s))
+
         self._live = Ticker("live metrics", FLUSH_PERIOD_S, write_live)
-        self._rest = Ticker("metrics", FLUSH_PERIOD_S, rest.flush)
+        self._others = Ticker("metrics", FLUSH_PERIOD_S, write_others)
 
     def load_changed(self) -> None:
         self._live.wake()
 
-    def work_ended(self) -> None:
-        """Scripts look right after their last response."""
-        self._rest.wake()
+    def statistics_came(self) -> None:
+        """Also when the work has ended: scripts look right after their last response."""
+        self._others.wake()
 
     def stop(self, timeout_s: float) -> None:
         self._live.stop(timeout_s)
-        self._rest.stop(timeout_s)
+        self._others.stop(timeout_s)
 
     def _create(self, family: Family, kind: Kind, name: str, labels: Mapping[str, str]) -> Any:
         if name not in self._made:
