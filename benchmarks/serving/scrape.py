@@ -119,7 +119,8 @@ def main(
 @contextlib.contextmanager
 def serving(folder: Path, model: Path, with_metrics: bool, dialects: str) -> Iterator[EmbeddedServer]:
     """A null engine that keeps its loads in the folder."""
-    first = f"from benchmarks.engine import load_history; load_history.record({str(folder / 'loads')!r}, {with_metrics})"
+    record = f"record({str(folder / 'loads')!r}, tells={with_metrics})"
+    first = f"from benchmarks.engine import load_history; load_history.{record}"
     python = null_engine.write_interpreter(folder / "python", STEP_US, first)
     arguments = [] if with_metrics else ["--allow-metrics=false"]
     settings: dict[str, Any] = {**SETTINGS, "metrics_dialects": dialects.split(",")}
@@ -200,9 +201,7 @@ def drive(server: EmbeddedServer, scraper: Scraper, seconds: float, rng: random.
     return {role: round(100 * (after[role] - before[role]) / took_s, 2) for role in after}
 
 
-def measure_ages(
-    loads: Path, scrapes: list[Scrape], ages: dict[str, list[float]], changes: dict[str, int]
-) -> None:
+def measure_ages(loads: Path, scrapes: list[Scrape], ages: dict[str, list[float]], changes: dict[str, int]) -> None:
     """Add the age in seconds of each value on each page, and how often each gauge changed meanwhile."""
     for name, (column, scale) in GAUGES.items():
         if not values(scrapes[0].page, name):
@@ -211,9 +210,7 @@ def measure_ages(
         changes[name] = changes.get(name, 0) + history.changes(scrapes[0].asked_s, scrapes[-1].asked_s)
         for scrape in scrapes:
             (value,) = values(scrape.page, name)
-            ages.setdefault(name, []).append(
-                history.age_s(round(value * scale), scrape.asked_s, scrape.answered_s)
-            )
+            ages.setdefault(name, []).append(history.age_s(round(value * scale), scrape.asked_s, scrape.answered_s))
 
 
 def mean_percent(runs: list[dict[str, float]]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def chosen(config: EngineConfig, model_config: Mapping[str, Any], folder: Path) 
     Raises:
         ConfigError: the parameter is neither true nor false.
     """
-    others = [dialect for dialect in config.metrics_dialects if dialect != "vllm"]
+    others: list[str] = [dialect for dialect in config.metrics_dialects if dialect != "vllm"]
     shown = "vllm" in config.metrics_dialects
     if (entry := model_config.get("parameters", {}).get(PARAMETER)) is not None:
         said = entry["string_value"]

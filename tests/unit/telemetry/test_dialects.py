@@ -192,3 +192,11 @@ def test_the_documentation_says_which_is_which():
     rows = re.findall(r"^\| `(vllm:\w+)` \| (\S+)", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     ours = {id(family.read): f"`{family.name}`" for family in FAMILIES}
     assert rows == [(family.name, ours.get(id(family.read), "none:")) for family in VLLM_FAMILIES]
+
+
+def test_the_documentation_says_who_reads_what():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    (table,) = re.findall(r"^\| who reads .*?(?=\n\n)", page, re.M | re.S)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+    told = {who: (dialect.strip("`"), tuple(re.findall(r"`([\w:]+)`", names))) for who, dialect, names in rows}
+    assert told == {who: (reader.dialect, reader.names) for who, reader in READERS.items()}
