@@ -35,6 +35,8 @@ ROOMS = {
         Command("serving-overhead", "serving.overhead", "gRPC streams against the engine alone."),
         Command("serving-offline", "serving.offline", "An offline workload through tritonserver."),
         Command("streaming", "serving.streaming", "What a streamed response costs, no device."),
+        Command("scrape", "serving.scrape", "How fresh the metrics page is, and what that costs, no device."),
+        Command("rolling-update", "serving.rolling_update", "Three servers are replaced under load, no device."),
     ),
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),

@@ -20,8 +20,7 @@ from benchmarks.engine.null_engine import NullProgram
 from nanoflow_backend.bench import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.local_executor import LocalExecutor
-from nanoflow_backend.engine.loop import queue
-from nanoflow_backend.process.messages import News
+from nanoflow_backend.process.reporter import Reporter
 from nanoflow_backend.request.request import Request
 
 SPARE_TOKENS, WARM_UP_STEPS = 24, 20  # of a step beside all decodes; before those that are measured
@@ -92,8 +91,9 @@ def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> 
     executor.collect = timed("collect", executor.collect)  # type: ignore[method-assign]
     step = timed("step", engine.step)
     encode = timed("encode_news", msgspec.msgpack.Encoder().encode)
+    reporter = Reporter(encode, engine.scheduler)
     for _ in range(steps):
-        encode(News(step(), queue(engine, 0)))
+        reporter.stepped(step(), has_work=True)
     assert engine.scheduler.stats.running_requests == running, "all requests decode in every measured step"
     milliseconds = {name: round(1e3 * median(times), 3) for name, times in cpu_s.items()}
     total = milliseconds["step"] + milliseconds["encode_news"]

@@ -182,6 +182,25 @@ def _serving() -> Iterator[ResultRow]:
             streaming["device"],
         )
 
+    if scrape := load("scrape"):
+        live = [gauge for name, gauge in scrape["gauges"].items() if "pages{" not in name]
+        more = scrape["cpu_percent_of_a_core"]["more"]
+        yield ResultRow(
+            f"The metrics page, every {scrape['period_ms']:g} ms for {scrape['seconds_of_scrapes']:g} s under load: "
+            "age of what gateways read, and CPU time beside the same load without metrics",
+            f"{min(gauge['within_50_ms'] for gauge in live):.2%} within 50 ms, "
+            f"p99.9 {max(gauge['age_ms']['p99.9'] for gauge in live):g} ms; "
+            f"engine {more['engine']:+.1f} %, stub {more['stub']:+.1f} % of a core",
+            scrape["device"],
+        )
+    if update := load("rolling_update"):
+        yield ResultRow(
+            f"{update['servers']} servers behind a balancer, replaced in turn under {update['clients']} clients",
+            f"{sum(update['lost'].values())} of {update['requests']:,} requests lost; while all serve, shares differ "
+            f"from their mean by up to {update['furthest_from_mean']:.0%}",
+            update["device"],
+        )
+
 
 def _latency() -> Iterator[ResultRow]:
     for run in load_all("online"):

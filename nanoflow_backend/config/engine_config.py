@@ -47,6 +47,7 @@ RULES = {  # of engine.json, beyond the types of its fields
     "page_tokens": TOKENS,
     "kv_cache_tokens": TOKENS,
     "gpu_memory_utilization": Rule("a number in (0, 1]", lambda value: 0 < value <= 1),
+    "metrics_dialects": Rule("different ones", lambda value: len(set(value)) == len(value)),
     "otlp_traces_endpoint": Rule("an http(s) URL or null", lambda value: value.startswith(("http://", "https://"))),
     "seed": whole(-(2**63), 2**63),
 }
@@ -89,6 +90,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
     cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
+    # Names that the metrics page has: ours, those of vLLM, those of Triton's TensorRT-LLM backend.
+    metrics_dialects: tuple[Literal["nanoflow", "vllm", "trtllm"], ...] = ("nanoflow", "vllm")
     otlp_traces_endpoint: str | None = None  # of a collector, OTLP over HTTP: "http://collector:4318/v1/traces"
     kv_events: KvEventsConfig | None = None  # tell gateways which KV pages there are; None: do not
     seed: int = 0  # draws the seeds of requests that come without one
@@ -173,6 +176,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         absolute = {key: rooted(key, value) for key, value in fields.items()}
         if isinstance(text := absolute.get("kv_events"), str):  # as a parameter of config.pbtxt
             absolute["kv_events"] = parse_json(text, f"{origin}: kv_events")
+        if isinstance(dialects := absolute.get("metrics_dialects"), str):  # as config.pbtxt has to say it
+            absolute["metrics_dialects"] = [name.strip() for name in dialects.split(",") if name.strip()]
         return convert(absolute, cls, origin, strict=False, rules=RULES)
 
 

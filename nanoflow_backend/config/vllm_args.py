@@ -212,7 +212,7 @@ DECISIVE: dict[str, tuple[Any, ...]] = {
     "scheduler_cls": (),
     "io_processor_plugin": (),
     "additional_config": ({},),
-    # other metrics: `telemetry.vllm_families` reads it
+    # other metrics: `telemetry.dialects` reads it
     "disable_log_stats": (True, False),
 }
 

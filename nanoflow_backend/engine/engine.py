@@ -40,8 +40,8 @@ class Engine:
         make_executor: makes what computes the batches.
 
     Attributes:
-        on_begun: called in a step, before it is launched, with the requests that begin and that a queue deadline would
-            have ended else.
+        on_scheduled: called in a step, before it is launched, with the requests that begin in it and that a queue
+            deadline would have ended else.
 
     Raises:
         ConfigError: naming what is wrong in the model's folder or the configuration, or what does not fit.
@@ -89,7 +89,7 @@ class Engine:
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
         self._pending = PendingGrammars(self.scheduler)
-        self.on_begun: Callable[[list[int]], None] = lambda request_ids: None
+        self.on_scheduled: Callable[[list[int]], None] = lambda request_ids: None
         self.in_flight: LaunchedStep | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
@@ -173,8 +173,7 @@ class Engine:
         """
         self._pending.release_compiled()
         batch = self.scheduler.schedule()  # ints; None when nothing can run
-        if self.scheduler.begun:
-            self.on_begun(self.scheduler.begun)
+        self.on_scheduled(self.scheduler.begun)
         launched = self.executor.launch_forward(batch) if batch else None
         results = self._collect(self.in_flight)  # of the step before
         deltas = self.scheduler.retire(results)

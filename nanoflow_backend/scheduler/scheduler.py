@@ -190,6 +190,11 @@ class Scheduler:
         return deltas
 
     @property
+    def load(self) -> tuple[int, int, int]:
+        """Requests that run and that wait, and the pages that requests hold: as in `stats`, for every step."""
+        return len(self._slots), len(self._waiting), self._pool.used
+
+    @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             waiting_requests=self.waiting,

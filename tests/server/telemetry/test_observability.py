@@ -14,6 +14,7 @@ from support.engine.page_map import PageMap
 from support.engine.subscriber import Subscriber
 from support.server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from support.telemetry import observability
+from support.telemetry.readers import READERS, orca
 from support.waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
@@ -86,9 +87,12 @@ def served(server, collector, kv_events, tmp_path_factory):
     vocab_size = Tokenizer.from_pretrained(checkpoint).vocab_size
     checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), checkpoint)
     repository = tmp_path_factory.mktemp("repository")
-    add_model(
-        repository, checkpoint, max_running=2, max_queue_size=1, otlp_traces_endpoint=collector.url, kv_events=kv_events
-    )
+    settings = {
+        "metrics_dialects": ["nanoflow", "vllm", "trtllm"],
+        "otlp_traces_endpoint": collector.url,
+        "kv_events": kv_events,
+    }
+    add_model(repository, checkpoint, max_running=2, max_queue_size=1, **settings)
     trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
     arguments = [f"--trace-config={setting}" for setting in trace]
     return server(repository, log=tmp_path_factory.mktemp("log") / "server.log", arguments=arguments)
@@ -191,16 +195,6 @@ def test_ends_of_every_kind_are_counted_by_their_kind(served):
     until(lambda: shown(served)["nanoflow_kv_cache_usage_perc"] == 0)
 
 
-def orca(page):
-    """As the server's orca_http.cc reads its own page, to the expression."""
-    found = re.findall(r"nv_trt_llm_kv_cache_block_metrics(?:{(.*?)})?\s*(\d+(?:\.\d+)?)", page)
-    blocks = {dict(re.findall(r'(\w+)="([^"]*)"', labels)).get("kv_cache_block_type"): float(n) for labels, n in found}
-    return {
-        "kv_cache_utilization": blocks["used"] / blocks["max"],
-        "max_token_capacity": int(blocks["max"] * blocks["tokens_per"]),
-    }
-
-
 def test_load_headers_find_what_they_need(served):
     """The embedded server is too old to send them; one that does must send what its rule finds on the page."""
     assert orca(metrics_page(served.metrics_url)) == {"kv_cache_utilization": 0, "max_token_capacity": 65536}
@@ -215,6 +209,34 @@ def test_load_headers_find_what_they_need(served):
         header = connection.getresponse().getheader("endpoint-load-metrics")
     if header is not None:
         assert json.loads(header.removeprefix("JSON "))["named_metrics"]["max_token_capacity"] == 65536
+
+
+def test_gateways_and_autoscalers_see_the_load(served):
+    """A model of two requests at a time has three. The page is written series by series: each is waited for."""
+    long = {"input_ids": PROMPT, "stream": True, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+    running, waiting = {"running": 2, "waiting": 0}, {"running": 2, "waiting": 1}
+    config = {"block size": 16, "blocks": 4096}
+
+    def says(reader, **expected):
+        said = READERS[reader].read(metrics_page(served.metrics_url).replace('model_name="nanoflow"', 'model_name="m"'))
+        return said | expected == said
+
+    with contextlib.ExitStack() as streams:
+        for number in range(3):
+            stream = GrpcStream(served.grpc_url, "nanoflow", **long)
+            streams.callback(stream.close, cancel=True)
+            if number < 2:
+                next(iter(stream))
+            if number == 1:
+                until(lambda: says("vLLM's router", **running))
+        until(lambda: says("vLLM's router", **waiting))
+        until(lambda: says("endpoint picker, engine `vllm`", **waiting, **config))
+        until(lambda: says("endpoint picker, engine `triton-tensorrt-llm`", **waiting, **config))
+        until(lambda: says("KServe", **{"vllm:num_requests_running": 2}))
+        until(lambda: says("KEDA", **{"vllm:num_requests_waiting": 1}))
+        until(lambda: says("vLLM's dashboard", **{"vllm:num_requests_running": 2}))
+        until(lambda: not says("endpoint picker, engine `vllm`", **{"KV use": 0}))
+    until(lambda: says("vLLM's router", running=0, waiting=0))
 
 
 @pytest.mark.parametrize("stop", [[], ["a", "e", "i", "o", " "]])
