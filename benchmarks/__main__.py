@@ -36,6 +36,7 @@ ROOMS = {
         Command("serving-offline", "serving.offline", "An offline workload through tritonserver."),
         Command("streaming", "serving.streaming", "What a streamed response costs, no device."),
     ),
+    "cluster": (Command("ray-batch", "cluster.ray_batch", "Batches on a Ray cluster: overhead, kills, memory."),),
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
         Command("beside-vllm", "peers.beside_vllm", "Our engine and vLLM on one card, with their ratio (GPU)."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from typing import Any
@@ -32,7 +33,7 @@ def connect(address: str) -> Any:
     if address != "auto":
         address = _reachable(address)
     try:
-        ray.init(address, log_to_driver=False, logging_level="error")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cluster: expected a Ray cluster at {address}: {str(error).splitlines()[0]}") from None
     return ray

@@ -19,14 +19,19 @@ from nanoflow_backend.offline.job_file import JobLine, parse_line
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_line import ResultLine
 from nanoflow_backend.offline.run import complete_lines
-from nanoflow_backend.schedule.plan import ScheduleError
 
 log = logging.getLogger(__name__)
 ENGINE_ENDED = 70  # the actor's exit status
 LINES = pa.schema([("number", pa.int64()), ("line", pa.binary())])
 RESULTS = pa.schema(
-    [("number", pa.int64()), ("digest", pa.string()), ("result", pa.binary()), ("failed", pa.bool_()), ("tokens", pa.int64())]
-)  # fmt: skip
+    [
+        ("number", pa.int64()),
+        ("digest", pa.string()),
+        ("result", pa.binary()),
+        ("failed", pa.bool_()),
+        ("tokens", pa.int64()),
+    ]
+)
 MakeEngine = Callable[[EngineConfig], Engine]
 
 
@@ -102,7 +107,7 @@ class EngineStage:
 
     def _put(self, place: _Place, result: ResultLine) -> None:
         self._live -= 1
-        place.batch.put(place.index, result)
+        place.batch.put(place.line, result)
 
 
 class _Batch:
@@ -121,4 +126,4 @@ class _Batch:
 
 class _Place(NamedTuple):
     batch: _Batch
-    index: int
+    line: int  # its index there

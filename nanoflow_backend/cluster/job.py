@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -46,7 +47,7 @@ class Job:
         context.print_on_execution_start = False
         context.target_max_block_size = ONE_ROW_A_BLOCK
         groups = file_groups(JobFile(Path(input)), ranges, node_id)
-        dataset = complete(groups, config, replicas, gpu, GroupStage, made_with, make_engine)
+        dataset = complete(groups, config, replicas, gpu, GroupStage, 1, made_with, make_engine)
         self._tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
     def next_results(self) -> pa.Table | None:
@@ -65,8 +66,8 @@ def results_of(
 ) -> Iterator[list[tuple[int, str, ResultLine]]]:
     """The results of all lines of `ranges`, in their order: number and digest of a line, and its result."""
     node_id = ray.get_runtime_context().get_node_id()
-    actor = ray.remote(Job).options(num_cpus=0, label_selector={"ray.io/node-id": node_id})
-    job = actor.remote(str(input.resolve()), ranges, config, replicas, gpu, made_with, make_engine)
+    actor: Any = ray.remote(Job).options(num_cpus=0, label_selector={"ray.io/node-id": node_id})
+    job: Any = actor.remote(str(input.resolve()), ranges, config, replicas, gpu, made_with, make_engine)
     while (table := ray.get(job.next_results.remote())) is not None:
         for group in table["results"].to_pylist():
             yield [

@@ -10,7 +10,7 @@ import ray.data
 from msgspec.structs import asdict
 
 from nanoflow_backend.cluster.engine_stage import EngineStage, MakeEngine
-from nanoflow_backend.cluster.groups import GROUPS, GroupStage
+from nanoflow_backend.cluster.groups import GROUPS
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import Engine
 from nanoflow_backend.engine.settle import settled_on
@@ -18,7 +18,7 @@ from nanoflow_backend.offline.job_file import JobFile, LineRange
 from nanoflow_backend.offline.made_with import MadeWith
 
 LINES_PER_TASK = 64  # a task costs Ray some 10 ms of CPU time; what a lost node had begun is done again by the task
-RETRIES = 3  # of a task whose actor was lost: lines that end one engine after the other must not do so for ever
+RESTARTS = 20  # of one replica: lines that end every engine must not do so for ever
 
 
 def complete(
@@ -27,14 +27,17 @@ def complete(
     replicas: int,
     gpu: bool,
     stage: type[EngineStage] = EngineStage,
+    batch_size: int = LINES_PER_TASK,
     made_with: MadeWith | None = None,
     make_engine: MakeEngine = Engine,
 ) -> ray.data.Dataset:
     """Complete each row of `lines` on one of `replicas` engines; see EngineStage for the columns of both.
 
     Args:
-        lines: its blocks are what a lost engine has to do again; `repartition(target_num_rows_per_block=64)` cuts them.
+        lines: a block is what a lost engine has to do again, and its batches follow one another: cut large ones with
+            `repartition(target_num_rows_per_block=64)`, which needs a CPU core that no engine has.
         gpu: each engine has `config.tensor_parallel` GPUs of its own; else as many CPU cores.
+        made_with: see EngineStage, as for `make_engine`.
     """
     ranks = config.tensor_parallel
     running = settled_on("cuda" if gpu else "cpu", config).max_running
@@ -42,13 +45,12 @@ def complete(
     return lines.map_batches(
         stage,
         fn_constructor_args=(config, made_with, make_engine),
-        batch_size=None,
+        batch_size=batch_size,
         batch_format="pyarrow",
-        zero_copy_batch=True,
         num_cpus=1 if gpu else ranks,
         num_gpus=ranks if gpu else 0,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
+        max_restarts=RESTARTS,
+        max_task_retries=-1,  # one loss of a node takes several: Ray tries the old address until it knows better
         compute=ray.data.ActorPoolStrategy(
             size=replicas,
             max_concurrent_calls_per_actor=calls,

@@ -33,6 +33,11 @@ def batch(
 ) -> int:
     """The exit status: 0, or 1 if lines of the output are errors, those of runs that this one continues too.
 
+    Args:
+        cluster: the address of a Ray cluster; None: this machine alone.
+        replicas: engines there.
+        make_engine: what makes an engine of a configuration; None: the real one.
+
     Raises:
         ConfigError: a file cannot be read or written, or the output does not continue this input.
         ClusterError: the cluster cannot complete the lines.
@@ -43,15 +48,7 @@ def batch(
     jobs = JobFile(input)
     with ResultFile(output, input) as results:
         try:
-            if make_engine is None:
-                from nanoflow_backend.engine import Engine as make_engine  # torch: what is wrong with a file comes first
-            if cluster is None:
-                steps = _complete_here(jobs, config, results, make_engine)
-            else:
-                from nanoflow_backend.cluster.run import complete_on_cluster
-
-                steps = complete_on_cluster(jobs, config, results, cluster, replicas or 1, make_engine)
-            _show(steps, jobs, results)
+            _show(_complete(jobs, config, results, cluster, replicas or 1, make_engine), jobs, results)
         except KeyboardInterrupt:
             print(f"nanoflow: {results.lines} lines are done; the same command goes on there", file=sys.stderr)
             return INTERRUPTED
@@ -59,14 +56,25 @@ def batch(
     return 1 if results.failed else 0
 
 
-def _complete_here(
-    jobs: JobFile, config: EngineConfig, results: ResultFile, make_engine: Callable[[EngineConfig], Engine]
+def _complete(
+    jobs: JobFile,
+    config: EngineConfig,
+    results: ResultFile,
+    cluster: str | None,
+    replicas: int,
+    make_engine: Callable[[EngineConfig], Engine] | None,
 ) -> Iterator[None]:
     """Bring the results to the end of the jobs; the model is loaded only if there is something to do."""
-    from nanoflow_backend.engine import LLM
+    from nanoflow_backend.engine import LLM, Engine  # torch comes with them: what is wrong with a file is told first
     from nanoflow_backend.engine.settle import settled_here
     from nanoflow_backend.offline.run import run_jobs
 
+    make_engine = make_engine or Engine
+    if cluster is not None:
+        from nanoflow_backend.cluster.run import complete_on_cluster
+
+        yield from complete_on_cluster(jobs, config, results, cluster, replicas, make_engine)
+        return
     lines = results.resume(jobs.lines(), MadeWith.of(settled_here(config)))
     first = next(lines, None)
     if first is None:

@@ -23,7 +23,11 @@ class BatchProgress:
     """
 
     def __init__(
-        self, total: int | None, results: ResultFile, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int | None,
+        results: ResultFile,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._results, self._clock = total, results, clock
         self._begin = clock(), results.lines, results.tokens
