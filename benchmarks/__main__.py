@@ -38,6 +38,7 @@ ROOMS = {
         Command("scrape", "serving.scrape", "How fresh the metrics page is, and what that costs, no device."),
         Command("rolling-update", "serving.rolling_update", "Three servers are replaced under load, no device."),
     ),
+    "cluster": (Command("ray-batch", "cluster.ray_batch", "Batches on a Ray cluster: overhead, kills, memory."),),
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
         Command("beside-vllm", "peers.beside_vllm", "Our engine and vLLM on one card, with their ratio (GPU)."),

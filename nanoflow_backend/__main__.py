@@ -116,6 +116,11 @@ def batch(
     model: Model,
     input: Annotated[Path, typer.Option(help='JSON lines: {"prompt" or "prompt_token_ids", "max_tokens", ..., "id"}.')],
     output: Annotated[Path, typer.Option(help="JSON lines in the order of the input. One that exists is continued.")],
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Of Ray: auto (this machine is a node), HOST:PORT of its head, or ray://HOST from anywhere."),
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Engines on the cluster. [1]")] = None,
     settings: Settings = None,
 ) -> None:
     """Complete a file of prompts. After a kill, run it again to go on.
@@ -125,7 +130,7 @@ def batch(
     """
     from nanoflow_backend.commands.batch import batch
 
-    raise typer.Exit(batch(model, input, output, settings or []))
+    raise typer.Exit(batch(model, input, output, settings or [], cluster, replicas))
 
 
 @app.command()
@@ -275,6 +280,7 @@ def plot(
 
 def main() -> None:
     """Errors that name their cause need no traceback."""
+    from nanoflow_backend.cluster.error import ClusterError
     from nanoflow_backend.config.error import ConfigError
     from nanoflow_backend.embedded.server import ServerError
     from nanoflow_backend.process import logs
@@ -288,7 +294,7 @@ def main() -> None:
     try:
         logs.configure(level="warning")
         app()
-    except (ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
+    except (ClusterError, ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)
         sys.exit(COULD_NOT_RUN)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
@@ -50,6 +52,10 @@ def settled_here(config: EngineConfig) -> SettledConfig:
         ConfigError: what can be seen to be wrong with it, or with the model's config.json.
     """
     # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
-    kind = "cuda" if config.gpus is not None else find_kind(config.device)
+    return settled_on("cuda" if config.gpus is not None else find_kind(config.device), config)
+
+
+def settled_on(kind: Literal["cpu", "cuda"], config: EngineConfig) -> SettledConfig:
+    """The same for a machine with such a device, which need not be this one. Raises: ConfigError, ScheduleError."""
     config, _ = read_computed(config, kind)
-    return config.settle(kind)
+    return replace(config, dense_batch_tokens=named_dense_batch_tokens(config)).settle(kind)

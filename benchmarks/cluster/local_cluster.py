@@ -1,0 +1,68 @@
+"""LocalCluster is a Ray cluster of several nodes on this machine, some of which may be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from typing import Any, Self
+
+from benchmarks.serving.server_state import processes
+
+ENGINE = "ray::MapWorker"  # begins the command line of an engine's process
+
+
+class LocalCluster:
+    """The first node is the head, which commands join and whose files they read.
+
+    Attributes:
+        address: for --cluster; and `client_address`, if there is a server for clients.
+    """
+
+    def __init__(self, nodes: int, cpus: int = 1, gpus: int = 0, clients: bool = False) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # for the nodes' workers
+        from ray.cluster_utils import Cluster
+
+        each: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 128 * 2**20}
+        head = {**each, "include_dashboard": False}
+        if clients:
+            head["ray_client_server_port"] = port = _free_port()
+            self.client_address = f"ray://127.0.0.1:{port}"
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._workers = [self._cluster.add_node(**each) for _ in range(nodes - 1)]
+        self.address: str = self._cluster.address
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(Exception):  # nodes that were killed
+            self._cluster.shutdown()
+
+    def engines(self) -> list[list[int]]:
+        """Ids of the processes with an engine on each node, those that were killed left out."""
+        return [_engines(node) for node in (self._cluster.head_node, *self._workers)]
+
+    def kill_engine(self, node: int) -> None:
+        """One of the node's, if it has any: SIGKILL, as by the kernel where memory ends."""
+        for pid in self.engines()[node][:1]:
+            os.kill(pid, signal.SIGKILL)
+
+    def kill_node(self, node: int) -> None:
+        """With all that runs there; not the head."""
+        self._cluster.remove_node(self._workers.pop(node - 1), allow_graceful=False)
+
+
+def _engines(node: Any) -> list[int]:
+    (raylet,) = node.all_processes["raylet"]
+    found = processes(raylet.process.pid)
+    return [pid for pid, command in found.items() if command.startswith(ENGINE)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,53 @@
+"""connect joins a Ray cluster, and says what keeps it from doing so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+from nanoflow_backend.config.error import ConfigError
+
+CLIENT_PORT = 10001  # of a cluster's head, for ray://
+REACH_S = 10.0
+EXTRA = "pip install 'nanoflow-triton[cluster]'"
+
+
+def connect(address: str) -> Any:
+    """Return the module `ray`, connected; close with its `shutdown`.
+
+    Args:
+        address: "auto", the cluster that this machine is a node of; HOST:PORT, of its head, from one of its nodes; or
+            ray://HOST or ray://HOST:PORT, from anywhere.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(f"cluster: expected Ray Data, which the extra `cluster` has ({EXTRA}): {error}") from None
+    if address != "auto":
+        address = _reachable(address)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cluster: expected a Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+    return ray
+
+
+def _reachable(address: str) -> str:
+    """The address with a port, at which something listens: Ray itself would try for minutes."""
+    client = address.startswith("ray://")
+    host, _, port = address.removeprefix("ray://").partition(":")
+    port = port or (str(CLIENT_PORT) if client else "")
+    if not host or not port.isdigit():
+        raise ConfigError(f"cluster: expected auto, HOST:PORT or ray://HOST, got {address}")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise ConfigError(f"cluster: {host}:{port} cannot be reached: {error.strerror or error}") from None
+    return f"{'ray://' * client}{host}:{port}"

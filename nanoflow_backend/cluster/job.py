@@ -1,0 +1,75 @@
+"""Job is the actor that drives a dataset inside the cluster; `results_of` is how the command gets at what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from nanoflow_backend.cluster.engine_stage import MakeEngine
+from nanoflow_backend.cluster.groups import ONE_ROW_A_BLOCK, GroupStage
+from nanoflow_backend.cluster.lines import complete, file_groups
+from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.offline.job_file import JobFile, LineRange
+from nanoflow_backend.offline.made_with import MadeWith
+from nanoflow_backend.offline.result_line import ResultLine
+
+MOST_BYTES = 256 * 2**20  # of lines and results between the stages; a pipeline of Ray Data reads ahead so far
+
+
+class Job:
+    """Runs next to the input, so that lines and what is known of them outlive every other node.
+
+    Raises: ConfigError, where the input cannot be read from there.
+    """
+
+    def __init__(
+        self,
+        input: str,
+        ranges: Sequence[LineRange],
+        config: EngineConfig,
+        replicas: int,
+        gpu: bool,
+        made_with: MadeWith,
+        make_engine: MakeEngine,
+    ) -> None:
+        node_id = ray.get_runtime_context().get_node_id()
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+            object_store_memory=MOST_BYTES
+        )
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.target_max_block_size = ONE_ROW_A_BLOCK
+        groups = file_groups(JobFile(Path(input)), ranges, node_id)
+        dataset = complete(groups, config, replicas, gpu, GroupStage, 1, made_with, make_engine)
+        self._tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+
+    def next_results(self) -> pa.Table | None:
+        """Rows of GROUP_RESULTS that follow those before; None at the end."""
+        return next(self._tables, None)
+
+
+def results_of(
+    input: Path,
+    ranges: Sequence[LineRange],
+    config: EngineConfig,
+    replicas: int,
+    gpu: bool,
+    made_with: MadeWith,
+    make_engine: MakeEngine,
+) -> Iterator[list[tuple[int, str, ResultLine]]]:
+    """The results of all lines of `ranges`, in their order: number and digest of a line, and its result."""
+    node_id = ray.get_runtime_context().get_node_id()
+    actor: Any = ray.remote(Job).options(num_cpus=0, label_selector={"ray.io/node-id": node_id})
+    job: Any = actor.remote(str(input.resolve()), ranges, config, replicas, gpu, made_with, make_engine)
+    while (table := ray.get(job.next_results.remote())) is not None:
+        for group in table["results"].to_pylist():
+            yield [
+                (row["number"], row["digest"], ResultLine(row["result"], row["failed"], row["tokens"])) for row in group
+            ]
