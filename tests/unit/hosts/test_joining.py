@@ -29,7 +29,7 @@ from nanoflow_backend.hosts import agreement, gathering, host, link, members
 from nanoflow_backend.hosts.gathering import gather
 from nanoflow_backend.hosts.host import Host
 from nanoflow_backend.hosts.members import Members
-from nanoflow_backend.hosts.messages import Begin
+from nanoflow_backend.hosts.messages import Begin, Welcome
 from nanoflow_backend.hosts.secret import Secret
 from nanoflow_backend.models.hugging_face import read_model_config
 
@@ -269,9 +269,13 @@ def test_what_does_not_agree_is_named_at_both_ends(place: Path, monkeypatch: pyt
         weights.write_bytes(content)
         expected = f"the model's {weights.name}: the leader has "
     elif how in ("code", "torch"):
-        find, name = agreement.find_facts, {"code": "nanoflow"}.get(how, how)
-        monkeypatch.setattr(host, "find_facts", lambda *of: {**find(*of), name: "another"})
-        expected = f"{name}: the leader has {find(leader.config, DEMO_MODEL)[name]}, this host another"
+        name = {"code": "nanoflow"}.get(how, how)
+        other = {**agreement.find_facts(leader.config), name: "another"}
+        monkeypatch.setattr(gathering, "find_facts", lambda config: other)
+        # A leader of another version has settings of which this one knows nothing.
+        unknown = msgspec.Raw(ENCODE({"unknown": 1}))
+        monkeypatch.setattr(gathering, "Welcome", lambda facts, _, schedule: Welcome(facts, unknown, schedule))
+        expected = f"{name}: the leader has another, this host "
     elif how == "setting":
         fields = {"wanted": {"page_tokens": "32", "dtype": "float32"}}
         expected = "page_tokens: the leader has 16, this host wants 32"
