@@ -43,8 +43,9 @@ def find_differences(leader: Mapping[str, str], model: Path) -> list[str]:
     """
     if wrong := what_is_wrong(model):
         raise ConfigError(wrong)
-    found = ((name, expected, _find(name, model)) for name, expected in leader.items())
-    return [f"{name}: the leader has {expected}, this host {here}" for name, expected, here in found if here != expected]
+    here = {name: _find(name, model) for name in leader}
+    differing = [name for name in leader if leader[name] != here[name]]
+    return [f"{name}: the leader has {leader[name]}, this host {here[name]}" for name in differing]
 
 
 def find_unexpected(leader: SettledConfig, wanted: Mapping[str, str]) -> list[str]:
