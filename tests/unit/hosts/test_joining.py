@@ -171,7 +171,7 @@ def test_a_link_that_is_lost_without_a_word_is_noticed_by_both_ends(
 ) -> None:
     for module in (gathering, host):
         monkeypatch.setattr(
-            module, "Link", lambda connection, keys, name: link.Link(connection, keys, name, period_s=0.1, lost_s=1.0)
+            module, "Link", lambda connection, keys, name: link.Link(connection, keys, name, period_s=0.1, lost_s=2.0)
         )
     leader, deaths = settled(place), []
     wire = Wire(("127.0.0.1", int((leader.config.leader_address or "").split(":")[1])))
@@ -181,10 +181,10 @@ def test_a_link_that_is_lost_without_a_word_is_noticed_by_both_ends(
         wire.cut()
         began_s = time.monotonic()
         until(lambda: deaths)
-        assert deaths == ["host 1 (127.0.0.1, ranks 2 to 3): nothing comes for 1 s: the host or the network is gone"]
+        assert deaths == ["host 1 (127.0.0.1, ranks 2 to 3): nothing comes for 2 s: the host or the network is gone"]
         until(lambda: not ranks_alive(place))
         assert time.monotonic() - began_s < 10
-        until(lambda: f"the leader ({wire.address[0]}:{wire.address[1]}): nothing comes for 1 s" in caplog.text)
+        until(lambda: f"the leader ({wire.address[0]}:{wire.address[1]}): nothing comes for 2 s" in caplog.text)
     wire.close()
 
 
