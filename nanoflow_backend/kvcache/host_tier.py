@@ -34,7 +34,7 @@ class HostTier:
 
     def __init__(self) -> None:
         self.num_slots = 0
-        self.dropped = 0  # contents that had to go
+        self.evicted = 0  # contents that had to go
         self._entries: dict[bytes, _Entry] = {}
         self._children: Counter[bytes] = Counter()  # entries whose page before this content is
         self._free: list[int] = []  # a stack, the lowest slot on top
@@ -137,7 +137,7 @@ class HostTier:
         while self._candidates:
             candidate = heapq.heappop(self._candidates)
             if self._is_current(candidate):
-                self.dropped += 1
+                self.evicted += 1
                 self._remove(candidate.content)
                 return self._free.pop()
         return None

@@ -45,6 +45,7 @@ class TransferReport(msgspec.Struct, frozen=True, array_like=True):
     done: list[int] = []  # ids
     failed: list[int] = []  # a READ of what is not there, or is not whole; a WRITE that was not kept
     slots: int = 0  # of host memory that are there by now: slots 0 .. slots - 1
+    seconds: tuple[float, ...] = (0.0,) * len(Move)  # by move, that the link or the disk was busy with what is done
 
 
 class Tier(Protocol):
