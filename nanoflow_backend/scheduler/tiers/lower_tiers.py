@@ -131,7 +131,9 @@ class LowerTiers:
             else:
                 kept.append(load)
         self._read = kept
-        plan.outstanding &= {o.load.index for o in self._outstanding.values() if o.load and o.load.plan is plan}
+        coming = {o.load.index for o in self._outstanding.values() if o.load and o.load.plan is plan}
+        for index in plan.outstanding - coming:
+            plan.failed(index)
 
     def pages_to_compute(self, plan: LoadPlan) -> int:
         """How many of the pages that are not issued its sequence should compute, from the front."""
