@@ -95,6 +95,10 @@ class HostTier:
         self._use(content, entry)
         return entry.slot
 
+    def parent(self, content: bytes) -> bytes | None:
+        """Content of the page before the one that holds this; None: it is a first page."""
+        return self._entries[content].parent
+
     def unpin(self, content: bytes) -> None:
         entry = self._entries[content]
         entry.pins -= 1

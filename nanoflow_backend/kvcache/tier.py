@@ -18,6 +18,10 @@ from typing import Protocol
 
 import msgspec
 
+from nanoflow_backend.kvcache.content_hash import HASH_BYTES
+
+FIRST = bytes(HASH_BYTES)  # stands for the page before the first one
+
 
 class Move(IntEnum):
     """From where to where a page goes."""
@@ -37,6 +41,7 @@ class Transfer(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     page: int = -1  # of the device, for STORE and LOAD
     content: bytes = b""  # its name on the disk, for WRITE and READ
+    parent: bytes = FIRST  # content of the page before it, for WRITE
 
 
 class TransferReport(msgspec.Struct, frozen=True, array_like=True):
@@ -72,8 +77,9 @@ class PageStore(Protocol):
         """Whether `read` would probably find it."""
         ...
 
-    def write(self, content: bytes, payload: memoryview) -> bool:
-        """Keep a payload; others may have to go for it. False: it was not kept, as on a full disk."""
+    def write(self, content: bytes, payload: memoryview, parent: bytes = FIRST) -> bool:
+        """Keep a payload, whose page follows that of `parent`; others may have to go for it. False: it was not kept, as
+        on a full disk."""
         ...
 
     def read(self, content: bytes, payload: memoryview) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nanoflow_backend.kvcache.device_tier import DeviceTier
 from nanoflow_backend.kvcache.host_tier import HostTier
-from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import FIRST, Move, PageStore, Transfer, TransferReport
 from nanoflow_backend.scheduler.tiers.limits import TierLimits
 from nanoflow_backend.scheduler.tiers.load_plan import LoadPlan
 from nanoflow_backend.scheduler.tiers.rates import Rates
@@ -250,7 +250,8 @@ class LowerTiers:
         self._last_id += 1
         self._on_their_way[move] += 1
         name = content if move in (Move.WRITE, Move.READ) else b""
-        transfer = Transfer(self._last_id, move, slot, page, name)
+        parent = (self.host.parent(content) if move is Move.WRITE else None) or FIRST
+        transfer = Transfer(self._last_id, move, slot, page, name, parent)
         self._outstanding[transfer.id] = _Outstanding(transfer, content, load)
         return transfer
 
