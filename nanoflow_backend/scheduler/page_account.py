@@ -145,9 +145,16 @@ class PageAccount:
         retired = sum(self.pool.references[page] - stored[page] == 1 for s in sequences for page in s.pages)
         return retired + sum(self.pool.references[page] == 1 for page in held)
 
-    def begin_stores(self, returned_step: int) -> list[Transfer]:
-        """Copies to the tiers below that begin beside the next step, of what steps up to this one have filled."""
-        return self._lower.begin_stores(self._device, returned_step) if self._lower else []
+    def begin_stores(self, returned_step: int, next_in: Sequence | None) -> list[Transfer]:
+        """Copies to the tiers below that begin beside the next step, of what steps up to this one have filled.
+
+        Args:
+            next_in: waits for pages.
+        """
+        if self._lower is None:
+            return []
+        wanted = self.pages_for(next_in) if next_in else 0
+        return self._lower.begin_stores(self._device, returned_step, self.pool.available - wanted)
 
     def begin_loads(self) -> list[Transfer]:
         """Copies from the tiers below that begin beside the next step."""

@@ -54,7 +54,7 @@ class StepPlanner:
         self._meet_loads()
         returned = self._in_flight.last_returned
         step = self._in_flight.last_launched + 1
-        transfers = self._account.begin_stores(returned)  # before their pages could be taken for something else
+        transfers = self._account.begin_stores(returned, self._waiting.head)  # before pages are taken for others
         page_table: list[tuple[int, int, int]] = []
         sampled = self._grow(page_table)
         slots = [s.slot for s in sampled]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -41,8 +42,16 @@ class LowerTiers:
     Loading: `leading` says how much of a chain can be loaded, `plan` begins to. A page of the disk goes through a slot.
     """
 
-    def __init__(self, host: HostTier, limits: TierLimits, rates: Rates, disk: PageStore | None = None) -> None:
+    def __init__(
+        self,
+        host: HostTier,
+        limits: TierLimits,
+        rates: Rates,
+        disk: PageStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.host, self.disk, self.rates = host, disk, rates
+        self._clock = clock
         self._limits = limits
         self._stores = StoreQueue(limits.keep, limits.most_seen)
         self._writes: deque[bytes] = deque()  # contents of host memory that the disk may not have
@@ -89,7 +98,7 @@ class LowerTiers:
         if self.host.knows(content):
             self.host.touch(content)
         else:
-            self._stores.offer(Waiting(content, parent, step), urgent=urgent)
+            self._stores.offer(Waiting(content, parent, step, urgent))
 
     def leading(self, contents: Iterable[bytes]) -> int:
         """How many of the leading contents can be loaded."""
@@ -111,7 +120,7 @@ class LowerTiers:
             first: the place of the first in its sequence.
             parent: content of the page before that.
         """
-        plan = LoadPlan(first, contents, pages, parent)
+        plan = LoadPlan(first, contents, pages, parent, self._clock())
         for content in contents:
             self.host.touch(content)
         plan.disk_pages = sum(not self.host.knows(content) for content in contents)
@@ -137,16 +146,27 @@ class LowerTiers:
 
     def pages_to_compute(self, plan: LoadPlan) -> int:
         """How many of the pages that are not issued its sequence should compute, from the front."""
-        return self.rates.pages_to_compute(plan.unissued, len(plan.outstanding), plan.disk_pages)
+        on_their_way = self._on_their_way[Move.LOAD] + self._on_their_way[Move.READ]
+        waited_s = self._clock() - plan.progress_s
+        return self.rates.pages_to_compute(plan.unissued, on_their_way, plan.disk_pages, waited_s)
 
-    def begin_stores(self, device: DeviceTier, returned_step: int) -> list[Transfer]:
-        """Copies of what steps up to `returned_step` have filled; they hold their pages of the device."""
+    def begin_stores(self, device: DeviceTier, returned_step: int, spare_pages: int) -> list[Transfer]:
+        """Copies of what steps up to `returned_step` have filled; they hold their pages of the device.
+
+        Args:
+            spare_pages: that the device can do without for now; pages in use are held anyway.
+        """
         begun: list[Transfer] = []
-        while len(begun) < self._limits.store_pages and (waiting := self._stores.take(returned_step)):
-            content, parent, _ = waiting
+        while len(begun) < self._limits.store_pages and (waiting := self._stores.next(returned_step)):
+            content, parent, _, urgent = waiting
+            page = device.lookup(content)
+            if page is not None and not device.pool.references[page] and not urgent:
+                if spare_pages <= 0:
+                    break  # who waits for pages does not wait for stores
+                spare_pages -= 1
+            self._stores.remove(content)
             if self.host.knows(content):
                 continue
-            page = device.lookup(content)
             slot = None if page is None or not self._is_reachable(parent) else self.host.reserve(content, parent)
             if page is None or slot is None:
                 self._dropped += 1
@@ -168,7 +188,7 @@ class LowerTiers:
         while self._read and self._on_their_way[Move.LOAD] < self._limits.load_pages:
             begun.append(self._begin_load(self._read.popleft(), pinned=True))
         for plan in self._plans:
-            while plan.unissued and self._on_their_way[Move.LOAD] < self._limits.load_pages:
+            while plan.unissued > self.pages_to_compute(plan) and self._on_their_way[Move.LOAD] < self._limits.load_pages:
                 content = plan.content(plan.back - 1)
                 if self.host.lookup(content) is not None:
                     begun.append(self._begin_load(_Load(plan, plan.take())))
@@ -206,6 +226,7 @@ class LowerTiers:
                     assert load is not None, "a load for nobody"
                     self.host.unpin(content)
                     load.plan.arrived(load.index)
+                    load.plan.progress_s = self._clock()
                 case Move.WRITE:
                     self.host.unpin(content)
                 case Move.READ:

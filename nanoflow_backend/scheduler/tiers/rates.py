@@ -35,18 +35,26 @@ class Rates:
     store: Rate = field(default_factory=Rate)  # a page, to host memory
     prefill: Rate = field(default_factory=Rate)  # a token, in a step with prompts
 
-    def pages_to_compute(self, pages: int, on_their_way: int, disk_pages: int) -> int:
+    def pages_to_compute(self, pages: int, on_their_way: int, disk_pages: int, waited_s: float = 0.0) -> int:
         """Of `pages` that can be loaded or computed, how many to compute so that both end at the same time.
 
-        The loads begin behind `on_their_way` others; of all these, `disk_pages` come from the disk. 0 before the rates
-        are known, for a load takes no step's time.
+        0 before the rates are known, for a load takes no step's time.
+
+        Args:
+            on_their_way: pages that are loaded before those.
+            disk_pages: of all these, those that come from the disk.
+            waited_s: for the next page to come: a link that has become slower is believed before it delivers.
         """
         compute, load = self.prefill.seconds_each, self.load.seconds_each
         if compute is None or load is None or not pages:
             return 0
         waiting = pages + on_their_way
-        load_s = load + (self.read.seconds_each or 0.0) * min(1.0, disk_pages / waiting)
-        return min(pages, int(waiting * load_s / (load_s + compute * self.page_tokens)))
+        compute_s = compute * self.page_tokens
+        load_s = max(load + (self.read.seconds_each or 0.0) * min(1.0, disk_pages / waiting), waited_s)
+        fewer = min(pages, int(waiting * load_s / (load_s + compute_s)))
+        if fewer < pages and (fewer + 1) * compute_s < (waiting - fewer) * load_s:
+            return fewer + 1
+        return fewer
 
     def is_swap_cheaper(self, pages: int) -> bool:
         """Whether storing and loading pages takes less time than computing them again; True before both are known."""

@@ -14,6 +14,7 @@ class Waiting(NamedTuple):
     content: bytes
     parent: bytes | None  # content of the page before; None: it is a first page
     step: int  # that fills it
+    urgent: bool = False  # it is worth keeping in any case, and goes before others
 
 
 class StoreQueue:
@@ -36,30 +37,34 @@ class StoreQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def offer(self, waiting: Waiting, *, urgent: bool = False) -> None:
-        """The device holds this content now. `urgent`: it is worth keeping in any case, and goes before others."""
+    def offer(self, waiting: Waiting) -> None:
+        """The device holds this content now."""
         content = waiting.content
         known = content in self._waiting
-        if not known and not urgent and self._keep == "seen_twice" and not self._seen_before(content):
+        if not known and not waiting.urgent and self._keep == "seen_twice" and not self._seen_before(content):
             return
         self._waiting[content] = waiting  # it may be in another page by now, which another step fills
-        if urgent:
+        if waiting.urgent:
             self._urgent.append(content)
         elif not known:
             self._others.append(content)
 
-    def take(self, returned_step: int) -> Waiting | None:
-        """The next one; None if there is none, or the step that fills it has not come back."""
+    def next(self, returned_step: int) -> Waiting | None:
+        """Whose turn it is; None: nobody's, or the step that fills it has not come back."""
         for queue in (self._urgent, self._others):
             while queue:
                 waiting = self._waiting.get(queue[0])
-                if waiting is not None and waiting.step > returned_step:
-                    break
-                queue.popleft()
-                if waiting is not None:
-                    del self._waiting[waiting.content]
+                if waiting is None:
+                    queue.popleft()
+                elif waiting.step <= returned_step:
                     return waiting
+                else:
+                    break
         return None
+
+    def remove(self, content: bytes) -> None:
+        """It need not wait any more."""
+        del self._waiting[content]
 
     def _seen_before(self, content: bytes) -> bool:
         if content in self._seen:

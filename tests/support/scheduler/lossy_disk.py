@@ -29,6 +29,6 @@ class LossyDisk:
         return True
 
     def read(self, content: bytes) -> list[int] | None:
-        if self._rng and self._rng.random() < 0.1:
+        if self._rng and self._rng.random() < 0.3:
             self._pages.pop(content, None)
         return self._pages.get(content)

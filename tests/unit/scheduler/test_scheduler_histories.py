@@ -106,7 +106,7 @@ class History:
             keep=rng.choice(("all", "all", "seen_twice")),
             most_seen=rng.choice((4, 100)),
         )
-        lower = LowerTiers(HostTier(), limits, Rates(self.page_tokens), self.disk)
+        lower = LowerTiers(HostTier(), limits, Rates(self.page_tokens), self.disk, lambda: self.now)
         if rng.random() < 0.5:  # else they are measured: a step takes a second, and a transfer milliseconds
             lower.rates.load.measured(1, rng.choice((0.1, 1.0, 10.0, 1000.0)) * 1e9)
             lower.rates.prefill.measured(1, 1e9)
