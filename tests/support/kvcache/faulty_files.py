@@ -31,6 +31,9 @@ class FaultyFiles(FileSystem):
         found = super().__getattribute__(name)
         return self._counted(name, found) if name in vars(FileSystem) else found
 
+    def sync(self, fd: int) -> None:
+        """Counts like any call, and waits for no disk: a kill tears nothing that was written."""
+
     def bury(self) -> None:
         self.dead = True
         for fd in self.open_fds:
@@ -54,10 +57,8 @@ class FaultyFiles(FileSystem):
                 self.dead = self._error is None
                 if self._error is None:
                     raise Killed
-                if name == "close":
-                    call(*args)  # the kernel closes it all the same
-                    self.open_fds.discard(args[0])
-                raise self._error
+                if name != "close":
+                    raise self._error
             result = call(*args)
             if name == "open":
                 self.open_fds.add(result)
