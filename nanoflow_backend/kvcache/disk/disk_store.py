@@ -13,6 +13,7 @@ import msgspec
 from nanoflow_backend.kvcache.disk.page_file import FIRST, PageLayout, RefusedError
 from nanoflow_backend.kvcache.disk.page_folder import GoneError, PageFolder
 
+CLOSE_S = 5.0
 log = logging.getLogger(__name__)
 
 
@@ -74,9 +75,10 @@ class DiskStore:
         self._scan_is_due.set()
 
     def close(self) -> None:
-        """See PageStore. A scan that has begun goes on for as long as the process lives."""
+        """See PageStore. Waits for a scan that has begun, but not for a disk that is stuck."""
         self._closing = True
         self._scan_is_due.set()
+        self._scanner.join(CLOSE_S)
 
     @property
     def stats(self) -> DiskStats:

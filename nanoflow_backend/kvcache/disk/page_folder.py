@@ -189,14 +189,15 @@ class PageFolder:
         return fd
 
     def _give_back(self, path: Path) -> None:
-        """Remove a file of a page's size. If others hold the lock, the count stays too high until the next scan."""
-        try:
-            self._files.unlink(path)
-        except FileNotFoundError:
-            return  # another engine made room
-        with suppress(FolderBusyError), self._locked() as lock:
-            if used := self._read_count(lock):
-                self._write_count(lock, max(0, used - self._layout.file_bytes))
+        """Remove a file of a page's size, if another engine has not."""
+        with suppress(FileNotFoundError):
+            try:
+                with self._locked() as lock:
+                    self._files.unlink(path)
+                    if used := self._read_count(lock):
+                        self._write_count(lock, max(0, used - self._layout.file_bytes))
+            except FolderBusyError:
+                self._files.unlink(path)  # the count stays too high until the next scan
 
     def _collect(self, lock: int, limit: int) -> int:
         """With the lock held, count what is there anew, and remove until it takes `limit` bytes at most, or no page is
@@ -225,7 +226,10 @@ class PageFolder:
 
     def _removed(self, name: str) -> bool:
         """Remove a temporary file whose writer is dead; False: the writer lives."""
-        fd = self._files.open(self._path / name, os.O_RDONLY)
+        try:
+            fd = self._files.open(self._path / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return True  # by its writer, or by hand
         try:
             self._files.try_lock(fd)
             self._files.unlink(self._path / name)

@@ -18,7 +18,12 @@ FILE_BYTES = LAYOUT.file_bytes
 
 
 def content(number: int) -> bytes:
-    return number.to_bytes(4, "big") * 8
+    """Not the zeros that stand before the first page."""
+    return (number + 1).to_bytes(4, "big") * 8
+
+
+def number_of(content: bytes) -> int:
+    return int.from_bytes(content[:4], "big") - 1
 
 
 def payload(number: int, layout: PageLayout = LAYOUT) -> memoryview:

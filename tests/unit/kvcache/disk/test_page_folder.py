@@ -6,15 +6,27 @@ import fcntl
 import os
 import signal
 import time
+from errno import EIO
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from support.kvcache.pages_of_tests import FILE_BYTES, LAYOUT, content, folder, other, payload, read, write
+from support.kvcache.faulty_files import FaultyFiles
+from support.kvcache.pages_of_tests import (
+    FILE_BYTES,
+    LAYOUT,
+    content,
+    folder,
+    number_of,
+    other,
+    payload,
+    read,
+    write,
+)
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.kvcache.disk import page_folder
-from nanoflow_backend.kvcache.disk.file_system import FileSystem
+from nanoflow_backend.kvcache.disk.file_system import FileSystem, FoundFile
 from nanoflow_backend.kvcache.disk.page_file import FIRST, RefusedError
 from nanoflow_backend.kvcache.disk.page_folder import FolderBusyError, FolderFullError, GoneError, PageFolder
 
@@ -24,7 +36,7 @@ def files_bytes(path: Path) -> int:
 
 
 def numbers(folder: PageFolder) -> list[int]:
-    return sorted(int.from_bytes(name[:4], "big") for name in folder.contents)
+    return sorted(map(number_of, folder.contents))
 
 
 def age(path: Path, number: int, used_s: int) -> None:
@@ -83,7 +95,7 @@ def test_a_file_under_another_ones_name_is_refused_and_removed(tmp_path: Path) -
     write(mine, 2)
     (one,), (two,) = (list(tmp_path.glob(f"*-{content(number).hex()}-*")) for number in (1, 2))
     os.replace(one, two)
-    with pytest.raises(RefusedError, match="expected the page 00000002"):
+    with pytest.raises(RefusedError, match="expected the page 00000003"):
         read(mine, 2)
     assert not two.exists()
     assert numbers(mine) == [1]
@@ -148,6 +160,16 @@ def test_a_count_that_is_wrong_is_corrected_by_a_scan(tmp_path: Path, count: byt
     assert mine.used_bytes == files_bytes(tmp_path) == 4 * FILE_BYTES
 
 
+@pytest.mark.parametrize("count", [b"", b"\0" * 3])
+def test_what_nobody_has_counted_is_counted_before_more_is_written(tmp_path: Path, count: bytes) -> None:
+    mine = folder(tmp_path, pages=4)
+    for number in range(4):
+        write(mine, number)
+    (tmp_path / "lock").write_bytes(count)
+    write(mine, 4)
+    assert mine.used_bytes == files_bytes(tmp_path) <= 4 * FILE_BYTES
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes(b"x" * 3 * FILE_BYTES)
     mine = folder(tmp_path, pages=2)
@@ -170,6 +192,49 @@ def test_a_folder_full_of_living_writers_takes_no_more(tmp_path: Path) -> None:
     write(mine, 3)
     assert numbers(mine) == [3]
     assert files_bytes(tmp_path) == FILE_BYTES
+
+
+def test_no_file_gets_or_loses_its_name_while_another_engine_counts(tmp_path: Path) -> None:
+    """A scan that a rename overtakes may see the file twice, or not at all."""
+
+    class Watching(FileSystem):
+        changes = 0
+
+        def rename(self, old: Path, new: Path) -> None:
+            self.check()
+            super().rename(old, new)
+
+        def unlink(self, path: Path) -> None:
+            self.check()
+            super().unlink(path)
+
+        def check(self) -> None:
+            with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.changes += 1
+
+    files = Watching()
+    mine = folder(tmp_path, pages=2, files=files)
+    for number in range(3):
+        write(mine, number)
+    mine.remove(content(2))
+    assert files.changes == 5
+    mine = folder(tmp_path, files=FaultyFiles(1, only="rename", error=OSError(EIO, "Input/output error")))
+    write(mine, 3)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(mine, 4)
+    assert mine.used_bytes == files_bytes(tmp_path) == 2 * FILE_BYTES
+
+
+def test_a_file_that_its_writer_removes_during_a_scan_is_no_error(tmp_path: Path) -> None:
+    class Late(FileSystem):
+        def scan(self, path: Path) -> list[FoundFile]:
+            return [*super().scan(path), FoundFile("removed.tmp", FILE_BYTES, 0)]
+
+    mine = folder(tmp_path, files=Late())
+    write(mine, 1)
+    mine.scan()
+    assert mine.used_bytes == FILE_BYTES
 
 
 def test_a_lock_that_another_engine_keeps_costs_the_page_and_not_the_engine(
