@@ -7,7 +7,9 @@ import os
 import signal
 import time
 from errno import EIO
+from itertools import count
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -286,14 +288,13 @@ def test_direct_reads_and_synced_writes_give_the_same(tmp_path_factory: pytest.T
 
 def test_an_engine_that_is_killed_leaves_whole_files_and_nothing_else(tmp_path: Path) -> None:
     """A real process, killed while it writes as fast as it can; the next engine finds all whole, at every kill."""
-    spawn = get_context("fork")
+    context = get_context("fork")
     kept = 0
     for round in range(8):
-        writer = spawn.Process(target=_write_forever, args=(tmp_path, round * 1000))
+        begun, says = context.Pipe(duplex=False)
+        writer = context.Process(target=_write_forever, args=(tmp_path, round * 1000, 2 * round, says))
         writer.start()
-        deadline_s = time.monotonic() + 10
-        while not list(tmp_path.glob("*.tmp")) and time.monotonic() < deadline_s:
-            pass
+        begun.recv_bytes()
         os.kill(writer.pid or 0, signal.SIGKILL)
         writer.join()
         after = folder(tmp_path, pages=40)
@@ -303,14 +304,16 @@ def test_an_engine_that_is_killed_leaves_whole_files_and_nothing_else(tmp_path: 
             assert read(after, number) == payload(number)
         assert after.used_bytes == files_bytes(tmp_path) <= 40 * FILE_BYTES
         kept += len(after.contents)
-    assert kept > 8
+    assert kept >= sum(2 * round for round in range(8))
 
 
-def _write_forever(path: Path, number: int) -> None:
+def _write_forever(path: Path, first: int, pages: int, says: Connection) -> None:
+    """And say so after so many pages."""
     mine = folder(path, pages=40)
-    while True:
+    for number in count(first):
+        if number == first + pages:
+            says.send_bytes(b"begun")
         write(mine, number)
-        number += 1
 
 
 def test_engines_that_share_a_folder_read_whole_pages_within_the_bound(tmp_path: Path) -> None:
