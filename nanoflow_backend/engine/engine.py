@@ -13,6 +13,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine.executor import Executor, LaunchedStep
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.engine.tiers import make_lower_tiers
 from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
@@ -72,6 +73,7 @@ class Engine:
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
             seed=self.config.seed,
+            lower=make_lower_tiers(settled, self.executor.page_store) if self.config.host_kv_cache_bytes else None,
         )
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
