@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from nanoflow_backend.kvcache.disk.page_file import FIRST, PageLayout, RefusedError
+from nanoflow_backend.kvcache.disk.page_file import PageLayout, RefusedError
 from nanoflow_backend.kvcache.disk.page_folder import GoneError, PageFolder
+from nanoflow_backend.kvcache.tier import FIRST
 
 CLOSE_S = 5.0
 log = logging.getLogger(__name__)

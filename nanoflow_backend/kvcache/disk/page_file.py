@@ -33,7 +33,6 @@ from nanoflow_backend.kvcache.disk.file_system import FileSystem
 MAGIC = b"NanoFlKV"
 VERSION = 1
 HEADER_BYTES = 4096
-FIRST = bytes(HASH_BYTES)  # stands for the page before the first one
 _FIELDS = struct.Struct(f"<8sIIQ32s{HASH_BYTES}s{HASH_BYTES}sH")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKED = HEADER_BYTES - _CHECKSUM.size

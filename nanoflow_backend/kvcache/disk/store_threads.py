@@ -1,4 +1,4 @@
-"""StoreThreads calls a DiskStore on threads of its own; whoever asks is told by a ticket, and never waits."""
+"""StoreThreads calls a PageStore on threads of its own; whoever asks is told by a ticket, and never waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from queue import Empty, Full, Queue
 from typing import NamedTuple
 
-from nanoflow_backend.kvcache.disk.disk_store import DiskStore
+from nanoflow_backend.kvcache.tier import PageStore
 
 Job = Callable[[], None]
 
@@ -34,7 +34,7 @@ class StoreThreads:
     """
 
     def __init__(
-        self, store: DiskStore, *, readers: int = 4, writers: int = 1, max_reads: int = 256, max_writes: int = 64
+        self, store: PageStore, *, readers: int = 4, writers: int = 1, max_reads: int = 256, max_writes: int = 64
     ) -> None:
         """max_reads, max_writes: that wait for a thread."""
         self._store = store
@@ -50,7 +50,7 @@ class StoreThreads:
             thread.start()
 
     def write(self, ticket: int, content: bytes, payload: memoryview, parent: bytes) -> bool:
-        """Begin DiskStore.write. The payload must not change until `poll` returns the ticket.
+        """Begin PageStore.write. The payload must not change until `poll` returns the ticket.
 
         False: it is dropped, and its ticket never comes back.
         """
@@ -62,7 +62,7 @@ class StoreThreads:
         return True
 
     def read(self, ticket: int, content: bytes, payload: memoryview) -> bool:
-        """Begin DiskStore.read. Nobody else may use the payload until `poll` returns the ticket.
+        """Begin PageStore.read. Nobody else may use the payload until `poll` returns the ticket.
 
         False: it is not begun, and its ticket never comes back.
         """

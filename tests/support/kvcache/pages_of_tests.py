@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 
 from nanoflow_backend.kvcache.disk.file_system import FileSystem
-from nanoflow_backend.kvcache.disk.page_file import FIRST, PageLayout
+from nanoflow_backend.kvcache.disk.page_file import PageLayout
 from nanoflow_backend.kvcache.disk.page_folder import PageFolder
+from nanoflow_backend.kvcache.tier import FIRST
 
 LAYOUT = PageLayout(
     weights="0123", precision="float32", layout="4 x 2 x 1 x 8 x 4", page_tokens=8, rank=0, world=1, payload_bytes=1000

@@ -14,7 +14,6 @@ from support.kvcache.pages_of_tests import FILE_BYTES, LAYOUT, content, other, p
 
 from nanoflow_backend.kvcache.disk.file_system import FileSystem
 from nanoflow_backend.kvcache.disk.page_file import (
-    FIRST,
     HEADER_BYTES,
     PageLayout,
     Refusal,
@@ -23,6 +22,7 @@ from nanoflow_backend.kvcache.disk.page_file import (
     read_page,
     write_page,
 )
+from nanoflow_backend.kvcache.tier import FIRST
 
 WHOLE = page_header(LAYOUT, content(1), FIRST, payload(1)) + bytes(payload(1))
 

@@ -29,8 +29,9 @@ from support.kvcache.pages_of_tests import (
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.kvcache.disk import page_folder
 from nanoflow_backend.kvcache.disk.file_system import FileSystem, FoundFile
-from nanoflow_backend.kvcache.disk.page_file import FIRST, RefusedError
+from nanoflow_backend.kvcache.disk.page_file import RefusedError
 from nanoflow_backend.kvcache.disk.page_folder import FolderBusyError, FolderFullError, GoneError, PageFolder
+from nanoflow_backend.kvcache.tier import FIRST
 
 
 def files_bytes(path: Path) -> int:

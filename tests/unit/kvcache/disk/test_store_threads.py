@@ -12,8 +12,8 @@ from support.waiting import until
 
 from nanoflow_backend.kvcache.disk.disk_store import DiskStore
 from nanoflow_backend.kvcache.disk.file_system import FileSystem
-from nanoflow_backend.kvcache.disk.page_file import FIRST
 from nanoflow_backend.kvcache.disk.store_threads import Ended, StoreThreads
+from nanoflow_backend.kvcache.tier import FIRST
 
 
 class Held(FileSystem):
