@@ -6,6 +6,7 @@ import logging
 import mmap
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ PINNED_FOR_ALL_CONTEXTS = 1  # of the runtime's flags
 class HostPool:
     """Slots of `slot_bytes` each, a whole number of the host's pages, so that a slot can go to the disk as it is.
 
-    On a CPU all slots are there at once. For a GPU their memory is pinned, slice by slice, on a thread of its own: until
-    then there are fewer. The host gives memory when it is first written, or pinned.
+    On a CPU all slots are there at once. For a GPU their memory is pinned, slice by slice, on a thread of its own, and
+    there are few at first. The host gives memory when it is first written, or pinned.
 
     Attributes:
         payload_bytes: of a slot, what a page takes: K and V of all layers, as [layers, 2, kv heads, page_tokens, d].
@@ -33,9 +34,7 @@ class HostPool:
         self.payload_bytes = kv.page_bytes
         self.slot_bytes = slot_bytes(kv.page_bytes)
         self.num_slots = num_slots
-        self._memory = mmap.mmap(
-            -1, max(1, num_slots) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        self._memory = mmap.mmap(-1, max(1, num_slots) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)[: num_slots * self.slot_bytes]
         self.slots = self._bytes.view(num_slots, self.slot_bytes)
         self._ready = 0 if kv.tensor.is_cuda else num_slots
@@ -69,7 +68,7 @@ class HostPool:
         self._ready = 0
 
     def _pin(self) -> None:
-        runtime = torch.cuda.cudart()
+        runtime = _runtime()
         slots_a_slice = max(1, SLICE_BYTES // self.slot_bytes)
         for first in range(0, self.num_slots, slots_a_slice):
             if self._closing.is_set():
@@ -89,7 +88,11 @@ class HostPool:
 
 def _unpin(addresses: list[int]) -> None:
     while addresses:
-        torch.cuda.cudart().cudaHostUnregister(addresses.pop())
+        _runtime().cudaHostUnregister(addresses.pop())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def slot_bytes(page_bytes: int) -> int:
