@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep, Worker
+from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -30,7 +33,8 @@ class LocalExecutor:
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:
-            self.close()
+            if self._ranks:
+                self._ranks.close()
             raise
 
     @property
@@ -40,6 +44,13 @@ class LocalExecutor:
     @property
     def num_pages(self) -> int:
         return self.worker.num_pages
+
+    @property
+    def page_store(self) -> PageStore | None:
+        return self.worker.page_store
+
+    def report_transfers(self) -> TransferReport | None:
+        return self._joined(self.worker.report_transfers())
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
         if self._ranks:
@@ -52,8 +63,14 @@ class LocalExecutor:
         self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
-        return self.worker.collect(step)
+        sampled = self.worker.collect(step)
+        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+
+    def _joined(self, report: TransferReport | None) -> TransferReport | None:
+        """Of all ranks, where that of rank 0 is this."""
+        return self._ranks.join_reports(report) if self._ranks and report is not None else report
 
     def close(self) -> None:
+        self.worker.close()
         if self._ranks:
             self._ranks.close()

@@ -1,7 +1,8 @@
 """Ranks starts the processes of a tensor-parallel group beside rank 0; `main` is what each of them runs.
 
-Rank 0 lives in the engine process. The others get every batch that it launches and then the masks of its tail, and
-answer nothing: sampling is deterministic, so all ranks draw the same ids.
+Rank 0 lives in the engine process. The others get every batch that it launches and then the masks of its tail.
+Sampling is deterministic, so all ranks draw the same ids, and say nothing of them; where there are tiers below the
+device, they report after each step what has become of their transfers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from datetime import timedelta
 import msgspec
 import torch.distributed as dist
 
+from nanoflow_backend.engine.rank_reports import RankReports
 from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Child, ChildDied, Parent
 from nanoflow_backend.sampling.constraints import Masks
@@ -34,9 +37,10 @@ class StartRank(msgspec.Struct, frozen=True):
 
 
 class RankReady(msgspec.Struct, frozen=True):
-    """A rank has loaded its weights, and says how many pages it has room for."""
+    """A rank can run, or cannot."""
 
     error: str | None = None
+    transfers: TransferReport | None = None  # as in Sampled
 
 
 class Ranks:
@@ -55,6 +59,7 @@ class Ranks:
         self._encoder = msgspec.msgpack.Encoder()
         self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, size)]
         self._ready: list[Future[None]] = [Future() for _ in self._children]
+        self._reports = RankReports(size)
         try:
             for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
                 threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
@@ -75,6 +80,10 @@ class Ranks:
         encoded = self._encoder.encode(message)
         for child in self._children:
             child.send_bytes(encoded)
+
+    def join_reports(self, report: TransferReport) -> TransferReport:
+        """What all ranks have moved since the last call, `report` being that of rank 0."""
+        return self._reports.join(report)
 
     def close(self) -> None:
         self._end_children()
@@ -109,10 +118,15 @@ class Ranks:
     def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
         decoder = msgspec.msgpack.Decoder(RankReady)
         try:
-            why = child.receive(decoder).error
+            ready_to_run = child.receive(decoder)
+            why = ready_to_run.error
             if why is None:
+                if ready_to_run.transfers is not None:
+                    self._reports.add(rank, ready_to_run.transfers)
                 ready.set_result(None)
-                child.receive(decoder)  # nothing more comes but the end
+                reports = msgspec.msgpack.Decoder(TransferReport)
+                while True:  # until the end
+                    self._reports.add(rank, child.receive(reports))
         except ChildDied as death:
             why = str(death)
         if not ready.done():
@@ -139,11 +153,13 @@ def main() -> None:
     except Exception as error:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))
         raise
-    parent.send(RankReady())
+    parent.send(RankReady(transfers=worker.report_transfers()))
     batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks | None)
     while True:
         step = worker.launch_forward(parent.receive(batches))
         worker.launch_tail(step, parent.receive(masks))
+        if (report := worker.report_transfers(wait=not step.batch.tokens)) is not None:
+            parent.send(report)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ class Metrics:
 
 
 def _nothing(ready: Ready) -> Stats:
-    zeros = dict.fromkeys(SchedulerStats.__struct_fields__, 0)
-    return Stats(SchedulerStats(**{**zeros, "num_pages": ready.num_pages}), Observed())
+    zeros = {field.name: 0 for field in msgspec.structs.fields(SchedulerStats) if field.required}
+    return Stats(SchedulerStats(**zeros | {"num_pages": ready.num_pages}), Observed())
 
 
 class Metric(Protocol):
