@@ -1,4 +1,4 @@
-"""Conversations that come back are simulated with the real scheduler and its tiers: what host memory is worth, no device.
+"""Conversations that come back, simulated with the real scheduler and its tiers: what host memory is worth, no device.
 
 Times are those of the cost of a step that was measured for Llama-3-8B on an H200 (bench/multi_round/bound.py); tokens
 and pages are counted, and do not depend on the machine.
