@@ -73,7 +73,7 @@ class Engine:
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
             seed=self.config.seed,
-            lower=make_lower_tiers(settled, self.executor.page_store) if self.config.host_kv_cache_bytes else None,
+            lower=make_lower_tiers(settled, self.executor) if self.config.host_kv_cache_bytes else None,
         )
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep, Worker
-from nanoflow_backend.kvcache.tier import PageStore
+from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -49,6 +49,9 @@ class LocalExecutor:
     def page_store(self) -> PageStore | None:
         return self.worker.page_store
 
+    def report_transfers(self) -> TransferReport | None:
+        return self._joined(self.worker.report_transfers())
+
     def launch_forward(self, batch: Batch) -> InFlightStep:
         if self._ranks:
             self._ranks.broadcast(batch)
@@ -61,9 +64,11 @@ class LocalExecutor:
 
     def collect(self, step: InFlightStep) -> Sampled:
         sampled = self.worker.collect(step)
-        if self._ranks is None or sampled.transfers is None:
-            return sampled
-        return replace(sampled, transfers=self._ranks.join_reports(sampled.transfers))
+        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+
+    def _joined(self, report: TransferReport | None) -> TransferReport | None:
+        """Of all ranks, where that of rank 0 is this."""
+        return self._ranks.join_reports(report) if self._ranks and report is not None else report
 
     def close(self) -> None:
         self.worker.close()

@@ -37,9 +37,10 @@ class StartRank(msgspec.Struct, frozen=True):
 
 
 class RankReady(msgspec.Struct, frozen=True):
-    """A rank has loaded its weights, and says how many pages it has room for."""
+    """A rank can run, or cannot."""
 
     error: str | None = None
+    transfers: TransferReport | None = None  # as in Sampled
 
 
 class Ranks:
@@ -117,8 +118,11 @@ class Ranks:
     def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
         decoder = msgspec.msgpack.Decoder(RankReady)
         try:
-            why = child.receive(decoder).error
+            ready_to_run = child.receive(decoder)
+            why = ready_to_run.error
             if why is None:
+                if ready_to_run.transfers is not None:
+                    self._reports.add(rank, ready_to_run.transfers)
                 ready.set_result(None)
                 reports = msgspec.msgpack.Decoder(TransferReport)
                 while True:  # until the end
@@ -149,12 +153,12 @@ def main() -> None:
     except Exception as error:
         parent.send(RankReady(f"{type(error).__name__}: {error}"))
         raise
-    parent.send(RankReady())
+    parent.send(RankReady(transfers=worker.report_transfers()))
     batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks | None)
     while True:
         step = worker.launch_forward(parent.receive(batches))
         worker.launch_tail(step, parent.receive(masks))
-        if (report := worker.report_transfers(step.batch)) is not None:
+        if (report := worker.report_transfers(wait=not step.batch.tokens)) is not None:
             parent.send(report)
 
 

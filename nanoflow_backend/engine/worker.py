@@ -136,18 +136,18 @@ class Worker:
             raise RuntimeError("collect comes after launch_tail")
         if step.ended:
             step.ended.synchronize()
-        transfers = self.report_transfers(step.batch)
+        transfers = self.report_transfers(wait=not step.batch.tokens)
         if step.drawn is None or step.token_ids is None:
             return Sampled(step.batch.step, [], transfers=transfers)
         scores = [scored.scores() for scored in step.scored]
         return Sampled(step.batch.step, step.token_ids.tolist(), step.drawn.logprobs.by_slot(), scores, transfers)
 
-    def report_transfers(self, batch: Batch) -> TransferReport | None:
-        """What has become of transfers since the last call; a batch that computes nothing waits for some, a moment.
+    def report_transfers(self, *, wait: bool = False) -> TransferReport | None:
+        """What has become of transfers since the last call; `wait` gives them a moment, as a step without rows does.
 
         None: there are no tiers below the device.
         """
-        return self._transfers.report(wait=not batch.tokens) if self._transfers else None
+        return self._transfers.report(wait=wait) if self._transfers else None
 
     @property
     def page_store(self) -> PageStore | None:

@@ -20,7 +20,7 @@ class LoadPlan:
     contents: list[bytes]
     pages: list[int]  # of the device, where they are to go
     parent: bytes | None = None  # content of the page before the first
-    progress_s: float = 0.0  # when the last page came, or the plan was made
+    made_s: float = 0.0
     front: int = field(init=False)
     back: int = field(init=False)
     end: int = field(init=False)

@@ -64,6 +64,7 @@ class LowerTiers:
         self._moved, self._failed = Counter[Move](), Counter[Move]()
         self._busy_s = [0.0] * len(Move)
         self._dropped = 0
+        self._reported_s = self._arrived_s = clock()  # when a report came, and when the last one that had a load
         self._last_id = 0
 
     @property
@@ -146,9 +147,10 @@ class LowerTiers:
 
     def pages_to_compute(self, plan: LoadPlan) -> int:
         """How many of the pages that are not issued its sequence should compute, from the front."""
-        on_their_way = self._on_their_way[Move.LOAD] + self._on_their_way[Move.READ]
-        waited_s = self._clock() - plan.progress_s
-        return self.rates.pages_to_compute(plan.unissued, on_their_way, plan.disk_pages, waited_s)
+        before = takewhile(lambda other: other is not plan, self._plans)
+        ahead = self._on_their_way[Move.LOAD] + self._on_their_way[Move.READ] + sum(other.unissued for other in before)
+        waited_s = self._reported_s - max(plan.made_s, self._arrived_s)
+        return self.rates.pages_to_compute(plan.unissued, ahead, plan.disk_pages, waited_s)
 
     def begin_stores(self, device: DeviceTier, returned_step: int, spare_pages: int) -> list[Transfer]:
         """Copies of what steps up to `returned_step` have filled; they hold their pages of the device.
@@ -211,6 +213,7 @@ class LowerTiers:
     def returned(self, device: DeviceTier, report: TransferReport) -> None:
         """Transfers have ended: what was stored can be found, and pages and slots are free for others."""
         self.host.grow(report.slots)
+        self._reported_s = self._clock()
         stored: list[int] = []
         moved = Counter[Move]()
         for id in report.done:
@@ -226,7 +229,7 @@ class LowerTiers:
                     assert load is not None, "a load for nobody"
                     self.host.unpin(content)
                     load.plan.arrived(load.index)
-                    load.plan.progress_s = self._clock()
+                    self._arrived_s = self._reported_s
                 case Move.WRITE:
                     self.host.unpin(content)
                 case Move.READ:
