@@ -91,14 +91,18 @@ def test_answers_of_another_length_are_an_error() -> None:
 def test_host_memory_saves_what_the_device_forgets() -> None:
     """A device that holds an eighth of the active conversations, and a host that holds all."""
     drawn = draw_conversations("lmsys-like", 60, 768, think_s=0, scale=0.3, seed=1)
-    bound = Bound.of(drawn, COST, 768)
     arms = {
         "recomputing": run(drawn, 30, 768, prefix_caching=False),
         "device": run(drawn, 30, 768),
         "host": run(drawn, 30, 768, HostMemory(20_000, load_token_s=1e-6, store_token_s=1e-6)),
         "slow host": run(drawn, 30, 768, HostMemory(20_000, load_token_s=1e-2, store_token_s=1e-6)),
     }
-    found = {name: summarise(driver, bound) for name, (driver, _) in arms.items()}
+    found = {name: summarise(driver, lambda rounds: Bound.of(rounds, COST, 768)) for name, (driver, _) in arms.items()}
+    bound = Bound.of(arms["host"][0].answered, COST, 768)
+    assert {summary["bound"]["prompt_tokens"] for summary in found.values()} == {bound.prompt_tokens}
+    assert found["host"]["share_of_bound"] == pytest.approx(
+        found["host"]["rounds_per_s"] / bound.rounds_per_s, rel=1e-3
+    )
     tokens = {name: summary["prompt_tokens"] for name, summary in found.items()}
     assert {t["all"] for t in tokens.values()} == {bound.prompt_tokens}
     assert tokens["recomputing"]["computed"] == bound.prompt_tokens
