@@ -1,4 +1,4 @@
-"""Conversations that come back are simulated with the real scheduler and its tiers: what host memory is worth, no device.
+"""Conversations that come back, simulated with the real scheduler and its tiers: what host memory is worth, no device.
 
 Times are those of the cost of a step that was measured for Llama-3-8B on an H200 (bench/multi_round/bound.py); tokens
 and pages are counted, and do not depend on the machine.
@@ -7,6 +7,7 @@ and pages are counted, and do not depend on the machine.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,7 +43,7 @@ def main(
     drawn = draw_conversations(dataset, conversations, max_model_tokens, think_s=think_s, seed=seed)
     active = max(1, round(times_device * kv_cache_tokens / drawn.mean_context_tokens))
     cost = StepCost()
-    bound = Bound.of(drawn, cost, kv_cache_tokens)
+    bound = partial(Bound.of, cost=cost, kv_cache_tokens=kv_cache_tokens)
     limits = SchedulerLimits(
         dense_batch_tokens=dense_batch_tokens,
         chunk_tokens=dense_batch_tokens,
@@ -78,4 +79,4 @@ def main(
         "step_cost": msgspec.to_builtins(cost),
     }
     facts = {**drawn.facts, "mean_context_tokens": round(drawn.mean_context_tokens, 1)}
-    result.write({"workload": drawn.name, **facts, "settings": settings, "bound": bound.facts(), "arms": arms}, output)
+    result.write({"workload": drawn.name, **facts, "settings": settings, "arms": arms}, output)

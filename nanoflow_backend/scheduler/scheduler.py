@@ -166,7 +166,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Some request has not ended, or its last delta was not handed over; or its pages are not free, or not stored."""
+        """Some request has not ended, or its last delta was not handed over; or its pages are not free or stored."""
         return bool(self._live or self._slots or (self._lower and self._lower.has_work))
 
     @property

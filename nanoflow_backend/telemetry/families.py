@@ -52,33 +52,15 @@ class Family(msgspec.Struct, frozen=True):
 
 def _pages(view: View) -> Values:
     pages = view.stats.scheduler
-    values = {
+    values: dict[tuple[str, ...], float] = {
         ("device", "used"): pages.used_pages,
         ("device", "cached"): pages.cached_pages,
         ("device", "free"): pages.num_pages - pages.used_pages - pages.cached_pages,
     }
-    if host := pages.tiers:
-        values["host", "cached"] = host.host_used_pages
-        values["host", "free"] = host.host_pages - host.host_used_pages
+    if tiers := pages.tiers:
+        values["host", "cached"] = tiers.host_used_pages
+        values["host", "free"] = tiers.host_pages - tiers.host_used_pages
     return values
-
-
-def _by_move(name: str) -> Callable[[View], Values]:
-    """Of a table of TierStats; nothing where there are no tiers below the device."""
-
-    def read(view: View) -> Values:
-        tiers = view.stats.scheduler.tiers
-        return {(move,): value for move, value in getattr(tiers, name).items()} if tiers else {}
-
-    return read
-
-
-def _lost(view: View) -> Values:
-    tiers = view.stats.scheduler.tiers
-    if tiers is None:
-        return {}
-    failed = {(f"{move}_failed",): pages for move, pages in tiers.failed_pages.items()}
-    return {("dropped",): tiers.dropped_pages, ("evicted",): tiers.evicted_pages, **failed}
 
 
 def _usage(view: View) -> float:
@@ -120,16 +102,6 @@ FAMILIES = (
            _pages, ("tier", "state")),
     Family("nv_trt_llm_kv_cache_block_metrics", "gauge", "KV pages as the server's ORCA load headers want them",
            _blocks, ("kv_cache_block_type",)),
-    Family("nanoflow_kv_moved_pages_total", "counter", "KV pages moved between tiers: store, load, write or read",
-           _by_move("moved_pages"), ("move",)),
-    Family("nanoflow_kv_moved_bytes_total", "counter", "Bytes of those, on all ranks",
-           _by_move("moved_bytes"), ("move",)),
-    Family("nanoflow_kv_move_seconds_total", "counter", "Time that the link, or the disk, took for those",
-           _by_move("busy_s"), ("move",)),
-    Family("nanoflow_kv_lost_pages_total", "counter", "KV pages that a tier below the device does not have, or no more",
-           _lost, ("why",)),
-    Family("nanoflow_kv_load_time_seconds", "histogram", "From admission to the last page from a lower tier",
-           lambda v: v.stats.observed.load_time_s),
     Family("nanoflow_prompt_tokens_total", "counter", "Tokens of admitted prompts, those in the prefix cache too",
            lambda v: v.stats.scheduler.prefix_query_tokens),
     Family("nanoflow_generation_tokens_total", "counter", "Tokens generated",

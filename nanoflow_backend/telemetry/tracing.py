@@ -36,8 +36,6 @@ class RequestTrace:
         phases = {}
         if account is not None:
             attributes["nanoflow.peak_kv_pages"] = account.peak_pages
-            attributes["nanoflow.host_cached_tokens"] = account.host_tokens
-            attributes["nanoflow.disk_cached_tokens"] = account.disk_tokens
             if account.energy_j is not None:
                 attributes["nanoflow.energy_j"] = account.energy_j
             begins_s = {"queue": account.arrived_s, "prefill": account.admitted_s, "decode": account.first_token_s}

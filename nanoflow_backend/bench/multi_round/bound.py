@@ -1,12 +1,12 @@
-"""Bound says what no engine can beat on given conversations: tokens that must be computed, and the time they take."""
+"""Bound says what no engine can beat on given rounds: tokens that must be computed, and the time they take."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
-
-from nanoflow_backend.bench.multi_round.conversations import Conversations
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,23 @@ class StepCost:
         return max(self.least_s, tokens * self.token_s) + decode_kv_tokens * self.kv_token_s
 
 
+class RoundLengths(Protocol):
+    """What a round costs depends on."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def new_tokens(self) -> int:
+        """Of the prompt, those that no earlier round of the conversation had."""
+        ...
+
+    @property
+    def output_tokens(self) -> int: ...
+
+
 class Bound(msgspec.Struct, frozen=True):
-    """Of conversations, with every token computed once against prompts computed anew in each round."""
+    """Of rounds, with every token computed once, against prompts computed anew in each round."""
 
     rounds: int
     prompt_tokens: int  # of all rounds
@@ -50,34 +65,33 @@ class Bound(msgspec.Struct, frozen=True):
         return self.rounds_per_s / self.recomputing_rounds_per_s
 
     @classmethod
-    def of(cls, conversations: Conversations, cost: StepCost, kv_cache_tokens: int) -> Bound:
+    def of(cls, rounds: Iterable[RoundLengths], cost: StepCost, kv_cache_tokens: int) -> Bound:
         """`kv_cache_tokens` of the device hold what a step reads, and so bound the decodes of a step.
 
         No step takes less than its tokens or the weights, and there are at least as many as decodes fit into.
         """
-        prompts = new = outputs = kv_tokens = 0
-        for rounds in conversations.rounds:
-            context = 0
-            for turn in rounds:
-                context += turn.input_tokens
-                prompts += context
-                new += turn.input_tokens
-                outputs += turn.output_tokens
-                decodes = turn.output_tokens - 1  # the prompt's last row gives the first token
-                kv_tokens += decodes * context + decodes * (decodes + 1) // 2
-                context += turn.output_tokens
+        count = prompts = new = outputs = kv_tokens = 0
+        for lengths in rounds:
+            count += 1
+            prompts += lengths.prompt_tokens
+            new += lengths.new_tokens
+            outputs += lengths.output_tokens
+            decodes = lengths.output_tokens - 1  # the prompt's last row gives the first token
+            kv_tokens += decodes * lengths.prompt_tokens + decodes * (decodes + 1) // 2
         least_s = cost.least_s * kv_tokens / kv_cache_tokens
 
         def rounds_per_s(prompt_tokens: int) -> float:
-            computed = prompt_tokens + outputs - conversations.num_rounds
-            return conversations.num_rounds / (max(least_s, computed * cost.token_s) + kv_tokens * cost.kv_token_s)
+            computed_s = (prompt_tokens + outputs - count) * cost.token_s
+            return count / (max(least_s, computed_s) + kv_tokens * cost.kv_token_s)
 
-        return cls(conversations.num_rounds, prompts, new, outputs, kv_tokens, rounds_per_s(new), rounds_per_s(prompts))
+        return cls(count, prompts, new, outputs, kv_tokens, rounds_per_s(new), rounds_per_s(prompts))
 
     def facts(self) -> dict[str, float]:
         """For a result."""
         return {
             **msgspec.to_builtins(self),
+            "rounds_per_s": round(self.rounds_per_s, 3),
+            "recomputing_rounds_per_s": round(self.recomputing_rounds_per_s, 3),
             "saved_prompt_tokens": self.saved_prompt_tokens,
             "fewer_prompt_tokens": round(self.fewer_prompt_tokens, 3),
             "speedup": round(self.speedup, 3),

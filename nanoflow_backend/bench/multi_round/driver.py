@@ -35,6 +35,7 @@ class AnsweredRound:
     conversation: int
     number: int  # in its conversation, from 0
     prompt_tokens: int
+    new_tokens: int  # of these, those that no earlier round had; an answer's last token was sampled, and not computed
     output_tokens: int
     sent_s: float
     first_token_s: float = 0.0
@@ -104,7 +105,9 @@ class Driver:
             params = SamplingParams(max_tokens=turn.output_tokens, ignore_eos=True, temperature=0.0)
             request = self._requests
             self._requests += 1
-            self._waiting[request] = AnsweredRound(conversation, number, len(said), turn.output_tokens, now_s)
+            self._waiting[request] = AnsweredRound(
+                conversation, number, len(said), turn.input_tokens, turn.output_tokens, now_s
+            )
             engine.add(Request(request, list(said), params))
 
     def _tell(self, deltas: Iterable[Delta], now_s: float) -> None:

@@ -122,11 +122,11 @@ class LowerTiers:
         kept = deque[Load]()
         for load in self._read:
             if load.plan is plan:
-                self.host.unpin(plan.content(load.index))
+                self.host.unpin(plan.content(load.place))
             else:
                 kept.append(load)
         self._read = kept
-        coming = {o.load.index for o in self._transfers if o.load and o.load.plan is plan}
+        coming = {o.load.place for o in self._transfers if o.load and o.load.plan is plan}
         for index in plan.outstanding - coming:
             plan.failed(index)
 
@@ -219,7 +219,7 @@ class LowerTiers:
                 case Move.LOAD:
                     assert load is not None, "a load for nobody"
                     self.host.unpin(content)
-                    load.plan.arrived(load.index)
+                    load.plan.arrived(load.place)
                     self._arrived_s = self._reported_s
                 case Move.WRITE:
                     self.host.unpin(content)
@@ -235,7 +235,7 @@ class LowerTiers:
             else:
                 self.host.abandon(content)
                 for reader in self._readers.pop(content):
-                    reader.plan.failed(reader.index)
+                    reader.plan.failed(reader.place)
         device.pool.release(reversed(stored))  # a prefix is of use to more requests than what follows it
         moved = Counter(each.transfer.move for each in done)
         for move, rate in ((Move.STORE, self.rates.store), (Move.LOAD, self.rates.load), (Move.READ, self.rates.read)):
@@ -259,10 +259,10 @@ class LowerTiers:
         return parent is None or self.host.knows(parent) or self._is_on_disk(parent)
 
     def _begin_load(self, load: Load, *, pinned: bool = False) -> Transfer:
-        content = load.plan.content(load.index)
+        content = load.plan.content(load.place)
         slot = self.host.lookup(content) if pinned else self.host.pin(content)
         assert slot is not None, "what is pinned stays"
-        return self._transfers.begin(Move.LOAD, slot, content, page=load.plan.page(load.index), load=load)
+        return self._transfers.begin(Move.LOAD, slot, content, page=load.plan.page(load.place), load=load)
 
     def _begin_read(self, content: bytes, parent: bytes | None) -> Transfer | None:
         """None: it is on no disk, or there is no slot for it."""
