@@ -15,7 +15,7 @@ class DeviceTier:
     for other content. `on_evict` is called with the content then.
     """
 
-    def __init__(self, num_pages: int, on_evict: Callable[[bytes], None]) -> None:
+    def __init__(self, num_pages: int, on_evict: Callable[[bytes], None] = lambda content: None) -> None:
         self._index = PrefixIndex()
         self.pool = PagePool(num_pages, on_evict=lambda page: on_evict(self._index.forget(page)))
 
