@@ -25,6 +25,7 @@ ROOMS = {
         Command("loop-cpu", "engine.loop_cpu", "CPU time of the engine's thread a step, no device."),
         Command("scheduler-cpu", "engine.scheduler_cpu", "CPU time of the scheduler a step."),
         Command("admission", "engine.admission", "Steps and preemptions by way of admission, simulated."),
+        Command("multi-round", "engine.multi_round", "What host memory is worth to conversations, simulated."),
     ),
     "overlap": (
         Command("overlap-ablation", "overlap.ablation", "What cutting costs, overlap wins, the search adds (GPU)."),

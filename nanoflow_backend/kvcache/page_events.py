@@ -46,9 +46,9 @@ PageEvent = Stored | Removed | Cleared
 class _Description(msgspec.Struct, gc=False):
     """What a page holds, for as long as a tier has it. There may be many: the collector need not walk them."""
 
-    parent: bytes | None
-    token_ids: array[int]
-    tiers: int = 0  # that have it
+    parent: bytes | None = None
+    token_ids: array[int] | None = None  # None: nobody has said
+    tiers: int = 0  # that have the page
 
 
 class PageEvents:
@@ -64,32 +64,20 @@ class PageEvents:
 
     def stored(self, content: bytes, parent: bytes | None, token_ids: array[int], medium: Medium) -> None:
         """A tier has a page that it did not have, and this is what the page holds: its tokens, and what is before."""
-        description = self._descriptions.get(content)
-        if description is None:
-            description = self._descriptions[content] = _Description(parent, token_ids)
-        description.tiers += 1
-        last = self._events[-1] if self._events else None
-        if isinstance(last, Stored) and last.medium is medium and last.contents[-1] == parent and last.token_ids:
-            last.contents.append(content)
-            last.token_ids.append(token_ids)
-        else:
-            self._events.append(Stored([content], parent, [token_ids], medium))
+        description = self._description(content)
+        description.parent, description.token_ids = parent, token_ids
+        self._add(content, description, medium)
 
     def copied(self, content: bytes, medium: Medium) -> None:
         """A tier has a page that it did not have, as another tier has it, or as an earlier process left it behind."""
-        description = self._descriptions.get(content)
-        if description is None:
-            self._events.append(Stored([content], None, [], medium))
-        else:
-            self.stored(content, description.parent, description.token_ids, medium)
+        self._add(content, self._description(content), medium)
 
     def removed(self, content: bytes, medium: Medium) -> None:
         """A tier does not have a page any more."""
-        description = self._descriptions.get(content)
-        if description is not None:
-            description.tiers -= 1
-            if not description.tiers:
-                del self._descriptions[content]
+        description = self._descriptions[content]
+        description.tiers -= 1
+        if not description.tiers:
+            del self._descriptions[content]
         last = self._events[-1] if self._events else None
         if isinstance(last, Removed) and last.medium is medium:
             last.contents.append(content)
@@ -105,3 +93,23 @@ class PageEvents:
         """What happened since the last call."""
         taken, self._events = self._events, []
         return taken
+
+    def _description(self, content: bytes) -> _Description:
+        description = self._descriptions.get(content)
+        if description is None:
+            description = self._descriptions[content] = _Description()
+        return description
+
+    def _add(self, content: bytes, description: _Description, medium: Medium) -> None:
+        """Consecutive pages are one event."""
+        description.tiers += 1
+        parent, token_ids = description.parent, description.token_ids
+        if token_ids is None:
+            self._events.append(Stored([content], None, [], medium))
+            return
+        last = self._events[-1] if self._events else None
+        if isinstance(last, Stored) and last.medium is medium and last.contents[-1] == parent and last.token_ids:
+            last.contents.append(content)
+            last.token_ids.append(token_ids)
+        else:
+            self._events.append(Stored([content], parent, [token_ids], medium))

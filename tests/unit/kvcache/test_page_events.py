@@ -67,6 +67,16 @@ def test_tokens_are_kept_no_longer_than_a_tier_has_the_page() -> None:
     assert events.take() == [Stored([b"b"], b"a", [ids(3, 4)], CPU)]
 
 
+def test_tokens_are_kept_for_a_tier_that_had_the_page_before_anyone_said_what_it_holds() -> None:
+    events = PageEvents()
+    events.copied(b"a", CPU)
+    events.stored(b"a", None, ids(1, 2), GPU)
+    events.removed(b"a", CPU)
+    events.take()
+    events.copied(b"a", CPU)
+    assert events.take() == [Stored([b"a"], None, [ids(1, 2)], CPU)]
+
+
 def test_nothing_is_known_after_a_clear() -> None:
     events = PageEvents()
     events.stored(b"a", None, ids(1, 2), GPU)
