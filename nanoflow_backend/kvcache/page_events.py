@@ -14,7 +14,6 @@ class Medium(StrEnum):
 
     DEVICE = "GPU"
     HOST = "CPU"
-    DISK = "DISK"
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ class BlockStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     block_hashes: list[int]
     parent_block_hash: int | None
-    token_ids: list[int]  # of all blocks; none where nobody knows them: then the blocks were told of before, elsewhere
+    token_ids: list[int]  # of all blocks; none where nobody knows them
     block_size: int  # tokens of a block; 0 without tokens
     lora_id: None
     medium: str

@@ -19,7 +19,7 @@ EVENTS: list[PageEvent] = [
     Cleared(),
     Stored([content(7), content(2**64 - 1)], None, [array("i", [1, 2]), array("i", [3, 70_000])], Medium.DEVICE),
     Stored([content(8)], content(7), [array("i", [5, 6])], Medium.HOST),
-    Stored([content(9)], None, [], Medium.DISK),
+    Stored([content(9)], None, [], Medium.HOST),
     Removed([content(8), content(7)], Medium.DEVICE),
 ]
 
@@ -31,7 +31,7 @@ def test_events_are_arrays_with_their_name_first() -> None:
             ["AllBlocksCleared"],
             ["BlockStored", [7, 2**64 - 1], None, [1, 2, 3, 70_000], 2, None, "GPU", None],
             ["BlockStored", [8], 7, [5, 6], 2, None, "CPU", None],
-            ["BlockStored", [9], None, [], 0, None, "DISK", None],
+            ["BlockStored", [9], None, [], 0, None, "CPU", None],
             ["BlockRemoved", [8, 7], "GPU"],
         ],
         3,
@@ -73,7 +73,7 @@ def test_a_subscriber_with_structs_of_positions_reads_them() -> None:
         Cleared_(),
         Stored_([7, 2**64 - 1], None, [1, 2, 3, 70_000], 2, None, "GPU", None),
         Stored_([8], 7, [5, 6], 2, None, "CPU", None),
-        Stored_([9], None, [], 0, None, "DISK", None),
+        Stored_([9], None, [], 0, None, "CPU", None),
         Removed_([8, 7], "GPU"),
     ]
     assert batch.data_parallel_rank == 0
