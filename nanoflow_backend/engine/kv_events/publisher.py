@@ -67,6 +67,7 @@ class KvEventPublisher:
             raise
         for thread in self._threads:
             thread.start()
+        log.info("kv_events: published at %s, replayed at %s", config.own_endpoint, config.own_replay_endpoint)
 
     def publish(self) -> None:
         """Send what has been recorded since the last call, as one batch."""
