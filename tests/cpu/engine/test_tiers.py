@@ -148,10 +148,16 @@ def account(engine: Engine, id: int, prompt: list[int]) -> tuple[Account, int, i
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"host_kv_cache_bytes": 100}, r"host_kv_cache_bytes: expected 0, or at least the \d+ bytes of a page of 4 tok"),
+        (
+            {"host_kv_cache_bytes": 100},
+            r"host_kv_cache_bytes: expected 0, or at least the \d+ bytes of a page of 4 tok",
+        ),
         ({"host_kv_cache_bytes": 2**50}, r"host_kv_cache_bytes: 1048576.00 GiB, but .* free: expected at most \d+"),
         ({"host_kv_cache_bytes": -1}, r"host_kv_cache_bytes: expected an integer >= 0"),
-        ({"host_kv_cache_bytes": 2**24, "prefix_caching": False}, r"expected 0 without prefix_caching, .* got 16777216"),
+        (
+            {"host_kv_cache_bytes": 2**24, "prefix_caching": False},
+            r"expected 0 without prefix_caching, .* got 16777216",
+        ),
         ({"host_kv_cache_keep": "some"}, "host_kv_cache_keep"),
         ({"host_kv_cache_step_bytes": 0}, r"host_kv_cache_step_bytes: expected an integer >= 1 or null"),
         ({"disk_kv_cache": {"path": "d", "bytes": 2**20}}, r"disk_kv_cache: expected host_kv_cache_bytes above 0"),
