@@ -33,9 +33,7 @@ class HostPool:
         self.payload_bytes = kv.page_bytes
         self.slot_bytes = slot_bytes(kv.page_bytes)
         self.num_slots = num_slots
-        self._memory = mmap.mmap(
-            -1, max(1, num_slots) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        self._memory = mmap.mmap(-1, max(1, num_slots) * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)[: num_slots * self.slot_bytes]
         self.slots = self._bytes.view(num_slots, self.slot_bytes)
         self._ready = 0 if kv.tensor.is_cuda else num_slots
