@@ -87,7 +87,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     page_tokens: int | None = None  # KV page size; None: by device
     kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device
     host_kv_cache_bytes: int = 0  # host memory, of all ranks together, for pages that leave the device; 0: none
-    host_kv_cache_keep: Literal["all", "seen_twice"] = "all"  # pages that go there; the second: what was asked for again
+    host_kv_cache_keep: Literal["all", "seen_twice"] = (
+        "all"  # pages that go there; the second: what was asked for again
+    )
     host_kv_cache_step_bytes: int | None = None  # most copied there beside a step; None: twice what a step can fill
     disk_kv_cache: DiskKvCache | None = None  # keeps pages of host memory beyond the life of the engine
     gpu_memory_utilization: float = 0.92  # of the GPU's memory, for weights, workspace and the KV cache

@@ -1,4 +1,4 @@
-"""TierTransfers carries out one rank's transfers between the tiers of its KV cache, and reports what has come of them."""
+"""TierTransfers carries out one rank's transfers between the tiers of its KV cache, and reports what came of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""make_transfers and make_lower_tiers build the tiers below the device from the configuration: their pages, their rules."""
+"""The tiers below the device are made from the configuration: those who move pages, and those who decide."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def make_lower_tiers(settled: Settled, executor: Executor[Any]) -> LowerTiers:
     filled = -(-config.dense_batch_tokens // config.page_tokens) + config.max_running  # pages that a step can fill
     step_bytes = config.host_kv_cache_step_bytes
     limits = TierLimits(
+        page_bytes=bytes_a_page * config.tensor_parallel,
         store_pages=max(1, 2 * filled if step_bytes is None else step_bytes // (bytes_a_page * config.tensor_parallel)),
         load_pages=max(1, LOADING_BYTES // bytes_a_page),
         keep=config.host_kv_cache_keep,

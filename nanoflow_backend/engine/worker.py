@@ -112,7 +112,6 @@ class Worker:
 
     def launch_tail(self, step: InFlightStep, masks: Masks | None = None) -> None:
         """LM head and sampling on the R rows that decode or end a prompt; the head on prompts that are scored, too."""
-        inputs = step.inputs
         if step.batch.tokens:
             self._sample(step, masks)
         if self.device.kind == "cuda":
@@ -163,7 +162,9 @@ class Worker:
         """Beside this step, and after those that had come back to the scheduler: on other ranks they may still run."""
         if self._transfers is None:
             if batch.transfers:
-                raise ValueError(f"transfers: expected none, as there is no tier below the device, got {batch.transfers}")
+                raise ValueError(
+                    f"transfers: expected none, as there is no tier below the device, got {batch.transfers}"
+                )
             return
         after = self._ended.get(batch.returned)
         self._ended = {step: ended for step, ended in self._ended.items() if step >= batch.returned}

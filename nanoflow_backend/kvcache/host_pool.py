@@ -6,6 +6,7 @@ import logging
 import mmap
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from nanoflow_backend.kvcache.kv_pages import KvPages
 log = logging.getLogger(__name__)
 
 SLICE_BYTES = 64 * 2**20  # that are pinned at once: 30 ms
-PINNED_FOR_ALL_CONTEXTS = 1  # of the runtime's flags
+PORTABLE_AND_MAPPED = 1 | 2  # of the runtime's flags: all contexts may copy it, and kernels read and write it
 
 
 class HostPool:
     """Slots of `slot_bytes` each, a whole number of the host's pages, so that a slot can go to the disk as it is.
 
-    On a CPU all slots are there at once. For a GPU their memory is pinned, slice by slice, on a thread of its own: until
-    then there are fewer. The host gives memory when it is first written, or pinned.
+    On a CPU all slots are there at once. For a GPU their memory is pinned, slice by slice, on a thread of its own, and
+    there are few at first. The host gives memory when it is first written, or pinned.
 
     Attributes:
         payload_bytes: of a slot, what a page takes: K and V of all layers, as [layers, 2, kv heads, page_tokens, d].
@@ -67,18 +68,18 @@ class HostPool:
         self._ready = 0
 
     def _pin(self) -> None:
-        runtime = torch.cuda.cudart()
+        runtime = _runtime()
         slots_a_slice = max(1, SLICE_BYTES // self.slot_bytes)
         for first in range(0, self.num_slots, slots_a_slice):
             if self._closing.is_set():
                 return
             count = min(slots_a_slice, self.num_slots - first)
             address = self.slots[first].data_ptr()
-            error = runtime.cudaHostRegister(address, count * self.slot_bytes, PINNED_FOR_ALL_CONTEXTS)
+            error = runtime.cudaHostRegister(address, count * self.slot_bytes, PORTABLE_AND_MAPPED)
             if error != runtime.cudaError.success:
                 log.warning(
                     "host_kv_cache_bytes: %d of %d pages could be pinned, which is all there will be: %s",
-                    first, self.num_slots, torch.cuda.CudaError(error),
+                    first, self.num_slots, torch.cuda.CudaError(int(error)),
                 )  # fmt: skip
                 return
             self._pinned.append(address)
@@ -87,7 +88,11 @@ class HostPool:
 
 def _unpin(addresses: list[int]) -> None:
     while addresses:
-        torch.cuda.cudart().cudaHostUnregister(addresses.pop())
+        _runtime().cudaHostUnregister(addresses.pop())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def slot_bytes(page_bytes: int) -> int:

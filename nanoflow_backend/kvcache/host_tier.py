@@ -28,7 +28,7 @@ class HostTier:
     """A Tier (see there) of slots, of which there may be more later.
 
     A slot is reserved for content that is on its way, and found once that is whole. When there is no free slot, content
-    goes: the least recently used of what no other content hangs on, so that a chain is shortened from its end, where
+    goes: the least recently used of what no other content follows, so that a chain is shortened from its end, where
     it is of use to the fewest. What is pinned, or not whole yet, stays.
     """
 

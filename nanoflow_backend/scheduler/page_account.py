@@ -27,9 +27,7 @@ class PageAccount:
     for again. Loaded pages can be found by others once they follow what is computed.
     """
 
-    def __init__(
-        self, num_pages: int, page_tokens: int, prefix_caching: bool, lower: LowerTiers | None = None
-    ) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, prefix_caching: bool, lower: LowerTiers | None = None) -> None:
         self.page_tokens = page_tokens
         self._prefix_caching = prefix_caching
         self._device = DeviceTier(num_pages)

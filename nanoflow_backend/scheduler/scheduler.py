@@ -41,8 +41,8 @@ class Scheduler:
     Attributes:
         begun: of the requests with a queue deadline, those that the last batch admits.
 
-    With `lower` tiers, what pages hold is stored there beside later steps, and loaded for a request that begins with the
-    same. Such a request is computed from its front meanwhile, or waits, whichever ends sooner.
+    With `lower` tiers, what pages hold is stored there beside later steps, and loaded for a request that begins with
+    the same. Such a request is computed from its front meanwhile, or waits, whichever ends sooner.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Some request has not ended, or its last delta was not handed over, or its pages are not free or stored yet."""
+        """Some request has not ended, or its last delta was not handed over; or its pages are not free or stored."""
         return bool(self._live or self._slots or (self._lower and self._lower.has_work))
 
     @property

@@ -1,4 +1,4 @@
-"""Copies of pages between a GPU and pinned host memory, by kernel and by copy engines, and the tiers of a GPU's engine."""
+"""Copies of pages between a GPU and pinned host memory, by kernel and by copy engines; and an engine with tiers."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from nanoflow_backend.scheduler.tiers.store_queue import Keep
 
 @dataclass(frozen=True, kw_only=True)
 class TierLimits:
-    """Pages, each of all layers.
+    """Pages, each of all layers, and on all ranks.
 
     Raises:
         ValueError: a limit below one, which it names.
@@ -20,6 +20,7 @@ class TierLimits:
     disk_moves: int = 16  # pages on their way to the disk at once, and as many from there
     keep: Keep = "all"  # what is worth keeping, see StoreQueue
     most_seen: int = 2**20  # contents that "seen_twice" remembers, 100 bytes each
+    page_bytes: int = 0  # for statistics; 0: nobody says
 
     def __post_init__(self) -> None:
         for name in ("store_pages", "load_pages", "disk_moves", "most_seen"):

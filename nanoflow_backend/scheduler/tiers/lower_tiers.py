@@ -6,29 +6,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from itertools import takewhile
-from typing import NamedTuple
 
 from nanoflow_backend.kvcache.device_tier import DeviceTier
 from nanoflow_backend.kvcache.host_tier import HostTier
-from nanoflow_backend.kvcache.tier import FIRST, Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
 from nanoflow_backend.scheduler.tiers.limits import TierLimits
 from nanoflow_backend.scheduler.tiers.load_plan import LoadPlan
 from nanoflow_backend.scheduler.tiers.rates import Rates
 from nanoflow_backend.scheduler.tiers.stats import TierStats
 from nanoflow_backend.scheduler.tiers.store_queue import StoreQueue, Waiting
-
-
-class _Load(NamedTuple):
-    plan: LoadPlan
-    index: int
-
-
-class _Outstanding(NamedTuple):
-    """A transfer on its way, of this content."""
-
-    transfer: Transfer
-    content: bytes
-    load: _Load | None = None  # what a LOAD is for
+from nanoflow_backend.scheduler.tiers.transfers import Load, Transfers
 
 
 class LowerTiers:
@@ -56,42 +43,40 @@ class LowerTiers:
         self._stores = StoreQueue(limits.keep, limits.most_seen)
         self._writes: deque[bytes] = deque()  # contents of host memory that the disk may not have
         self._plans: list[LoadPlan] = []  # with pages that are not issued yet, in order of admission
-        self._read: deque[_Load] = deque()  # what has come from the disk, and is pinned in host memory
-        self._readers: dict[bytes, list[_Load]] = {}  # of contents on their way from the disk
+        self._read: deque[Load] = deque()  # what has come from the disk, and is pinned in host memory
+        self._readers: dict[bytes, list[Load]] = {}  # of contents on their way from the disk
         self._wanted: deque[tuple[bytes, bytes | None]] = deque()  # of requests without pages: to be read, and parents
-        self._outstanding: dict[int, _Outstanding] = {}
-        self._on_their_way = Counter[Move]()
-        self._moved, self._failed = Counter[Move](), Counter[Move]()
-        self._busy_s = [0.0] * len(Move)
+        self._transfers = Transfers()
         self._dropped = 0
         self._reported_s = self._arrived_s = clock()  # when a report came, and when the last one that had a load
-        self._last_id = 0
 
     @property
     def has_work(self) -> bool:
         """Something is on its way, or waits for its turn."""
-        return bool(self._outstanding or self._stores or self._writes or self._plans or self._read or self._wanted)
+        return bool(self._transfers or self._stores or self._writes or self._plans or self._read or self._wanted)
 
     @property
     def outstanding(self) -> int:
         """Transfers on their way."""
-        return len(self._outstanding)
+        return len(self._transfers)
 
     @property
     def held_pages(self) -> list[int]:
         """Pages of the device that stores read; each has a reference for that."""
-        return [o.transfer.page for o in self._outstanding.values() if o.transfer.move is Move.STORE]
+        return [o.transfer.page for o in self._transfers if o.transfer.move is Move.STORE]
 
     @property
     def stats(self) -> TierStats:
+        moved, failed, busy_s = self._transfers.moved, self._transfers.failed, self._transfers.busy_s
         return TierStats(
             host_pages=self.host.num_slots,
             host_used_pages=len(self.host),
             evicted_pages=self.host.evicted,
             dropped_pages=self._dropped,
-            moved_pages={move.name.lower(): self._moved[move] for move in Move},
-            failed_pages={move.name.lower(): self._failed[move] for move in (Move.WRITE, Move.READ)},
-            busy_s={move.name.lower(): self._busy_s[move] for move in Move},
+            page_bytes=self._limits.page_bytes,
+            moved_pages={move.name.lower(): moved[move] for move in Move},
+            failed_pages={move.name.lower(): failed[move] for move in (Move.WRITE, Move.READ)},
+            busy_s={move.name.lower(): busy_s[move] for move in Move},
         )
 
     def offer(self, content: bytes, parent: bytes | None, step: int, *, urgent: bool = False) -> None:
@@ -134,21 +119,25 @@ class LowerTiers:
         self._plans = [other for other in self._plans if other is not plan]
         for content, loads in self._readers.items():
             self._readers[content] = [load for load in loads if load.plan is not plan]
-        kept = deque[_Load]()
+        kept = deque[Load]()
         for load in self._read:
             if load.plan is plan:
-                self.host.unpin(plan.content(load.index))
+                self.host.unpin(plan.content(load.place))
             else:
                 kept.append(load)
         self._read = kept
-        coming = {o.load.index for o in self._outstanding.values() if o.load and o.load.plan is plan}
+        coming = {o.load.place for o in self._transfers if o.load and o.load.plan is plan}
         for index in plan.outstanding - coming:
             plan.failed(index)
 
     def pages_to_compute(self, plan: LoadPlan) -> int:
         """How many of the pages that are not issued its sequence should compute, from the front."""
         before = takewhile(lambda other: other is not plan, self._plans)
-        ahead = self._on_their_way[Move.LOAD] + self._on_their_way[Move.READ] + sum(other.unissued for other in before)
+        ahead = (
+            self._transfers.on_their_way[Move.LOAD]
+            + self._transfers.on_their_way[Move.READ]
+            + sum(other.unissued for other in before)
+        )
         waited_s = self._reported_s - max(plan.made_s, self._arrived_s)
         return self.rates.pages_to_compute(plan.unissued, ahead, plan.disk_pages, waited_s)
 
@@ -174,37 +163,41 @@ class LowerTiers:
                 self._dropped += 1
                 continue
             device.pool.share(page)
-            begun.append(self._begin(Move.STORE, slot, content, page))
-        while self._writes and self._on_their_way[Move.WRITE] < self._limits.disk_moves:
+            begun.append(self._transfers.begin(Move.STORE, slot, content, page=page))
+        while self._writes and self._transfers.on_their_way[Move.WRITE] < self._limits.disk_moves:
             content = self._writes.popleft()
             assert self.disk is not None, "there is no disk to write to"
             if self.host.lookup(content) is None:
                 self._dropped += 1
             elif not self.disk.lookup(content):
-                begun.append(self._begin(Move.WRITE, self.host.pin(content), content))
+                slot, parent = self.host.pin(content), self.host.parent(content)
+                begun.append(self._transfers.begin(Move.WRITE, slot, content, parent=parent))
         return begun
 
     def begin_loads(self) -> list[Transfer]:
         """Copies to the device, of plans in their order, each from its back; and reads of the disk."""
         begun: list[Transfer] = []
-        while self._read and self._on_their_way[Move.LOAD] < self._limits.load_pages:
+        while self._read and self._transfers.on_their_way[Move.LOAD] < self._limits.load_pages:
             begun.append(self._begin_load(self._read.popleft(), pinned=True))
         for plan in self._plans:
-            while plan.unissued > self.pages_to_compute(plan) and self._on_their_way[Move.LOAD] < self._limits.load_pages:
+            while (
+                plan.unissued > self.pages_to_compute(plan)
+                and self._transfers.on_their_way[Move.LOAD] < self._limits.load_pages
+            ):
                 content = plan.content(plan.back - 1)
                 if self.host.lookup(content) is not None:
-                    begun.append(self._begin_load(_Load(plan, plan.take())))
+                    begun.append(self._begin_load(Load(plan, plan.take())))
                 elif content in self._readers:
-                    self._readers[content].append(_Load(plan, plan.take()))
-                elif self._on_their_way[Move.READ] >= self._limits.disk_moves:
+                    self._readers[content].append(Load(plan, plan.take()))
+                elif self._transfers.on_their_way[Move.READ] >= self._limits.disk_moves:
                     break
                 elif (read := self._begin_read(content, plan.content_before(plan.back - 1))) is not None:
-                    self._readers[content].append(_Load(plan, plan.take()))
+                    self._readers[content].append(Load(plan, plan.take()))
                     begun.append(read)
                 else:
                     plan.failed(plan.take())
         self._plans = [plan for plan in self._plans if plan.unissued]
-        while self._wanted and self._on_their_way[Move.READ] < self._limits.disk_moves:
+        while self._wanted and self._transfers.on_their_way[Move.READ] < self._limits.disk_moves:
             content, parent = self._wanted.popleft()
             if not self.host.knows(content) and (read := self._begin_read(content, parent)) is not None:
                 begun.append(read)
@@ -214,11 +207,9 @@ class LowerTiers:
         """Transfers have ended: what was stored can be found, and pages and slots are free for others."""
         self.host.grow(report.slots)
         self._reported_s = self._clock()
+        done, failed = self._transfers.end(report)
         stored: list[int] = []
-        moved = Counter[Move]()
-        for id in report.done:
-            transfer, content, load = self._outstanding.pop(id)
-            moved[transfer.move] += 1
+        for transfer, content, load in done:
             match transfer.move:
                 case Move.STORE:
                     self.host.commit(content)
@@ -228,7 +219,7 @@ class LowerTiers:
                 case Move.LOAD:
                     assert load is not None, "a load for nobody"
                     self.host.unpin(content)
-                    load.plan.arrived(load.index)
+                    load.plan.arrived(load.place)
                     self._arrived_s = self._reported_s
                 case Move.WRITE:
                     self.host.unpin(content)
@@ -238,27 +229,24 @@ class LowerTiers:
                         self.host.pin(content)
                         self._read.append(reader)
                         reader.plan.read_pages += 1
-        for id in report.failed:
-            transfer, content, _ = self._outstanding.pop(id)
-            self._failed[transfer.move] += 1
-            if transfer.move is Move.READ:
-                self.host.abandon(content)
-                for reader in self._readers.pop(content):
-                    reader.plan.failed(reader.index)
-            elif transfer.move is Move.WRITE:
+        for transfer, content, _ in failed:
+            if transfer.move is Move.WRITE:
                 self.host.unpin(content)
             else:
-                raise ValueError(f"transfers: expected only moves of the disk to fail, got {transfer}")
-            self._on_their_way[transfer.move] -= 1
+                self.host.abandon(content)
+                for reader in self._readers.pop(content):
+                    reader.plan.failed(reader.place)
         device.pool.release(reversed(stored))  # a prefix is of use to more requests than what follows it
-        self._count(moved, report)
+        moved = Counter(each.transfer.move for each in done)
+        for move, rate in ((Move.STORE, self.rates.store), (Move.LOAD, self.rates.load), (Move.READ, self.rates.read)):
+            rate.measured(moved[move], report.seconds[move])
 
     def check(self) -> None:
         """Raise AssertionError if a slot is lost, or an account is wrong."""
         self.host.check()
-        assert Counter(o.transfer.move for o in self._outstanding.values()) == +self._on_their_way, "miscounted moves"
+        assert Counter(o.transfer.move for o in self._transfers) == +self._transfers.on_their_way, "miscounted moves"
         assert all(plan.unissued for plan in self._plans), "a plan has nothing left to issue"
-        readers = {o.content for o in self._outstanding.values() if o.transfer.move is Move.READ}
+        readers = {o.content for o in self._transfers if o.transfer.move is Move.READ}
         assert readers == self._readers.keys(), "a reader waits for nothing"
 
     def _has(self, content: bytes) -> bool:
@@ -270,20 +258,11 @@ class LowerTiers:
     def _is_reachable(self, parent: bytes | None) -> bool:
         return parent is None or self.host.knows(parent) or self._is_on_disk(parent)
 
-    def _begin(self, move: Move, slot: int, content: bytes, page: int = -1, load: _Load | None = None) -> Transfer:
-        self._last_id += 1
-        self._on_their_way[move] += 1
-        name = content if move in (Move.WRITE, Move.READ) else b""
-        parent = (self.host.parent(content) if move is Move.WRITE else None) or FIRST
-        transfer = Transfer(self._last_id, move, slot, page, name, parent)
-        self._outstanding[transfer.id] = _Outstanding(transfer, content, load)
-        return transfer
-
-    def _begin_load(self, load: _Load, *, pinned: bool = False) -> Transfer:
-        content = load.plan.content(load.index)
+    def _begin_load(self, load: Load, *, pinned: bool = False) -> Transfer:
+        content = load.plan.content(load.place)
         slot = self.host.lookup(content) if pinned else self.host.pin(content)
         assert slot is not None, "what is pinned stays"
-        return self._begin(Move.LOAD, slot, content, load.plan.page(load.index), load)
+        return self._transfers.begin(Move.LOAD, slot, content, page=load.plan.page(load.place), load=load)
 
     def _begin_read(self, content: bytes, parent: bytes | None) -> Transfer | None:
         """None: it is on no disk, or there is no slot for it."""
@@ -293,13 +272,4 @@ class LowerTiers:
         if slot is None:
             return None
         self._readers[content] = []
-        return self._begin(Move.READ, slot, content)
-
-    def _count(self, moved: Counter[Move], report: TransferReport) -> None:
-        for move, pages in moved.items():
-            self._on_their_way[move] -= pages
-            self._moved[move] += pages
-            self._busy_s[move] += report.seconds[move]
-        self.rates.store.measured(moved[Move.STORE], report.seconds[Move.STORE])
-        self.rates.load.measured(moved[Move.LOAD], report.seconds[Move.LOAD])
-        self.rates.read.measured(moved[Move.READ], report.seconds[Move.READ])
+        return self._transfers.begin(Move.READ, slot, content)

@@ -43,7 +43,7 @@ class Rates:
         Args:
             on_their_way: pages that are loaded before those.
             disk_pages: of all these, those that come from the disk.
-            waited_s: without a page when it was last looked: a link that has become slower need not deliver to be noticed.
+            waited_s: without a page, as of the last look: so a link that has become slower is noticed.
         """
         compute, load = self.prefill.seconds_each, self.load.seconds_each
         if compute is None or load is None or not pages:

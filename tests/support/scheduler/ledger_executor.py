@@ -2,8 +2,8 @@
 
 The entry of a position is a number made of every token up to there, so a page that was shared wrongly, reused too
 early or never written does not hold what its reader expects. Transfers between tiers take as long as they like: what
-they read must stay until they are reported, and what they write holds nothing until then. The next token is a function of that number, so a token that is lost
-or doubled changes all that follow.
+they read must stay until they are reported, and what they write holds nothing until then. The next token is a function
+of that number, so a token that is lost or doubled changes all that follow.
 """
 
 from __future__ import annotations

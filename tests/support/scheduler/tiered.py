@@ -42,7 +42,7 @@ class TieredScheduler:
     ) -> None:
         limits = {"dense_batch_tokens": 16, "chunk_tokens": 16, "prompt_tokens": 16, "max_running": 4} | limits
         limits = {"max_queue_size": 8, "page_tokens": PAGE_TOKENS, "max_model_tokens": 64} | limits
-        most = {"store_pages": 8, "load_pages": 8, "disk_moves": 4}
+        most = {"page_bytes": 100, "store_pages": 8, "load_pages": 8, "disk_moves": 4}
         self.host = HostTier()
         self.host.grow(host_slots)
         self.now_s = 0.0
@@ -71,9 +71,7 @@ class TieredScheduler:
         self.moved += batch.transfers
         return batch
 
-    def end(
-        self, batch: Batch, moves: Any = tuple(Move), failed: Any = (), load_page_s: float = 0.0
-    ) -> list[Delta]:
+    def end(self, batch: Batch, moves: Any = tuple(Move), failed: Any = (), load_page_s: float = 0.0) -> list[Delta]:
         """A step comes back, and with it all transfers of these kinds that have begun."""
         ended = [t for t in self.transfers if t.move in moves or t.move in failed]
         self.transfers = [t for t in self.transfers if t not in ended]

@@ -10,7 +10,7 @@ from nanoflow_backend.kvcache.host_tier import HostTier
 
 
 def made(num_slots: int, *chains: str) -> HostTier:
-    """A tier that was given these chains in turn; each letter is a content, and hangs on the one before."""
+    """A tier that was given these chains in turn; each letter is a content, and follows the one before."""
     tier = HostTier()
     tier.grow(num_slots)
     for chain in chains:

@@ -130,7 +130,9 @@ class History:
         for request_id in self.held:
             self.scheduler.release(request_id)
         idle_steps = 0
-        while self.scheduler.has_work or self.in_flight:  # no deadlock, and no livelock: two steps without any work end no history
+        while (
+            self.scheduler.has_work or self.in_flight
+        ):  # no deadlock, and no livelock: two steps without any work end no history
             idle_steps = 0 if self.step() else idle_steps + 1
             assert idle_steps <= 2, "there is work, and nothing runs"
         self.verify()

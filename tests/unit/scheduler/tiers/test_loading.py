@@ -120,7 +120,7 @@ def test_what_has_left_host_memory_meanwhile_is_computed() -> None:
     s.end(batch)
     s.end(s.form())
     batch = s.form()
-    assert [(p.start, p.token_ids) for p in batch.prefills] == [(2, FIRST[2:] + [1])], "its successors are of no use"
+    assert [(p.start, p.token_ids) for p in batch.prefills] == [(2, [*FIRST[2:], 1])], "its successors are of no use"
     s.end(batch)
     s.finish()
 

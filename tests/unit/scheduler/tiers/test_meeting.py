@@ -120,7 +120,10 @@ def test_a_rate_follows_what_changes() -> None:
 
 def test_a_plan_ends_where_a_load_fails() -> None:
     plan = LoadPlan(3, [b"d", b"e", b"f"], [7, 8, 9], parent=b"c")
-    assert [(plan.take(), plan.page(plan.back), plan.content(plan.back)) for _ in range(2)] == [(5, 9, b"f"), (4, 8, b"e")]
+    assert [(plan.take(), plan.page(plan.back), plan.content(plan.back)) for _ in range(2)] == [
+        (5, 9, b"f"),
+        (4, 8, b"e"),
+    ]
     plan.arrived(5)
     plan.failed(4)
     assert (plan.unissued, plan.end, plan.met) == (1, 4, False)
