@@ -20,7 +20,8 @@ COPY_WORDS = 4096  # that a program moves at once: all of them are read before t
 COPY_WARPS = 16
 
 
-@triton.jit
+# Compiled once for each direction: not again for another number of pages, or another place of their ids.
+@triton.jit(do_not_specialize=["page_ids_ptr", "slot_ids_ptr", "C"])
 def _copy_pages(
     pages_ptr, slots_ptr, page_ids_ptr, slot_ids_ptr, C, L, W, layer_stride, page_stride, slot_stride,
     TO_HOST: tl.constexpr, BLOCK: tl.constexpr,

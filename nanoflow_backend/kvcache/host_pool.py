@@ -16,7 +16,7 @@ from nanoflow_backend.kvcache.kv_pages import KvPages
 log = logging.getLogger(__name__)
 
 SLICE_BYTES = 64 * 2**20  # that are pinned at once: 30 ms
-PINNED_FOR_ALL_CONTEXTS = 1  # of the runtime's flags
+PORTABLE_AND_MAPPED = 1 | 2  # of the runtime's flags: all contexts may copy it, and kernels read and write it
 
 
 class HostPool:
@@ -75,11 +75,11 @@ class HostPool:
                 return
             count = min(slots_a_slice, self.num_slots - first)
             address = self.slots[first].data_ptr()
-            error = runtime.cudaHostRegister(address, count * self.slot_bytes, PINNED_FOR_ALL_CONTEXTS)
+            error = runtime.cudaHostRegister(address, count * self.slot_bytes, PORTABLE_AND_MAPPED)
             if error != runtime.cudaError.success:
                 log.warning(
                     "host_kv_cache_bytes: %d of %d pages could be pinned, which is all there will be: %s",
-                    first, self.num_slots, torch.cuda.CudaError(error),
+                    first, self.num_slots, torch.cuda.CudaError(int(error)),
                 )  # fmt: skip
                 return
             self._pinned.append(address)

@@ -89,12 +89,11 @@ class CudaPageCopies:
 
     def __init__(self, kv: KvPages, pool: HostPool, how: How = "kernel") -> None:
         self._pages, self._pool = kv.tensor, pool
-        self._how = how
         self._streams = {to_host: torch.cuda.Stream() for to_host in (True, False)}
-        self._copy: Callable[[Sequence[int], Sequence[int], bool], None] = {
-            "kernel": self._by_kernel,
-            "batched": self._by_copy_engines,
-        }[how]
+        self._words = as_words(kv.tensor, pool.slots)
+        self._how = how
+        if how == "kernel":
+            self._compile()
 
     def begin(
         self, pages: Sequence[int], slots: Sequence[int], *, to_host: bool, after: torch.cuda.Event | None = None
@@ -106,18 +105,30 @@ class CudaPageCopies:
             if after is not None:
                 stream.wait_event(after)
             start.record()
-            self._copy(pages, slots, to_host)
+            if self._how == "kernel":
+                self._by_kernel(pages, slots, to_host)
+            else:
+                self._by_copy_engines(pages, slots, to_host)
             end.record()
         return CudaPageCopy(start, end)
 
     def _by_kernel(self, pages: Sequence[int], slots: Sequence[int], to_host: bool) -> None:
-        copy_pages = import_module("nanoflow_kernels.copy_pages").copy_pages  # its language is there with a GPU
-        on_device, on_host = as_words(self._pages, self._pool.slots)
+        copy_pages = _kernel()
+        on_device, on_host = self._words
         ids = to_device(np.array([pages, slots], np.int32), self._pages.device)
         for first in range(0, len(pages), PAGES_A_LAUNCH):
             page_ids, slot_ids = ids[:, first : first + PAGES_A_LAUNCH]
             sms = TO_HOST_SMS if to_host else FROM_HOST_SMS
             copy_pages(on_device, on_host, page_ids, slot_ids, to_host=to_host, programs=sms)
+
+    def _compile(self) -> None:
+        """Compile the kernel now, that no step has to wait for it: page 0 goes to a slot of its own, and comes back."""
+        on_device, on_host = self._words
+        slot = torch.empty((1, on_host.shape[1]), dtype=on_host.dtype, pin_memory=True)
+        first = torch.zeros(1, dtype=torch.int32, device=self._pages.device)
+        for to_host in (True, False):
+            _kernel()(on_device, slot, first, first, to_host=to_host, programs=TO_HOST_SMS)
+        torch.cuda.current_stream().synchronize()
 
     def _by_copy_engines(self, pages: Sequence[int], slots: Sequence[int], to_host: bool) -> None:
         driver = import_module("cuda.bindings.driver")  # it is there where a GPU is
@@ -134,6 +145,12 @@ class CudaPageCopies:
         from_pieces = [driver.CUdeviceptr(at) for at in sources.ravel().tolist()]
         sizes, stream = [piece_bytes] * len(pieces), self._streams[to_host].cuda_stream
         call(driver.cuMemcpyBatchAsync, pieces, from_pieces, sizes, len(pieces), [attributes], [0], 1, stream)
+
+
+def _kernel() -> Callable[..., None]:
+    """Its language is there where a GPU is."""
+    copy_pages: Callable[..., None] = import_module("nanoflow_kernels.copy_pages").copy_pages
+    return copy_pages
 
 
 def as_words(pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from nanoflow_backend.kvcache.disk.page_folder import GoneError, PageFolder
 from nanoflow_backend.kvcache.tier import FIRST
 
 CLOSE_S = 5.0
+RESCAN_S = 300.0  # 100,000 files take a second and a half
 log = logging.getLogger(__name__)
 
 
@@ -39,18 +40,17 @@ class DiskStats(msgspec.Struct, frozen=True):
 class DiskStore:
     """A PageStore, see there; for any number of threads.
 
-    A thread of its own looks at the folder at the start, and whenever `rescan` asks for it: until then nothing is
-    found, and nobody waits.
+    A thread of its own looks at the folder at the start, and again every `rescan_s` seconds, for other engines write
+    and remove, too: until it has, nothing is found, and nobody waits.
     """
 
-    def __init__(self, folder: PageFolder, layout: PageLayout) -> None:
+    def __init__(self, folder: PageFolder, layout: PageLayout, *, rescan_s: float = RESCAN_S) -> None:
         self._folder, self._layout = folder, layout
         self._counts: Counter[str] = Counter()
         self._seconds = {"read": 0.0, "written": 0.0}
         self._counting = threading.Lock()
-        self._scan_is_due, self._closing = threading.Event(), False
+        self._rescan_s, self._closing = rescan_s, threading.Event()
         self._scanner = threading.Thread(target=self._scan, name="disk-kv-scan", daemon=True)
-        self.rescan()
         self._scanner.start()
 
     def lookup(self, content: bytes) -> bool:
@@ -71,14 +71,9 @@ class DiskStore:
         """Forget a page. False: its file is still there."""
         return self._guarded(lambda: self._folder.remove(content))
 
-    def rescan(self) -> None:
-        """Look at the folder again, in the background: other engines write and remove, too."""
-        self._scan_is_due.set()
-
     def close(self) -> None:
         """See PageStore. Waits for a scan that has begun, but not for a disk that is stuck."""
-        self._closing = True
-        self._scan_is_due.set()
+        self._closing.set()
         self._scanner.join(CLOSE_S)
 
     @property
@@ -104,8 +99,8 @@ class DiskStore:
         )
 
     def _scan(self) -> None:
-        while self._scan_is_due.wait() and not self._closing:
-            self._scan_is_due.clear()
+        self._guarded(self._folder.scan)
+        while not self._closing.wait(self._rescan_s):
             self._guarded(self._folder.scan)
 
     def _timed(self, kind: str, call: Callable[[], None]) -> bool:

@@ -24,7 +24,7 @@ from nanoflow_backend.kvcache.disk.eviction import StoredPage, eviction_order
 from nanoflow_backend.kvcache.disk.file_system import FileSystem, FoundFile
 from nanoflow_backend.kvcache.disk.page_file import PageLayout, RefusedError, read_page, write_page
 
-LOCK_WAIT_S = 1.0  # for other engines that scan; longer, and a page is better dropped
+LOCK_WAIT_S = 3.0  # for other engines that scan; longer, and a page is better dropped
 SLACK = 32  # a collection frees a part in so many, so that not every write has to collect
 _SHORT = 16  # hexadecimal digits of a hash that are enough to know whom a page follows
 _PAGE = re.compile(rf"([0-9a-f]{{{_SHORT}}})-([0-9a-f]{{64}})-([0-9a-f]{{{_SHORT}}})\.page")

@@ -34,9 +34,13 @@ class StoreThreads:
     """
 
     def __init__(
-        self, store: PageStore, *, readers: int = 4, writers: int = 1, max_reads: int = 256, max_writes: int = 64
+        self, store: PageStore, *, readers: int = 4, writers: int = 4, max_reads: int = 256, max_writes: int = 64
     ) -> None:
-        """max_reads, max_writes: that wait for a thread."""
+        """max_reads, max_writes: that wait for a thread.
+
+        A page takes some ten calls of the system, each of which may then wait for the interpreter: beside a busy engine
+        four writers do three times as many pages as one.
+        """
         self._store = store
         self._reads: Queue[Job | None] = Queue(max(max_reads, readers))
         self._writes: Queue[Job | None] = Queue(max(max_writes, writers))

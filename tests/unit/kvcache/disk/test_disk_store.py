@@ -107,9 +107,11 @@ def test_removed_pages_are_gone(store: DiskStore, tmp_path: Path) -> None:
 
 
 def test_a_scan_shows_what_other_engines_wrote(store: DiskStore, tmp_path: Path) -> None:
-    neighbour = DiskStore(folder(tmp_path), LAYOUT)
+    neighbour = DiskStore(folder(tmp_path), LAYOUT, rescan_s=0.01)
     store.write(content(1), payload(1))
-    until(lambda: neighbour.rescan() or neighbour.lookup(content(1)))
+    until(lambda: neighbour.lookup(content(1)))
+    store.remove(content(1))
+    until(lambda: not neighbour.lookup(content(1)))
     neighbour.close()
 
 

@@ -73,7 +73,7 @@ def test_every_ticket_comes_back_once_with_what_became_of_it(store: DiskStore, f
 
 
 def test_writes_that_find_the_queue_full_are_dropped_and_counted_and_reads_go_on(store: DiskStore, files: Held) -> None:
-    threads = StoreThreads(store, max_writes=2)
+    threads = StoreThreads(store, writers=1, max_writes=2)
     assert threads.write(1, content(1), payload(1), FIRST)
     files.writing.wait()
     taken = [threads.write(number, content(number), payload(number), FIRST) for number in range(2, 6)]
@@ -111,7 +111,7 @@ def test_reads_that_find_the_queue_full_are_refused_and_counted(store: DiskStore
 
 
 def test_closing_drops_what_waits_and_says_if_the_disk_is_stuck(store: DiskStore, files: Held) -> None:
-    threads = StoreThreads(store)
+    threads = StoreThreads(store, writers=1)
     threads.write(1, content(1), payload(1), FIRST)
     files.writing.wait()
     threads.write(2, content(2), payload(2), FIRST)
