@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from nanoflow_backend.bench.multi_round.bound import StepCost
 from nanoflow_backend.kvcache.host_tier import HostTier
 from nanoflow_backend.kvcache.tier import Move, Transfer, TransferReport
@@ -80,7 +82,8 @@ class PretendEngine:
         if batch is not None:
             self._run(batch)
         wait = len(self._in_flight) > (batch is not None and batch.tokens > 0)
-        return self.scheduler.retire(self._in_flight.popleft() if wait else None)
+        # what has moved is told as of now: the engine asks when it collects
+        return self.scheduler.retire(replace(self._in_flight.popleft(), transfers=self._report()) if wait else None)
 
     def _run(self, batch: Batch) -> None:
         self._begin(batch.transfers)
@@ -91,7 +94,7 @@ class PretendEngine:
         self.steps += 1
         self.computed_tokens += batch.tokens
         self.computed_prompt_tokens += sum(len(prefill.token_ids) for prefill in batch.prefills)
-        self._in_flight.append(Sampled(batch.step, [WORD] * len(batch.sampled_slots), transfers=self._report()))
+        self._in_flight.append(Sampled(batch.step, [WORD] * len(batch.sampled_slots)))
 
     def _begin(self, transfers: list[Transfer]) -> None:
         """Of one direction, each begins when the one before has ended."""
