@@ -90,7 +90,7 @@ def test_answers_of_another_length_are_an_error() -> None:
 
 def test_host_memory_saves_what_the_device_forgets() -> None:
     """A device that holds an eighth of the active conversations, and a host that holds all."""
-    drawn = draw_conversations("lmsys-like", 60, 768, think_s=0, scale=0.3, seed=1)
+    drawn = draw_conversations("lmsys-like", 45, 768, think_s=0, scale=0.3, seed=1)
     arms = {
         "recomputing": run(drawn, 30, 768, prefix_caching=False),
         "device": run(drawn, 30, 768),
