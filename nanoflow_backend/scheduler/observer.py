@@ -10,7 +10,7 @@ from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.scheduler.sequence import Sequence
-from nanoflow_backend.scheduler.tiers.rates import Rate
+from nanoflow_backend.scheduler.tiers.rates import Rates
 
 WHOLE = (FinishReason.STOP, FinishReason.LENGTH)  # a request that ends so has all of its result
 
@@ -31,13 +31,13 @@ class Observer:
 
     Attributes:
         token_energy_j: what a token costs; whoever measures it sets it, from any thread. None: nobody does.
-        prefill_rate: told of tokens and times of the steps that are mostly prompts, if somebody asks.
+        rates: told how long steps take, and tokens of those that are mostly prompts, if somebody asks.
     """
 
     def __init__(self, clock: Callable[[], float], dense_batch_tokens: int) -> None:
         self.observed = Observed()
         self.token_energy_j: float | None = None
-        self.prefill_rate: Rate | None = None
+        self.rates: Rates | None = None
         self._clock = clock
         self._dense_batch_tokens = dense_batch_tokens
         self._steps: deque[_Step] = deque()  # in flight
@@ -110,8 +110,10 @@ class Observer:
         self._step_time_s, self._returned_s = now_s - self._returned_s, now_s
         step_time_s = min(self._step_time_s, now_s - formed_s)
         self.observed.step_time_s.observe(step_time_s)
-        if self.prefill_rate is not None and 2 * prompt_tokens > tokens:
-            self.prefill_rate.measured(tokens, step_time_s)
+        if self.rates is not None and tokens:
+            self.rates.step.measured(1, step_time_s)
+            if 2 * prompt_tokens > tokens:
+                self.rates.prefill.measured(tokens, step_time_s)
         alive = [s for s in strays if s.finish_reason is None]
         self._stray_tokens = len(alive)
         for s in alive:

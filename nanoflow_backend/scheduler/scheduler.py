@@ -69,7 +69,7 @@ class Scheduler:
         self._pool = account.pool
         self.observer = Observer(clock, limits.dense_batch_tokens)
         if lower is not None:
-            self.observer.prefill_rate = lower.rates.prefill
+            self.observer.rates = lower.rates
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines = Deadlines()

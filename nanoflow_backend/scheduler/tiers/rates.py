@@ -34,11 +34,13 @@ class Rates:
     read: Rate = field(default_factory=Rate)  # a page, from the disk
     store: Rate = field(default_factory=Rate)  # a page, to host memory
     prefill: Rate = field(default_factory=Rate)  # a token, in a step with prompts
+    step: Rate = field(default_factory=Rate)  # a step
 
     def pages_to_compute(self, pages: int, on_their_way: int, disk_pages: int, waited_s: float = 0.0) -> int:
         """Of `pages` that can be loaded or computed, how many to compute so that both end at the same time.
 
-        0 before the rates are known, for a load takes no step's time.
+        0 before the rates are known, for a load takes no step's time; and where all loads end before the next step
+        would begin: computing would only take room from others.
 
         Args:
             on_their_way: pages that are loaded before those.
@@ -51,6 +53,8 @@ class Rates:
         waiting = pages + on_their_way
         compute_s = compute * self.page_tokens
         load_s = max(load + (self.read.seconds_each or 0.0) * min(1.0, disk_pages / waiting), waited_s)
+        if waiting * load_s < (self.step.seconds_each or 0.0):
+            return 0
         fewer = min(pages, int(waiting * load_s / (load_s + compute_s)))
         if fewer < pages and (fewer + 1) * compute_s < (waiting - fewer) * load_s:
             return fewer + 1

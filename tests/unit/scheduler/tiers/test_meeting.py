@@ -93,6 +93,9 @@ def test_how_many_pages_to_compute_so_that_both_ends_meet() -> None:
     rates.read.measured(1, 2.0)
     assert rates.pages_to_compute(10, 0, 10) == 8, "3 s a page from the disk: two come while eight are computed"
     assert rates.pages_to_compute(0, 3, 0) == 0
+    rates.step.measured(1, 31.0)
+    assert rates.pages_to_compute(10, 0, 10) == 0, "all will be there when the next step begins"
+    assert rates.pages_to_compute(10, 1, 10) == 8
 
 
 def test_swapping_is_cheaper_where_a_page_goes_and_comes_faster_than_it_is_computed() -> None:
