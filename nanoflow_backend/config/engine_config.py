@@ -37,6 +37,7 @@ RULES = {  # of engine.json, beyond the types of its fields
     "dense_batch_tokens": TOKENS,
     "chunk_tokens": TOKENS,
     "prompt_tokens": TOKENS,
+    "inter_token_target_ms": Rule("a finite number > 0 or null", lambda value: 0 < value < math.inf),
     "max_running": TOKENS,
     "max_queue_size": whole(1),
     "queue_timeout_us": whole(1, 2**53, or_null=True),
@@ -86,6 +87,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     prompt_tokens: int | None = None  # most of all prompts in one step, if B_dense has room; None: dense_batch_tokens
+    inter_token_target_ms: float | None = None  # for a step with decodes: prompts are cut so that it takes no longer
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
     queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter

@@ -65,6 +65,7 @@ class Engine:
             undo.pop_all()
         self.config, self.model_config = settled.config, settled.model_config
         self.max_model_tokens = settled.max_model_tokens
+        target_ms = self.config.inter_token_target_ms
         limits = SchedulerLimits(
             dense_batch_tokens=self.config.dense_batch_tokens,
             chunk_tokens=self.config.chunk_tokens,
@@ -74,6 +75,7 @@ class Engine:
             num_pages=self.executor.num_pages,
             page_tokens=self.config.page_tokens,
             max_model_tokens=self.max_model_tokens,
+            inter_token_target_s=None if target_ms is None else target_ms / 1e3,
         )
         pages = self._publisher.pages if self._publisher else None
         self.scheduler = Scheduler(

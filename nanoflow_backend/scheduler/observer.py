@@ -9,6 +9,7 @@ from typing import NamedTuple
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Observed
+from nanoflow_backend.scheduler.pace import Pace, StepWork
 from nanoflow_backend.scheduler.sequence import Sequence
 from nanoflow_backend.scheduler.tiers.rates import Rates
 
@@ -17,8 +18,7 @@ WHOLE = (FinishReason.STOP, FinishReason.LENGTH)  # a request that ends so has a
 
 class _Step(NamedTuple):
     formed_s: float
-    tokens: int
-    prompt_tokens: int  # of these
+    work: StepWork
     strays: list[Sequence]  # of the sampled ones, those that were not sampled in the step before
 
 
@@ -32,12 +32,14 @@ class Observer:
     Attributes:
         token_energy_j: what a token costs; whoever measures it sets it, from any thread. None: nobody does.
         rates: told how long steps take, and tokens of those that are mostly prompts, if somebody asks.
+        pace: told of work and times of the steps that compute something, likewise.
     """
 
     def __init__(self, clock: Callable[[], float], dense_batch_tokens: int) -> None:
         self.observed = Observed()
         self.token_energy_j: float | None = None
         self.rates: Rates | None = None
+        self.pace: Pace | None = None
         self._clock = clock
         self._dense_batch_tokens = dense_batch_tokens
         self._steps: deque[_Step] = deque()  # in flight
@@ -94,9 +96,10 @@ class Observer:
             s.account.decode_mark_j = self._decode_energy_j
             self._resumed.append(s)
 
-    def formed(self, tokens: int, sampled: list[Sequence], decodes: int) -> None:
-        """A step goes out; the first `decodes` of the sampled ones decode, the others end their known tokens."""
-        self._steps.append(_Step(self._clock(), tokens, tokens - decodes, self._resumed + sampled[decodes:]))
+    def formed(self, work: StepWork, sampled: list[Sequence]) -> None:
+        """A step goes out; the first `work.decodes` of the sampled ones decode, the others end their known tokens."""
+        self._steps.append(_Step(self._clock(), work, self._resumed + sampled[work.decodes :]))
+        tokens = work.decodes + work.prompt_tokens
         self._resumed = []
         self._decode_energy_j += self._step_energy_j
         self._step_energy_j = self.token_energy_j or 0.0
@@ -105,15 +108,18 @@ class Observer:
 
     def returned(self, step: int) -> None:
         """The oldest step is back, and nobody has looked at its tokens yet."""
-        formed_s, tokens, prompt_tokens, strays = self._steps.popleft()
+        formed_s, work, strays = self._steps.popleft()
         now_s = self._clock()
         self._step_time_s, self._returned_s = now_s - self._returned_s, now_s
         step_time_s = min(self._step_time_s, now_s - formed_s)
         self.observed.step_time_s.observe(step_time_s)
+        tokens = work.decodes + work.prompt_tokens
         if self.rates is not None and tokens:
             self.rates.step.measured(1, step_time_s)
-            if 2 * prompt_tokens > tokens:
+            if work.prompt_tokens > work.decodes:
                 self.rates.prefill.measured(tokens, step_time_s)
+        if self.pace is not None and tokens:
+            self.pace.measured(work, step_time_s)
         alive = [s for s in strays if s.finish_reason is None]
         self._stray_tokens = len(alive)
         for s in alive:

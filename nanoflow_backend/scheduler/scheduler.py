@@ -16,6 +16,7 @@ from nanoflow_backend.scheduler.deadlines import Deadlines
 from nanoflow_backend.scheduler.forecast.length_forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
+from nanoflow_backend.scheduler.pace import Pace
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State
 from nanoflow_backend.scheduler.sequence_factory import SequenceFactory
@@ -34,10 +35,10 @@ class Scheduler:
     of the same one: then nothing is in flight while a batch is formed. Every batch must come back, in order.
 
     A step takes one token of every decoding request, then prefill chunks, at most `chunk_tokens` of one request and
-    `prompt_tokens` of all, until it has `dense_batch_tokens`. A request takes the pages of its whole
-    prompt when it is admitted, so only decodes ever wait for a page. When they do, the request last in service order is
-    preempted: it gives its pages back, and later computes again what it knows. The request first in order is never
-    preempted, so every request finishes.
+    `prompt_tokens` of all, until it has `dense_batch_tokens` or would take longer than `inter_token_target_s`. A
+    request takes the pages of its whole prompt when it is admitted, so only decodes ever wait for a page. When they do,
+    the request last in service order is preempted: it gives its pages back, and later computes again what it knows. The
+    request first in order is never preempted, so every request finishes.
 
     Attributes:
         begun: of the requests with a queue deadline, those that the last batch admits.
@@ -73,6 +74,8 @@ class Scheduler:
         self.observer = Observer(clock, limits.dense_batch_tokens)
         if lower is not None:
             self.observer.rates = lower.rates
+        target_s = limits.inter_token_target_s
+        self.observer.pace = pace = None if target_s is None else Pace(target_s, limits.prompt_tokens)
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines = Deadlines()
@@ -89,6 +92,7 @@ class Scheduler:
             self.observer,
             self._forecast,
             limits,
+            pace,
         )
         self._finished = 0
         self._overshoot_tokens = 0

@@ -10,6 +10,7 @@ from nanoflow_backend.scheduler.forecast.length_forecast import Forecast
 from nanoflow_backend.scheduler.forecast.page_forecast import PageForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
+from nanoflow_backend.scheduler.pace import Pace, StepWork
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State, service_order
 from nanoflow_backend.scheduler.slots import Slots
@@ -33,6 +34,7 @@ class StepPlanner:
         observer: Observer,
         forecast: Forecast,
         limits: SchedulerLimits,
+        pace: Pace | None,
     ) -> None:
         self._waiting = waiting
         self._slots = slots
@@ -42,6 +44,7 @@ class StepPlanner:
         self._observer = observer
         self._forecast = forecast
         self._limits = limits
+        self._pace = pace
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self.backlog = False
         self.preemptions = 0
@@ -67,7 +70,11 @@ class StepPlanner:
 
         prefills: list[Prefill] = []
         admitted: list[Admission] = []
-        left = budget = min(self._limits.dense_batch_tokens - len(sampled), self._limits.prompt_tokens)
+        decode_kv_tokens = sum(positions)
+        most = self._limits.prompt_tokens
+        if self._pace:
+            most = self._pace.prompt_tokens(len(sampled), decode_kv_tokens)
+        left = budget = min(self._limits.dense_batch_tokens - len(sampled), most)
         prompts = chain(list(self._slots.prefilling.values()), self._admit(step, page_table, admitted))
         while left > 0 and (sequence := next(prompts, None)) is not None:
             prefill = self._prefill(sequence, step, left)
@@ -80,7 +87,7 @@ class StepPlanner:
         waits = self._account.transfers_outstanding > 0 and returned == step - 1  # nothing else will come back
         if not (slots or prefills or admitted or transfers or waits):
             return None
-        self._observer.formed(len(slots) + budget - left, sampled, len(slots))
+        self._observer.formed(StepWork(len(slots), decode_kv_tokens, budget - left), sampled)
         self._in_flight.launched(sampled)
         return Batch(step, slots, positions, prefills, page_table, admitted, transfers, returned)
 
