@@ -61,7 +61,9 @@ class Pace:
         each_s = self._known[2] * SCALE[2]
         if left_s >= each_s * self._most_tokens:
             return self._most_tokens
-        return min(max(LEAST_TOKENS, int(left_s / each_s)), self._most_tokens)
+        if left_s <= each_s * LEAST_TOKENS:  # also where prompts seem to cost nothing, and decodes take the target
+            return min(LEAST_TOKENS, self._most_tokens)
+        return int(left_s / each_s)
 
 
 def _row(decode_kv_tokens: int, prompt_tokens: int) -> NDArray[np.float64]:

@@ -115,3 +115,10 @@ def test_most_tokens_bound_it() -> None:
     assert pace.prompt_tokens(8, 8_000) == 40
     pace.measured(StepWork(8, 8_000, 40), 1.0)
     assert pace.prompt_tokens(8, 8_000) == 40, "no more than the bound, though prompts get LEAST_TOKENS elsewhere"
+
+
+def test_prompts_that_seem_to_cost_nothing_beside_decodes_that_take_longer_than_the_target() -> None:
+    pace = Pace(TARGET_S, 2048)
+    for step in range(50):
+        pace.measured(StepWork(8, 8_000, 512 * (step % 2)), 0.03 - 0.001 * (step % 2))
+    assert pace.prompt_tokens(8, 8_000) == LEAST_TOKENS
