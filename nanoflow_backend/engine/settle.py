@@ -7,7 +7,6 @@ from typing import Literal
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
-from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
 from nanoflow_backend.models.computed import read_computed
