@@ -47,8 +47,9 @@ class HostTier:
 
     def grow(self, num_slots: int) -> None:
         """There are so many slots now. Never fewer than before."""
-        self._free = [*range(num_slots - 1, self.num_slots - 1, -1), *self._free]
-        self.num_slots = max(num_slots, self.num_slots)
+        if num_slots > self.num_slots:
+            self._free = [*range(num_slots - 1, self.num_slots - 1, -1), *self._free]
+            self.num_slots = num_slots
 
     def lookup(self, content: bytes) -> int | None:
         """See Tier."""

@@ -20,7 +20,7 @@ class LoadPlan:
     contents: list[bytes]
     pages: list[int]  # of the device, where they are to go
     parent: bytes | None = None  # content of the page before the first
-    made_s: float = 0.0
+    progress_s: float = 0.0  # when it was made, or the last of its pages came
     front: int = field(init=False)
     back: int = field(init=False)
     end: int = field(init=False)

@@ -95,7 +95,7 @@ class LowerTiers:
         for content in contents:
             if self.host.knows(content):
                 self.host.touch(content)
-            else:
+            elif 2 * len(self._wanted) < self.host.num_slots:  # more would push out what comes before
                 self._wanted.append((content, parent))
             parent = content
 
@@ -138,7 +138,7 @@ class LowerTiers:
             + self._transfers.on_their_way[Move.READ]
             + sum(other.unissued for other in before)
         )
-        waited_s = self._reported_s - max(plan.made_s, self._arrived_s)
+        waited_s = self._reported_s - max(plan.progress_s, self._arrived_s)
         return self.rates.pages_to_compute(plan.unissued, ahead, plan.disk_pages, waited_s)
 
     def begin_stores(self, device: DeviceTier, returned_step: int, spare_pages: int) -> list[Transfer]:
@@ -177,6 +177,7 @@ class LowerTiers:
     def begin_loads(self) -> list[Transfer]:
         """Copies to the device, of plans in their order, each from its back; and reads of the disk."""
         begun: list[Transfer] = []
+        self._leave_late_reads()
         while self._read and self._transfers.on_their_way[Move.LOAD] < self._limits.load_pages:
             begun.append(self._begin_load(self._read.popleft(), pinned=True))
         for plan in self._plans:
@@ -220,7 +221,7 @@ class LowerTiers:
                     assert load is not None, "a load for nobody"
                     self.host.unpin(content)
                     load.plan.arrived(load.place)
-                    self._arrived_s = self._reported_s
+                    load.plan.progress_s = self._arrived_s = self._reported_s
                 case Move.WRITE:
                     self.host.unpin(content)
                 case Move.READ:
@@ -229,6 +230,7 @@ class LowerTiers:
                         self.host.pin(content)
                         self._read.append(reader)
                         reader.plan.read_pages += 1
+                        reader.plan.progress_s = self._reported_s
         for transfer, content, _ in failed:
             if transfer.move is Move.WRITE:
                 self.host.unpin(content)
@@ -257,6 +259,19 @@ class LowerTiers:
 
     def _is_reachable(self, parent: bytes | None) -> bool:
         return parent is None or self.host.knows(parent) or self._is_on_disk(parent)
+
+    def _leave_late_reads(self) -> None:
+        """Who waits for the disk for longer than it takes to compute all that is missing, twice, computes it."""
+        for content, loads in self._readers.items():
+            late = {id(load.plan) for load in loads if self._is_late(load.plan)}
+            for load in loads:
+                if id(load.plan) in late:
+                    load.plan.failed(load.place)
+            self._readers[content] = [load for load in loads if id(load.plan) not in late]
+
+    def _is_late(self, plan: LoadPlan) -> bool:
+        compute_s = self.rates.compute_s(len(plan.outstanding))
+        return compute_s is not None and not plan.unissued and self._reported_s - plan.progress_s > 2 * compute_s
 
     def _begin_load(self, load: Load, *, pinned: bool = False) -> Transfer:
         content = load.plan.content(load.place)

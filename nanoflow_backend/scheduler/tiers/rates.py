@@ -60,6 +60,11 @@ class Rates:
             return fewer + 1
         return fewer
 
+    def compute_s(self, pages: int) -> float | None:
+        """What it takes to compute so many pages; None: not known yet."""
+        each = self.prefill.seconds_each
+        return None if each is None else pages * self.page_tokens * each
+
     def is_swap_cheaper(self, pages: int) -> bool:
         """Whether storing and loading pages takes less time than computing them again; True before both are known."""
         compute, load, store = self.prefill.seconds_each, self.load.seconds_each, self.store.seconds_each

@@ -164,3 +164,30 @@ def test_a_request_that_has_to_wait_has_its_pages_brought_from_the_disk_meanwhil
     s.finish()
     assert s.count(Move.READ) == 4
     assert s.count(Move.LOAD) == 4
+
+
+def test_a_disk_that_does_not_answer_holds_up_nobody() -> None:
+    s = evicted(disk=LossyDisk(20))
+    chain = contents(FIRST)
+    for content in chain:
+        s.lower.disk.write(content, [])
+    for content in reversed(chain):
+        s.host.abandon(content)
+    s.lower.rates.prefill.measured(1, 1.0)
+    s.add(2, [*FIRST, 1])
+    batch = s.form()
+    assert [t.move for t in batch.transfers] == [Move.READ] * 4
+    for s.now_s in (1.0, 15.0):
+        s.end(batch, moves=())
+        batch = s.form()
+        assert not batch.prefills, "computing takes eight seconds"
+    s.now_s = 17.0
+    s.end(batch, moves=())
+    s.end(s.form(), moves=())
+    batch = s.form()
+    assert [p.start for p in batch.prefills] == [0]
+    (delta,) = s.end(batch)  # and now the disk answers
+    assert delta.cached_tokens == 0
+    s.finish()
+    assert s.count(Move.LOAD) == 0
+    assert all(s.host.lookup(content) is not None for content in chain)
