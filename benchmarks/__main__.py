@@ -54,6 +54,9 @@ ROOMS = {
         Command("bursts", "stress.bursts", "Whether the server outlives bursts of streams."),
         Command("overload", "stress.overload", "What becomes of requests that are too many."),
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
+        Command(
+            "tier-soak", "stress.tier_soak", "Whether kills of an engine with host memory and disk change an answer."
+        ),
         Command("mutate", "stress.mutated_files", "Whether any file of a model breaks the start."),
         Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),
