@@ -33,8 +33,8 @@ def _rope_append(
 ):  # fmt: skip
     """(a cos w - b sin w, b cos w + a sin w) with w = position * frequency, of each head's halves (a, b) of q and k.
 
-    Both times attention_factor. Where TURNED < HALF, a head's first 2 TURNED dimensions are rotated, with halves of their
-    own; the others are pairs, too, which stay as they are. With q_norm_ptr and k_norm_ptr, the RMS norm of each head of q and k comes first.
+    Both times attention_factor. Where TURNED < HALF, only a head's first 2 TURNED dimensions are rotated, and have
+    halves of their own. With q_norm_ptr and k_norm_ptr, the RMS norm of each head of q and k comes first.
     V is not rotated. Rotated K, and V, go to place position % P of the page that the page table has for position / P.
     With kv_scales_ptr they are divided by its scales, of K and of V, and rounded to e4m3.
     Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
@@ -45,21 +45,20 @@ def _rope_append(
     is_q = (head < H)[:, None]
     is_kv = ((head >= H) & (head < H + 2 * K))[:, None]
     is_v = (head >= H + K)[:, None]
-    # The dimensions of a pair, and how it turns.
-    first, second = dim, HALF + dim
+    # Of each pair: its first dimension, how far the second is from that, and how it turns.
     if TURNED == HALF:
+        first, apart = dim, HALF
         frequency = tl.load(frequencies_ptr + dim).to(tl.float32)
         factor = attention_factor
     else:
-        first = tl.where(dim < TURNED, dim, dim + TURNED)
-        second = tl.where(dim < TURNED, dim + TURNED, dim + HALF)
-        frequency = tl.load(frequencies_ptr + dim, mask=dim < TURNED, other=0).to(tl.float32)
-        factor = tl.where(dim < TURNED, attention_factor, 1.0)
-    column = head[:, None] * (2 * HALF)
-    column_a, column_b = column + first[None, :], column + second[None, :]
+        turns = dim < TURNED
+        first, apart = tl.where(turns, dim, dim + TURNED), tl.where(turns, TURNED, HALF - TURNED)
+        frequency = tl.load(frequencies_ptr + dim, mask=turns, other=0).to(tl.float32)
+        factor = tl.where(turns, attention_factor, 1.0)
+    column = head[:, None] * (2 * HALF) + first[None, :]
     if q_norm_ptr is not None:
         weight_a = _norm_weight(q_norm_ptr + first, k_norm_ptr + first, is_q, is_v)
-        weight_b = _norm_weight(q_norm_ptr + second, k_norm_ptr + second, is_q, is_v)
+        weight_b = _norm_weight(q_norm_ptr + apart + first, k_norm_ptr + apart + first, is_q, is_v)
     for item in range(tl.program_id(0), T, tl.num_programs(0)):
         row = tl.cast(item, tl.int64)
         position = tl.load(positions_ptr + row)
@@ -71,8 +70,8 @@ def _rope_append(
             page_table_ptr + slot * page_table_stride + position // page_tokens, mask=is_real, other=0
         ).to(tl.int64)  # fmt: skip
         wait_for_earlier(PDL)
-        a = tl.load(qkv_ptr + row * qkv_stride + column_a, mask=is_q | is_kv, other=0)
-        b = tl.load(qkv_ptr + row * qkv_stride + column_b, mask=is_q | is_kv, other=0)
+        a = tl.load(qkv_ptr + row * qkv_stride + column, mask=is_q | is_kv, other=0)
+        b = tl.load(qkv_ptr + row * qkv_stride + column + apart, mask=is_q | is_kv, other=0)
         a32, b32 = a.to(tl.float32), b.to(tl.float32)
         if q_norm_ptr is not None:
             mean = tl.sum(a32 * a32 + b32 * b32, 1)[:, None] / (2 * HALF)
@@ -80,12 +79,12 @@ def _rope_append(
             a32, b32 = a32 * scale * weight_a, b32 * scale * weight_b
         rotated_a = tl.where(is_v, a32, a32 * cos - b32 * sin)
         rotated_b = tl.where(is_v, b32, b32 * cos + a32 * sin)
-        tl.store(q_ptr + row * q_stride + column_a, rotated_a.to(q_ptr.dtype.element_ty), mask=is_q)
-        tl.store(q_ptr + row * q_stride + column_b, rotated_b.to(q_ptr.dtype.element_ty), mask=is_q)
+        tl.store(q_ptr + row * q_stride + column, rotated_a.to(q_ptr.dtype.element_ty), mask=is_q)
+        tl.store(q_ptr + row * q_stride + column + apart, rotated_b.to(q_ptr.dtype.element_ty), mask=is_q)
 
         # kv heads lie in one page as K's, then V's: 2 K tiles of [P, d].
         page_offset = ((page * 2 * K + head - H) * page_tokens + position % page_tokens) * (2 * HALF)
-        offset_a, offset_b = page_offset[:, None] + first[None, :], page_offset[:, None] + second[None, :]
+        offset = page_offset[:, None] + first[None, :]
         if kv_scales_ptr is None:
             kept_a, kept_b = rotated_a.to(pages_ptr.dtype.element_ty), rotated_b.to(pages_ptr.dtype.element_ty)
         else:
@@ -93,9 +92,9 @@ def _rope_append(
             kept_a, kept_b = to_e4m3(rotated_a * per_scale), to_e4m3(rotated_b * per_scale)
             # A thread stores as many as it has of 16 bits. Else the compiler rotates all again in a layout for bytes.
             if TURNED % 8 == 0:
-                offset_a, offset_b = tl.max_contiguous(offset_a, [1, 8]), tl.max_contiguous(offset_b, [1, 8])
-        tl.store(pages_ptr + offset_a, kept_a, mask=is_kv & is_real)
-        tl.store(pages_ptr + offset_b, kept_b, mask=is_kv & is_real)
+                offset = tl.max_contiguous(offset, [1, 8])
+        tl.store(pages_ptr + offset, kept_a, mask=is_kv & is_real)
+        tl.store(pages_ptr + offset + apart, kept_b, mask=is_kv & is_real)
 
 
 def rope_append(

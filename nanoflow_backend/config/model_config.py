@@ -115,5 +115,5 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"head ({self.head_dim}), got {rotated}"
             )
         for name in ("short_factor", "long_factor") if self.rope.scaling == "longrope" else ():
-            if len(factors := getattr(self.rope, name)) != rotated // 2:
-                raise ConfigError(f"{name}: expected {rotated // 2} numbers, one for each frequency, got {len(factors)}")
+            if (count := len(getattr(self.rope, name))) != rotated // 2:
+                raise ConfigError(f"{name}: expected {rotated // 2} numbers, one for each frequency, got {count}")

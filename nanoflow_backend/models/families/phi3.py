@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.blocks import decoder
 from nanoflow_backend.models.config_json import ConfigJson
-from nanoflow_backend.models.families import llama
+from nanoflow_backend.models.families import mistral
 
 LAYER = "model.layers.{layer}"
 
@@ -16,7 +17,7 @@ def config_fields(hf: ConfigJson) -> dict[str, Any]:
     for scaling in (hf["rope_parameters"] or {}, hf["rope_scaling"] or {}):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         hf.refuse_if(kind not in ("default", "longrope", "su"), f"rope scaling {kind!r} of this class")
-    return llama.windowed_fields(hf)
+    return mistral.windowed_fields(hf)
 
 
 PHI3 = Architecture(
@@ -32,9 +33,9 @@ PHI3 = Architecture(
         "eos_token_id": 32000,
     },
     fields=config_fields,
-    embed=llama.embedding,
-    layers=llama.decoder_layers,
-    head=llama.lm_head,
+    embed=decoder.embedding,
+    layers=decoder.decoder_layers,
+    head=decoder.lm_head,
     partial_rotary=True,
     fused={
         f"{LAYER}.self_attn.qkv_proj.weight": tuple(f"{LAYER}.self_attn.{p}_proj.weight" for p in "qkv"),

@@ -2,12 +2,11 @@
 
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
 from support.commands.command_line import run_here, start
-from support.commands.json_lines import read_lines, write_lines
+from support.commands.json_lines import write_lines
 
 from benchmarks.cluster.local_cluster import LocalCluster
 

@@ -11,7 +11,7 @@ import pytest
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
-from nanoflow_backend.models.families.rotary import scale_frequencies
+from nanoflow_backend.models.blocks.rotary import scale_frequencies
 from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 
 LLAMA2 = {

@@ -194,10 +194,10 @@ PHI4_MINI = MODELS["Phi-4-mini"][0]
         (MODELS["Qwen3-8B"][0] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 of this class is not"),
         (PHI4_MINI | {"partial_rotary_factor": 0}, "partial_rotary_factor: expected a number > 0 and <= 1, got 0"),
         (PHI4_MINI | {"partial_rotary_factor": 0.01}, "an even number of dimensions of a head (128), got 1"),
-        (PHI4_MINI | {"partial_rotary_factor": 0.5}, "short_factor: expected 32 numbers, one for each frequency, got 48"),
+        (PHI4_MINI | {"partial_rotary_factor": 0.5}, "short_factor: expected 32 numbers, one for each frequency"),
         (PHI4_MINI | {"rope_scaling": longrope(48, long_factor=None)}, "'longrope': key 'long_factor' is missing"),
         (PHI4_MINI | {"rope_scaling": longrope(48, long_factor=[1.0, 0.0])}, "long_factor: expected numbers > 0, from"),
-        (PHI4_MINI | {"rope_scaling": longrope(48, factor="32")}, "rope_scaling: factor: expected a number > 0, got '32'"),
+        (PHI4_MINI | {"rope_scaling": longrope(48, factor="32")}, "factor: expected a number > 0, got '32'"),
         (
             PHI4_MINI | {"rope_scaling": longrope(48, original_max_position_embeddings=8192)},
             "original_max_position_embeddings 4096 and rope_scaling.original_max_position_embeddings 8192 say two",
