@@ -7,6 +7,7 @@ and pages are counted, and do not depend on the machine.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,7 +40,11 @@ def main(
     seed: int = 0,
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
 ) -> None:
-    """Simulate recomputing, a prefix cache on the device alone, and host memory below it, beside the trace's bound."""
+    """Simulate recomputing, a prefix cache on the device alone, and host memory below it, beside the trace's bound.
+
+    With host memory a request computes pages from the front while others load from the back; `loads_only` computes
+    nothing that can be loaded.
+    """
     drawn = draw_conversations(dataset, conversations, max_model_tokens, think_s=think_s, seed=seed)
     active = max(1, round(times_device * kv_cache_tokens / drawn.mean_context_tokens))
     cost = StepCost()
@@ -54,7 +59,10 @@ def main(
         page_tokens=page_tokens,
         max_model_tokens=max_model_tokens,
     )
-    hosts = {f"host_{gib:g}_gib": HostMemory(int(gib * 2**30) // TOKEN_BYTES) for gib in host_gib or [73.0]}
+    hosts = {}
+    for gib in host_gib or [73.0]:
+        host = HostMemory(int(gib * 2**30) // TOKEN_BYTES)
+        hosts |= {f"host_{gib:g}_gib": host, f"host_{gib:g}_gib_loads_only": replace(host, loads_only=True)}
     arms: dict[str, Any] = {}
     for name, host in {"recomputing": None, "device": None, **hosts}.items():
         engine = PretendEngine(limits, cost, host, prefix_caching=name != "recomputing")

@@ -55,7 +55,16 @@ class Driver:
         last_began_s: when the last one did: until then so many were active.
     """
 
-    def __init__(self, conversations: Conversations, active: int, vocab_size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        conversations: Conversations,
+        active: int,
+        vocab_size: int,
+        seed: int = 0,
+        on_answer: Callable[[AnsweredRound], None] = lambda answered: None,
+    ) -> None:
+        """`seed` is of the prompts. `on_answer` is called for each round that ends."""
+        self._on_answer = on_answer
         self._conversations, self._seed = conversations.rounds, seed
         self._vocabulary = range(vocab_size)
         self._next = 0
@@ -130,6 +139,7 @@ class Driver:
             answered.host_tokens, answered.disk_tokens = delta.account.host_tokens, delta.account.disk_tokens
         answered.ended_s = now_s
         self.answered.append(answered)
+        self._on_answer(answered)
         conversation, number = answered.conversation, answered.number + 1
         if number < len(self._conversations[conversation]):
             self._said[conversation] += answered.answer

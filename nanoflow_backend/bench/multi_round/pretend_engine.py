@@ -29,6 +29,14 @@ class HostMemory:
     load_token_s: float = 131072 / 51e9  # Llama-3-8B in bf16 has 128 KiB a token; 8 SMs of an H200 read 51 GB/s
     store_token_s: float = 131072 / 52e9
     store_pages: int = 128  # that a step may begin to store
+    loads_only: bool = False  # nothing that can be loaded is computed meanwhile
+
+
+class LoadsOnly(Rates):
+    """As if loading took no time."""
+
+    def pages_to_compute(self, pages: int, on_their_way: int, disk_pages: int, waited_s: float = 0.0) -> int:
+        return 0
 
 
 class PretendEngine:
@@ -49,7 +57,8 @@ class PretendEngine:
             tier = HostTier()
             tier.grow(host.tokens // limits.page_tokens)
             most = TierLimits(store_pages=host.store_pages, load_pages=1024)
-            lower = LowerTiers(tier, most, Rates(limits.page_tokens), clock=self.clock)
+            rates = (LoadsOnly if host.loads_only else Rates)(limits.page_tokens)
+            lower = LowerTiers(tier, most, rates, clock=self.clock)
         self.scheduler = Scheduler(
             limits, eos_token_ids=[], prefix_caching=prefix_caching, clock=self.clock, lower=lower
         )

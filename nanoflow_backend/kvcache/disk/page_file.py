@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from errno import EIO
 from hashlib import blake2b
+from mmap import mmap
 
 import msgspec
 import xxhash
@@ -120,16 +121,17 @@ def read_page(
     aligned: memoryview | None = None,
 ) -> None:
     """Fill the payload, contiguous bytes, if the file is this page. `aligned` has room for the file in whole blocks:
-    descriptors of direct reads read there first.
+    where it is given, the file is read there first.
 
     Raises:
         RefusedError: it is not; the payload holds anything then.
-        OSError: it could not be read; likewise.
+        OSError: it could not be read; likewise. A descriptor of direct reads cannot read into any other payload than
+            whole blocks at whole blocks (EINVAL).
     """
     expected, found = layout.file_bytes, files.size(fd)
     if found != expected:
         raise RefusedError(Refusal.SIZE, f"expected {expected} bytes, found {found}")
-    header = memoryview(bytearray(HEADER_BYTES))
+    header = memoryview(mmap(-1, HEADER_BYTES))  # a page of memory, for direct reads
     pieces = [header, payload.cast("B")]
     if aligned is None:
         found -= _transfer(pieces, lambda rest, offset: files.read(fd, rest, offset))

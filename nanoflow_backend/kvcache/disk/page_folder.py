@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EINVAL
 from pathlib import Path
 from uuid import uuid4
 
@@ -160,12 +161,15 @@ class PageFolder:
             self._give_back(self._path / name)
 
     def _read(self, fd: int, content: bytes, payload: memoryview) -> None:
-        """Direct reads go to a page-aligned buffer first: the kernel demands it."""
-        if not self._direct:
-            return read_page(self._files, fd, self._layout, content, payload)
-        blocks = -(-self._layout.file_bytes // mmap.PAGESIZE)
-        aligned = memoryview(mmap.mmap(-1, blocks * mmap.PAGESIZE))
-        return read_page(self._files, fd, self._layout, content, payload, aligned)
+        """Direct reads of a payload that is not made of whole blocks go to memory that is, first."""
+        try:
+            read_page(self._files, fd, self._layout, content, payload)
+        except OSError as error:
+            if not self._direct or error.errno != EINVAL:
+                raise
+            blocks = -(-self._layout.file_bytes // mmap.PAGESIZE)
+            aligned = memoryview(mmap.mmap(-1, blocks * mmap.PAGESIZE))
+            read_page(self._files, fd, self._layout, content, payload, aligned)
 
     def _reserve(self, temporary: Path) -> int:
         """Make an empty file of a page's size within the bound, locked until it is closed: a scan knows it is alive."""

@@ -90,12 +90,13 @@ def test_answers_of_another_length_are_an_error() -> None:
 
 def test_host_memory_saves_what_the_device_forgets() -> None:
     """A device that holds an eighth of the active conversations, and a host that holds all."""
-    drawn = draw_conversations("lmsys-like", 60, 768, think_s=0, scale=0.3, seed=1)
+    drawn = draw_conversations("lmsys-like", 45, 768, think_s=0, scale=0.3, seed=1)
     arms = {
         "recomputing": run(drawn, 30, 768, prefix_caching=False),
         "device": run(drawn, 30, 768),
         "host": run(drawn, 30, 768, HostMemory(20_000, load_token_s=1e-6, store_token_s=1e-6)),
         "slow host": run(drawn, 30, 768, HostMemory(20_000, load_token_s=1e-2, store_token_s=1e-6)),
+        "loads only": run(drawn, 30, 768, HostMemory(20_000, load_token_s=1e-6, store_token_s=1e-6, loads_only=True)),
     }
     found = {name: summarise(driver, lambda rounds: Bound.of(rounds, COST, 768)) for name, (driver, _) in arms.items()}
     bound = Bound.of(arms["host"][0].answered, COST, 768)
@@ -115,6 +116,7 @@ def test_host_memory_saves_what_the_device_forgets() -> None:
     assert rates["recomputing"] < 1.05 * rates["device"] < rates["host"] < bound.rounds_per_s
     assert rates["slow host"] > 0.9 * rates["device"], "a load is never slower than recomputing"
     assert tokens["slow host"]["host"] < tokens["host"]["host"] / 2
+    assert tokens["loads only"]["computed"] <= tokens["host"]["computed"]
 
 
 def test_a_summary_has_a_steady_part_if_conversations_began_in_it() -> None:

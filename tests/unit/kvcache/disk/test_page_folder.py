@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import signal
 import time
@@ -273,18 +274,24 @@ def test_what_cannot_be_a_folder_of_pages_is_named(tmp_path: Path, monkeypatch: 
         folder(tmp_path, direct=True, files=NoDirectReads())
 
 
-def test_direct_reads_and_synced_writes_give_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("payload_bytes", [1000, 8192], ids=["any size", "whole blocks"])
+def test_direct_reads_and_synced_writes_give_the_same(
+    tmp_path_factory: pytest.TempPathFactory, payload_bytes: int
+) -> None:
     tmp_path = tmp_path_factory.mktemp("disk")  # file systems in memory may have no direct reads
+    layout = other(payload_bytes=payload_bytes)
     try:
-        mine = folder(tmp_path, direct=True, sync=True)
+        mine = folder(tmp_path, layout=layout, direct=True, sync=True)
     except ConfigError as error:
         pytest.skip(str(error))
-    write(mine, 1)
-    assert read(mine, 1) == payload(1)
+    mine.write(content(1), payload(1, layout), FIRST)
+    for into in (memoryview(mmap.mmap(-1, 8192))[:payload_bytes], memoryview(bytearray(payload_bytes + 1))[1:]):
+        mine.read(content(1), into)
+        assert into == payload(1, layout)
     (file,) = tmp_path.glob("*.page")
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(RefusedError, match="checksum"):
-        read(mine, 1)
+        read(mine, 1, layout)
 
 
 def test_an_engine_that_is_killed_leaves_whole_files_and_nothing_else(tmp_path: Path) -> None:
