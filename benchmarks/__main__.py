@@ -25,6 +25,8 @@ ROOMS = {
         Command("loop-cpu", "engine.loop_cpu", "CPU time of the engine's thread a step, no device."),
         Command("scheduler-cpu", "engine.scheduler_cpu", "CPU time of the scheduler a step."),
         Command("admission", "engine.admission", "Steps and preemptions by way of admission, simulated."),
+        Command("multi-round", "engine.multi_round", "What host memory is worth to conversations, simulated."),
+        Command("disk-pages", "engine.disk_pages", "Bytes a second of the disk tier's store, alone."),
     ),
     "overlap": (
         Command("overlap-ablation", "overlap.ablation", "What cutting costs, overlap wins, the search adds (GPU)."),
@@ -52,6 +54,9 @@ ROOMS = {
         Command("bursts", "stress.bursts", "Whether the server outlives bursts of streams."),
         Command("overload", "stress.overload", "What becomes of requests that are too many."),
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
+        Command(
+            "tier-soak", "stress.tier_soak", "Whether kills of an engine with host memory and disk change an answer."
+        ),
         Command("mutate", "stress.mutated_files", "Whether any file of a model breaks the start."),
         Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),

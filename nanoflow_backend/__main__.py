@@ -262,6 +262,38 @@ def online(
 
 
 @bench.command()
+def multi_round(
+    model: Model,
+    output: Result = None,
+    dataset: Annotated[
+        Literal["lmsys-like", "sharegpt-like"], typer.Option(help="Rounds and lengths drawn as in this dataset.")
+    ] = "lmsys-like",
+    conversations: Annotated[int, typer.Option(min=1, help="How many in all.")] = 64,
+    active: Annotated[int, typer.Option(min=1, help="At a time: when one has ended, the next begins.")] = 16,
+    think_s: Annotated[
+        float, typer.Option(min=0, help="A user's mean time between an answer and the next turn.")
+    ] = 0.0,
+    scale: Annotated[float, typer.Option(help="Of all lengths, for models that are smaller than life.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of lengths, times and prompts.")] = 0,
+    settings: Settings = None,
+) -> None:
+    """Conversations that come back: rounds a second, and how many prompt tokens each tier of the KV cache saved."""
+    from nanoflow_backend.bench.multi_round.command import bench_multi_round
+
+    bench_multi_round(
+        model,
+        output,
+        dataset=dataset,
+        conversations=conversations,
+        active=active,
+        think_s=think_s,
+        scale=scale,
+        seed=seed,
+        settings=settings or [],
+    )
+
+
+@bench.command()
 def plot(
     runs: Annotated[
         list[Path],

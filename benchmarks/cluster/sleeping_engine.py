@@ -14,8 +14,8 @@ from typing import NamedTuple
 from zlib import crc32
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine import Engine
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled

@@ -25,6 +25,9 @@ class Group:
         model: the leader's folder; the other host has `models_copy`.
         hosts: where it runs.
         settings: of engine.json, beyond those of the group.
+
+    Attributes:
+        loaded_tokens: of the prompts that were completed, those that came from host memory.
     """
 
     def __init__(self, folder: Path, model: Path, models_copy: Path, hosts: Hosts, **settings: Any) -> None:
@@ -38,6 +41,7 @@ class Group:
         group = {"tensor_parallel": 2, "hosts": 2, "leader_address": self._address, "secret_file": str(self._secret)}
         self._settings = folder / "engine.json"
         self._settings.write_text(json.dumps({"model": str(model), "device": "cpu", **group, **settings}))
+        self.loaded_tokens = 0
         self._other: subprocess.Popen[bytes] | None = None
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
 
@@ -94,7 +98,9 @@ class Group:
     def complete(self, prompts: list[list[int]]) -> list[list[int]]:
         """TOKENS greedy ones of each. Raises: RuntimeError."""
         self.submit(prompts, TOKENS)
-        tokens: list[list[int]] = self.wait_for("tokens")["tokens"]
+        event = self.wait_for("tokens")
+        self.loaded_tokens = event["loaded_tokens"]
+        tokens: list[list[int]] = event["tokens"]
         return tokens
 
     def submit(self, prompts: list[list[int]], max_tokens: int) -> None:

@@ -30,7 +30,7 @@ def main() -> None:
     logs.configure()
     tokens: dict[int, list[int]] = defaultdict(list)
     live: set[int] = set()
-    first = 0
+    loaded_tokens = first = 0
     saying = threading.Lock()
 
     def say(event: str, **fields: Any) -> None:
@@ -38,12 +38,16 @@ def main() -> None:
             print(json.dumps({"event": event, **fields}), flush=True)
 
     def take(news: News) -> None:
+        nonlocal loaded_tokens
         for delta in news.deltas:
             tokens[delta.request_id] += delta.token_ids
             if delta.finish_reason:
                 live.discard(delta.request_id)
+            if delta.account:
+                loaded_tokens += delta.account.host_tokens
         if news.deltas and not live:
-            say("tokens", tokens=[tokens.pop(request_id) for request_id in sorted(tokens)])
+            answers = [tokens.pop(request_id) for request_id in sorted(tokens)]
+            say("tokens", tokens=answers, loaded_tokens=loaded_tokens)
 
     def quiet(_: object) -> None: ...
 

@@ -19,6 +19,7 @@ from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, split_address, whole
 
 TOKENS = whole(1, or_null=True)
+BYTES = whole(0, 2**53)
 RULES = {  # of engine.json, beyond the types of its fields
     "model": PATH,
     "schedule": PATH,
@@ -36,6 +37,7 @@ RULES = {  # of engine.json, beyond the types of its fields
     "dense_batch_tokens": TOKENS,
     "chunk_tokens": TOKENS,
     "prompt_tokens": TOKENS,
+    "inter_token_target_ms": Rule("a finite number > 0 or null", lambda value: 0 < value < math.inf),
     "max_running": TOKENS,
     "max_queue_size": whole(1),
     "queue_timeout_us": whole(1, 2**53, or_null=True),
@@ -46,11 +48,20 @@ RULES = {  # of engine.json, beyond the types of its fields
     "max_model_tokens": whole(2, or_null=True),  # one of a prompt, one of an answer
     "page_tokens": TOKENS,
     "kv_cache_tokens": TOKENS,
+    "host_kv_cache_bytes": BYTES,
+    "host_kv_cache_step_bytes": whole(1, 2**53, or_null=True),
     "gpu_memory_utilization": Rule("a number in (0, 1]", lambda value: 0 < value <= 1),
     "metrics_dialects": Rule("different ones", lambda value: len(set(value)) == len(value)),
     "otlp_traces_endpoint": Rule("an http(s) URL or null", lambda value: value.startswith(("http://", "https://"))),
     "seed": whole(-(2**63), 2**63),
 }
+
+
+class DiskKvCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where pages of the KV cache are kept as files, which several engines of a host may share."""
+
+    path: str  # a folder, made where there is none
+    bytes: int  # most that its files take
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +87,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     prompt_tokens: int | None = None  # most of all prompts in one step, if B_dense has room; None: dense_batch_tokens
+    inter_token_target_ms: float | None = None  # for a step with decodes: prompts are cut so that it takes no longer
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
     queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
@@ -86,6 +98,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
     page_tokens: int | None = None  # KV page size; None: by device
     kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device
+    host_kv_cache_bytes: int = 0  # host memory, of all ranks together, for pages that leave the device; 0: none
+    host_kv_cache_keep: Literal["all", "seen_twice"] = (
+        "all"  # pages that go there; the second: what was asked for again
+    )
+    host_kv_cache_step_bytes: int | None = None  # most copied there beside a step; None: twice what a step can fill
+    disk_kv_cache: DiskKvCache | None = None  # keeps pages of host memory beyond the life of the engine
     gpu_memory_utilization: float = 0.92  # of the GPU's memory, for weights, workspace and the KV cache
     prefix_caching: bool = True
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
@@ -115,8 +133,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.kv_events is not None and self.kv_events.publisher != "null" and not self.prefix_caching:
             faults.append("kv_events: expected null without prefix_caching, since no page can be found then")
+        faults += self._tier_faults()
         if faults:
             raise ConfigError("; ".join(faults))
+
+    def _tier_faults(self) -> list[str]:
+        """What is wrong with the tiers of the KV cache below the device."""
+        faults, host, disk = [], self.host_kv_cache_bytes, self.disk_kv_cache
+        if host and not self.prefix_caching:
+            faults.append(f"host_kv_cache_bytes: expected 0 without prefix_caching, which finds its pages, got {host}")
+        if disk and not host:
+            faults.append("disk_kv_cache: expected host_kv_cache_bytes above 0, for its pages go through host memory")
+        if disk:
+            rules = {"disk_kv_cache.path": PATH, "disk_kv_cache.bytes": whole(1, 2**63)}
+            faults += broken(rules, {"disk_kv_cache.path": disk.path, "disk_kv_cache.bytes": disk.bytes})
+        return faults
 
     def settle(self, device: Literal["cpu", "cuda"]) -> SettledConfig:
         """The same on a device: what was left to it has a value.
@@ -164,6 +195,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Check `fields` and make their paths absolute."""
 
         def rooted(key: str, value: Any) -> Any:
+            if key == "disk_kv_cache" and isinstance(value, Mapping) and isinstance(value.get("path"), str):
+                return {**value, "path": os.path.normpath(relative_to / os.path.expanduser(value["path"]))}
             is_path = (
                 key in ("model", "schedule_cache", "secret_file")
                 or (key == "python" and "/" in str(value))

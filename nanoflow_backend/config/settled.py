@@ -16,4 +16,8 @@ class Settled(msgspec.Struct, frozen=True):
 
     config: SettledConfig
     model_config: ModelConfig
-    max_model_tokens: int  # prompt + output of one request
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Prompt and output of one request."""
+        return self.model_config.max_model_tokens

@@ -16,6 +16,7 @@ from nanoflow_backend.engine.executor import Executor, LaunchedStep
 from nanoflow_backend.engine.kv_events.publisher import open_publisher
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.settle import settle
+from nanoflow_backend.engine.tiers import make_lower_tiers
 from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
@@ -64,6 +65,7 @@ class Engine:
             undo.pop_all()
         self.config, self.model_config = settled.config, settled.model_config
         self.max_model_tokens = settled.max_model_tokens
+        target_ms = self.config.inter_token_target_ms
         limits = SchedulerLimits(
             dense_batch_tokens=self.config.dense_batch_tokens,
             chunk_tokens=self.config.chunk_tokens,
@@ -73,14 +75,17 @@ class Engine:
             num_pages=self.executor.num_pages,
             page_tokens=self.config.page_tokens,
             max_model_tokens=self.max_model_tokens,
+            inter_token_target_s=None if target_ms is None else target_ms / 1e3,
         )
+        pages = self._publisher.pages if self._publisher else None
         self.scheduler = Scheduler(
             limits,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
             seed=self.config.seed,
-            page_events=self._publisher.pages if self._publisher else None,
+            lower=make_lower_tiers(settled, self.executor, pages) if self.config.host_kv_cache_bytes else None,
+            page_events=pages,
         )
         if self._publisher:
             self._publisher.pages.cleared()  # subscribers may remember what a process before this one had

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
+from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -32,7 +35,8 @@ class LocalExecutor:
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:
-            self.close()
+            if self._ranks:
+                self._ranks.close()
             raise
 
     @property
@@ -42,6 +46,13 @@ class LocalExecutor:
     @property
     def num_pages(self) -> int:
         return self.worker.num_pages
+
+    @property
+    def page_store(self) -> PageStore | None:
+        return self.worker.page_store
+
+    def report_transfers(self) -> TransferReport | None:
+        return self._joined(self.worker.report_transfers())
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
         with self._errors_explained():
@@ -56,8 +67,14 @@ class LocalExecutor:
             self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
-        return self.worker.collect(step)
+        sampled = self.worker.collect(step)
+        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+
+    def _joined(self, report: TransferReport | None) -> TransferReport | None:
+        """Of all ranks, where that of rank 0 is this."""
+        return self._ranks.join_reports(report) if self._ranks and report is not None else report
 
     def close(self) -> None:
+        self.worker.close()
         if self._ranks:
             self._ranks.close()

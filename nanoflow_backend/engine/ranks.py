@@ -1,7 +1,9 @@
 """Ranks joins rank 0 to the others of its tensor-parallel group; `main` is what each of those runs.
 
 Rank 0 lives in the engine process. The others get every batch that it launches and then the masks of its tail: those of
-this host over a socket pair each, those of another host over one link to it.
+this host over a socket pair each, those of another host over one link to it. Sampling is deterministic, so all ranks
+draw the same ids, and say nothing of them; where there are tiers below the device, they report after each step what has
+become of their transfers.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from nanoflow_backend.config.settled import Settled
+from nanoflow_backend.engine.rank_reports import RankReports
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.hosts.gathering import gather, listen_at
 from nanoflow_backend.hosts.link import Link
 from nanoflow_backend.hosts.members import Members, start_ranks
-from nanoflow_backend.hosts.messages import Begin, Progress, StartRank
+from nanoflow_backend.hosts.messages import Begin, Progress, RankReport, StartRank
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Parent
 from nanoflow_backend.sampling.constraints import Masks
@@ -63,7 +67,8 @@ class Ranks:
                 rendezvous = f"{address}:{listening.getsockname()[1]}"
             here = range(1, config.tensor_parallel // config.hosts)
             ranks = start_ranks(StartRank(settled, rank, rendezvous, interface) for rank in here)
-            self._members = Members({**ranks, **links}, on_death)
+            self._reports = RankReports(config.tensor_parallel)
+            self._members = Members({**ranks, **links}, on_death, self._reports.add)
             try:
                 for link in links.values():
                     link.send(Begin(rendezvous))
@@ -93,6 +98,10 @@ class Ranks:
             if how := self._members.wait_for_death(EXPLAINED_S):
                 raise RuntimeError(how) from error
             raise
+
+    def join_reports(self, report: TransferReport) -> TransferReport:
+        """What all ranks have moved since the last call, `report` being that of rank 0."""
+        return self._reports.join(report)
 
     def close(self) -> None:
         self._members.close()
@@ -167,11 +176,15 @@ def main() -> None:
     except Exception as error:
         parent.send(Progress(f"{type(error).__name__}: {error}"))
         raise
+    if (report := worker.report_transfers()) is not None:
+        parent.send(RankReport(start.rank, report))
     parent.send(Progress())
     batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks | None)
     while True:
         step = worker.launch_forward(parent.receive(batches))
         worker.launch_tail(step, parent.receive(masks))
+        if (report := worker.report_transfers(wait=not step.batch.tokens)) is not None:
+            parent.send(RankReport(start.rank, report))
 
 
 if __name__ == "__main__":

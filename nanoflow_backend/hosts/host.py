@@ -22,8 +22,9 @@ from nanoflow_backend.hosts.address import find_interface, place
 from nanoflow_backend.hosts.agreement import find_differences, find_unexpected
 from nanoflow_backend.hosts.link import Link
 from nanoflow_backend.hosts.members import Members, start_ranks
-from nanoflow_backend.hosts.messages import Begin, Joined, Progress, StartRank, Welcome
+from nanoflow_backend.hosts.messages import Begin, Joined, Progress, RankReport, StartRank, Welcome
 from nanoflow_backend.hosts.secret import Secret
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process.channel import ChannelClosed
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class Host:
             members = Members(
                 start_ranks(StartRank(settled, rank, begin.rendezvous, interface) for rank in ranks),
                 on_death=lambda how: self._tell(link, how),
+                on_report=lambda rank, report: self._hand_on(link, rank, report),
             )
             try:
                 threading.Thread(target=self._tell_progress, args=(members, link), daemon=True).start()
@@ -186,6 +188,10 @@ class Host:
             link.send(Progress())
             members.wait_until_ready()
             link.send(Progress())
+
+    def _hand_on(self, link: Link, rank: int, report: TransferReport) -> None:
+        with contextlib.suppress(ChannelClosed):  # who receives from the link ends the rank
+            link.send(RankReport(rank, report))
 
     def _tell(self, link: Link, how: str) -> None:
         """A rank has ended: the leader ends the others, and closes the link."""

@@ -11,7 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 
 import msgspec
 
-from nanoflow_backend.hosts.messages import Progress, StartRank
+from nanoflow_backend.hosts.messages import Progress, RankReport, StartRank
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process.channel import Channel, ChannelClosed
 from nanoflow_backend.process.child import Child
 
@@ -26,11 +27,19 @@ class Members:
     Args:
         on_death: called from another thread when a member that was not closed has ended, with its name and what is
             known of its end.
+        on_report: called from other threads with a rank and what it says of its transfers; what it said before it was
+            ready, before `wait_until_ready` returns.
     """
 
-    def __init__(self, channels: Mapping[str, Channel], on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        channels: Mapping[str, Channel],
+        on_death: Callable[[str], None],
+        on_report: Callable[[int, TransferReport], None] = lambda rank, report: None,
+    ) -> None:
         self._channels = channels
         self._on_death = on_death
+        self._on_report = on_report
         self._closing = False
         self._died: Future[str] = Future()  # of the first
         self._started: dict[str, Future[None]] = {name: Future() for name in channels}
@@ -69,11 +78,17 @@ class Members:
             channel.stop()
 
     def _watch(self, name: str, channel: Channel) -> None:
-        decoder = msgspec.msgpack.Decoder(Progress)
+        decoder = msgspec.msgpack.Decoder(Progress | RankReport)
         stages = [self._started[name], self._ready[name]]
+        why = None
         try:
-            while (why := channel.receive(decoder).error) is None:
-                if stages:
+            while why is None:
+                message = channel.receive(decoder)
+                if isinstance(message, RankReport):
+                    self._on_report(message.rank, message.transfers)
+                    continue
+                why = message.error
+                if stages and why is None:
                     stages.pop(0).set_result(None)
         except ChannelClosed as closed:
             why = str(closed)

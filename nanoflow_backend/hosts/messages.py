@@ -1,7 +1,7 @@
 """These msgspec structs cross the channels between the leader, the other hosts, and the ranks on each.
 
-After them come, for each step, a Batch and its Masks (None: nothing is forbidden). Ranks answer nothing to those:
-sampling is deterministic, so all of them draw the same ids.
+After them come, for each step, a Batch and its Masks (None: nothing is forbidden). Sampling is deterministic, so all
+ranks draw the same ids and answer nothing, unless there are tiers below the device: then each reports its transfers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from nanoflow_backend.config.settled import Settled
+from nanoflow_backend.kvcache.tier import TransferReport
 
 
 class StartRank(msgspec.Struct, frozen=True):
@@ -20,11 +21,18 @@ class StartRank(msgspec.Struct, frozen=True):
     interface: str  # of the network, over which they talk
 
 
-class Progress(msgspec.Struct, frozen=True):
+class Progress(msgspec.Struct, frozen=True, tag=True):
     """What a rank says of itself, or another host of all of its ranks: first, that it is about to meet the others;
     then, that its weights are loaded. With an error, at any time: a rank has ended, or is about to."""
 
     error: str | None = None
+
+
+class RankReport(msgspec.Struct, frozen=True, tag=True):
+    """What has come of one rank's transfers, before its second Progress and after each step; hosts hand it on."""
+
+    rank: int
+    transfers: TransferReport
 
 
 class Welcome(msgspec.Struct, frozen=True):

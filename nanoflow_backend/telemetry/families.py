@@ -59,11 +59,15 @@ class Family(msgspec.Struct, frozen=True):
 
 def _pages(view: View) -> Values:
     pages = view.stats.scheduler
-    return {
+    values: dict[tuple[str, ...], float] = {
         ("device", "used"): pages.used_pages,
         ("device", "cached"): pages.cached_pages,
         ("device", "free"): pages.num_pages - pages.used_pages - pages.cached_pages,
     }
+    if tiers := pages.tiers:
+        values["host", "cached"] = tiers.host_used_pages
+        values["host", "free"] = tiers.host_pages - tiers.host_used_pages
+    return values
 
 
 def _usage(view: View) -> float:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -80,8 +80,8 @@ class Metrics:
 
 
 def _nothing(ready: Ready) -> Stats:
-    zeros = dict.fromkeys(SchedulerStats.__struct_fields__, 0)
-    return Stats(SchedulerStats(**{**zeros, "num_pages": ready.num_pages}), Observed())
+    zeros: dict[str, Any] = {field.name: 0 for field in msgspec.structs.fields(SchedulerStats) if field.required}
+    return Stats(SchedulerStats(**zeros | {"num_pages": ready.num_pages}), Observed())
 
 
 class Metric(Protocol):

@@ -14,7 +14,7 @@ from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.settle import settle
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.kvcache.kv_pages import page_bytes
-from nanoflow_backend.kvcache.tier import Direction, Transfer
+from nanoflow_backend.kvcache.tier import Move, Transfer
 from nanoflow_backend.models import weights
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.device import Device
@@ -108,6 +108,6 @@ def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, mon
 
 def test_a_worker_without_a_tier_below_the_device_refuses_to_move_pages(settled: Settled) -> None:
     given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config)
-    batch = Batch(1, [], [], [], [], [], [Transfer(2, 0, Direction.LOAD)])
+    batch = Batch(1, [], [], [], [], [], [Transfer(1, Move.LOAD, 2, 0)])
     with pytest.raises(ValueError, match="transfers: expected none, as there is no tier below the device, got"):
         Worker(given).launch_forward(batch)

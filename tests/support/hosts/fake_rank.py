@@ -1,4 +1,8 @@
-"""A rank without torch: it starts like one and counts what it gets. Its environment says whether and when it ends."""
+"""A rank without torch: it starts like one and counts what it gets. Its environment says whether and when it ends.
+
+Where there is host memory below the device, it says that as many slots are there as its number, and that each message
+was a transfer, and is done.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from nanoflow_backend.hosts.messages import Progress, StartRank
+from nanoflow_backend.hosts.messages import Progress, RankReport, StartRank
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process.child import Parent
 
 
@@ -24,6 +29,8 @@ def main() -> None:
     if (folder / "no weights").exists():
         parent.send(Progress("ConfigError: no weights here"))
         os._exit(1)
+    if config.host_kv_cache_bytes:
+        parent.send(RankReport(start.rank, TransferReport(slots=start.rank)))
     parent.send(Progress())
     while True:
         message: Any = parent.receive(msgspec.msgpack.Decoder())
@@ -31,6 +38,8 @@ def main() -> None:
             os._exit(3)  # at once: a parent waits two seconds between the end of its socket and that of the process
         with (folder / f"got-{start.rank}").open("a") as file:
             file.write(f"{message}\n")
+        if config.host_kv_cache_bytes:
+            parent.send(RankReport(start.rank, TransferReport([message], slots=start.rank)))
 
 
 if __name__ == "__main__":

@@ -30,12 +30,17 @@ class Gateway:
             self._truth[before] = known_as, (parent, tuple(own))
             parent = known_as
 
-    def follow(self, index: Iterable[bytes]) -> list[str]:
-        """Read what there is to read. The pages of `index`, by our hashes, and no others must be known then.
+    def follow(self, device: Iterable[bytes], host: Iterable[bytes]) -> list[str]:
+        """Read what there is to read. The pages of these tiers, by our hashes, and no others must be known then.
 
         Returns the names of the events.
         """
         events = self.events.take()
         names = self._map.take(encode_batch(0.0, events, 0)) if events else []
-        assert self._map.blocks.get("GPU", {}) == dict(self._truth[content] for content in index)
+        truth = {medium: dict(self._truth[c] for c in has) for medium, has in (("GPU", device), ("CPU", host))}
+        assert self._map.blocks.get("GPU", {}) == truth["GPU"]
+        known = self._map.blocks.get("CPU", {})
+        assert known.keys() == truth["CPU"].keys()
+        for block, description in known.items():  # what comes from the disk may be there before anyone knows its tokens
+            assert description in (truth["CPU"][block], (None, ()))
         return names

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from nanoflow_backend.hosts.host import Host
 from nanoflow_backend.hosts.members import Members
 from nanoflow_backend.hosts.messages import Begin, Welcome
 from nanoflow_backend.hosts.secret import Secret
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.models.hugging_face import read_model_config
 
 pytestmark = pytest.mark.timeout(60)
@@ -67,7 +68,7 @@ def settled(place: Path, **fields: object) -> Settled:
         leader_address=f"127.0.0.1:{free_port()}",
         join_timeout_s=30,
     )
-    return Settled(replace(config, **fields).settle("cpu"), read_model_config(DEMO_MODEL), 64)
+    return Settled(replace(config, **fields).settle("cpu"), read_model_config(DEMO_MODEL))
 
 
 class Running:
@@ -113,11 +114,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def led(leader: Settled, deaths: list[str]) -> Iterator[Members]:
+def led(
+    leader: Settled,
+    deaths: list[str],
+    on_report: Callable[[int, TransferReport], None] = lambda rank, report: pytest.fail("nobody has tiers"),
+) -> Iterator[Members]:
     """The leader's part, without a rank of its own."""
     address, interface, links = gather(leader, {})
     assert interface == "lo"
-    group = Members(dict(links), deaths.append)
+    group = Members(dict(links), deaths.append, on_report)
     try:
         for one in links.values():
             one.send(Begin(f"{address}:1234"))
@@ -164,6 +169,23 @@ def test_a_host_runs_its_ranks_and_joins_again_after_the_leader_and_after_a_rank
         until(lambda: got(place, 2)[-1:] == ["again"] == got(place, 3)[-1:])
     until(lambda: not ranks_alive(place))
     assert running.ended is None
+
+
+def test_a_host_hands_on_what_its_ranks_report(place: Path) -> None:
+    """In order, and before it says that they are ready what they said before they were."""
+    leader, deaths, told = settled(place, host_kv_cache_bytes=2**20), [], []
+    reports = {rank: [TransferReport([], slots=rank)] for rank in (2, 3)}
+    Running(place, leader)
+    with led(leader, deaths, lambda rank, report: told.append((rank, report))) as group:
+        assert dict(told) == {rank: report for rank, (report,) in reports.items()}
+        for number in range(100):
+            group.broadcast(ENCODE(number))
+            for rank in (2, 3):
+                reports[rank].append(TransferReport([number], slots=rank))
+        until(lambda: len(told) >= 202)
+        for rank in (2, 3):
+            assert [report for of, report in told if of == rank] == reports[rank]
+    assert deaths == []
 
 
 def test_a_link_that_is_lost_without_a_word_is_noticed_by_both_ends(
