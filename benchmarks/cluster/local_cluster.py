@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from benchmarks.serving.server_state import processes
 
+SOON_MISSED = {"health_check_period_ms": 500}  # a node that was killed, which would take some 15 s else
 ENGINE = "ray::MapWorker"  # begins the command line of an engine's process
 
 
@@ -18,19 +19,19 @@ class LocalCluster:
     """The first node is the head, which commands join and whose files they read.
 
     Attributes:
-        address: for --cluster; and `client_address`, if there is a server for clients.
+        address: for --cluster; `client_address` too.
     """
 
-    def __init__(self, nodes: int, cpus: int = 1, gpus: int = 0, clients: bool = False) -> None:
+    def __init__(self, nodes: int, cpus: int = 1, gpus: int = 0) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # for the nodes' workers
         from ray.cluster_utils import Cluster
 
         each: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 128 * 2**20}
-        head = {**each, "include_dashboard": False}
-        if clients:
-            head["ray_client_server_port"] = port = _free_port()
-            self.client_address = f"ray://127.0.0.1:{port}"
+        each["include_log_monitor"] = False
+        port = _free_port()
+        self.client_address = f"ray://127.0.0.1:{port}"
+        head = {**each, "include_dashboard": False, "ray_client_server_port": port, "_system_config": SOON_MISSED}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._workers = [self._cluster.add_node(**each) for _ in range(nodes - 1)]
         self.address: str = self._cluster.address

@@ -215,7 +215,7 @@ def cut(source: Path, parts: int) -> list[Path]:
 
 def start(step_s: float, source: Path, output: Path, *cluster: str) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "benchmarks.cluster.sleeping_batch", str(step_s), str(source), str(output), *cluster]
-    return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def run_on(cluster: LocalCluster, step_s: float, source: Path, output: Path, replicas: int, lines: int) -> Watched:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 from msgspec.structs import replace
 
@@ -11,6 +9,7 @@ from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
+from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
@@ -66,12 +65,6 @@ def settled_here(config: EngineConfig) -> SettledConfig:
     """
     # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
     return settled_on("cuda" if config.gpus is not None else find_kind(config.device), config)
-
-
-def settled_on(kind: Literal["cpu", "cuda"], config: EngineConfig) -> SettledConfig:
-    """The same for a machine with such a device, which need not be this one. Raises: ConfigError, ScheduleError."""
-    config, _ = read_computed(config, kind)
-    return replace(config, dense_batch_tokens=named_dense_batch_tokens(config)).settle(kind)
 
 
 def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
