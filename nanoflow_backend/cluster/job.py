@@ -11,8 +11,8 @@ import ray
 import ray.data
 
 from nanoflow_backend.cluster.engine_stage import MakeEngine
-from nanoflow_backend.cluster.groups import ONE_ROW_A_BLOCK, GroupStage
-from nanoflow_backend.cluster.lines import LINES_PER_TASK, complete, concurrent_calls, file_groups
+from nanoflow_backend.cluster.lines import LINES_PER_TASK, complete, concurrent_calls, file_parcels
+from nanoflow_backend.cluster.parcels import ONE_ROW_A_BLOCK, ParcelStage
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.offline.job_file import JobFile, LineRange
 from nanoflow_backend.offline.made_with import MadeWith
@@ -48,12 +48,12 @@ class Job:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.target_max_block_size = ONE_ROW_A_BLOCK
-        groups = file_groups(file, ranges, node_id)
-        dataset = complete(groups, config, replicas, gpu, GroupStage, 1, made_with, make_engine)
+        parcels = file_parcels(file, ranges, node_id)
+        dataset = complete(parcels, config, replicas, gpu, ParcelStage, 1, made_with, make_engine)
         self._tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
     def next_results(self) -> pa.Table | None:
-        """Rows of GROUP_RESULTS that follow those before; None at the end."""
+        """Rows of PARCEL_RESULTS that follow those before; None at the end."""
         return next(self._tables, None)
 
 
@@ -71,7 +71,8 @@ def results_of(
     actor: Any = ray.remote(Job).options(num_cpus=0, label_selector={"ray.io/node-id": node_id})
     job: Any = actor.remote(str(input.resolve()), ranges, config, replicas, gpu, made_with, make_engine)
     while (table := ray.get(job.next_results.remote())) is not None:
-        for group in table["results"].to_pylist():
+        for parcel in table["results"].to_pylist():
             yield [
-                (row["number"], row["digest"], ResultLine(row["result"], row["failed"], row["tokens"])) for row in group
+                (row["number"], row["digest"], ResultLine(row["result"], row["failed"], row["tokens"]))
+                for row in parcel
             ]

@@ -10,7 +10,7 @@ import ray.data
 from msgspec.structs import asdict
 
 from nanoflow_backend.cluster.engine_stage import EngineStage, MakeEngine
-from nanoflow_backend.cluster.groups import GROUPS
+from nanoflow_backend.cluster.parcels import PARCELS
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.offline.job_file import JobFile, LineRange
@@ -64,14 +64,14 @@ def concurrent_calls(config: EngineConfig, gpu: bool) -> int:
     return -(-running // LINES_PER_TASK) + 2
 
 
-def file_groups(file: JobFile, ranges: Sequence[LineRange], node_id: str) -> ray.data.Dataset:
-    """The lines of these ranges, which node `node_id` reads, as rows of GROUPS."""
+def file_parcels(file: JobFile, ranges: Sequence[LineRange], node_id: str) -> ray.data.Dataset:
+    """The lines of these ranges, which node `node_id` reads, as rows of PARCELS."""
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
             numbered = file.read(LineRange(**row))
-            while group := list(islice(numbered, LINES_PER_TASK)):
-                yield pa.table([[group[0][0]], [[text for _, text in group]]], schema=GROUPS)
+            while parcel := list(islice(numbered, LINES_PER_TASK)):
+                yield pa.table([[parcel[0][0]], [[text for _, text in parcel]]], schema=PARCELS)
 
     rows = [asdict(part) for part in ranges]
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

@@ -72,6 +72,10 @@ def test_lines_are_those_of_one_machine_through_the_loss_of_command_engine_and_n
         assert killed.result() < 399
     assert (again.returncode, again.stderr.splitlines()[-1]) == (1, "nanoflow: 396 lines done, 3 failed")
     assert output.read_bytes() == whole.read_bytes()
+    here = run_here(*arguments, "--output", output)
+    assert (here.returncode, here.stderr) == (1, "nanoflow: 396 lines done, 3 failed\n"), (
+        "no cluster is needed to go on"
+    )
 
 
 def test_more_replicas_than_there_is_room_for_are_refused(cluster, model, tmp_path):

@@ -11,7 +11,7 @@ from support.commands.command_line import environment, run_here
 from support.commands.json_lines import write_lines
 
 from nanoflow_backend.cluster.engine_stage import ENGINE_ENDED, LINES, RESULTS, EngineStage
-from nanoflow_backend.cluster.groups import GROUP_RESULTS, GROUPS, GroupStage
+from nanoflow_backend.cluster.parcels import PARCEL_RESULTS, PARCELS, ParcelStage
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.settled_on import settled_on
@@ -46,11 +46,11 @@ def test_calls_from_many_threads_share_an_engine_and_keep_their_lines(model, con
     assert stage(LINES.empty_table()).num_rows == 0
 
 
-def test_a_group_is_its_lines(config):
-    group = GroupStage(config)(pa.table([[30], [TEXTS[30:35]]], schema=GROUPS))
+def test_a_parcel_is_its_lines(config):
+    parcel = ParcelStage(config)(pa.table([[30], [TEXTS[30:35]]], schema=PARCELS))
     rows = EngineStage(config)(pa.table([list(range(30, 35)), TEXTS[30:35]], schema=LINES))
-    assert group.schema == GROUP_RESULTS
-    assert group["results"].to_pylist() == [rows.to_pylist()]
+    assert parcel.schema == PARCEL_RESULTS
+    assert parcel["results"].to_pylist() == [rows.to_pylist()]
 
 
 def test_a_node_with_another_model_or_setting_is_refused(config):

@@ -54,9 +54,9 @@ def test_replicas_need_a_cluster_which_chooses_gpus_and_reads_a_file(tmp_path):
     source, config = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}]), EngineConfig(model=str(DEMO_MODEL))
     os.mkfifo(tmp_path / "pipe")
     with ResultFile(tmp_path / "out.jsonl", source) as results:
-        with pytest.raises(ConfigError, match="^gpus: expected none with --cluster, for Ray chooses them, got"):
+        with pytest.raises(ConfigError, match=r"^gpus: expected none with --cluster, for Ray chooses them, got"):
             next(complete_on_cluster(JobFile(source), replace(config, gpus=(0,)), results, "auto", 1))
-        with pytest.raises(ConfigError, match="pipe: expected a regular file with --cluster"):
+        with pytest.raises(ConfigError, match=r"pipe: expected a regular file with --cluster"):
             next(complete_on_cluster(JobFile(tmp_path / "pipe"), config, results, "auto", 1))
 
 
