@@ -23,7 +23,7 @@ class LocalCluster:
     """
 
     def __init__(self, nodes: int, cpus: int = 1, gpus: int = 0) -> None:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # no token in the user's home
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # for the nodes' workers
         from ray.cluster_utils import Cluster
 
@@ -47,10 +47,9 @@ class LocalCluster:
         """Ids of the processes with an engine on each node, those that were killed left out."""
         return [_engines(node) for node in (self._cluster.head_node, *self._workers)]
 
-    def kill_engine(self, node: int) -> None:
-        """One of the node's, if it has any: SIGKILL, as by the kernel where memory ends."""
-        for pid in self.engines()[node][:1]:
-            os.kill(pid, signal.SIGKILL)
+    def kill_engine(self) -> None:
+        """One of those that there are: SIGKILL, as by the kernel where memory ends."""
+        os.kill(next(pid for node in self.engines() for pid in node), signal.SIGKILL)
 
     def kill_node(self, node: int) -> None:
         """With all that runs there; not the head."""

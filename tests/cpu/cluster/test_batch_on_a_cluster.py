@@ -51,7 +51,7 @@ def test_lines_are_those_of_one_machine_through_the_loss_of_command_engine_and_n
     alone = run_here(*arguments, "--output", whole)
     assert alone.stderr.splitlines()[-1] == "nanoflow: 396 lines done, 3 failed"
 
-    on_cluster = (*arguments, "--output", output, "--replicas", "2", "--cluster")
+    on_cluster = (*arguments, "--output", output, "--cluster")
     command = start(*on_cluster, cluster.address, stderr=subprocess.PIPE)
     wait_for_lines(output, 0, command)
     command.send_signal(signal.SIGKILL)
@@ -62,13 +62,13 @@ def test_lines_are_those_of_one_machine_through_the_loss_of_command_engine_and_n
 
     def kill_engine_and_node():
         wait_for_lines(output, done)
-        cluster.kill_engine(0)
+        cluster.kill_engine()
         cluster.kill_node(1)
         return lines_in(output)
 
     with ThreadPoolExecutor() as thread:
         killed = thread.submit(kill_engine_and_node)
-        again = run_here(*on_cluster, cluster.client_address)
+        again = run_here(*on_cluster, cluster.client_address, "--replicas", "2")
         assert killed.result() < 399
     assert (again.returncode, again.stderr.splitlines()[-1]) == (1, "nanoflow: 396 lines done, 3 failed")
     assert output.read_bytes() == whole.read_bytes()
