@@ -18,6 +18,7 @@ from nanoflow_backend.offline.job_file import JobLine, parse_line
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_line import ResultLine
 from nanoflow_backend.offline.run import complete_lines
+from nanoflow_backend.process.child import THREADS_SLEEP
 
 if TYPE_CHECKING:
     from nanoflow_backend.engine import LLM, Engine
@@ -59,7 +60,8 @@ class EngineStage:
     def __init__(
         self, config: EngineConfig, made_with: MadeWith | None = None, make_engine: MakeEngine | None = None
     ) -> None:
-        from nanoflow_backend.engine import LLM, Engine  # torch, which whoever names this class need not have
+        os.environ |= {**THREADS_SLEEP, **os.environ}  # before torch is imported
+        from nanoflow_backend.engine import LLM, Engine  # brings torch: whoever names this class need not have it
 
         self._batches: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self._live = 0  # lines that the engine has
