@@ -33,7 +33,7 @@ ROLES = {"command": "benchmarks.cluster.sleeping_batch", "job": "ray::Job", "eng
 def main(
     lines: int = 50_000,
     replicas: Annotated[int, typer.Option(min=2)] = NODES,
-    step_ms: Annotated[float, typer.Option(help="Of the engines, whose program sleeps instead of computing.")] = 110.0,
+    step_ms: Annotated[float, typer.Option(help="Of the engines, whose program sleeps instead of computing.")] = 100.0,
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
 ) -> None:
     """`nanoflow batch --cluster` on three nodes of this machine; exits with 1 if it is not as it should be.
