@@ -65,7 +65,7 @@ def _write_and_read(path: Path, page_bytes: int, pages: int, workers: int, sync:
         start_s = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(part, range(workers)))
-        return round(pages * page_bytes / (time.perf_counter() - start_s) / 1e9, 3)
+        return float(f"{pages * page_bytes / (time.perf_counter() - start_s) / 1e9:.3g}")
 
     written = rate(lambda content, payload: cached.write(content, payload, FIRST))
     direct.scan()

@@ -54,8 +54,8 @@ def main(
 
 def soak(seconds: float, seed: int) -> dict[str, Any]:
     """Returns what became of it, with `failures`: what must not have."""
-    draw, start_s = random.Random(seed), time.monotonic()
     expected = reference()
+    draw, start_s = random.Random(seed), time.monotonic()
     lives: list[dict[str, int]] = []
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
