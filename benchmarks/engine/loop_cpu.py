@@ -90,13 +90,14 @@ def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> 
     executor.launch_tail = timed("launch_tail", executor.launch_tail)  # type: ignore[method-assign]
     executor.collect = timed("collect", executor.collect)  # type: ignore[method-assign]
     step = timed("step", engine.step)
-    encode = timed("encode_news", msgspec.msgpack.Encoder().encode)
-    reporter = Reporter(encode, engine.scheduler)
+    reporter = Reporter(msgspec.msgpack.Encoder().encode, engine.scheduler)
+    engine.on_scheduled = reporter.scheduled
+    report = timed("report", reporter.stepped)
     for _ in range(steps):
-        reporter.stepped(step(), has_work=True)
+        report(step(), True)
     assert engine.scheduler.stats.running_requests == running, "all requests decode in every measured step"
     milliseconds = {name: round(1e3 * median(times), 3) for name, times in cpu_s.items()}
-    total = milliseconds["step"] + milliseconds["encode_news"]
+    total = milliseconds["step"] + milliseconds["report"]
     return {
         "running_requests": running,
         "steps": steps,

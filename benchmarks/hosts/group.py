@@ -16,8 +16,6 @@ from typing import Any
 from benchmarks.hosts.leader import TOKENS
 from benchmarks.hosts.namespaces import Hosts
 
-PORT = 29400
-
 
 class Group:
     """Its leader runs from entering to leaving it, the other host from `join` on.
@@ -36,7 +34,7 @@ class Group:
         self._folder = folder
         self._hosts = hosts
         self._copy = models_copy
-        self._address = f"{hosts.addresses[0]}:{PORT}"
+        self._address = f"{hosts.addresses[0]}:{hosts.port}"
         self._secret = folder / "secret"
         self._secret.touch(0o600)
         self._secret.write_text(secrets.token_hex(32))

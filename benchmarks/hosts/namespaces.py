@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from types import TracebackType
 from typing import Protocol
@@ -17,11 +18,13 @@ class Hosts(Protocol):
         kind: what they are, in words.
         addresses: of the leader and the other host.
         prefixes: of a command, to run it on either.
+        port: of the leader that is free.
     """
 
     kind: str
     addresses: tuple[str, str]
     prefixes: tuple[list[str], list[str]]
+    port: int
 
     def cut(self, other: subprocess.Popen[bytes]) -> None:
         """Let nothing pass any more, and say so to neither; `other` is the process that joined the leader."""
@@ -44,6 +47,7 @@ class Namespaces:
 
     kind = "two network namespaces"
     addresses = ("10.213.77.1", "10.213.77.2")
+    port = 29400
 
     def __init__(self) -> None:
         if shutil.which("ip") is None:
@@ -88,6 +92,10 @@ class Loopback:
     kind = "loopback"
     addresses = ("127.0.0.1", "127.0.0.1")
     prefixes: tuple[list[str], list[str]] = ([], [])
+
+    def __init__(self) -> None:
+        with socket.create_server((self.addresses[0], 0)) as free:
+            self.port = int(free.getsockname()[1])
 
     def cut(self, other: subprocess.Popen[bytes]) -> None:
         other.send_signal(signal.SIGSTOP)

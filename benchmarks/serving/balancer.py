@@ -22,6 +22,7 @@ from typing import Any
 from nanoflow_backend.embedded.server import EmbeddedServer
 
 PERIOD_S = 0.05
+FRESH_S = 0.05  # a page has what was sent so long before it was asked for
 PATIENCE_S = 60.0  # then a request is lost
 LOAD = re.compile(r"^vllm:num_requests_(?:running|waiting){.*} (\S+)$", re.M)
 
@@ -39,7 +40,7 @@ class Endpoint:
     metrics_url: str = ""
     ready: bool = False
     load: float = 0.0  # requests, by the last page
-    sent: int = 0  # since then
+    sent_s: list[float] = field(default_factory=list)  # moments of requests that this page may not have yet
     answered: int = 0
     idle: list[http.client.HTTPConnection] = field(default_factory=list)
 
@@ -103,8 +104,8 @@ class Balancer:
             able = [endpoint for endpoint in self.endpoints if endpoint.ready and endpoint.name not in refused]
             if not able:
                 return None
-            least = min(able, key=lambda endpoint: (endpoint.load + endpoint.sent, endpoint.answered))
-            least.sent += 1
+            least = min(able, key=lambda endpoint: (endpoint.load + len(endpoint.sent_s), endpoint.answered))
+            least.sent_s.append(time.monotonic())
             return least
 
     def _post(self, endpoint: Endpoint, body: str) -> tuple[int, str]:
@@ -135,13 +136,14 @@ class Balancer:
     def _watch(self, endpoint: Endpoint) -> None:
         """Whether it is ready, and its load."""
         while not self._stopping.wait(PERIOD_S):
-            ready, load = False, endpoint.load
+            ready, load, asked_s = False, endpoint.load, time.monotonic()
             if endpoint.http_url:
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     ready = get(endpoint.http_url, f"/v2/models/{self._model}/ready")[0] == http.HTTPStatus.OK
                     load = sum(map(float, LOAD.findall(get(endpoint.metrics_url, "/metrics")[1])))
             with self._lock:
-                endpoint.ready, endpoint.load, endpoint.sent = ready, load, 0
+                endpoint.ready, endpoint.load = ready, load
+                endpoint.sent_s = [sent_s for sent_s in endpoint.sent_s if sent_s > asked_s - FRESH_S]
                 unused = [] if ready else endpoint.idle
                 endpoint.idle = [] if unused else endpoint.idle
             for connection in unused:

@@ -36,4 +36,5 @@ def rank(
     signal.signal(signal.SIGTERM, lambda *_: host.leave())  # where hosts are stopped together, the leader drains first
     with contextlib.suppress(KeyboardInterrupt):
         host.run()
+        return 0
     return STOPPED

@@ -122,7 +122,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.hosts > 1 and self.secret_file is None:
             faults.append(f"secret_file: expected a file with the secret that {self.hosts} hosts share, got null")
         if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
-            faults.append(f"gpus: expected {ranks} different ids (tensor_parallel / hosts), got {list(gpus)}")
+            why = "tensor_parallel" if self.hosts == 1 else "tensor_parallel / hosts"
+            faults.append(f"gpus: expected {ranks} different ids ({why}), got {list(gpus)}")
         if gpus is not None and self.device == "cpu":
             faults.append(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):

@@ -17,33 +17,35 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.model_folder import file_digest, what_is_wrong
 from nanoflow_backend.process.child import PACKAGES
 
-OF_MODEL = ("config.json", "*.safetensors")
+MODEL_FILES = ("config.json", "*.safetensors")
+OF_MODEL = "the model's "  # begins the name of a fact about a file
 DIGEST_BYTES = 6  # against accidents
 
 
-def find_facts(config: SettledConfig, model: Path) -> dict[str, str]:
-    """What is to be the same on every host that runs `config`, as it is on this one, with its own folder of the model.
+def find_facts(config: SettledConfig) -> dict[str, str]:
+    """What is to be the same on every host that runs `config`, by name, as it is on this one, the leader.
+
+    Raises: ConfigError, a file of the model cannot be read.
+    """
+    model = Path(config.model)
+    patterns = MODEL_FILES[:1] if config.load_format == "dummy" else MODEL_FILES
+    files = sorted({path.name for pattern in patterns for path in model.glob(pattern)})
+    names = ["nanoflow", "torch", *(OF_MODEL + file for file in files)]
+    if config.device == "cpu":
+        names.append("processor")
+    return {name: _find(name, model) for name in names}
+
+
+def find_differences(leader: Mapping[str, str], model: Path) -> list[str]:
+    """What the leader has otherwise than this host, with its own folder of the model, each in a few words for people.
 
     Raises: ConfigError, there is no such model, or a file cannot be read.
     """
     if wrong := what_is_wrong(model):
         raise ConfigError(wrong)
-    facts = {"nanoflow": f"{_version('nanoflow-triton')}, code {_code_digest()}", "torch": _version("torch")}
-    if config.device == "cpu":
-        facts["processor"] = _processor()
-    patterns = OF_MODEL[:1] if config.load_format == "dummy" else OF_MODEL
-    try:
-        for path in sorted({path for pattern in patterns for path in model.glob(pattern)}):
-            facts[f"the model's {path.name}"] = file_digest(path)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
-    return facts
-
-
-def find_differences(leader: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """What is not the same, each in a few words for people."""
-    names = sorted(name for name in leader.keys() | here.keys() if leader.get(name) != here.get(name))
-    return [f"{name}: the leader has {leader.get(name, 'none')}, this host {here.get(name, 'none')}" for name in names]
+    here = {name: _find(name, model) for name in leader}
+    differing = [name for name in leader if leader[name] != here[name]]
+    return [f"{name}: the leader has {leader[name]}, this host {here[name]}" for name in differing]
 
 
 def find_unexpected(leader: SettledConfig, wanted: Mapping[str, str]) -> list[str]:
@@ -60,6 +62,18 @@ def find_unexpected(leader: SettledConfig, wanted: Mapping[str, str]) -> list[st
         for name in wanted
         if getattr(leader, name) != getattr(here, name)
     ]
+
+
+def _find(name: str, model: Path) -> str:
+    if name.startswith(OF_MODEL):
+        path = model / Path(name.removeprefix(OF_MODEL)).name
+        try:
+            return file_digest(path) if path.exists() else "none"
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+    if name == "processor":
+        return _processor()
+    return f"{_version('nanoflow-triton')}, code {_code_digest()}" if name == "nanoflow" else _version(name)
 
 
 def _version(package: str) -> str:

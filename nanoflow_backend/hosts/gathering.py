@@ -55,12 +55,12 @@ def gather(settled: Settled, environment: Mapping[str, str] = os.environ) -> Gat
     check_leader(config.hosts, environment)
     host, port = leader_address(config.leader_address, environment, "leader_address")
     schedule = Path(config.schedule).read_bytes() if is_file(config.schedule) else None
-    welcome = Welcome(settled, find_facts(config, Path(config.model)), schedule)
+    welcome = Welcome(find_facts(config), msgspec.Raw(msgspec.msgpack.encode(settled)), schedule)
     with _listen(host, port, config.join_timeout_s) as listening:
         address = listening.getsockname()[0]
         interface = find_interface(address, environment)
         log.info("waiting at %s:%d for the other hosts, %d in all", host, port, config.hosts)
-        gathering = _Gathering(listening, secret, welcome)
+        gathering = _Gathering(listening, secret, config, welcome)
         try:
             return Gathered(address, interface, gathering.wait(config.join_timeout_s))
         except BaseException:
@@ -71,9 +71,10 @@ def gather(settled: Settled, environment: Mapping[str, str] = os.environ) -> Gat
 class _Gathering:
     """Hosts join on threads of their own; `wait` is for the one that wants them."""
 
-    def __init__(self, listening: socket.socket, secret: Secret, welcome: Welcome) -> None:
+    def __init__(self, listening: socket.socket, secret: Secret, config: SettledConfig, welcome: Welcome) -> None:
         self._listening = listening
         self._secret = secret
+        self._config = config
         self._welcome = welcome
         self._changed = threading.Condition()
         self._links: dict[int, Link | None] = {}  # by host; None: it has proven itself just now
@@ -111,18 +112,17 @@ class _Gathering:
 
     def _missing(self) -> str | None:
         """Who has not come, in words; hosts that have gone again are forgotten first."""
-        config = self._welcome.settled.config
         for host, link in list(self._links.items()):
             if link is not None and link.ended and host in self._joined:
                 log.warning("%s, before all hosts had joined", link.ended)
                 self._joined.discard(host)
                 del self._links[host]
-        missing = [host for host in range(1, config.hosts) if host not in self._joined]
+        missing = [host for host in range(1, self._config.hosts) if host not in self._joined]
         if not missing:
             return None
         refused = f" ({self._refused} connections were refused: see the log)" if self._refused else ""
         address, port = self._listening.getsockname()[:2]
-        names = ", ".join(f"host {host} ({ranks_of(config, host)})" for host in missing)
+        names = ", ".join(f"host {host} ({ranks_of(self._config, host)})" for host in missing)
         return f"{names}: did not join {address}:{port}{refused}"
 
     def _accept(self) -> None:
@@ -147,7 +147,7 @@ class _Gathering:
             return
         finally:
             self._strangers.release()
-        name = f"host {asked.host} ({address}, {ranks_of(self._welcome.settled.config, asked.host)})"
+        name = f"host {asked.host} ({address}, {ranks_of(self._config, asked.host)})"
         link = Link(connection, asked.keys, name)
         with self._changed:
             self._links[asked.host] = link
@@ -173,7 +173,7 @@ class _Gathering:
 
     def _take(self, connection: socket.socket, asked: handshake.Asked) -> None:
         """Accept a host that has the secret, and keep its place. Raises: Refused, NotYet; it has been told."""
-        hosts, host = self._welcome.settled.config.hosts, asked.host
+        hosts, host = self._config.hosts, asked.host
         with self._changed:
             if not 0 < host < hosts:
                 why = f"expected a host's number from 1 to {hosts - 1}, for hosts is {hosts}, got {host}"

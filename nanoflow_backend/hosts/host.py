@@ -19,7 +19,7 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.hosts import handshake
 from nanoflow_backend.hosts.address import find_interface, place
-from nanoflow_backend.hosts.agreement import find_differences, find_facts, find_unexpected
+from nanoflow_backend.hosts.agreement import find_differences, find_unexpected
 from nanoflow_backend.hosts.link import Link
 from nanoflow_backend.hosts.members import Members, start_ranks
 from nanoflow_backend.hosts.messages import Begin, Joined, Progress, RankReport, StartRank, Welcome
@@ -124,16 +124,9 @@ class Host:
     def _serve(self, link: Link) -> None:
         """Start the ranks and hand them what comes. Raises: ChannelClosed, when the link ends."""
         welcome: Welcome = link.receive(msgspec.msgpack.Decoder(Welcome))
-        config = welcome.settled.config
         try:
-            differences = [
-                *find_differences(welcome.facts, find_facts(config, self._model)),
-                *find_unexpected(config, self._wanted),
-                *self._said_otherwise(config.hosts),
-            ]
+            settled = self._agree(welcome)
             interface = find_interface(link.address, os.environ)
-            if differences:
-                raise ConfigError("; ".join(differences))
         except ConfigError as error:
             with contextlib.suppress(ChannelClosed):
                 link.send(Joined(str(error)))
@@ -141,7 +134,8 @@ class Host:
             raise
         link.send(Joined())
         begin: Begin = link.receive(msgspec.msgpack.Decoder(Begin))
-        with self._settled(welcome) as settled:
+        with self._on_this_host(settled, welcome.schedule) as settled:
+            config = settled.config
             of_host = config.tensor_parallel // config.hosts
             first = self._number * of_host
             ranks = range(first, first + of_host)
@@ -159,6 +153,16 @@ class Host:
             finally:
                 members.close()
 
+    def _agree(self, welcome: Welcome) -> Settled:
+        """What the leader has settled. Raises: ConfigError, with all that differs here."""
+        differences = find_differences(welcome.facts, self._model)
+        if not differences:
+            settled = msgspec.msgpack.decode(welcome.settled, type=Settled)
+            differences = find_unexpected(settled.config, self._wanted) + self._said_otherwise(settled.config.hosts)
+        if differences:
+            raise ConfigError("; ".join(differences))
+        return settled
+
     def _said_otherwise(self, hosts: int) -> list[str]:
         """The launcher of this host counts others than the leader's settings."""
         here = place(os.environ)
@@ -167,15 +171,15 @@ class Host:
         return [f"hosts: the leader has {hosts}, {here.variables.hosts} says {here.hosts} on this host"]
 
     @contextlib.contextmanager
-    def _settled(self, welcome: Welcome) -> Iterator[Settled]:
-        """The leader's configuration with this host's folder of the model, and its schedule in a file of this host."""
+    def _on_this_host(self, settled: Settled, schedule: bytes | None) -> Iterator[Settled]:
+        """With this host's folder of the model, and the leader's schedule in a file of this host."""
         with tempfile.TemporaryDirectory(prefix="nanoflow-host-") as folder:  # 0700
-            config = replace(welcome.settled.config, model=str(self._model))
-            if welcome.schedule is not None:
+            config = replace(settled.config, model=str(self._model))
+            if schedule is not None:
                 file = Path(folder) / "schedule.json"
-                file.write_bytes(welcome.schedule)
+                file.write_bytes(schedule)
                 config = replace(config, schedule=str(file))
-            yield replace(welcome.settled, config=config)
+            yield replace(settled, config=config)
 
     def _tell_progress(self, members: Members, link: Link) -> None:
         """On a thread of its own: what all ranks have reached. Who watches a rank says it if one does not."""

@@ -38,9 +38,9 @@ class RankReport(msgspec.Struct, frozen=True, tag=True):
 class Welcome(msgspec.Struct, frozen=True):
     """The leader's first message to another host, which answers with Joined."""
 
-    settled: Settled
     facts: dict[str, str]  # what the hosts must have in common; see agreement.py
-    schedule: bytes | None  # content of the file that `settled` names, where it does
+    settled: msgspec.Raw  # a Settled, to be read by the same code alone
+    schedule: bytes | None  # content of the file that it names, where it does
 
 
 class Joined(msgspec.Struct, frozen=True):

@@ -40,7 +40,7 @@ class Writers:
         def write_others() -> None:
             begun_s = time.monotonic()
             others.flush()
-            time.sleep(REST * (time.monotonic() - begun_s))
+            time.sleep(min(REST * (time.monotonic() - begun_s), FLUSH_PERIOD_S / 2))
 
         self._live = Ticker("live metrics", FLUSH_PERIOD_S, write_live)
         self._others = Ticker("metrics", FLUSH_PERIOD_S, write_others)

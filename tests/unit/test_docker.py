@@ -66,11 +66,8 @@ def test_the_environment_becomes_a_model_folder(command, tmp_path):
 
 def test_every_field_can_be_set(command, tmp_path):
     defaults = zip(EngineConfig.__struct_fields__[1:], EngineConfig.__struct_defaults__, strict=True)
-    values = {
-        f"NANOFLOW_{name.upper()}": ",".join(default) if isinstance(default, tuple) else str(default)
-        for name, default in defaults
-        if default is not None
-    }
+    said = {name: ",".join(d) if isinstance(d, tuple) else str(d) for name, d in defaults if d is not None}
+    values = {f"NANOFLOW_{name.upper()}": value for name, value in said.items()}
     command({"NANOFLOW_MODEL": str(DEMO_MODEL), **values})
     assert EngineConfig.load(tmp_path / "generated" / "nanoflow" / "1" / "engine.json") == EngineConfig(
         model=str(DEMO_MODEL)

@@ -47,16 +47,20 @@ def query_tile_tokens(heads: int, kv_heads: int) -> int:
 
 
 @triton.jit
-def _halves(queries):
-    """(high, low, power): two e4m3 whose sum is queries [M, D] 128 / power, but for 2^-8 of it or so.
+def _parts(queries, PARTS: tl.constexpr):
+    """(parts, power): a tuple of the PARTS parts of queries [M, D], whose sum they are when multiplied by the power.
 
-    The tensor cores take e4m3 keys only beside e4m3 queries, and two such products are faster than keys made fp16.
+    One part is as it is stored, its power 1. Two are of e4m3, and their sum is off by 2^-8 of it or so: the tensor cores
+    take e4m3 keys only beside e4m3 queries, and two such products are faster than keys made fp16.
     """
-    wide = queries.to(tl.float32)
-    power = power_of_two(tl.max(tl.max(tl.abs(wide), 1), 0)) / 128
-    wide = wide * (1 / power)
-    high = to_e4m3(wide)
-    return high, to_e4m3(wide - high.to(tl.float32)), power
+    if PARTS == 1:
+        return (queries,), 1.0
+    else:
+        wide = queries.to(tl.float32)
+        power = power_of_two(tl.max(tl.max(tl.abs(wide), 1), 0)) / 128
+        wide = wide * (1 / power)
+        high = to_e4m3(wide)
+        return (high, to_e4m3(wide - high.to(tl.float32))), power
 
 
 @triton.jit
@@ -97,11 +101,10 @@ def _prefill(
         offset = (head * G + group)[:, None] * D + dim[None, :]
         is_real = ((token < num_rows) & (group < G))[:, None]
         loaded = tl.load(q_ptr + row[:, None] * q_stride + offset, mask=is_real, other=0.0)
-        if PARTS == 1:
-            queries, scale = (loaded,), scale_log2
-        else:
-            high, low, power = _halves(loaded)
-            queries, scale = (high, low), scale_log2 * tl.load(kv_scales_ptr) * power
+        queries, power = _parts(loaded, PARTS)
+        scale = scale_log2 * power
+        if kv_scales_ptr is not None:
+            scale = scale * tl.load(kv_scales_ptr)
         position = first_position + tl.minimum(token, num_rows - 1)
         table_ptr = page_table_ptr + slot.to(tl.int64) * page_table_stride
         m_i = tl.full([TOKENS * GP], LOWEST, tl.float32)

@@ -136,6 +136,13 @@ def test_every_metric_of_table_dashboard_and_alerts_is_on_the_page(served):
         assert observability.series_names(expression) <= series, title
 
 
+def test_the_last_bucket_of_a_histogram_of_vllms_is_the_whole(served):
+    """Scripts for Triton's vLLM backend take the last line of a name; with several models nobody can."""
+    last = dict(re.findall(r'^(vllm:\w+_bucket){.*?le="(.+?)".*$', metrics_page(served.metrics_url), re.MULTILINE))
+    assert len(last) >= 10
+    assert set(last.values()) == {"+Inf"}
+
+
 def test_requests_are_counted_exactly(served):
     before = shown(served)
     begun_s = time.monotonic()

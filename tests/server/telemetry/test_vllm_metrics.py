@@ -13,13 +13,14 @@ GREEDY = {"temperature": "0", "top_p": "1"}
 
 
 def shown(demo):
-    """The last line of each name, with the labels of all of its lines: who reads so finds the whole of a histogram."""
+    """The value of each name, of a histogram's buckets the widest, and the labels of all of its lines."""
     values, labels = {}, {}
     for name, of_line, value in re.findall(r"^(vllm:\w+){(.*)} ([0-9.-]+)$", metrics_page(demo.metrics_url), re.M):
         pairs = dict(re.findall(r'(\w+)="(.*?)"', of_line))
         assert pairs["model"] == pairs["model_name"] != "unary", "which has chosen other dialects"
         if pairs["model"] == "reporting":
-            values[name] = float(value)
+            if pairs.get("le", "+Inf") == "+Inf":
+                values[name] = float(value)
             labels.setdefault(name, set()).update(pairs)
     return values, labels
 

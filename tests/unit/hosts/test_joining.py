@@ -29,7 +29,7 @@ from nanoflow_backend.hosts import agreement, gathering, host, link, members
 from nanoflow_backend.hosts.gathering import gather
 from nanoflow_backend.hosts.host import Host
 from nanoflow_backend.hosts.members import Members
-from nanoflow_backend.hosts.messages import Begin
+from nanoflow_backend.hosts.messages import Begin, Welcome
 from nanoflow_backend.hosts.secret import Secret
 from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.models.hugging_face import read_model_config
@@ -193,7 +193,7 @@ def test_a_link_that_is_lost_without_a_word_is_noticed_by_both_ends(
 ) -> None:
     for module in (gathering, host):
         monkeypatch.setattr(
-            module, "Link", lambda connection, keys, name: link.Link(connection, keys, name, period_s=0.1, lost_s=1.0)
+            module, "Link", lambda connection, keys, name: link.Link(connection, keys, name, period_s=0.1, lost_s=2.0)
         )
     leader, deaths = settled(place), []
     wire = Wire(("127.0.0.1", int((leader.config.leader_address or "").split(":")[1])))
@@ -203,10 +203,10 @@ def test_a_link_that_is_lost_without_a_word_is_noticed_by_both_ends(
         wire.cut()
         began_s = time.monotonic()
         until(lambda: deaths)
-        assert deaths == ["host 1 (127.0.0.1, ranks 2 to 3): nothing comes for 1 s: the host or the network is gone"]
+        assert deaths == ["host 1 (127.0.0.1, ranks 2 to 3): nothing comes for 2 s: the host or the network is gone"]
         until(lambda: not ranks_alive(place))
         assert time.monotonic() - began_s < 10
-        until(lambda: f"the leader ({wire.address[0]}:{wire.address[1]}): nothing comes for 1 s" in caplog.text)
+        until(lambda: f"the leader ({wire.address[0]}:{wire.address[1]}): nothing comes for 2 s" in caplog.text)
     wire.close()
 
 
@@ -291,9 +291,13 @@ def test_what_does_not_agree_is_named_at_both_ends(place: Path, monkeypatch: pyt
         weights.write_bytes(content)
         expected = f"the model's {weights.name}: the leader has "
     elif how in ("code", "torch"):
-        find, name = agreement.find_facts, {"code": "nanoflow"}.get(how, how)
-        monkeypatch.setattr(host, "find_facts", lambda *of: {**find(*of), name: "another"})
-        expected = f"{name}: the leader has {find(leader.config, DEMO_MODEL)[name]}, this host another"
+        name = {"code": "nanoflow"}.get(how, how)
+        other = {**agreement.find_facts(leader.config), name: "another"}
+        monkeypatch.setattr(gathering, "find_facts", lambda config: other)
+        # A leader of another version has settings of which this one knows nothing.
+        unknown = msgspec.Raw(ENCODE({"unknown": 1}))
+        monkeypatch.setattr(gathering, "Welcome", lambda facts, _, schedule: Welcome(facts, unknown, schedule))
+        expected = f"{name}: the leader has another, this host "
     elif how == "setting":
         fields = {"wanted": {"page_tokens": "32", "dtype": "float32"}}
         expected = "page_tokens: the leader has 16, this host wants 32"

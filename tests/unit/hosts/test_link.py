@@ -48,23 +48,23 @@ def test_messages_of_all_sizes_come_in_order_in_both_directions() -> None:
 
 
 def test_an_idle_link_lives_and_a_silent_one_is_lost() -> None:
-    leader, host = linked(lost_s=0.3)
-    time.sleep(0.7)  # nothing but pings
+    leader, host = linked(lost_s=1.0)
+    time.sleep(1.5)  # nothing but pings
     host.send(Progress())
     assert leader.receive(msgspec.msgpack.Decoder(Progress)) == Progress()
     leader.close()
     host.close()
-    silent, peer = only_one_end(lost_s=0.3)
+    silent, peer = only_one_end(lost_s=0.5)
     began_s = time.monotonic()
-    with pytest.raises(LinkLost, match=r"host 1: nothing comes for 0\.3 s: the host or the network is gone"):
+    with pytest.raises(LinkLost, match=r"host 1: nothing comes for 0\.5 s: the host or the network is gone"):
         silent.receive(ANY)
-    assert 0.2 < time.monotonic() - began_s < 5
+    assert 0.4 < time.monotonic() - began_s < 10
     silent.close()
     peer.close()
 
 
 def test_an_end_that_takes_nothing_is_lost_though_it_says_that_it_is_there() -> None:
-    link, wire = only_one_end(lost_s=0.5)
+    link, wire = only_one_end(lost_s=2.0)
     over = threading.Event()
 
     def ping() -> None:
@@ -75,8 +75,8 @@ def test_an_end_that_takes_nothing_is_lost_though_it_says_that_it_is_there() -> 
 
     pinging = threading.Thread(target=ping)
     pinging.start()
-    with pytest.raises(LinkLost, match=r"host 1: takes nothing for 0\.5 s"):
-        link.send_bytes(bytes(2**27))  # more than any buffer on the way
+    with pytest.raises(LinkLost, match="host 1: takes nothing for 2 s"):
+        link.send_bytes(bytes(2**25))  # more than any buffer on the way
     over.set()
     pinging.join()
     link.close()
