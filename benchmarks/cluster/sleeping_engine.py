@@ -10,15 +10,17 @@ import time
 from array import array
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.config.settled import Settled
-from nanoflow_backend.engine import Engine
-from nanoflow_backend.runtime.device import Device
-from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
+
+if TYPE_CHECKING:
+    from nanoflow_backend.config.settled import Settled
+    from nanoflow_backend.engine import Engine
+    from nanoflow_backend.sampling.constraints import Masks
 
 FIRST_ID, IDS = 256, 512  # of the demo model, none of them special
 
@@ -36,7 +38,7 @@ class SleepingExecutor:
         tokens = settled.config.kv_cache_tokens
         assert tokens is not None, "measured on GPUs only"
         self.num_pages = tokens // settled.config.page_tokens
-        self.device = Device("cpu", "sleeps", None)
+        self.device = SimpleNamespace(kind="cpu", name="sleeps", sms=None)
         self._step_s = step_s
         self._idle_from_s = 0.0  # the device, once all that was launched is done
         self._prompts: dict[int, int] = {}  # a digest of each, by slot
@@ -65,4 +67,6 @@ class SleepingExecutor:
 
 def make_engine(config: EngineConfig, step_s: float) -> Engine:
     """A sleeping engine; importable, so that the nodes of a cluster can make one."""
+    from nanoflow_backend.engine import Engine  # torch: the command on a cluster does without
+
     return Engine(config, make_executor=partial(SleepingExecutor, step_s=step_s))

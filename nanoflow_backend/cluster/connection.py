@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from importlib.util import find_spec
 from typing import Any
 
 from nanoflow_backend.config.error import ConfigError
 
 CLIENT_PORT = 10001  # of a cluster's head, for ray://
 REACH_S = 10.0
+ATTEMPTS = 3
+PACKAGES = ("ray", "pandas", "pyarrow")
 EXTRA = "pip install 'nanoflow-triton[cluster]'"
 
 
@@ -25,18 +28,21 @@ def connect(address: str) -> Any:
         ConfigError: Ray is not installed, or there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ConfigError(f"cluster: expected Ray Data, which the extra `cluster` has ({EXTRA}): {error}") from None
+    if missing := [package for package in PACKAGES if find_spec(package) is None]:
+        raise ConfigError(f"cluster: expected {', '.join(missing)}, which the extra `cluster` brings: {EXTRA}")
+    import ray
+
     if address != "auto":
         address = _reachable(address)
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cluster: expected a Ray cluster at {address}: {str(error).splitlines()[0]}") from None
-    return ray
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            return ray
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            # The server for clients starts a process for each, which does not always succeed.
+            if attempt == ATTEMPTS or not address.startswith("ray://"):
+                told = " ".join(str(error).split())
+                raise ConfigError(f"cluster: expected a Ray cluster at {address}: {told}") from None
 
 
 def _reachable(address: str) -> str:

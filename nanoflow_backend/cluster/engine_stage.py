@@ -8,17 +8,20 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine import LLM, Engine
 from nanoflow_backend.offline.job_file import JobLine, parse_line
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_line import ResultLine
 from nanoflow_backend.offline.run import complete_lines
+from nanoflow_backend.process.child import THREADS_SLEEP
+
+if TYPE_CHECKING:
+    from nanoflow_backend.engine import LLM, Engine
 
 log = logging.getLogger(__name__)
 ENGINE_ENDED = 70  # the actor's exit status
@@ -32,7 +35,7 @@ RESULTS = pa.schema(
         ("tokens", pa.int64()),
     ]
 )
-MakeEngine = Callable[[EngineConfig], Engine]
+MakeEngine = Callable[[EngineConfig], "Engine"]
 
 
 class EngineStage:
@@ -48,18 +51,21 @@ class EngineStage:
     Args:
         config: of the engine.
         made_with: what the results are expected to be made of; None: whatever is found.
-        make_engine: makes it.
+        make_engine: makes it; None: Engine.
 
     Raises:
         ConfigError, ScheduleError: as Engine, or the model or a setting is not what was expected.
     """
 
     def __init__(
-        self, config: EngineConfig, made_with: MadeWith | None = None, make_engine: MakeEngine = Engine
+        self, config: EngineConfig, made_with: MadeWith | None = None, make_engine: MakeEngine | None = None
     ) -> None:
+        os.environ |= {**THREADS_SLEEP, **os.environ}  # before torch is imported
+        from nanoflow_backend.engine import LLM, Engine  # brings torch: whoever names this class need not have it
+
         self._batches: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self._live = 0  # lines that the engine has
-        engine = make_engine(config)
+        engine = (make_engine or Engine)(config)
         if made_with and (changes := MadeWith.of(engine.config).changes_from(made_with)):
             raise ConfigError(f"on {os.uname().nodename}: {'; '.join(changes)}. Expected the same on all nodes")
         threading.Thread(target=self._run, args=(LLM(engine), config.seed), name="engine", daemon=True).start()

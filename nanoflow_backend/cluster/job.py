@@ -11,14 +11,14 @@ import ray
 import ray.data
 
 from nanoflow_backend.cluster.engine_stage import MakeEngine
-from nanoflow_backend.cluster.groups import ONE_ROW_A_BLOCK, GroupStage
-from nanoflow_backend.cluster.lines import complete, file_groups
+from nanoflow_backend.cluster.lines import LINES_PER_TASK, complete, concurrent_calls, file_parcels
+from nanoflow_backend.cluster.parcels import ONE_ROW_A_BLOCK, ParcelStage
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.offline.job_file import JobFile, LineRange
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_line import ResultLine
 
-MOST_BYTES = 256 * 2**20  # of lines and results between the stages; a pipeline of Ray Data reads ahead so far
+LEAST_BYTES = 64 * 2**20  # that the stages may have between them: a pipeline of Ray Data reads ahead so far
 
 
 class Job:
@@ -35,23 +35,25 @@ class Job:
         replicas: int,
         gpu: bool,
         made_with: MadeWith,
-        make_engine: MakeEngine,
+        make_engine: MakeEngine | None,
     ) -> None:
-        node_id = ray.get_runtime_context().get_node_id()
+        file, node_id = JobFile(Path(input)), ray.get_runtime_context().get_node_id()
+        line_bytes = Path(input).stat().st_size / (ranges[-1].number + ranges[-1].lines)
+        in_flight = int(replicas * concurrent_calls(config, gpu) * LINES_PER_TASK * line_bytes)
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-            object_store_memory=MOST_BYTES
+            object_store_memory=max(LEAST_BYTES, 4 * in_flight)
         )
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.target_max_block_size = ONE_ROW_A_BLOCK
-        groups = file_groups(JobFile(Path(input)), ranges, node_id)
-        dataset = complete(groups, config, replicas, gpu, GroupStage, 1, made_with, make_engine)
+        parcels = file_parcels(file, ranges, node_id)
+        dataset = complete(parcels, config, replicas, gpu, ParcelStage, 1, made_with, make_engine)
         self._tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
     def next_results(self) -> pa.Table | None:
-        """Rows of GROUP_RESULTS that follow those before; None at the end."""
+        """Rows of PARCEL_RESULTS that follow those before; None at the end."""
         return next(self._tables, None)
 
 
@@ -62,14 +64,15 @@ def results_of(
     replicas: int,
     gpu: bool,
     made_with: MadeWith,
-    make_engine: MakeEngine,
+    make_engine: MakeEngine | None,
 ) -> Iterator[list[tuple[int, str, ResultLine]]]:
     """The results of all lines of `ranges`, in their order: number and digest of a line, and its result."""
     node_id = ray.get_runtime_context().get_node_id()
     actor: Any = ray.remote(Job).options(num_cpus=0, label_selector={"ray.io/node-id": node_id})
     job: Any = actor.remote(str(input.resolve()), ranges, config, replicas, gpu, made_with, make_engine)
     while (table := ray.get(job.next_results.remote())) is not None:
-        for group in table["results"].to_pylist():
+        for parcel in table["results"].to_pylist():
             yield [
-                (row["number"], row["digest"], ResultLine(row["result"], row["failed"], row["tokens"])) for row in group
+                (row["number"], row["digest"], ResultLine(row["result"], row["failed"], row["tokens"]))
+                for row in parcel
             ]

@@ -10,14 +10,14 @@ import ray.data
 from msgspec.structs import asdict
 
 from nanoflow_backend.cluster.engine_stage import EngineStage, MakeEngine
-from nanoflow_backend.cluster.groups import GROUPS
+from nanoflow_backend.cluster.parcels import PARCELS
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.engine import Engine
-from nanoflow_backend.engine.settle import settled_on
+from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.offline.job_file import JobFile, LineRange
 from nanoflow_backend.offline.made_with import MadeWith
 
 LINES_PER_TASK = 64  # a task costs Ray some 10 ms of CPU time; what a lost node had begun is done again by the task
+READERS = 1  # tasks without a CPU core would else all be started at once, each in a process of its own
 RESTARTS = 20  # of one replica: lines that end every engine must not do so for ever
 
 
@@ -29,7 +29,7 @@ def complete(
     stage: type[EngineStage] = EngineStage,
     batch_size: int = LINES_PER_TASK,
     made_with: MadeWith | None = None,
-    make_engine: MakeEngine = Engine,
+    make_engine: MakeEngine | None = None,
 ) -> ray.data.Dataset:
     """Complete each row of `lines` on one of `replicas` engines; see EngineStage for the columns of both.
 
@@ -39,9 +39,7 @@ def complete(
         gpu: each engine has `config.tensor_parallel` GPUs of its own; else as many CPU cores.
         made_with: see EngineStage, as for `make_engine`.
     """
-    ranks = config.tensor_parallel
-    running = settled_on("cuda" if gpu else "cpu", config).max_running
-    calls = -(-running // LINES_PER_TASK) + 2  # as many lines as an engine runs, and some that wait
+    ranks, calls = config.tensor_parallel, concurrent_calls(config, gpu)
     return lines.map_batches(
         stage,
         fn_constructor_args=(config, made_with, make_engine),
@@ -60,20 +58,27 @@ def complete(
     )
 
 
-def file_groups(file: JobFile, ranges: Sequence[LineRange], node_id: str) -> ray.data.Dataset:
-    """The lines of these ranges, which node `node_id` reads, as rows of GROUPS."""
+def concurrent_calls(config: EngineConfig, gpu: bool) -> int:
+    """Tasks that an engine has at a time: as many lines as it runs, and some that wait."""
+    running = settled_on("cuda" if gpu else "cpu", config).max_running
+    return -(-running // LINES_PER_TASK) + 2
+
+
+def file_parcels(file: JobFile, ranges: Sequence[LineRange], node_id: str) -> ray.data.Dataset:
+    """The lines of these ranges, which node `node_id` reads, as rows of PARCELS."""
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
             numbered = file.read(LineRange(**row))
-            while group := list(islice(numbered, LINES_PER_TASK)):
-                yield pa.table([[group[0][0]], [[text for _, text in group]]], schema=GROUPS)
+            while parcel := list(islice(numbered, LINES_PER_TASK)):
+                yield pa.table([[parcel[0][0]], [[text for _, text in parcel]]], schema=PARCELS)
 
     rows = [asdict(part) for part in ranges]
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         read,
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0,
+        num_cpus=0,  # engines may have taken all
         label_selector={"ray.io/node-id": node_id},
+        compute=ray.data.TaskPoolStrategy(size=READERS),
     )

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nanoflow_backend.cluster.connection import connect
 from nanoflow_backend.cluster.error import ClusterError
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine import Engine
-from nanoflow_backend.engine.settle import settled_on
+from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.result_file import ResultFile
+
+if TYPE_CHECKING:
+    from nanoflow_backend.engine import Engine
 
 MOST_RANGES, LEAST_LINES = 512, 1024  # of the input, for each of which Ray Data has a row at once; and of each
 
 
 def complete_on_cluster(
-    jobs: JobFile, config: EngineConfig, results: ResultFile, address: str, replicas: int, make_engine: Any = Engine
+    jobs: JobFile,
+    config: EngineConfig,
+    results: ResultFile,
+    address: str,
+    replicas: int,
+    make_engine: Callable[[EngineConfig], Engine] | None = None,
 ) -> Iterator[None]:
     """Put a result for each line that has none; yields after each few.
 
     Args:
         address: see `connect`.
         replicas: engines; each has GPUs of its own if the cluster has any, else CPU cores.
-        make_engine: what makes an engine of a configuration.
+        make_engine: what makes an engine of a configuration; None: Engine.
 
     Raises:
         ConfigError: naming what is wrong with the address, the configuration or a file, or what there is no room for.

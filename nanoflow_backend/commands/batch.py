@@ -65,21 +65,20 @@ def _complete(
     make_engine: Callable[[EngineConfig], Engine] | None,
 ) -> Iterator[None]:
     """Bring the results to the end of the jobs; the model is loaded only if there is something to do."""
-    from nanoflow_backend.engine import LLM, Engine  # torch comes with them: what is wrong with a file is told first
-    from nanoflow_backend.engine.settle import settled_here
-    from nanoflow_backend.offline.run import run_jobs
-
-    make_engine = make_engine or Engine
     if cluster is not None:
         from nanoflow_backend.cluster.run import complete_on_cluster
 
         yield from complete_on_cluster(jobs, config, results, cluster, replicas, make_engine)
         return
+    from nanoflow_backend.engine import LLM, Engine  # torch comes with them: what is wrong with a file is told first
+    from nanoflow_backend.engine.settle import settled_here
+    from nanoflow_backend.offline.run import run_jobs
+
     lines = results.resume(jobs.lines(), MadeWith.of(settled_here(config)))
     first = next(lines, None)
     if first is None:
         return
-    llm = LLM(make_engine(config))
+    llm = LLM((make_engine or Engine)(config))
     yield
     yield from run_jobs(chain([first], lines), llm, results, config.seed)
     llm.close()

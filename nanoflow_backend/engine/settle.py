@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
+from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
@@ -52,9 +51,3 @@ def settled_here(config: EngineConfig) -> SettledConfig:
     """
     # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
     return settled_on("cuda" if config.gpus is not None else find_kind(config.device), config)
-
-
-def settled_on(kind: Literal["cpu", "cuda"], config: EngineConfig) -> SettledConfig:
-    """The same for a machine with such a device, which need not be this one. Raises: ConfigError, ScheduleError."""
-    config, _ = read_computed(config, kind)
-    return replace(config, dense_batch_tokens=named_dense_batch_tokens(config)).settle(kind)

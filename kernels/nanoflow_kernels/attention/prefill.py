@@ -50,8 +50,8 @@ def query_tile_tokens(heads: int, kv_heads: int) -> int:
 def _parts(queries, PARTS: tl.constexpr):
     """(parts, power): a tuple of the PARTS parts of queries [M, D], whose sum they are when multiplied by the power.
 
-    One part is as it is stored, its power 1. Two are of e4m3, and their sum is off by 2^-8 of it or so: the tensor cores
-    take e4m3 keys only beside e4m3 queries, and two such products are faster than keys made fp16.
+    One part is as it is stored, its power 1. Two are of e4m3, and their sum is off by 2^-8 of it or so: the tensor
+    cores take e4m3 keys only beside e4m3 queries, and two such products are faster than keys made fp16.
     """
     if PARTS == 1:
         return (queries,), 1.0

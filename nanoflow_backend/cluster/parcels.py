@@ -1,4 +1,4 @@
-"""A group is a row with all lines of one task: Ray Data cuts blocks by their bytes, so that rows alone would not do."""
+"""A parcel is a row with all lines of one task: Ray Data cuts blocks by their bytes, so rows of a line would not do."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pyarrow as pa
 from nanoflow_backend.cluster.engine_stage import LINES, RESULTS, EngineStage
 
 ONE_ROW_A_BLOCK = 1  # DataContext.target_max_block_size, in bytes
-GROUPS = pa.schema([("first", pa.int64()), ("lines", pa.list_(pa.binary()))])
-GROUP_RESULTS = pa.schema([("results", pa.list_(pa.struct(list(RESULTS))))])
+PARCELS = pa.schema([("first", pa.int64()), ("lines", pa.list_(pa.binary()))])
+PARCEL_RESULTS = pa.schema([("results", pa.list_(pa.struct(list(RESULTS))))])
 
 
-class GroupStage(EngineStage):
-    """An EngineStage whose rows are GROUPS, and then GROUP_RESULTS; groups have successive lines."""
+class ParcelStage(EngineStage):
+    """An EngineStage whose rows are PARCELS, and then PARCEL_RESULTS; parcels have successive lines."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         numbered = [
@@ -22,4 +22,4 @@ class GroupStage(EngineStage):
         ]
         numbers, texts = zip(*numbered, strict=True)
         results = super().__call__(pa.table([numbers, texts], schema=LINES))
-        return pa.table([[results.to_pylist()]], schema=GROUP_RESULTS)
+        return pa.table([[results.to_pylist()]], schema=PARCEL_RESULTS)
