@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.rank_reports import RankReports
@@ -146,6 +146,7 @@ def join_group(
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, int(port), size, fd is not None, timeout, wait_for_workers=False, master_listen_fd=fd
         )
+    _world.group_count = 0  # a group has it in its name, which all ranks must know; torch counts failures, too
     with talking_over(interface):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     _set_pg_timeout(COLLECTIVE_TIMEOUT)

@@ -59,17 +59,19 @@ def test_a_rank_that_dies_before_it_meets_the_others_is_named_at_once_and_leaves
 
 
 @pytest.mark.timeout(60)
-def test_a_rank_that_dies_on_its_way_to_the_others_is_named(model, tmp_path, monkeypatch):
+def test_a_rank_that_dies_on_its_way_to_the_others_is_named_and_leaves_nothing(model, tmp_path, monkeypatch):
     (tmp_path / "dying_rank.py").write_text(DYING)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(members, "RANK", "dying_rank")
-    monkeypatch.setattr(ranks, "MEETING_S", 1.0)
     deaths = []
     config = EngineConfig.resolve({"model": str(model), "tensor_parallel": 2}, relative_to=tmp_path)
-    with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 7"):
-        Engine(config, on_rank_death=deaths.append)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        patch.setattr(members, "RANK", "dying_rank")
+        patch.setattr(ranks, "MEETING_S", 1.0)
+        with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 7"):
+            Engine(config, on_rank_death=deaths.append)
     assert "ended with exit code 7" in deaths[0]  # at once: an engine process ends by it, and waits for nobody
     assert not dist.is_initialized()
+    Engine.from_pretrained(model, tensor_parallel=2, kv_cache_tokens=1024).close()
 
 
 def test_a_rank_that_does_not_start_is_named_while_others_wait_for_it(monkeypatch, caplog):
