@@ -16,7 +16,7 @@ from nanoflow_backend.engine.executor import Executor, LaunchedStep
 from nanoflow_backend.engine.kv_events.publisher import open_publisher
 from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.engine.settle import settle
-from nanoflow_backend.engine.tiers import make_lower_tiers
+from nanoflow_backend.engine.tiers.builder import make_lower_tiers
 from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from nanoflow_backend.config.settled import Settled
-from nanoflow_backend.engine.rank_reports import RankReports
+from nanoflow_backend.engine.tiers.rank_reports import RankReports
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.hosts.gathering import gather, listen_at
 from nanoflow_backend.hosts.link import Link

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.step_inputs import StepInputs
-from nanoflow_backend.engine.tiers import make_transfers
+from nanoflow_backend.engine.tiers.builder import make_transfers
 from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host

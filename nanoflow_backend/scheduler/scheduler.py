@@ -85,14 +85,7 @@ class Scheduler:
         self._slots = Slots(limits.max_running)
         self._in_flight = StepsInFlight()
         self._planner = StepPlanner(
-            self._waiting,
-            self._slots,
-            account,
-            self._in_flight,
-            self.observer,
-            self._forecast,
-            limits,
-            pace,
+            self._waiting, self._slots, account, self._in_flight, self.observer, self._forecast, limits, pace
         )
         self._finished = 0
         self._overshoot_tokens = 0

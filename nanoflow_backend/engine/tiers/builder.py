@@ -9,7 +9,7 @@ import torch
 
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.executor import Executor
-from nanoflow_backend.engine.tier_transfers import TierTransfers
+from nanoflow_backend.engine.tiers.transfers import TierTransfers
 from nanoflow_backend.kvcache.disk.disk_store import DiskStore
 from nanoflow_backend.kvcache.disk.page_file import PageLayout
 from nanoflow_backend.kvcache.disk.page_folder import PageFolder

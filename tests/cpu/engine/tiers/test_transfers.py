@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from nanoflow_backend.engine.rank_reports import RankReports
-from nanoflow_backend.engine.tier_transfers import TierTransfers
+from nanoflow_backend.engine.tiers.rank_reports import RankReports
+from nanoflow_backend.engine.tiers.transfers import TierTransfers
 from nanoflow_backend.kvcache.host_pool import HostPool
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.kvcache.tier import Move, Transfer, TransferReport
