@@ -50,3 +50,13 @@ def read(folder: PageFolder, number: int, layout: PageLayout = LAYOUT) -> bytes:
 
 def other(**changes: object) -> PageLayout:
     return msgspec.structs.replace(LAYOUT, **changes)
+
+
+def numbers(folder: PageFolder) -> list[int]:
+    """Of the pages that it knows."""
+    return sorted(map(number_of, folder.contents))
+
+
+def files_bytes(path: Path) -> int:
+    """Of all files there but the lock."""
+    return sum(file.stat().st_size for file in path.iterdir() if file.name != "lock")

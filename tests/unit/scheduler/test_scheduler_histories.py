@@ -11,28 +11,23 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
+from support.scheduler import draws
 from support.scheduler.gateway import Gateway
-from support.scheduler.ledger_executor import EOS, VOCABULARY, LedgerExecutor, LedgerStep, Story
-from support.scheduler.lossy_disk import LossyDisk
+from support.scheduler.ledger_executor import EOS, LedgerExecutor, LedgerStep, Story
 
 from nanoflow_backend.bench.reservation import ReserveMaxTokens, ReserveNothing
-from nanoflow_backend.kvcache.host_tier import HostTier
 from nanoflow_backend.kvcache.tier import Move
 from nanoflow_backend.request.request import Request
-from nanoflow_backend.request.sampling_params import InvalidRequest, SamplingParams
+from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason
 from nanoflow_backend.scheduler.forecast.length_forecast import LengthForecast
-from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
-from nanoflow_backend.scheduler.tiers.limits import TierLimits
 from nanoflow_backend.scheduler.tiers.lower_tiers import LowerTiers
-from nanoflow_backend.scheduler.tiers.rates import Rates
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 CHUNK = 1_000
 HISTORIES = int(os.environ.get("HISTORIES", 2 * CHUNK))  # and a sixth as many, four times as long, with tiers below
 INTERRUPTIONS = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.REFUSED)
-SEEDS_EACH = 3  # the most sequences of a request
 
 
 @dataclass
@@ -57,28 +52,14 @@ class History:
 
     def __init__(self, seed: int, tiers: bool = False) -> None:
         rng = self.rng = random.Random(seed)
-        self.now, self.host_slots, self.disk = 0.0, 0, None
+        self.now = 0.0
         self.asynchronous = rng.random() < 0.7
-        self.page_tokens = rng.choice((1, 2, 3, 4))
-        self.num_pages = rng.randint(2, 12)
-        self.max_model_tokens = rng.choice((rng.randint(2, 20), 60))
-        max_running = rng.randint(1, 6)
-        self.max_queue_size = rng.randint(1, 8)
-        self.dense_batch_tokens = max_running + rng.choice((0, 1, 3, 12))
-        self.chunk_tokens = rng.randint(1, self.dense_batch_tokens)
-        self.prompt_tokens = rng.choice((self.dense_batch_tokens, rng.randint(1, self.dense_batch_tokens)))
-        limits = SchedulerLimits(
-            dense_batch_tokens=self.dense_batch_tokens,
-            chunk_tokens=self.chunk_tokens,
-            prompt_tokens=self.prompt_tokens,
-            max_running=max_running,
-            max_queue_size=self.max_queue_size,
-            num_pages=self.num_pages,
-            page_tokens=self.page_tokens,
-            max_model_tokens=self.max_model_tokens,
-        )
-        self.gateway = Gateway(self.page_tokens)
-        self.lower = self.draw_tiers(random.Random(seed)) if tiers else None
+        limits = self.limits = draws.limits(rng)
+        self.gateway = Gateway(limits.page_tokens)
+        below = draws.Tiers()
+        if tiers:
+            below = draws.tiers(random.Random(seed), limits.page_tokens, self.gateway.events, lambda: self.now)
+        self.lower = below.lower
         self.scheduler = Scheduler(
             limits,
             eos_token_ids=[EOS],
@@ -90,7 +71,7 @@ class History:
             lower=self.lower,
         )
         self.executor = LedgerExecutor(
-            self.num_pages, self.page_tokens, self.host_slots, self.disk, random.Random(seed) if tiers else None
+            limits.num_pages, limits.page_tokens, below.host_slots, below.disk, random.Random(seed) if tiers else None
         )
         self.in_flight: deque[LedgerStep] = deque()
         self.lives: dict[tuple[int, int], Life] = {}  # by request and sequence
@@ -98,22 +79,6 @@ class History:
         self.held: list[int] = []
         self.seen: Counter[str] = Counter()
         self.interrupted = 0
-
-    def draw_tiers(self, rng: random.Random) -> LowerTiers:
-        self.host_slots = rng.choice((2, 3, 4, 6, 60))
-        self.disk = rng.choice((None, *[LossyDisk(rng.choice((0, 5, 100, 100)), rng)] * 3))
-        limits = TierLimits(
-            store_pages=rng.choice((1, 2, 8)),
-            load_pages=rng.choice((1, 2, 8)),
-            disk_moves=rng.choice((1, 4)),
-            keep=rng.choice(("all", "all", "seen_twice")),
-            most_seen=rng.choice((4, 100)),
-        )
-        lower = LowerTiers(HostTier(self.gateway.events), limits, Rates(self.page_tokens), self.disk, lambda: self.now)
-        if rng.random() < 0.5:  # else they are measured: a step takes a second, and a transfer milliseconds
-            lower.rates.load.measured(1, rng.choice((0.1, 1.0, 10.0, 1000.0)) * 1e9)
-            lower.rates.prefill.measured(1, 1e9)
-        return lower
 
     def run(self) -> Counter[str]:
         for _ in range(self.rng.randint(20, 160) if self.lower else self.rng.randint(5, 40)):
@@ -141,38 +106,19 @@ class History:
         self.verify()
         return self.seen
 
-    def draw_request(self, request_id: int) -> Request:
-        rng = self.rng
-        known = [life.story.tokens for life in self.lives.values()]
-        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 8))]
-        if known and rng.random() < 0.6:  # a common beginning, or the next round of a conversation
-            earlier = rng.choice(known)
-            prompt = earlier[: rng.randint(1, len(earlier))] + prompt[: rng.randint(0, 4)]
-        max_tokens = rng.randint(1, 20)
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
-            seed=SEEDS_EACH * request_id,
-            n=rng.choice((1, 1, 1, 2, SEEDS_EACH)),
-            prompt_logprobs=rng.choice((None, None, None, 0)),
-            stop_token_ids=(1,) if rng.random() < 0.3 else (),
-            ignore_eos=rng.random() < 0.3,
-        )
-        deadline, queue_deadline = (self.now + rng.randint(0, 20) if rng.random() < 0.15 else None for _ in range(2))
-        return Request(request_id, prompt, params, rng.choice((0, 0, 0, 1, -1)), deadline, queue_deadline)
-
     def add(self) -> None:
         """One request, or some together."""
         first, count = len(self.requests), self.rng.choice((1, 1, 1, 2, 3))
-        requests = [self.draw_request(request_id) for request_id in range(first, first + count)]
+        known = [life.story.tokens for life in self.lives.values()]
+        requests = [draws.request(self.rng, id, known, self.now) for id in range(first, first + count)]
         held = [request.id for request in requests if self.rng.random() < 0.1]
         sequences = sum(request.params.n for request in requests)
         room, waiting = self.scheduler.queue_room, self.scheduler.waiting
         try:
             self.scheduler.add(*requests, held=held)
         except InvalidRequest:
-            longest = min(self.max_model_tokens - 1, self.num_pages * self.page_tokens)
-            assert any(len(r.prompt) > longest for r in requests) or sequences > self.max_queue_size
+            longest = min(self.limits.max_model_tokens - 1, self.limits.num_pages * self.limits.page_tokens)
+            assert any(len(r.prompt) > longest for r in requests) or sequences > self.limits.max_queue_size
             assert self.scheduler.waiting == waiting
             self.seen["invalid"] += 1
         except QueueFull:
@@ -189,8 +135,8 @@ class History:
 
     def begin_lives(self, request: Request) -> None:
         """The request was taken: tell the executor what each of its sequences will say."""
-        prompt, params = request.prompt, request.params
-        most = min(len(prompt) + params.max_tokens, self.max_model_tokens, self.num_pages * self.page_tokens + 1)
+        prompt, params, limits = request.prompt, request.params, self.limits
+        most = min(len(prompt) + params.max_tokens, limits.max_model_tokens, limits.num_pages * limits.page_tokens + 1)
         # a sampler masks them; the scheduler does not rely on it. Two tokens more than anyone can see: overshoot
         masked = self.rng.choice((frozenset({EOS, 1}), frozenset[int]()))
         self.requests.append(request.id)
@@ -226,15 +172,15 @@ class History:
     def check_batch(self, batch: Batch) -> None:
         slots = batch.decode_slots + [p.slot for p in batch.prefills]
         assert len(set(slots)) == len(slots), "a slot is in a batch twice"
-        assert 0 < batch.tokens <= self.dense_batch_tokens or (self.lower and not batch.tokens)
+        assert 0 < batch.tokens <= self.limits.dense_batch_tokens or (self.lower and not batch.tokens)
         self.seen["steps of transfers alone"] += not batch.tokens and bool(batch.transfers)
         self.seen["steps that wait for transfers"] += not batch.tokens and not batch.transfers
         if self.lower:
             self.lower.check()
             meeting = {s.slot for s in self.scheduler._slots if s.load}
             self.seen["computed and loaded"] += bool(meeting & {p.slot for p in batch.prefills})
-        assert all(0 < len(p.token_ids) <= self.chunk_tokens for p in batch.prefills)
-        assert sum(len(p.token_ids) for p in batch.prefills) <= self.prompt_tokens
+        assert all(0 < len(p.token_ids) <= self.limits.chunk_tokens for p in batch.prefills)
+        assert sum(len(p.token_ids) for p in batch.prefills) <= self.limits.prompt_tokens
         self.seen["decodes and prefills together"] += bool(batch.decode_slots and batch.prefills)
 
     def take(self, delta: Delta) -> None:
