@@ -60,6 +60,30 @@ def test_a_subscriber_can_tell_which_prompt_finds_its_pages(model, prompts, endp
     engine.close()
 
 
+def test_a_subscriber_knows_the_pages_of_host_memory_too(model, prompts, endpoints):
+    config = {"page_tokens": PAGE_TOKENS, "kv_cache_tokens": 200, "dense_batch_tokens": 32}
+    engine = Engine.from_pretrained(model, **config, host_kv_cache_bytes=2**24, kv_events=endpoints)
+    for first_id in (0, 100):
+        run(engine, prompts[:8], first_id)
+    stats = engine.scheduler.stats
+    assert stats.tiers.moved_pages["load"] > 0
+    with Subscriber(**endpoints) as gateway:
+        known = PageMap()
+
+        def all_is_heard():
+            for _, _, payload in gateway.replay(0):
+                known.take(payload)
+            there = {medium: len(blocks) for medium, blocks in known.blocks.items()}
+            return there == {"GPU": stats.cached_pages, "CPU": stats.tiers.host_used_pages}
+
+        until(all_is_heard)
+    on_both = known.blocks["GPU"].keys() & known.blocks["CPU"].keys()
+    assert on_both
+    assert all(known.blocks["GPU"][block] == known.blocks["CPU"][block] for block in on_both)
+    assert known.blocks["CPU"].keys() - on_both, "what has left the device is known to be below it"
+    engine.close()
+
+
 def test_an_endpoint_that_is_taken_is_an_error_before_the_model_is_loaded(model, endpoints):
     def loads(*_):
         raise AssertionError("the model is loaded")
