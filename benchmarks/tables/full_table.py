@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
+from benchmarks.tables.beyond_one_machine import beyond_one_machine
 from benchmarks.tables.result_files import load, load_all, runs_beside_vllm, whole_runs_of_the_search
 from benchmarks.tables.result_row import ResultRow, at_each, medians, precision, rates, requests, span, told
 
@@ -21,6 +22,7 @@ def groups() -> dict[str, list[ResultRow]]:
         "Latency": list(_latency()),
         "The engine without a device": list(_without_device()),
         "Faults and overload": list(_faults()),
+        "Beyond one machine": list(beyond_one_machine()),
     }
 
 
@@ -174,25 +176,6 @@ def _serving() -> Iterator[ResultRow]:
             streaming["device"],
         )
 
-    if scrape := load("scrape"):
-        live = [gauge for name, gauge in scrape["gauges"].items() if "pages{" not in name]
-        more = scrape["cpu_percent_of_a_core"]["more"]
-        yield ResultRow(
-            f"The metrics page, every {scrape['period_ms']:g} ms for {scrape['seconds_of_scrapes']:g} s under load: "
-            "age of what gateways read, and CPU time beside the same load without metrics",
-            f"{min(gauge['within_50_ms'] for gauge in live):.2%} within 50 ms, "
-            f"p99.9 {max(gauge['age_ms']['p99.9'] for gauge in live):g} ms; "
-            f"engine {more['engine']:+.1f} %, stub {more['stub']:+.1f} % of a core",
-            scrape["device"],
-        )
-    if update := load("rolling_update"):
-        yield ResultRow(
-            f"{update['servers']} servers behind a balancer, replaced in turn under {update['clients']} clients",
-            f"{sum(update['lost'].values())} of {update['requests']:,} requests lost; while all serve, shares differ "
-            f"from their mean by up to {update['furthest_from_mean']:.0%}",
-            update["device"],
-        )
-
 
 def _latency() -> Iterator[ResultRow]:
     for run in load_all("online"):
@@ -239,6 +222,16 @@ def _without_device() -> Iterator[ResultRow]:
             f"Azure conversation trace, {forecast['requests']:,} requests, KV for 300k tokens: steps and preemptions "
             "with admission by forecast / without / reserving max_tokens",
             " / ".join(f"{arm['steps']:,} and {arm['preemptions']}" for arm in (forecast, naive, reserve)),
+            "simulated, no device",
+        )
+    for traffic in load_all("multi_round_sim"):
+        tiers, without = traffic["arms"]["host_73_gib"]["steady"], traffic["arms"]["recomputing"]["steady"]
+        yield ResultRow(
+            f"Conversations that come back, {traffic['workload']}, their KV {traffic['settings']['times_device']:g} "
+            f"times the device's of {traffic['settings']['kv_cache_tokens']:,} tokens, 73 GiB of host memory, by an H200's "
+            "measured costs: rounds a second, stationary",
+            f"{tiers['rounds_per_s']:.1f} with tiers, {without['rounds_per_s']:.1f} recomputing; "
+            f"{tiers['share_of_bound']:.0%} of the traffic's bound",
             "simulated, no device",
         )
 
