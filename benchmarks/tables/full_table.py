@@ -228,8 +228,8 @@ def _without_device() -> Iterator[ResultRow]:
         tiers, without = traffic["arms"]["host_73_gib"]["steady"], traffic["arms"]["recomputing"]["steady"]
         yield ResultRow(
             f"Conversations that come back, {traffic['workload']}, their KV {traffic['settings']['times_device']:g} "
-            f"times the device's of {traffic['settings']['kv_cache_tokens']:,} tokens, 73 GiB of host memory, by an H200's "
-            "measured costs: rounds a second, stationary",
+            f"times the device's of {traffic['settings']['kv_cache_tokens']:,} tokens, 73 GiB of host memory, by an "
+            "H200's measured costs: rounds a second, stationary",
             f"{tiers['rounds_per_s']:.1f} with tiers, {without['rounds_per_s']:.1f} recomputing; "
             f"{tiers['share_of_bound']:.0%} of the traffic's bound",
             "simulated, no device",
