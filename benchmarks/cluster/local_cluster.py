@@ -16,13 +16,15 @@ ENGINE = "ray::MapWorker"  # begins the command line of an engine's process
 
 
 class LocalCluster:
-    """The first node is the head, which commands join and whose files they read.
+    """The first node is the head, which commands join and whose files they read. While it is open, this process has the
+    environment variables that nodes and commands need.
 
     Attributes:
         address: for --cluster; `client_address` too.
     """
 
     def __init__(self, nodes: int, cpus: int = 1, gpus: int = 0) -> None:
+        self._environment = dict(os.environ)
         os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # no token in the user's home
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # for the nodes' workers
         from ray.cluster_utils import Cluster
@@ -42,6 +44,8 @@ class LocalCluster:
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(Exception):  # nodes that were killed
             self._cluster.shutdown()
+        os.environ.clear()
+        os.environ |= self._environment
 
     def engines(self) -> list[list[int]]:
         """Ids of the processes with an engine on each node, those that were killed left out."""
