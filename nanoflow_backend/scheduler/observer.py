@@ -99,12 +99,11 @@ class Observer:
     def formed(self, work: StepWork, sampled: list[Sequence]) -> None:
         """A step goes out; the first `work.decodes` of the sampled ones decode, the others end their known tokens."""
         self._steps.append(_Step(self._clock(), work, self._resumed + sampled[work.decodes :]))
-        tokens = work.decodes + work.prompt_tokens
         self._resumed = []
         self._decode_energy_j += self._step_energy_j
         self._step_energy_j = self.token_energy_j or 0.0
-        self.observed.computed_tokens += tokens
-        self.observed.dense_batch_fill.observe(tokens / self._dense_batch_tokens)
+        self.observed.computed_tokens += work.tokens
+        self.observed.dense_batch_fill.observe(work.tokens / self._dense_batch_tokens)
 
     def returned(self, step: int) -> None:
         """The oldest step is back, and nobody has looked at its tokens yet."""
@@ -113,12 +112,11 @@ class Observer:
         self._step_time_s, self._returned_s = now_s - self._returned_s, now_s
         step_time_s = min(self._step_time_s, now_s - formed_s)
         self.observed.step_time_s.observe(step_time_s)
-        tokens = work.decodes + work.prompt_tokens
-        if self.rates is not None and tokens:
+        if self.rates is not None and work.tokens:
             self.rates.step.measured(1, step_time_s)
             if work.prompt_tokens > work.decodes:
-                self.rates.prefill.measured(tokens, step_time_s)
-        if self.pace is not None and tokens:
+                self.rates.prefill.measured(work.tokens, step_time_s)
+        if self.pace is not None and work.tokens:
             self.pace.measured(work, step_time_s)
         alive = [s for s in strays if s.finish_reason is None]
         self._stray_tokens = len(alive)

@@ -21,6 +21,11 @@ class StepWork(NamedTuple):
     decode_kv_tokens: int  # keys that its decodes read
     prompt_tokens: int
 
+    @property
+    def tokens(self) -> int:
+        """Of the whole step."""
+        return self.decodes + self.prompt_tokens
+
 
 class Pace:
     """Fits seconds = a + b decode_kv_tokens + c prompt_tokens to the last steps, by weighted least squares.

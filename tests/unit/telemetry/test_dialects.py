@@ -7,7 +7,7 @@ from collections import Counter
 import msgspec
 import pytest
 from support.places import ROOT
-from support.telemetry.page import LABELS, READY, ServerPage, load, stats, text_of
+from support.telemetry.page import LABELS, READY, load, stats, text_of
 from support.telemetry.readers import READERS
 
 from nanoflow_backend.config.engine_config import EngineConfig
@@ -15,7 +15,7 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.telemetry.dialects import DIALECTS, chosen, families
 from nanoflow_backend.telemetry.families import FAMILIES
-from nanoflow_backend.telemetry.metrics import Metrics, Page
+from nanoflow_backend.telemetry.metrics import Page
 from nanoflow_backend.telemetry.vllm_families import VLLM_FAMILIES
 
 BUSY = load(running=3, waiting=2, used_pages=5), stats(Observed(ended={"stop": 3}))
@@ -26,16 +26,6 @@ SAID = {  # of BUSY, by what they look for
     "KServe": {"vllm:num_requests_running": 3},
     "KEDA": {"vllm:num_requests_waiting": 2},
 }
-
-
-@pytest.fixture
-def server():
-    return ServerPage()
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(READY)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -5,22 +5,12 @@ import threading
 
 import pytest
 from support.places import ROOT
-from support.telemetry.page import READY, ServerPage, load, stats
+from support.telemetry.page import READY, load, stats
 
 from nanoflow_backend.process.messages import Load
 from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.telemetry.families import FAMILIES
 from nanoflow_backend.telemetry.metrics import Metrics, Page
-
-
-@pytest.fixture
-def server():
-    return ServerPage()
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(READY)
 
 
 @pytest.fixture

@@ -20,6 +20,16 @@ def loading(s: TieredScheduler, max_tokens: int = 1) -> Batch:
     return batch
 
 
+def leave_to_disk(s: TieredScheduler) -> list[bytes]:
+    """The contents of FIRST, which only the disk has from now on."""
+    chain = contents(FIRST)
+    for content in chain:
+        s.lower.disk.write(content, [])
+    for content in reversed(chain):
+        s.host.abandon(content)
+    return chain
+
+
 def test_what_was_evicted_is_loaded_and_only_the_rest_is_computed() -> None:
     s = evicted()
     batch = loading(s)
@@ -128,11 +138,7 @@ def test_what_has_left_host_memory_meanwhile_is_computed() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_only_the_disk_has_goes_through_host_memory_or_is_computed(fails: bool) -> None:
     s = evicted(disk=LossyDisk(20))
-    chain = contents(FIRST)
-    for content in chain:
-        s.lower.disk.write(content, [])
-    for content in reversed(chain):
-        s.host.abandon(content)
+    chain = leave_to_disk(s)
     s.add(2, [*FIRST, 1])
     batch = s.form()
     assert [(t.move, t.content) for t in batch.transfers] == [(Move.READ, content) for content in reversed(chain)]
@@ -150,11 +156,7 @@ def test_what_only_the_disk_has_goes_through_host_memory_or_is_computed(fails: b
 
 def test_a_request_that_has_to_wait_has_its_pages_brought_from_the_disk_meanwhile() -> None:
     s = evicted(disk=LossyDisk(20), max_running=1)
-    chain = contents(FIRST)
-    for content in chain:
-        s.lower.disk.write(content, [])
-    for content in reversed(chain):
-        s.host.abandon(content)
+    chain = leave_to_disk(s)
     s.add(3, [50], max_tokens=6)
     s.step()
     s.add(2, [*FIRST, 1])
@@ -168,11 +170,7 @@ def test_a_request_that_has_to_wait_has_its_pages_brought_from_the_disk_meanwhil
 
 def test_a_disk_that_does_not_answer_holds_up_nobody() -> None:
     s = evicted(disk=LossyDisk(20))
-    chain = contents(FIRST)
-    for content in chain:
-        s.lower.disk.write(content, [])
-    for content in reversed(chain):
-        s.host.abandon(content)
+    chain = leave_to_disk(s)
     s.lower.rates.prefill.measured(1, 1.0)
     s.add(2, [*FIRST, 1])
     batch = s.form()
