@@ -1,5 +1,6 @@
 """The search from end to end on the synthetic device: what it writes, when, and how it goes on after a cut."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from nanoflow_search.emit.progress import ProgressDisplay
 from nanoflow_search.emit.schedule_file import Outcome
 from nanoflow_search.emit.tables import explain
 from nanoflow_search.hardware.machine import SyntheticMachine
+from nanoflow_search.plan import partitions
 from nanoflow_search.plan.candidates import Candidate
 from nanoflow_search.predict.predict import Timing
 from nanoflow_search.profile.data import Profile
@@ -37,11 +39,14 @@ from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 EFFORT = Effort(plans=2, turns=1, time_limit_s=20.0, rounds=2)
+GRID_ALONE = replace(EFFORT, turns=0)  # for what is no matter of the solver: it takes most of a search's time
 SIZES = (256, 384)
 
 
-def request_for(*workloads: str) -> SearchRequest:
-    return SearchRequest.of(LLAMA_3_8B, 1, workloads or ("512/1024",))
+def request_for(*workloads: str, **precision: str) -> SearchRequest:
+    """Eight layers of the model: a search simulates all of them, and they are alike."""
+    whole = SearchRequest.of(LLAMA_3_8B, 1, workloads or ("512/1024",), **precision)
+    return dataclasses.replace(whole, config=replace(whole.config, num_layers=8))
 
 
 def run(
@@ -83,6 +88,12 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planned")
     run(folder, SyntheticMachine(), Phase.PLANS)
     return folder
+
+
+@pytest.fixture
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages cut attention's side in no more than two parts: whether a third would be worth it takes most time."""
+    monkeypatch.setattr(partitions, "PARTITION_PART_LIMITS", partitions.PARTITION_PART_LIMITS[:1])
 
 
 @pytest.fixture
@@ -159,6 +170,7 @@ def test_predictions_are_on_file_before_anything_is_timed(half_done: Path) -> No
     assert all(b / a > 1.00005 for a, b in pairwise(predicted_us)), "and none is another one turned"
 
 
+@pytest.mark.usefixtures("few_parts")
 def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut before each of the files that it writes, one after the other, and now and then in the profile."""
     whole = saved(run(tmp_path / "whole", Biased(0.9), sizes=(256,)), tmp_path / "whole.json")
@@ -189,19 +201,20 @@ def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, m
 def test_what_is_done_needs_no_machine(tmp_path: Path) -> None:
     """A profile from the GPU's machine, plans from one without, times from the first again."""
     with pytest.raises(SearchError, match=r"profile\.json: there is no profile, and no GPU here"):
-        run(tmp_path, None, Phase.PLANS, sizes=(256,))
-    assert run(tmp_path, Biased(0.9), Phase.PROFILE, sizes=(256,)) is None
+        run(tmp_path, None, Phase.PLANS, sizes=(256,), effort=GRID_ALONE)
+    assert run(tmp_path, Biased(0.9), Phase.PROFILE, sizes=(256,), effort=GRID_ALONE) is None
     assert not (tmp_path / "state").exists()
     with pytest.raises(SearchError, match=r"profile\.json: was taken of layer \w+ in bfloat16 .* in float16 on 1"):
-        run(tmp_path, None, Phase.PLANS, request=SearchRequest.of(LLAMA_3_8B, 1, ("512/1024",), dtype="float16"))
-    assert run(tmp_path, None, Phase.PLANS, sizes=(256,)) is None
+        run(tmp_path, None, Phase.PLANS, request=request_for(dtype="float16"))
+    assert run(tmp_path, None, Phase.PLANS, sizes=(256,), effort=GRID_ALONE) is None
     with pytest.raises(SearchError, match="the plans are found; run the same command where a GPU is to time them"):
-        run(tmp_path, None, sizes=(256,))
-    there = run(tmp_path, Biased(0.9), sizes=(256,))
+        run(tmp_path, None, sizes=(256,), effort=GRID_ALONE)
+    there = run(tmp_path, Biased(0.9), sizes=(256,), effort=GRID_ALONE)
     assert there is not None
-    assert run(tmp_path, None, sizes=(256,)) == there
+    assert run(tmp_path, None, sizes=(256,), effort=GRID_ALONE) == there
 
 
+@pytest.mark.usefixtures("few_parts")
 def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
     def plans(name: str, **options: bool) -> list[Schedule]:
         run(tmp_path / name, SyntheticMachine(), Phase.PLANS, sizes=(256,), effort=replace(EFFORT, plans=8, **options))
@@ -213,13 +226,13 @@ def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, SyntheticMachine(), Phase.PLANS, sizes=(256,))
+    run(tmp_path, SyntheticMachine(), Phase.PLANS, sizes=(256,), effort=GRID_ALONE)
     with pytest.raises(
         SearchError, match=r"state of another search: workloads is \('512/1024',\) there and \('1/1',\) h"
     ):
-        run(tmp_path, SyntheticMachine(), request=request_for("1/1"), sizes=(256,))
+        run(tmp_path, SyntheticMachine(), request=request_for("1/1"), sizes=(256,), effort=GRID_ALONE)
     with pytest.raises(SearchError, match=r"dense_batch_tokens is \(256,\) there and \(256, 384\) here"):
-        run(tmp_path, SyntheticMachine())
+        run(tmp_path, SyntheticMachine(), effort=GRID_ALONE)
     other = SearchRequest("tiny", config("llama"), 1, ("512/1024",))
     (tmp_path / "state" / "request.json").unlink()
     with pytest.raises(ProfileError, match=r"profile\.json: was taken of"):
@@ -231,7 +244,7 @@ def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_for_several_workloads_is_predicted_and_timed_on_each(tmp_path: Path) -> None:
     both = ("512/1024", "1024/512")
-    file = run(tmp_path, Biased(0.9), request=request_for(*both), sizes=(256,))[0]
+    file = run(tmp_path, Biased(0.9), request=request_for(*both), sizes=(256,), effort=GRID_ALONE)[0]
     assert file.header.workloads == both
     assert [(trial.plan, trial.workload) for trial in file.trials] == [
         (plan, workload) for workload in both for plan in ("sequential", "plan 1", "plan 2")
@@ -241,7 +254,7 @@ def test_a_plan_for_several_workloads_is_predicted_and_timed_on_each(tmp_path: P
 
 
 def test_the_command_writes_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (request_for(), [256], EFFORT, On.SYNTHETIC, None, tmp_path / "plan.json")
+    arguments = (request_for(), [256], GRID_ALONE, On.SYNTHETIC, None, tmp_path / "plan.json")
     run_search(*arguments, Phase.PROFILE)
     assert "profile done" in capsys.readouterr().out
     run_search(*arguments, Phase.TIMING)
