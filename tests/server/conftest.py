@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Callable[..., EmbeddedServer]]:
     """A factory of ready servers; options are those of EmbeddedServer. A test may stop() its server earlier."""
-    with ExitStack() as running:
+    running: list[EmbeddedServer] = []
 
-        def start(model_repository: Path, **options: object) -> EmbeddedServer:
-            settings = {"exit_timeout_s": EXIT_TIMEOUT_S, **options}
-            return running.enter_context(EmbeddedServer(model_repository, **settings))  # type: ignore[arg-type]
+    def start(model_repository: Path, **options: object) -> EmbeddedServer:
+        settings = {"exit_timeout_s": EXIT_TIMEOUT_S, **options}
+        running.append(EmbeddedServer(model_repository, **settings).__enter__())  # type: ignore[arg-type]
+        return running[-1]
 
-        yield start
+    yield start
+    with ThreadPoolExecutor(max_workers=len(running) or 1) as threads:  # all at once: each takes seconds, and no core
+        list(threads.map(EmbeddedServer.stop, running))
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,16 @@ def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
 
 
 def run(program: CpuProgram, order: list[int]) -> None:
-    """Through all the tags, those that the head looks at too."""
+    """A full batch through all the tags, those that the head looks at too, as `forward` and `head` ask them."""
+    tags = program.tags_of[program.binding.plans[0]]
+    tags.embed()
+    for step in order:
+        tags.launch(step)
+    tags.read_results()
+
+
+def run_forward(program: CpuProgram, order: list[int]) -> None:
+    """The same by the program's own forward."""
     ints = torch.zeros(program.binding.max_tokens, dtype=torch.int32)
     forward(program, (ints, ints, ints, ints[:, None]), order=order)
     program.tags.read_results()
@@ -273,9 +282,10 @@ def test_the_refusal_names_launch_value_and_rows() -> None:
     at = {(x.operation, x.start): i for i, x in enumerate(schedule.launches)}
     mutant = without_wait(schedule, at["rope_append", 4], Wait(at["qkv", 4]))
     order = PartialOrder(mutant, 3)
-    with pytest.raises(
-        StaleRead,
-        match=r"launch 5 \(rope_append 4\.\.8\) in layer 1 reads 'qkv' of layer 1, but its rows 4\.\.8 hold "
-        r"'gate_up' of layer 0",
-    ):
-        run(dry_program(model, mutant), delayed(order, order.index[1, at["qkv", 4]]))
+    for through in (run, run_forward):
+        with pytest.raises(
+            StaleRead,
+            match=r"launch 5 \(rope_append 4\.\.8\) in layer 1 reads 'qkv' of layer 1, but its rows 4\.\.8 hold "
+            r"'gate_up' of layer 0",
+        ):
+            through(dry_program(model, mutant), delayed(order, order.index[1, at["qkv", 4]]))

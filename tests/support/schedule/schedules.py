@@ -117,17 +117,23 @@ def shuffled(after: list[set[int]], rng: random.Random) -> list[int]:
 
 def interleavings(order: PartialOrder) -> Iterator[list[int]]:
     """Every order of the steps that lanes and waits allow."""
-    steps = range(len(order.steps))
     after = [sum(1 << j for j in set(direct)) for direct in order.direct]
 
-    def extend(done: list[int], mask: int) -> Iterator[list[int]]:
-        if len(done) == len(after):
-            yield done
-        for step in steps:
-            if not mask >> step & 1 and after[step] & ~mask == 0:
-                yield from extend([*done, step], mask | 1 << step)
+    def ready(mask: int) -> Iterator[int]:
+        return iter([step for step, direct in enumerate(after) if not mask >> step & 1 and direct & ~mask == 0])
 
-    return extend([], 0)
+    done, mask, choices = [], 0, [ready(0)]
+    while choices:
+        step = next(choices[-1], None)
+        if step is None:
+            choices.pop()
+            mask &= ~(1 << done.pop()) if done else 0
+            continue
+        done.append(step)
+        mask |= 1 << step
+        if len(done) == len(after):
+            yield list(done)
+        choices.append(ready(mask))
 
 
 def random_interleaving(order: PartialOrder, rng: random.Random) -> list[int]:
