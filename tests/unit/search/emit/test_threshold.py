@@ -1,5 +1,8 @@
 """From which reading of the KV cache on a plan is worth its cuts: by prediction, against the device's own law."""
 
+from dataclasses import replace
+
+import msgspec
 import pytest
 from nanoflow_search.cost.workload import MeanWorkload, Mix, ramp_mix
 from nanoflow_search.emit.threshold import RAMP_STEPS, least_decode_kv_tokens
@@ -16,7 +19,8 @@ from nanoflow_backend.schedule.presets import overlapped, sequential
 
 WORKLOAD = "1024/512"
 BOTH = (WORKLOAD, "512/1024")
-REQUEST = SearchRequest.of(LLAMA_3_8B, 1, BOTH)
+WHOLE = SearchRequest.of(LLAMA_3_8B, 1, BOTH)
+REQUEST = replace(WHOLE, config=msgspec.structs.replace(WHOLE.config, num_layers=8))  # all alike: time is per layer
 SIZES = (28, 32, 36)  # SMs of attention
 LAYER, LAYERS, TOKENS = REQUEST.model.layer, REQUEST.model.num_layers, 2048
 

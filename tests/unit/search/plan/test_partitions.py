@@ -102,7 +102,7 @@ def test_the_best_of_the_grid_is_nearly_that_of_all_plans_on_all_layers(
 ) -> None:
     """On few layers the ramps weigh more, and only the best of each cut there is looked at again."""
     _, profile = taken
-    layers, mix = 3 * FEW_LAYERS, Mix(300, 468, 1280, 512)
+    layers, mix = 2 * FEW_LAYERS, Mix(300, 468, 1280, 512)
     measured = TimingModel(profile, mix)
     brute_us = [
         predict(overlapped(LAYER, 768, stop, share, partition["memory"], 132, 128), measured, layers).layer_us
