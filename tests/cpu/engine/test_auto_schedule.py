@@ -48,7 +48,10 @@ def script(tmp_path: Path, text: str) -> tuple[str, ...]:
     return (sys.executable, str(path))
 
 
-def test_what_is_found_is_kept(auto: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_found_is_kept(
+    auto: EngineConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_schedule, "EFFORT", ("--plans", "1", "--rounds", "2", "--turns", "1"))
     found = find_auto_schedule(auto, GPU, command=SYNTHETIC)
     assert re.fullmatch(
         r".*/cache/synthetic-H200-sustained-132/[0-9a-f]{16}-2_bfloat16_tp1_1024-512_250\.json", found.schedule
@@ -192,12 +195,13 @@ def test_a_file_of_smaller_steps_than_must_run_is_left_to_others(
         assert "sequential, for max_running: expected at most dense_batch_tokens (256)" in caplog.text
 
 
-def test_engines_that_load_together_search_once(auto: EngineConfig, tmp_path: Path) -> None:
+def test_engines_that_load_together_search_once(auto: EngineConfig, tmp_path: Path, whole: Path) -> None:
+    """The search takes long enough for all of them to have come."""
     log = tmp_path / "log"
     command = script(
         tmp_path,
-        f"import subprocess, sys; open({str(log)!r}, 'a').write('searched\\n');"
-        f"sys.exit(subprocess.call([sys.executable, *{SYNTHETIC[1:]!r}, *sys.argv[1:]]))",
+        f"import shutil, sys, time; open({str(log)!r}, 'a').write('searched\\n'); time.sleep(0.3);"
+        f"shutil.copy({str(whole)!r}, sys.argv[sys.argv.index('--out') + 1])",
     )
     found: list[str] = []
     threads = [

@@ -59,8 +59,8 @@ def test_linear_swiglu(checks: Checks, tokens: int, num_sms: int | None) -> None
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("padding", [0, 3])
 def test_rope_append(checks: Checks, mix: str, padding: int) -> None:
-    """Rows are independent of each other, so that a prompt of six pages is as good as one of twenty."""
-    requests = [(0, 41)] if mix == "a whole prompt" else MIXES[mix]
+    """Rows are independent of each other: of a prompt, more than there are programs, in more than one page."""
+    requests = [(0, 53)] if mix == "a whole prompt" else MIXES[mix]
     checks.rope_append(requests, 5, 1, 64, 7, padding)
 
 
