@@ -76,7 +76,7 @@ hosts: setup
 parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(JOBS) --output benchmarks/results/parity.json
 
-# The scheduler on ten times as many random histories as `make test` gives it.
+# The scheduler on twenty times as many random histories as `make test` gives it.
 histories: setup
 	HISTORIES=$(HISTORIES) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/unit/scheduler/test_scheduler_histories.py
 

@@ -10,13 +10,12 @@ import logging
 import os
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine.energy import measure_energy
-from nanoflow_backend.engine.engine import Engine, MakeExecutor
-from nanoflow_backend.engine.local_executor import LocalExecutor
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Parent
 from nanoflow_backend.process.heart import Heart
@@ -38,17 +37,29 @@ from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.schedule.plan import ScheduleError
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
+if TYPE_CHECKING:
+    from nanoflow_backend.engine.engine import Engine, MakeExecutor
+
 log = logging.getLogger("nanoflow_backend.engine.loop")  # as a program it has another name
 
 
-def main(make_executor: MakeExecutor = LocalExecutor) -> None:
-    """Run until told to stop, or until the process that started this one ends. It never returns."""
+def main(make_executor: MakeExecutor | None = None) -> None:
+    """Run until told to stop, or until the process that started this one ends. It never returns.
+
+    `make_executor`: None is LocalExecutor.
+    """
     logs.configure()
+    gc.disable()  # there is no garbage among torch's modules, and to look for it takes a tenth of the time of a start
+    from nanoflow_backend.engine.engine import Engine
+    from nanoflow_backend.engine.local_executor import LocalExecutor
+
+    gc.enable()
     parent = Parent()
     decoder = msgspec.msgpack.Decoder(ToEngine)
     try:
         start: Start = parent.receive(decoder)
-        engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how), make_executor=make_executor)
+        make = make_executor or LocalExecutor
+        engine = Engine(start.config, on_rank_death=lambda how: fail(parent, how), make_executor=make)
         measure_energy(engine)
         gc.collect()
         gc.freeze()  # what lives from here on is small: a full collection took 12 ms every hundred steps before
