@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -225,12 +226,16 @@ def test_refused_requests_take_no_room(narrow, prompts):
 
 
 def test_a_failed_start_says_what_failed(model, tmp_path):
-    with pytest.raises(EngineError, match=r"config\.json: No such file"):
-        Client(config(tmp_path)).process.start()
-    with pytest.raises(EngineError, match="expected sequential"):
-        Client(config(model, schedule="fastest")).process.start()
-    with pytest.raises(EngineError, match="python: /nowhere/python: No such file"):
-        Client(config(model, python="/nowhere/python")).process.start()
+    wrong = {
+        r"config\.json: No such file": config(tmp_path),
+        "expected sequential": config(model, schedule="fastest"),
+        "python: /nowhere/python: No such file": config(model, python="/nowhere/python"),
+    }
+    with ThreadPoolExecutor() as threads:
+        starts = {why: threads.submit(Client(settings).process.start) for why, settings in wrong.items()}
+    for why, start in starts.items():
+        with pytest.raises(EngineError, match=why):
+            start.result()
 
 
 def test_a_killed_engine_is_reported_and_refuses_what_follows(model, prompts):
