@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -82,18 +82,20 @@ class Biased(SyntheticMachine):
         return timer
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_parts() -> Iterator[None]:
+    """The stages cut attention's side in no more than two parts: whether a third would be worth it takes most time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitions, "PARTITION_PART_LIMITS", partitions.PARTITION_PART_LIMITS[:1])
+        yield
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the profile and the plans that every search here begins with: they know nothing of a bias."""
     folder = tmp_path_factory.mktemp("planned")
     run(folder, SyntheticMachine(), Phase.PLANS)
     return folder
-
-
-@pytest.fixture
-def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stages cut attention's side in no more than two parts: whether a third would be worth it takes most time."""
-    monkeypatch.setattr(partitions, "PARTITION_PART_LIMITS", partitions.PARTITION_PART_LIMITS[:1])
 
 
 @pytest.fixture
@@ -170,7 +172,6 @@ def test_predictions_are_on_file_before_anything_is_timed(half_done: Path) -> No
     assert all(b / a > 1.00005 for a, b in pairwise(predicted_us)), "and none is another one turned"
 
 
-@pytest.mark.usefixtures("few_parts")
 def test_a_search_that_is_cut_anywhere_ends_as_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut before each of the files that it writes, one after the other, and now and then in the profile."""
     whole = saved(run(tmp_path / "whole", Biased(0.9), sizes=(256,)), tmp_path / "whole.json")
@@ -214,7 +215,6 @@ def test_what_is_done_needs_no_machine(tmp_path: Path) -> None:
     assert run(tmp_path, None, sizes=(256,), effort=GRID_ALONE) == there
 
 
-@pytest.mark.usefixtures("few_parts")
 def test_lanes_that_share_sms_are_searched_if_asked_for(tmp_path: Path) -> None:
     def plans(name: str, **options: bool) -> list[Schedule]:
         run(tmp_path / name, SyntheticMachine(), Phase.PLANS, sizes=(256,), effort=replace(EFFORT, plans=8, **options))
