@@ -22,7 +22,7 @@ import triton.language as tl
 
 # Rows of a batch, at most: in a larger one the time between kernels is too small a part of the step to be worth the
 # room on the SMs that waiting programs take.
-MAX_PDL_ROWS = 16
+MAX_PDL_ROWS = 512
 
 
 @triton.jit
