@@ -30,7 +30,10 @@ def arrival_counters(count: int, device: torch.device) -> Tensor:
 
 @cache
 def _counters(device: torch.device) -> Tensor:
-    return torch.zeros((MAX_STREAMS, MAX_COUNTERS), dtype=torch.int32, device=device)
+    counters = torch.zeros((MAX_STREAMS, MAX_COUNTERS), dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # once: other streams use them too
+    return counters
 
 
 @cache

@@ -54,7 +54,7 @@ def decode_keys(pages: Tensor) -> int:
 def merged_at_once(pairs: int, items: int) -> int:
     """Partial results that a merge takes at once, where so many work items share so many pairs equally."""
     parts = triton.cdiv(items, pairs) + 1  # a pair begins and ends anywhere in an item
-    return min(max(triton.next_power_of_2(parts), FEWEST_MERGED), MOST_MERGED)
+    return min(max(int(triton.next_power_of_2(parts)), FEWEST_MERGED), MOST_MERGED)
 
 
 @dataclass(frozen=True)
