@@ -44,13 +44,14 @@ class WeightTiling(NamedTuple):
 # The fastest of 20 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
 SHORT_WEIGHT = WeightTiling(64, 512, 4, 1, 1, 2048, False)
 TALL_WEIGHT = WeightTiling(64, 256, 4, 1, 3, 512, False)
+MANY_TOKENS = WeightTiling(64, 256, 3, 1, 1, 1024, False)  # not measured yet: what the SM's memory has room for
 TALL_ROWS = 16384  # a weight of more rows is tall
 
 
 def tiling_for(weight: Tensor, tokens: int) -> WeightTiling:
     """The tiling for a weight [N, in] and so many tokens."""
-    if tokens > 16:
-        return WeightTiling(64, 256, 3, 1, 1, 1024, False)
+    if tokens > FEWEST_COLUMNS:
+        return MANY_TOKENS
     return TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT
 
 

@@ -11,6 +11,9 @@ if torch.cuda.is_available():
 from nanoflow_kernels.arrivals import MAX_COUNTERS, arrival_counters
 from support.kernels.small_m_checks import TILINGS, SmallMChecks
 
+# the interpreter's own, on conversions that the kernels mean
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 
 @pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("fp8", [False, True])
