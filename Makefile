@@ -23,7 +23,7 @@ BIN = .venv/bin
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo serve test test-paper test-gpu soak bursts fuzz mutate parity histories templates lint lint-deploy perf-analyzer clean
+.PHONY: setup demo serve test test-paper test-gpu soak bursts fuzz mutate hosts parity histories templates lint lint-deploy perf-analyzer clean
 
 setup: .venv/ready
 
@@ -68,6 +68,10 @@ fuzz: setup
 
 mutate: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks mutate --output benchmarks/results/mutated_files.json
+
+# One engine on two hosts: network namespaces, where this user may make them (root), else loopback.
+hosts: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks hosts --output benchmarks/results/two_hosts.json
 
 parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks parity --processes $(JOBS) --output benchmarks/results/parity.json

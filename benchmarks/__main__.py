@@ -25,6 +25,8 @@ ROOMS = {
         Command("loop-cpu", "engine.loop_cpu", "CPU time of the engine's thread a step, no device."),
         Command("scheduler-cpu", "engine.scheduler_cpu", "CPU time of the scheduler a step."),
         Command("admission", "engine.admission", "Steps and preemptions by way of admission, simulated."),
+        Command("multi-round", "engine.multi_round", "What host memory is worth to conversations, simulated."),
+        Command("disk-pages", "engine.disk_pages", "Bytes a second of the disk tier's store, alone."),
     ),
     "overlap": (
         Command("overlap-ablation", "overlap.ablation", "What cutting costs, overlap wins, the search adds (GPU)."),
@@ -35,19 +37,26 @@ ROOMS = {
         Command("serving-overhead", "serving.overhead", "gRPC streams against the engine alone."),
         Command("serving-offline", "serving.offline", "An offline workload through tritonserver."),
         Command("streaming", "serving.streaming", "What a streamed response costs, no device."),
+        Command("scrape", "serving.scrape", "How fresh the metrics page is, and what that costs, no device."),
+        Command("rolling-update", "serving.rolling_update", "Three servers are replaced under load, no device."),
     ),
+    "cluster": (Command("ray-batch", "cluster.ray_batch", "Batches on a Ray cluster: overhead, kills, memory."),),
     "peers": (
         Command("vllm", "peers.vllm", "The offline workload on vLLM (GPU)."),
         Command("beside-vllm", "peers.beside_vllm", "Our engine and vLLM on one card, with their ratio (GPU)."),
         Command("vllm-online", "peers.vllm_online", "The open loop of arrivals on vLLM (GPU)."),
         Command("flashinfer", "peers.flashinfer", "FlashInfer's attention beside ours (GPU)."),
     ),
+    "hosts": (Command("hosts", "hosts.two_hosts", "One engine on two hosts: tokens, lost links, restarts."),),
     "stress": (
         Command("fuzz", "stress.fuzz", "Whether any request breaks the server."),
         Command("soak", "stress.soak", "Whether anything leaks or gets lost at twice the capacity."),
         Command("bursts", "stress.bursts", "Whether the server outlives bursts of streams."),
         Command("overload", "stress.overload", "What becomes of requests that are too many."),
         Command("lifecycle", "stress.lifecycle", "What loads and unloads of a model leave behind."),
+        Command(
+            "tier-soak", "stress.tier_soak", "Whether kills of an engine with host memory and disk change an answer."
+        ),
         Command("mutate", "stress.mutated_files", "Whether any file of a model breaks the start."),
         Command("sanitizer-traffic", "stress.sanitizer_traffic", "Random traffic for a sanitizer."),
     ),

@@ -42,10 +42,28 @@ WHERE = {"kubectl": "Kubernetes' own packages, or npm: kubectl", "promtool": "De
 
 
 def valid(manifests: str) -> bool:
-    """What kubernetes-validate, where it is there, says of an overlay."""
+    """What kubernetes-validate, where it is there, says of an overlay; and of the pods of its LeaderWorkerSets."""
     if shutil.which(VALIDATE[0]) is None:
         return True
-    return subprocess.run([*VALIDATE, "/dev/stdin"], input=manifests, text=True).returncode == 0
+    return all(
+        subprocess.run([*VALIDATE, "/dev/stdin"], input=text, text=True).returncode == 0
+        for text in (manifests, *pods(manifests))
+    )
+
+
+def pods(manifests: str) -> list[str]:
+    """The pod templates of LeaderWorkerSets, which have no schema here, as pods, which have one."""
+    import yaml  # comes with kubernetes-validate
+
+    found = []
+    for document in yaml.safe_load_all(manifests):
+        if document["kind"] == "LeaderWorkerSet":
+            templates = document["spec"]["leaderWorkerTemplate"]
+            for name in ("leaderTemplate", "workerTemplate"):
+                template = templates[name]
+                metadata = {**template["metadata"], "name": name.lower()}
+                found.append(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", **template, "metadata": metadata}))
+    return found
 
 
 def main() -> None:

@@ -9,28 +9,23 @@ from typing import Annotated, Literal
 
 import typer
 
+from nanoflow_backend.bench.app import bench
+from nanoflow_backend.commands.options import (
+    InputTokens,
+    LengthsOfDataset,
+    LengthsOfTrace,
+    Model,
+    OutputTokens,
+    Requests,
+    Settings,
+)
+
 COULD_NOT_RUN = 2  # the exit status, as for an option that does not exist
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-bench = typer.Typer(no_args_is_help=True, help="Measure the engine.")
 app.add_typer(bench, name="bench")
 
-Model = Annotated[Path, typer.Option(help="Hugging Face folder: config.json, safetensors, tokenizer.json.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A field of engine.json, e.g. --set dense_batch_tokens=256. Repeatable."),
-]
 Repository = Annotated[Path, typer.Option(help="The folder that holds nanoflow/config.pbtxt.")]
-Result = Annotated[Path | None, typer.Option(help="Where the whole result goes, as JSON; shown is a part of it.")]
-InputTokens = Annotated[int, typer.Option(min=1)]
-OutputTokens = Annotated[int, typer.Option(min=1)]
-Requests = Annotated[int, typer.Option(min=1, help="How many; of a trace, drawn from all of it.")]
-LengthsOfTrace = Annotated[
-    Path | None, typer.Option(exists=True, help="CSV with ContextTokens and GeneratedTokens instead.")
-]
-LengthsOfDataset = Annotated[
-    Literal["lmsys-like", "sharegpt-like"] | None, typer.Option(help="Lengths drawn as in this dataset instead.")
-]
 HttpPort = Annotated[int, typer.Option(help="0: any free port.")]
 GrpcPort = Annotated[int, typer.Option(help="0: any free port.")]
 MetricsPort = Annotated[int, typer.Option(help="0: any free port.")]
@@ -116,6 +111,11 @@ def batch(
     model: Model,
     input: Annotated[Path, typer.Option(help='JSON lines: {"prompt" or "prompt_token_ids", "max_tokens", ..., "id"}.')],
     output: Annotated[Path, typer.Option(help="JSON lines in the order of the input. One that exists is continued.")],
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Of Ray: auto (this machine is a node), HOST:PORT of its head, or ray://HOST from anywhere."),
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Engines on the cluster. [1]")] = None,
     settings: Settings = None,
 ) -> None:
     """Complete a file of prompts. After a kill, run it again to go on.
@@ -125,7 +125,28 @@ def batch(
     """
     from nanoflow_backend.commands.batch import batch
 
-    raise typer.Exit(batch(model, input, output, settings or []))
+    raise typer.Exit(batch(model, input, output, settings or [], cluster, replicas))
+
+
+@app.command()
+def rank(
+    model: Model,
+    secret_file: Annotated[Path, typer.Option(help="What the hosts prove to have: openssl rand -hex 32.")],
+    leader: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the engine. [LWS_LEADER_ADDRESS, or MASTER_ADDR:MASTER_PORT]")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="Which host this is, from 1. [LWS_WORKER_INDEX, or NODE_RANK]")
+    ] = None,
+    join_timeout: Annotated[float, typer.Option(min=1, help="Seconds without an engine, then it ends.")] = 600.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of engine.json that the engine must have so. Repeatable.")
+    ] = None,
+) -> None:
+    """Run this host's ranks of an engine on another host, whose engine.json has `hosts`; and again when it restarts."""
+    from nanoflow_backend.commands.rank import rank
+
+    raise typer.Exit(rank(model, leader, secret_file, node_rank, join_timeout, settings or []))
 
 
 @app.command()
@@ -155,105 +176,9 @@ def trace(
     bench_trace(model, output, spec=spec, steps=steps, begin=begin, skip_steps=skip_steps, settings=settings or [])
 
 
-@bench.command()
-def offline(
-    model: Model,
-    output: Result = None,
-    input_tokens: InputTokens = 128,
-    output_tokens: OutputTokens = 128,
-    requests: Requests = 64,
-    trace: LengthsOfTrace = None,
-    dataset: LengthsOfDataset = None,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="LENGTHS:REQUESTS instead, such as 1024/512:1500, trace.csv:1800 or lmsys-like:500. Repeatable: one "
-            "after the other on one engine."
-        ),
-    ] = None,
-    breakdown: Annotated[bool, typer.Option(help="Profile a few steps: the time of each operation. On a GPU.")] = False,
-    breakdown_only: Annotated[
-        bool, typer.Option(help="The same from a minute of the workload, without the whole run.")
-    ] = False,
-    settings: Settings = None,
-) -> None:
-    """Throughput with all requests queued at once: constant lengths, those of a trace, or drawn ones."""
-    from nanoflow_backend.bench.offline import bench_offline
-    from nanoflow_backend.bench.workload import asked_for
-
-    bench_offline(
-        model,
-        output,
-        workloads=asked_for(workload or [], trace, dataset, (input_tokens, output_tokens), requests),
-        breakdown=breakdown,
-        breakdown_only=breakdown_only,
-        settings=settings or [],
-    )
-
-
-@bench.command()
-def online(
-    model: Model,
-    output: Result = None,
-    rate: Annotated[list[float] | None, typer.Option(help="Open loop: requests a second; repeatable.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Open loop: seconds of measured arrivals. [60]")] = None,
-    warm_up: Annotated[float | None, typer.Option(help="Open loop: seconds of others before and after. [10]")] = None,
-    input_tokens: InputTokens = 1024,
-    output_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    trace: LengthsOfTrace = None,
-    dataset: LengthsOfDataset = None,
-    arrivals: Annotated[
-        Literal["poisson", "trace"] | None,
-        typer.Option(help="Open loop: drawn, or the trace's, stretched to each rate; without one, as they are."),
-    ] = None,
-    ttft_limit: Annotated[float | None, typer.Option(help="Goodput: ms to a request's first token.")] = None,
-    itl_limit: Annotated[float | None, typer.Option(help="Goodput: ms between its tokens, the mean.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Open loop: of arrivals and prompts. [0]")] = None,
-    url: Annotated[str | None, typer.Option(help="Open loop: a server's gRPC endpoint, host:port.")] = None,
-    served_model: Annotated[str | None, typer.Option(help="Its model there. [nanoflow]")] = None,
-    requests: Annotated[
-        int | None, typer.Option(min=1, help="Closed loop: measured for each level at least, one a client. [32]")
-    ] = None,
-    concurrency: Annotated[
-        list[int] | None, typer.Option(min=1, help="Closed loop: requests in flight; repeatable. [1, 16, 64, 256]")
-    ] = None,
-    settings: Settings = None,
-) -> None:
-    """Latency: at a rate of arrivals (open loop), or with so many requests in flight (closed loop).
-
-    With --rate or --arrivals trace, requests come when they are due, whatever has become of those before them.
-    """
-    from nanoflow_backend.bench.online.command import bench_online
-
-    open_loop = {
-        "duration": duration, "warm-up": warm_up, "trace": trace, "dataset": dataset, "arrivals": arrivals,
-        "seed": seed, "ttft-limit": ttft_limit, "itl-limit": itl_limit, "url": url, "served-model": served_model,
-    }  # fmt: skip
-    closed_loop = {"requests": requests, "concurrency": concurrency}
-    bench_online(
-        model, output, rate or [], input_tokens, output_tokens, open_loop, closed_loop, settings=settings or []
-    )
-
-
-@bench.command()
-def plot(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="A result of `nanoflow bench offline`, or some of `nanoflow bench online --rate`."),
-    ],
-    output: Annotated[Path, typer.Option(help="Where the picture goes: .svg, .png or .pdf.")],
-) -> None:
-    """Draw a result. Needs the extra `plot`.
-
-    Of an offline run: its use of compute, memory bandwidth and power over time. Of open loops: latencies over rates.
-    """
-    from nanoflow_backend.bench.plot import bench_plot
-
-    bench_plot(runs, output)
-
-
 def main() -> None:
     """Errors that name their cause need no traceback."""
+    from nanoflow_backend.cluster.error import ClusterError
     from nanoflow_backend.config.error import ConfigError
     from nanoflow_backend.embedded.server import ServerError
     from nanoflow_backend.process import logs
@@ -267,7 +192,7 @@ def main() -> None:
     try:
         logs.configure(level="warning")
         app()
-    except (ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
+    except (ClusterError, ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)
         sys.exit(COULD_NOT_RUN)
 

@@ -1,10 +1,13 @@
-"""What else a path may be where a model's folder is expected, said so that the reader knows what to do next."""
+"""What else a path may be where a model's folder is expected, said so that the reader knows what to do next; and what
+tells one folder's files from another's."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 LFS_START = b"version https://git-lfs.github.com/spec/"  # of the small text that stands for a file
+SPANS, SPAN_BYTES = 16, 2**16  # of a file, read for its digest: a minute's work on 100 GB would be too much
 EXPECTED = "expected a local Hugging Face folder with config.json and safetensors"
 
 
@@ -36,3 +39,20 @@ def is_lfs_pointer(start: bytes) -> bool:
 
 def lfs_hint(path: Path) -> str:
     return f"{path}: is a Git LFS pointer, not the file itself: run git lfs pull in {path.parent}"
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file's size and content; of a large one, of its first bytes and spans spread evenly over it.
+
+    The first bytes of a safetensors file name its tensors; training moves nearly every weight, so the spans show it.
+    """
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= SPANS * SPAN_BYTES:
+            digest.update(file.read())
+        else:
+            for span in range(SPANS):
+                file.seek(span * (size - SPAN_BYTES) // (SPANS - 1))
+                digest.update(file.read(SPAN_BYTES))
+    return digest.hexdigest()

@@ -2,9 +2,10 @@
 
     make templates DIR=folder [OUTPUT=record.json] [OF="where they are from"]
 
-reads every *.jinja file and every chat template of a tokenizer_config.json under the folder. The record has a header,
-what became of all pairs of a template and a conversation (`OUTCOMES`), and each pair whose texts differ or that one
-side alone refuses. Exits with 1 if the engine gives another text than transformers, or alone refuses a conversation.
+reads every *.jinja file and every chat template of a tokenizer_config.json under the folder. Each meets the
+conversations of `conversations.py` and random ones, which are the same in every run. The record has a header, what
+became of all pairs of a template and a conversation (`OUTCOMES`), and each pair whose texts differ or that one side
+alone refuses. Exits with 1 if the engine gives another text than transformers, or alone refuses a conversation.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import transformers
@@ -26,6 +28,7 @@ from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from benchmarks.accuracy.conversations import CONVERSATIONS, Conversation, Message
+from benchmarks.accuracy.random_conversations import random_conversation
 from nanoflow_backend.bench import result
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.text.chat_template import ChatTemplate
@@ -47,13 +50,16 @@ def main(
     folder: Annotated[Path, typer.Argument(help="With *.jinja or tokenizer_config.json files.")],
     output: Annotated[Path | None, typer.Option(help="The JSON record.")] = None,
     of: Annotated[str | None, typer.Option(help="Where the templates are from, for the record.")] = None,
+    random: Annotated[int, typer.Option(help="Random conversations for each template.", min=0)] = 20,
 ) -> None:
     """Chat templates of a folder, rendered for many conversations by the engine and by transformers."""
     found = dict(templates(folder))
     if not found:
         sys.exit(f"{folder}: expected *.jinja files or tokenizer_config.json files with a chat_template, found none")
     counts: Counter[str] = Counter()
-    of_conversations: dict[str, Counter[str]] = {name: Counter() for name in CONVERSATIONS}
+    drawn = {f"random {seed}": random_conversation(Random(seed)) for seed in range(random)}
+    conversations = CONVERSATIONS | drawn
+    of_conversations: dict[str, Counter[str]] = {name: Counter() for name in conversations}
     pairs, broken = [], []
     for name, source in track(found.items(), "templates"):
         try:
@@ -61,7 +67,7 @@ def main(
         except TemplateSyntaxError as error:
             broken.append({"template": name, "error": f"line {error.lineno}: {error.message}"})
             continue
-        for title, conversation in CONVERSATIONS.items():
+        for title, conversation in conversations.items():
             for generation in generation_prompts(conversation):
                 outcome, why = compare(template, source, conversation, generation)
                 counts[outcome] += 1
@@ -75,7 +81,7 @@ def main(
         "templates": len(found),
         "templates_of": of,
         "templates_sha256": hashlib.sha256("".join(sorted(found.values())).encode()).hexdigest(),
-        "conversations": len(CONVERSATIONS),
+        "conversations": len(conversations),
         "outcomes": OUTCOMES,
         "pairs": counts.total(),
         "counts": {outcome: counts[outcome] for outcome in OUTCOMES},

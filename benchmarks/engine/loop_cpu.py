@@ -20,8 +20,7 @@ from benchmarks.engine.null_engine import NullProgram
 from nanoflow_backend.bench import result
 from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.engine.local_executor import LocalExecutor
-from nanoflow_backend.engine.loop import queue
-from nanoflow_backend.process.messages import News
+from nanoflow_backend.process.reporter import Reporter
 from nanoflow_backend.request.request import Request
 
 SPARE_TOKENS, WARM_UP_STEPS = 24, 20  # of a step beside all decodes; before those that are measured
@@ -91,12 +90,14 @@ def measure_steps(model: Path, running: int, prompt_tokens: int, steps: int) -> 
     executor.launch_tail = timed("launch_tail", executor.launch_tail)  # type: ignore[method-assign]
     executor.collect = timed("collect", executor.collect)  # type: ignore[method-assign]
     step = timed("step", engine.step)
-    encode = timed("encode_news", msgspec.msgpack.Encoder().encode)
+    reporter = Reporter(msgspec.msgpack.Encoder().encode, engine.scheduler)
+    engine.on_scheduled = reporter.scheduled
+    report = timed("report", reporter.stepped)
     for _ in range(steps):
-        encode(News(step(), queue(engine, 0)))
+        report(step(), True)
     assert engine.scheduler.stats.running_requests == running, "all requests decode in every measured step"
     milliseconds = {name: round(1e3 * median(times), 3) for name, times in cpu_s.items()}
-    total = milliseconds["step"] + milliseconds["encode_news"]
+    total = milliseconds["step"] + milliseconds["report"]
     return {
         "running_requests": running,
         "steps": steps,

@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine import loop
 from nanoflow_backend.engine.local_executor import LocalExecutor
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep
 from nanoflow_backend.runtime.binding import FittedPlan
 from nanoflow_backend.runtime.program import Program
@@ -82,11 +82,14 @@ class NullExecutor(LocalExecutor):
         return msgspec.structs.replace(sampled, token_ids=[made_now()] * len(sampled.token_ids))
 
 
-def write_interpreter(path: Path, step_us: int) -> Path:
-    """An executable for the `python` of an engine.json: whatever module it is told to run, it runs this engine."""
+def write_interpreter(path: Path, step_us: int, first: str = "") -> Path:
+    """An executable for the `python` of an engine.json: whatever module it is told to run, it runs this engine.
+
+    `first`: a line of Python before that.
+    """
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path[:0] = {[folder for folder in sys.path if folder]!r}\n"
-        f"from benchmarks.engine import null_engine\nnull_engine.main({step_us})\n"
+        f"{first}\nfrom benchmarks.engine import null_engine\nnull_engine.main({step_us})\n"
     )
     path.chmod(0o755)
     return path

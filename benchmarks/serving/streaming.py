@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -154,7 +154,7 @@ def index_of(response: Any, name: str) -> int:
     return next(index for index, output in enumerate(response.outputs) if output.name == name)
 
 
-def request(model: str, stream: int) -> ModelInferRequest:
+def request(model: str, stream: int, params: Mapping[str, Any] = PARAMS) -> ModelInferRequest:
     made = ModelInferRequest(model_name=model, id=str(stream))
     made.parameters["triton_enable_empty_final_response"].bool_param = True
     text = f"The {stream}th statement".encode()
@@ -162,7 +162,7 @@ def request(model: str, stream: int) -> ModelInferRequest:
         ("text_input", "BYTES", with_length(text)),
         ("stream", "BOOL", b"\1"),
         ("return_output_ids", "BOOL", b"\1"),
-        ("sampling_parameters", "BYTES", with_length(msgspec.json.encode(PARAMS))),
+        ("sampling_parameters", "BYTES", with_length(msgspec.json.encode(params))),
     ):
         made.inputs.add(name=name, datatype=kind, shape=[1])
         made.raw_input_contents.append(content)

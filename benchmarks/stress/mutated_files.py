@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from msgspec import to_builtins
 
 from benchmarks.models import checkpoints
 from benchmarks.models.tiny_tokenizers import llama3
 from nanoflow_backend.bench import result
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.kv_events import KvEventsConfig
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.engine.engine import Engine
@@ -156,7 +158,9 @@ def tiny_model(folder: Path) -> Path:
     settings = {"dense_batch_tokens": 32, "page_tokens": 4, "kv_cache_tokens": 256, "max_model_tokens": 64}
     defaults = dict(zip(EngineConfig.__struct_fields__[1:], EngineConfig.__struct_defaults__, strict=True))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    write(folder / "engine.json", {**defaults, "model": ".", "device": "cpu", "schedule": "plans.json", **settings})
+    events = to_builtins(KvEventsConfig(endpoint=f"ipc://{folder}/events", replay_endpoint=f"ipc://{folder}/replay"))
+    named = {"model": ".", "device": "cpu", "schedule": "plans.json", "kv_events": events}
+    write(folder / "engine.json", {**defaults, **named, **settings})
     layer = build(read_model_config(folder)).layer
     header = Header(
         model_fingerprint=fingerprint(layer), precision=FLOAT32, device="cpu", tensor_parallel=1, dense_batch_tokens=32

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import median
-from typing import Any, NamedTuple
 
+from benchmarks.tables.beyond_one_machine import beyond_one_machine
 from benchmarks.tables.result_files import load, load_all, runs_beside_vllm, whole_runs_of_the_search
+from benchmarks.tables.result_row import ResultRow, at_each, medians, precision, rates, requests, span, told
 
 STEADY_S = 60.0  # a stationary part that is shorter says too little
-
-
-class ResultRow(NamedTuple):
-    """One line of a table, in words."""
-
-    what: str
-    measured: str
-    hardware: str
 
 
 def groups() -> dict[str, list[ResultRow]]:
@@ -29,6 +22,7 @@ def groups() -> dict[str, list[ResultRow]]:
         "Latency": list(_latency()),
         "The engine without a device": list(_without_device()),
         "Faults and overload": list(_faults()),
+        "Beyond one machine": list(beyond_one_machine()),
     }
 
 
@@ -97,11 +91,10 @@ def _beside_vllm() -> Iterator[ResultRow]:
     """Results of `beside-vllm`, which have both engines and several workloads."""
     for run in load_all("beside_vllm"):
         ours, vllm = run["nanoflow"], run["vllm"][0]["versions"]["vllm"]
-        precision = ", weights in FP8" if ours["quantization"] else ""
-        precision += ", KV cache in FP8" if ours["kv_cache_dtype"] == "fp8_e4m3" else ""
         for row in run["rows"]:
             yield ResultRow(
-                f"vLLM {vllm}{precision}, {row['requests']:,} requests of {row['workload']}, {run['model']}: whole run",
+                f"vLLM {vllm}{precision(ours)}, {row['requests']:,} requests of {row['workload']}, {run['model']}: "
+                "whole run",
                 f"{rates(row['vllm'])}; NanoFlow, on the same card: {rates(row['nanoflow'])} ({row['ratio']:.2f}x)",
                 run["gpu"],
             )
@@ -204,21 +197,15 @@ def _latency() -> Iterator[ResultRow]:
     for run in load_all("open_loop"):
         rates = run["rates"]
         asked = " / ".join(f"{rate['rate']:g}" for rate in rates)
-        kept = f"; goodput {_at_each(rates, 'goodput_per_s')} requests/s" if "slo" in run else ""
+        kept = f"; goodput {at_each(rates, 'goodput_per_s')} requests/s" if "slo" in run else ""
         yield ResultRow(
             f"Latency of {run['engine']} at {asked} requests a second ({run['arrivals']}), {run['model']} with random "
             f"weights, {run['workload']} tokens in and out",
-            f"normalized latency {_at_each(rates, 'normalized_latency_ms', 'mean')} ms a token (means); p99 of the "
-            f"first token {_at_each(rates, 'first_token_ms', 'p99')} ms, between tokens "
-            f"{_at_each(rates, 'between_tokens_ms', 'p99')} ms{kept}",
+            f"normalized latency {at_each(rates, 'normalized_latency_ms', 'mean')} ms a token (means); p99 of the "
+            f"first token {at_each(rates, 'first_token_ms', 'p99')} ms, between tokens "
+            f"{at_each(rates, 'between_tokens_ms', 'p99')} ms{kept}",
             run["gpu"],
         )
-
-
-def _at_each(rates: list[dict[str, Any]], field: str, part: str | None = None) -> str:
-    """A figure of each rate; "-" where no request had one."""
-    figures = [rate[field].get(part) if part else rate[field] for rate in rates]
-    return " / ".join("-" if figure is None else f"{figure:.1f}" for figure in figures)
 
 
 def _without_device() -> Iterator[ResultRow]:
@@ -235,6 +222,16 @@ def _without_device() -> Iterator[ResultRow]:
             f"Azure conversation trace, {forecast['requests']:,} requests, KV for 300k tokens: steps and preemptions "
             "with admission by forecast / without / reserving max_tokens",
             " / ".join(f"{arm['steps']:,} and {arm['preemptions']}" for arm in (forecast, naive, reserve)),
+            "simulated, no device",
+        )
+    for traffic in load_all("multi_round_sim"):
+        tiers, without = traffic["arms"]["host_73_gib"]["steady"], traffic["arms"]["recomputing"]["steady"]
+        yield ResultRow(
+            f"Conversations that come back, {traffic['workload']}, their KV {traffic['settings']['times_device']:g} "
+            f"times the device's of {traffic['settings']['kv_cache_tokens']:,} tokens, 73 GiB of host memory, by an "
+            "H200's measured costs: rounds a second, stationary",
+            f"{tiers['rounds_per_s']:.1f} with tiers, {without['rounds_per_s']:.1f} recomputing; "
+            f"{tiers['share_of_bound']:.0%} of the traffic's bound",
             "simulated, no device",
         )
 
@@ -273,27 +270,3 @@ def _faults() -> Iterator[ResultRow]:
             f"{bursts['ends']['answered']:,} answered whole, the others told that the queue is full",
             bursts["device"],
         )
-
-
-def span(cells: list[dict[str, Any]], name: str) -> str:
-    values = [cell[name] for cell in cells]
-    return f"{min(values):,} to {max(values):,}"
-
-
-def told(cell: dict[str, Any]) -> str:
-    return f"{cell['over_sequential']:.3f}x ({cell['tokens']:,} tokens, context {cell['context']:,})"
-
-
-def requests(run: dict[str, Any]) -> str:
-    count = f"{run['requests']:,} requests at once"
-    return f"{run['model']} with random weights, {run['workload']} tokens in and out, {count}"
-
-
-def rates(run: dict[str, Any]) -> str:
-    share = f"; {run['share_of_eq5']:.0%} of Eq. 5" if "share_of_eq5" in run else ""
-    power = f"{run['mean_power_w']:.0f} W, {run['mj_per_token']:.1f} mJ a token"
-    return f"{run['total_tokens_per_s']:,.0f} tokens/s; {power}{share}"
-
-
-def medians(levels: list[dict[str, Any]], times: str) -> str:
-    return " / ".join(f"{level[times]['p50']:,.1f}" for level in levels)

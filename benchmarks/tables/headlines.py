@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.tables.full_table import ResultRow, medians
 from benchmarks.tables.result_files import load, load_all, runs_beside_vllm, whole_runs_of_the_search
+from benchmarks.tables.result_row import ResultRow, medians
 
 
 def headlines() -> list[ResultRow]:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.tables.full_table import ResultRow, groups
+from benchmarks.tables.full_table import groups
 from benchmarks.tables.headlines import headlines
+from benchmarks.tables.result_row import ResultRow
 
 ROOT = Path(__file__).parents[2]
 README, FULL = ROOT / "README.md", ROOT / "docs" / "results.md"

@@ -1,6 +1,7 @@
 """Rotary positions (RoPE) of queries and keys, and the append of keys and values to their pages, in one pass.
 
-Shape legend: T tokens, H query heads, K kv heads, d head_dim, S slots, N pages of a slot, P tokens a page.
+Shape legend: T tokens, H query heads, K kv heads, d head_dim, r its dimensions that are rotated, S slots, N pages of a
+slot, P tokens a page.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ def _norm_weight(q_ptr, k_ptr, is_q, is_v):
 def _rope_append(
     qkv_ptr, positions_ptr, slots_ptr, page_table_ptr, frequencies_ptr, q_norm_ptr, k_norm_ptr, kv_scales_ptr,
     q_ptr, pages_ptr, T, qkv_stride, q_stride, page_table_stride, page_tokens, eps, attention_factor,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """(a cos w - b sin w, b cos w + a sin w) with w = position * frequency, of each head's halves (a, b) of q and k.
 
-    Both times attention_factor. With q_norm_ptr and k_norm_ptr, the RMS norm of each head of q and k comes first.
+    Both times attention_factor. Where TURNED < HALF, only a head's first 2 TURNED dimensions are rotated, and have
+    halves of their own. With q_norm_ptr and k_norm_ptr, the RMS norm of each head of q and k comes first.
     V is not rotated. Rotated K, and V, go to place position % P of the page that the page table has for position / P.
     With kv_scales_ptr they are divided by its scales, of K and of V, and rounded to e4m3.
     Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
@@ -43,24 +45,33 @@ def _rope_append(
     is_q = (head < H)[:, None]
     is_kv = ((head >= H) & (head < H + 2 * K))[:, None]
     is_v = (head >= H + K)[:, None]
-    column = head[:, None] * (2 * HALF) + dim[None, :]
-    frequency = tl.load(frequencies_ptr + dim).to(tl.float32)
+    # Of each pair: its first dimension, how far the second is from that, and how it turns.
+    if TURNED == HALF:
+        first, apart = dim, HALF
+        frequency = tl.load(frequencies_ptr + dim).to(tl.float32)
+        factor = attention_factor
+    else:
+        turns = dim < TURNED
+        first, apart = tl.where(turns, dim, dim + TURNED), tl.where(turns, TURNED, HALF - TURNED)
+        frequency = tl.load(frequencies_ptr + dim, mask=turns, other=0).to(tl.float32)
+        factor = tl.where(turns, attention_factor, 1.0)
+    column = head[:, None] * (2 * HALF) + first[None, :]
     if q_norm_ptr is not None:
-        weight_a = _norm_weight(q_norm_ptr + dim, k_norm_ptr + dim, is_q, is_v)
-        weight_b = _norm_weight(q_norm_ptr + HALF + dim, k_norm_ptr + HALF + dim, is_q, is_v)
+        weight_a = _norm_weight(q_norm_ptr + first, k_norm_ptr + first, is_q, is_v)
+        weight_b = _norm_weight(q_norm_ptr + apart + first, k_norm_ptr + apart + first, is_q, is_v)
     for item in range(tl.program_id(0), T, tl.num_programs(0)):
         row = tl.cast(item, tl.int64)
         position = tl.load(positions_ptr + row)
         slot = tl.load(slots_ptr + row).to(tl.int64)
         angle = position.to(tl.float32) * frequency
-        cos, sin = attention_factor * tl.cos(angle)[None, :], attention_factor * tl.sin(angle)[None, :]
+        cos, sin = (factor * tl.cos(angle))[None, :], (factor * tl.sin(angle))[None, :]
         is_real = position >= 0
         page = tl.load(
             page_table_ptr + slot * page_table_stride + position // page_tokens, mask=is_real, other=0
         ).to(tl.int64)  # fmt: skip
         wait_for_earlier(PDL)
         a = tl.load(qkv_ptr + row * qkv_stride + column, mask=is_q | is_kv, other=0)
-        b = tl.load(qkv_ptr + row * qkv_stride + column + HALF, mask=is_q | is_kv, other=0)
+        b = tl.load(qkv_ptr + row * qkv_stride + column + apart, mask=is_q | is_kv, other=0)
         a32, b32 = a.to(tl.float32), b.to(tl.float32)
         if q_norm_ptr is not None:
             mean = tl.sum(a32 * a32 + b32 * b32, 1)[:, None] / (2 * HALF)
@@ -69,20 +80,21 @@ def _rope_append(
         rotated_a = tl.where(is_v, a32, a32 * cos - b32 * sin)
         rotated_b = tl.where(is_v, b32, b32 * cos + a32 * sin)
         tl.store(q_ptr + row * q_stride + column, rotated_a.to(q_ptr.dtype.element_ty), mask=is_q)
-        tl.store(q_ptr + row * q_stride + column + HALF, rotated_b.to(q_ptr.dtype.element_ty), mask=is_q)
+        tl.store(q_ptr + row * q_stride + column + apart, rotated_b.to(q_ptr.dtype.element_ty), mask=is_q)
 
         # kv heads lie in one page as K's, then V's: 2 K tiles of [P, d].
         page_offset = ((page * 2 * K + head - H) * page_tokens + position % page_tokens) * (2 * HALF)
-        offset = page_offset[:, None] + dim[None, :]
+        offset = page_offset[:, None] + first[None, :]
         if kv_scales_ptr is None:
             kept_a, kept_b = rotated_a.to(pages_ptr.dtype.element_ty), rotated_b.to(pages_ptr.dtype.element_ty)
         else:
             per_scale = 1 / tl.where(is_v, tl.load(kv_scales_ptr + 1), tl.load(kv_scales_ptr))
             kept_a, kept_b = to_e4m3(rotated_a * per_scale), to_e4m3(rotated_b * per_scale)
             # A thread stores as many as it has of 16 bits. Else the compiler rotates all again in a layout for bytes.
-            offset = tl.max_contiguous(offset, [1, 8])
+            if TURNED % 8 == 0:
+                offset = tl.max_contiguous(offset, [1, 8])
         tl.store(pages_ptr + offset, kept_a, mask=is_kv & is_real)
-        tl.store(pages_ptr + offset + HALF, kept_b, mask=is_kv & is_real)
+        tl.store(pages_ptr + offset + apart, kept_b, mask=is_kv & is_real)
 
 
 def rope_append(
@@ -99,10 +111,10 @@ def rope_append(
 ) -> None:
     """Rotate queries and keys by position, and append K and V to their pages in place. A row at -1 appends nothing.
 
-    A head's halves are (a, b), as in Hugging Face's layout of the weights; the angles are fp32. What is rotated is
-    multiplied by attention_factor, too.
+    The halves of a head's first r dimensions are (a, b), as in Hugging Face's layout of the weights; the angles are
+    fp32. What is rotated is multiplied by attention_factor, too.
 
-    qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [d / 2] -> q [T, H d], pages
+    qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [r / 2] -> q [T, H d], pages
     [pages, 2, K, P, d]; ints are int32, the others of one floating dtype, frequencies of any. Or
     pages are of e4m3 and get K / kv_scales[0] and V / kv_scales[1], limited to what e4m3 holds: kv_scales [2] fp32.
 
@@ -160,7 +172,11 @@ def _launch(
     check_pages(name, pages, qkv.dtype, kv_scales)
     check_dtype(name, torch.int32, positions=positions, slots=slots, page_table=page_table)
     check_shape(name, "qkv", qkv, tokens, (heads + 2 * kv_heads) * head_dim)
-    check_shape(name, "frequencies", frequencies, head_dim // 2)
+    if frequencies.ndim != 1 or not 0 < len(frequencies) <= head_dim // 2:
+        raise ValueError(
+            f"{name}: frequencies: expected one for each pair of at most {head_dim} dimensions, got "
+            f"{tuple(frequencies.shape)}"
+        )
     for norm, weight in zip(("q_norm", "k_norm"), norms or (), strict=False):
         check_shape(name, norm, weight, head_dim)
     if not pages.is_contiguous() or head_dim & (head_dim - 1):
@@ -172,6 +188,6 @@ def _launch(
     _rope_append[(programs(tokens, num_sms, q.device, per_sm=16),)](
         qkv, positions, slots, page_table, frequencies, q_norm, k_norm, kv_scales,
         q, pages, tokens, qkv.stride(0), q.stride(0), page_table.stride(0), page_tokens, eps, attention_factor,
-        heads, kv_heads, head_dim // 2, triton.next_power_of_2(heads + 2 * kv_heads), pdl,
+        heads, kv_heads, head_dim // 2, len(frequencies), triton.next_power_of_2(heads + 2 * kv_heads), pdl,
         num_warps=8, launch_pdl=pdl,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -73,12 +74,20 @@ def _program() -> str:
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a result shows them."""
-    return {name: _without_folder(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, msgspec.Struct):
+            return without_folders(msgspec.structs.asdict(value))
+        return _without_folder(value) if isinstance(value, str) else value
+
+    return {name: shown(value) for name, value in settings.items()}
 
 
 def _without_folder(word: str) -> str:
     """Where a file lies on this machine is nobody's business; paths inside the project stay."""
     before, equals, path = word.rpartition("=")
+    if path.startswith("{"):
+        return before + equals + re.sub(r'"(/[^"]*)"', lambda found: f'"{Path(found[1]).name}"', path)
     return before + equals + (Path(path).name if os.path.isabs(path) else path)
 
 

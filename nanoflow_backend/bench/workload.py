@@ -136,7 +136,7 @@ def drawn(dataset: Dataset, requests: int, max_model_tokens: int) -> Workload:
     draw, lengths, clipped = random.Random(SEED), [], 0
     for _ in range(requests):
         asked_input, asked_output = (
-            max(1, round(draw.lognormvariate(*_log_moments(mean, deviation)))) for mean, deviation in DATASETS[dataset]
+            max(1, round(draw.lognormvariate(*log_moments(mean, deviation)))) for mean, deviation in DATASETS[dataset]
         )
         input_tokens = min(asked_input, max_model_tokens - 1)
         output_tokens = min(asked_output, max_model_tokens - input_tokens)
@@ -150,7 +150,7 @@ def drawn(dataset: Dataset, requests: int, max_model_tokens: int) -> Workload:
     return Workload(dataset, tuple(lengths), facts)
 
 
-def _log_moments(mean: float, deviation: float) -> tuple[float, float]:
+def log_moments(mean: float, deviation: float) -> tuple[float, float]:
     """Mean and deviation of the logarithm of what has this mean and deviation and is log-normal."""
     variance = log1p((deviation / mean) ** 2)
     return log(mean) - variance / 2, sqrt(variance)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 
@@ -13,16 +15,23 @@ if TYPE_CHECKING:
     from nanoflow_backend.engine import Engine
 
 
-def parse(settings: Sequence[str]) -> dict[str, str]:
-    """Raises: ConfigError for a setting without "=", or one of the model."""
-    fields = {}
+def parse(settings: Sequence[str]) -> dict[str, Any]:
+    """A value is text, or JSON if it begins as an object does.
+
+    Raises:
+        ConfigError: a setting without "=", one of the model, or an object that is no JSON.
+    """
+    fields: dict[str, Any] = {}
     for setting in settings:
         field, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: expected field=value")
         if field == "model":
             raise ConfigError(f"--set {setting}: expected the model as --model")
-        fields[field] = value
+        try:
+            fields[field] = msgspec.json.decode(value) if value.startswith("{") else value
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"--set {setting}: expected a JSON object: {error}") from None
     return fields
 
 

@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.file import convert, read_json
+from nanoflow_backend.config.file import convert, parse_json, read_json
+from nanoflow_backend.config.kv_events import KvEventsConfig
 from nanoflow_backend.config.precision import Dtype, Precision
 from nanoflow_backend.config.quantization import FP8
-from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, whole
+from nanoflow_backend.config.rules import PATH, Rule, broken, one_of, split_address, whole
 
 TOKENS = whole(1, or_null=True)
+BYTES = whole(0, 2**53)
 RULES = {  # of engine.json, beyond the types of its fields
     "model": PATH,
     "schedule": PATH,
@@ -28,9 +30,14 @@ RULES = {  # of engine.json, beyond the types of its fields
     "schedule_cache": PATH,
     "python": PATH,
     "tensor_parallel": one_of(1, 2, 4, 8),
+    "hosts": one_of(1, 2, 4, 8),
+    "leader_address": Rule("HOST:PORT, or [IPV6]:PORT", lambda value: split_address(value) is not None),
+    "secret_file": PATH,
+    "join_timeout_s": Rule("a finite number >= 1", lambda value: 1 <= value < math.inf),
     "dense_batch_tokens": TOKENS,
     "chunk_tokens": TOKENS,
     "prompt_tokens": TOKENS,
+    "inter_token_target_ms": Rule("a finite number > 0 or null", lambda value: 0 < value < math.inf),
     "max_running": TOKENS,
     "max_queue_size": whole(1),
     "queue_timeout_us": whole(1, 2**53, or_null=True),
@@ -41,10 +48,20 @@ RULES = {  # of engine.json, beyond the types of its fields
     "max_model_tokens": whole(2, or_null=True),  # one of a prompt, one of an answer
     "page_tokens": TOKENS,
     "kv_cache_tokens": TOKENS,
+    "host_kv_cache_bytes": BYTES,
+    "host_kv_cache_step_bytes": whole(1, 2**53, or_null=True),
     "gpu_memory_utilization": Rule("a number in (0, 1]", lambda value: 0 < value <= 1),
+    "metrics_dialects": Rule("different ones", lambda value: len(set(value)) == len(value)),
     "otlp_traces_endpoint": Rule("an http(s) URL or null", lambda value: value.startswith(("http://", "https://"))),
     "seed": whole(-(2**63), 2**63),
 }
+
+
+class DiskKvCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where pages of the KV cache are kept as files, which several engines of a host may share."""
+
+    path: str  # a folder, made where there is none
+    bytes: int  # most that its files take
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,10 +79,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16", "fp8_e4m3"] = "auto"
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, of config.json's shape
     tensor_parallel: int = 1  # ranks
-    gpus: tuple[int, ...] | None = None  # one for each rank, as the server's process counts them; None: the first ones
+    hosts: int = 1  # that share the ranks, as many each; this one is the leader, the others run `nanoflow rank`
+    leader_address: str | None = None  # HOST:PORT of this host, where the others join; None: by the environment
+    secret_file: str | None = None  # of what the hosts prove to each other to have
+    join_timeout_s: float = 600.0  # the longest wait for the other hosts
+    gpus: tuple[int, ...] | None = None  # one for each rank of a host, as the server's process counts; None: the first
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
     prompt_tokens: int | None = None  # most of all prompts in one step, if B_dense has room; None: dense_batch_tokens
+    inter_token_target_ms: float | None = None  # for a step with decodes: prompts are cut so that it takes no longer
     max_running: int | None = None  # requests that hold pages; None: dense_batch_tokens
     max_queue_size: int = 4096  # requests that wait beyond those; more are refused
     queue_timeout_us: int | None = None  # a request that has not begun by then is refused; its own may be shorter
@@ -76,18 +98,32 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_tokens: int | None = None  # prompt + output; None: the model's max_position_embeddings
     page_tokens: int | None = None  # KV page size; None: by device
     kv_cache_tokens: int | None = None  # size of the KV cache on each rank's share of heads; None: by device
+    host_kv_cache_bytes: int = 0  # host memory, of all ranks together, for pages that leave the device; 0: none
+    host_kv_cache_keep: Literal["all", "seen_twice"] = (
+        "all"  # pages that go there; the second: what was asked for again
+    )
+    host_kv_cache_step_bytes: int | None = None  # most copied there beside a step; None: twice what a step can fill
+    disk_kv_cache: DiskKvCache | None = None  # keeps pages of host memory beyond the life of the engine
     gpu_memory_utilization: float = 0.92  # of the GPU's memory, for weights, workspace and the KV cache
     prefix_caching: bool = True
     async_scheduling: bool = True  # launch step i+1 before the results of step i are read
     cuda_graphs: bool = True  # False: a kernel at a time, to debug or to compare
+    # Names that the metrics page has: ours, those of vLLM, those of Triton's TensorRT-LLM backend.
+    metrics_dialects: tuple[Literal["nanoflow", "vllm", "trtllm"], ...] = ("nanoflow", "vllm")
     otlp_traces_endpoint: str | None = None  # of a collector, OTLP over HTTP: "http://collector:4318/v1/traces"
+    kv_events: KvEventsConfig | None = None  # tell gateways which KV pages there are; None: do not
     seed: int = 0  # draws the seeds of requests that come without one
 
     def __post_init__(self) -> None:
         faults = broken(RULES, {name: getattr(self, name) for name in self.__struct_fields__})
-        gpus, ranks = self.gpus, self.tensor_parallel
+        gpus, ranks = self.gpus, self.tensor_parallel // max(self.hosts, 1)
+        if self.tensor_parallel % max(self.hosts, 1):
+            faults.append(f"hosts: expected a divisor of tensor_parallel ({self.tensor_parallel}), got {self.hosts}")
+        if self.hosts > 1 and self.secret_file is None:
+            faults.append(f"secret_file: expected a file with the secret that {self.hosts} hosts share, got null")
         if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
-            faults.append(f"gpus: expected {ranks} different ids (tensor_parallel), got {list(gpus)}")
+            why = "tensor_parallel" if self.hosts == 1 else "tensor_parallel / hosts"
+            faults.append(f"gpus: expected {ranks} different ids ({why}), got {list(gpus)}")
         if gpus is not None and self.device == "cpu":
             faults.append(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
@@ -95,8 +131,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"max_running: expected at most dense_batch_tokens ({self.dense_batch_tokens}), "
                 f"since every running request decodes in every step; got {self.max_running}"
             )
+        if self.kv_events is not None and self.kv_events.publisher != "null" and not self.prefix_caching:
+            faults.append("kv_events: expected null without prefix_caching, since no page can be found then")
+        faults += self._tier_faults()
         if faults:
             raise ConfigError("; ".join(faults))
+
+    def _tier_faults(self) -> list[str]:
+        """What is wrong with the tiers of the KV cache below the device."""
+        faults, host, disk = [], self.host_kv_cache_bytes, self.disk_kv_cache
+        if host and not self.prefix_caching:
+            faults.append(f"host_kv_cache_bytes: expected 0 without prefix_caching, which finds its pages, got {host}")
+        if disk and not host:
+            faults.append("disk_kv_cache: expected host_kv_cache_bytes above 0, for its pages go through host memory")
+        if disk:
+            rules = {"disk_kv_cache.path": PATH, "disk_kv_cache.bytes": whole(1, 2**63)}
+            faults += broken(rules, {"disk_kv_cache.path": disk.path, "disk_kv_cache.bytes": disk.bytes})
+        return faults
 
     def settle(self, device: Literal["cpu", "cuda"]) -> SettledConfig:
         """The same on a device: what was left to it has a value.
@@ -144,8 +195,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Check `fields` and make their paths absolute."""
 
         def rooted(key: str, value: Any) -> Any:
+            if key == "disk_kv_cache" and isinstance(value, Mapping) and isinstance(value.get("path"), str):
+                return {**value, "path": os.path.normpath(relative_to / os.path.expanduser(value["path"]))}
             is_path = (
-                key in ("model", "schedule_cache")
+                key in ("model", "schedule_cache", "secret_file")
                 or (key == "python" and "/" in str(value))
                 or str(value).endswith(".json")
             )
@@ -155,6 +208,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             return os.path.normpath(relative_to / os.path.expanduser(value))
 
         absolute = {key: rooted(key, value) for key, value in fields.items()}
+        if isinstance(text := absolute.get("kv_events"), str):  # as a parameter of config.pbtxt
+            absolute["kv_events"] = parse_json(text, f"{origin}: kv_events")
+        if isinstance(dialects := absolute.get("metrics_dialects"), str):  # as config.pbtxt has to say it
+            absolute["metrics_dialects"] = [name.strip() for name in dialects.split(",") if name.strip()]
         return convert(absolute, cls, origin, strict=False, rules=RULES)
 
 

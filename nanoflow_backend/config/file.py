@@ -42,12 +42,21 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
+    return parse_json(read_file(path), str(path))
+
+
+def parse_json(text: bytes | str, origin: str) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises:
+        ConfigError: `origin`, and why it is none.
+    """
     try:
-        return msgspec.json.decode(read_file(path), type=dict[str, Any])
+        return msgspec.json.decode(text, type=dict[str, Any])
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{origin}: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        raise ConfigError(f"{origin}: not valid JSON: {error}") from None
 
 
 def convert(

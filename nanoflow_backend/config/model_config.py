@@ -21,22 +21,28 @@ ROPE_RULES = {
     "attention_factor": FACTOR,
     "beta_fast": FACTOR,
     "beta_slow": FACTOR,
+    "partial_rotary_factor": Rule("a number > 0 and <= 1", lambda value: 0 < value <= 1),
     "original_max_position_embeddings": whole(1),
 }
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding. `llama3` scaling (Llama-3.1) and `yarn` stretch low frequencies by `factor`, `linear` all."""
+    """Rotary embedding. `llama3` scaling (Llama-3.1) and `yarn` stretch low frequencies by `factor`, `linear` all, and
+    `longrope` each by a factor of its own: one of `short_factor` or, where requests may be longer than the first
+    context, of `long_factor`."""
 
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"] = "default"
+    partial_rotary_factor: float = 1.0  # the share of a head's dimensions that is rotated: the first ones
     factor: float = 1.0
     low_freq_factor: float = 1.0  # of llama3
     high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # of yarn, as all below
+    beta_fast: float = 32.0  # of yarn
     beta_slow: float = 1.0
     truncate: bool = True  # the ramp begins and ends at whole dimensions
-    attention_factor: float = 1.0  # of what is rotated
+    short_factor: tuple[float, ...] = ()  # of longrope, one for each frequency
+    long_factor: tuple[float, ...] = ()
+    attention_factor: float = 1.0  # of yarn and longrope: of what is rotated
     original_max_positions: int = 8192  # of llama3, too
 
     def __post_init__(self) -> None:
@@ -47,6 +53,9 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
             faults.append(f"expected low_freq_factor < high_freq_factor, got {low}, {high}")
         if self.scaling == "yarn" and self.beta_slow > self.beta_fast:
             faults.append(f"expected beta_slow <= beta_fast, got {self.beta_slow}, {self.beta_fast}")
+        for name in ("short_factor", "long_factor"):
+            wrong = [factor for factor in getattr(self, name) if not FACTOR.holds(factor)]
+            faults += [f"{name}: expected numbers > 0, from 0.001 to 1000000, got {wrong[0]!r}"] if wrong else []
         if self.scaling == "yarn" and self.theta == 1:
             faults.append("expected theta > 1 with yarn, got 1.0")
         if faults:
@@ -56,6 +65,10 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
     def stretched_positions(self) -> int:
         """The context that `yarn` makes of the first one; 0 where other scalings leave it to the model."""
         return int(self.factor * self.original_max_positions) if self.scaling == "yarn" else 0
+
+    def rotated(self, head_dim: int) -> int:
+        """How many dimensions of a head are rotated, as transformers rounds it."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,3 +108,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"num_experts_per_tok {self.experts_per_token} is more than num_local_experts {self.num_experts}"
             )
+        rotated = self.rope.rotated(self.head_dim)
+        if rotated < 2 or rotated % 2:
+            raise ConfigError(
+                f"partial_rotary_factor {self.rope.partial_rotary_factor}: expected an even number of dimensions of a "
+                f"head ({self.head_dim}), got {rotated}"
+            )
+        for name in ("short_factor", "long_factor") if self.rope.scaling == "longrope" else ():
+            if (count := len(getattr(self.rope, name))) != rotated // 2:
+                raise ConfigError(f"{name}: expected {rotated // 2} numbers, one for each frequency, got {count}")

@@ -31,6 +31,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     excluded: tuple[str, ...] = ()  # modules that stay as they are: full names, or "re:" and a pattern for their start
     weight_scale: str = "weight_scale"  # the scale's tensor of a module
     kv_scales: tuple[str, str] | None = None  # the tensors of K's and V's scale of a layer's module; None: it has none
+    wholes: tuple[tuple[str, str], ...] = ()  # modules with the one that a checkpoint, and `excluded`, has them in
     at_load: bool = False  # the checkpoint is not quantised: scales are found while its weights are read
     layer: int = 0  # that "{layer}" stands for
 
@@ -41,7 +42,8 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def covers(self, tensor: str) -> bool:
         """Whether this weight, "{module}.weight" with {layer} where it has one, is quantised."""
-        module = tensor.replace("{layer}", str(self.layer)).removesuffix(".weight")
+        part = tensor.removesuffix(".weight")
+        module = dict(self.wholes).get(part, part).replace("{layer}", str(self.layer))
         return not any(
             re.match(pattern.removeprefix("re:"), module) if pattern.startswith("re:") else pattern == module
             for pattern in self.excluded

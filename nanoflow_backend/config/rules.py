@@ -38,6 +38,17 @@ def is_file_name(value: str) -> bool:
     return value not in ("", ".", "..") and "/" not in value and is_path(value)
 
 
+def split_address(value: str) -> tuple[str, int] | None:
+    """(host, port) of HOST:PORT, where the host may be an IPv6 address in brackets; None: it is none."""
+    host, colon, port = value.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 2**16
+    return (host, int(port)) if colon and host and is_port else None
+
+
 PATH = Rule(f"a path of names up to {NAME_BYTES} bytes, {PATH_BYTES} in all, without NUL", is_path)
 
 

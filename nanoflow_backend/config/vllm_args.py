@@ -131,6 +131,16 @@ def _cuda_graphs(given: Mapping[str, Any]) -> Any:
     return not eager if isinstance(eager, bool) else eager
 
 
+def _kv_events(given: Mapping[str, Any]) -> Any:
+    """The keys are the same but for vLLM's switch, without which it publishes nothing."""
+    events = given["kv_events_config"]
+    switch = _plain(events.get("enable_kv_cache_events", False)) if isinstance(events, Mapping) else None
+    if not isinstance(switch, bool):
+        return events
+    kept = {key: value for key, value in events.items() if key != "enable_kv_cache_events" and value is not None}
+    return kept if switch else None
+
+
 # Argument: the field, and its value of all the arguments. None leaves the field at its default.
 TRANSLATED: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "model": ("model", _value("model")),
@@ -150,6 +160,7 @@ TRANSLATED: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "enable_prefix_caching": ("prefix_caching", _value("enable_prefix_caching")),
     "async_scheduling": ("async_scheduling", _value("async_scheduling")),
     "enforce_eager": ("cuda_graphs", _cuda_graphs),
+    "kv_events_config": ("kv_events", _kv_events),
     "seed": ("seed", _value("seed")),
 }
 
@@ -201,7 +212,7 @@ DECISIVE: dict[str, tuple[Any, ...]] = {
     "scheduler_cls": (),
     "io_processor_plugin": (),
     "additional_config": ({},),
-    # other metrics: `telemetry.vllm_families` reads it
+    # other metrics: `telemetry.dialects` reads it
     "disable_log_stats": (True, False),
 }
 
@@ -224,7 +235,7 @@ IDLE: dict[str, str] = {
         block_size swap_space cpu_offload_gb cpu_offload_params offload_backend offload_group_size
         offload_num_in_group offload_prefetch_step offload_params kv_offloading_size kv_offloading_backend
         prefix_caching_hash_algo prefix_match_unit kv_sharing_fast_prefill calculate_kv_scales
-        kv_cache_dtype_skip_layers disable_hybrid_kv_cache_manager kv_events_config enable_sleep_mode
+        kv_cache_dtype_skip_layers disable_hybrid_kv_cache_manager enable_sleep_mode
         enable_cumem_allocator
     """,
     "the scheduler is another one": """

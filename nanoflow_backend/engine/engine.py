@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.executor import Executor, LaunchedStep
+from nanoflow_backend.engine.kv_events.publisher import open_publisher
 from nanoflow_backend.engine.local_executor import LocalExecutor
-from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.engine.settle import settle
+from nanoflow_backend.engine.tiers.builder import make_lower_tiers
 from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
@@ -37,8 +41,8 @@ class Engine:
         make_executor: makes what computes the batches.
 
     Attributes:
-        on_begun: called in a step, before it is launched, with the requests that begin and that a queue deadline would
-            have ended else.
+        on_scheduled: called in a step, before it is launched, with the requests that begin in it and that a queue
+            deadline would have ended else.
 
     Raises:
         ConfigError: naming what is wrong in the model's folder or the configuration, or what does not fit.
@@ -52,10 +56,16 @@ class Engine:
         make_executor: MakeExecutor = LocalExecutor,
     ) -> None:
         self.tokenizer = Tokenizer.find(config.model)  # None: such a model continues token ids
-        settled = settle(config, eos_id=self.tokenizer.eos_id if self.tokenizer else None)
+        with ExitStack() as undo:
+            self._publisher = open_publisher(config.kv_events)  # an endpoint that is taken is known before the work
+            if self._publisher:
+                undo.callback(self._publisher.close)
+            settled = settle(config, eos_id=self.tokenizer.eos_id if self.tokenizer else None)
+            self.executor = make_executor(settled, on_rank_death)
+            undo.pop_all()
         self.config, self.model_config = settled.config, settled.model_config
         self.max_model_tokens = settled.max_model_tokens
-        self.executor = make_executor(settled, on_rank_death)
+        target_ms = self.config.inter_token_target_ms
         limits = SchedulerLimits(
             dense_batch_tokens=self.config.dense_batch_tokens,
             chunk_tokens=self.config.chunk_tokens,
@@ -65,19 +75,26 @@ class Engine:
             num_pages=self.executor.num_pages,
             page_tokens=self.config.page_tokens,
             max_model_tokens=self.max_model_tokens,
+            inter_token_target_s=None if target_ms is None else target_ms / 1e3,
         )
+        pages = self._publisher.pages if self._publisher else None
         self.scheduler = Scheduler(
             limits,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
             seed=self.config.seed,
+            lower=make_lower_tiers(settled, self.executor, pages) if self.config.host_kv_cache_bytes else None,
+            page_events=pages,
         )
+        if self._publisher:
+            self._publisher.pages.cleared()  # subscribers may remember what a process before this one had
+            self._publisher.publish()
         model = self.model_config
         grammars = Grammars(lambda: self.tokenizer, model.vocab_size, model.eos_token_ids)
         self.constraints = Constraints(model.vocab_size, model.eos_token_ids, grammars)
         self._pending = PendingGrammars(self.scheduler)
-        self.on_begun: Callable[[list[int]], None] = lambda request_ids: None
+        self.on_scheduled: Callable[[list[int]], None] = lambda request_ids: None
         self.in_flight: LaunchedStep | None = None
         self.last_batch: Batch | None = None  # of the last step; None: it launched nothing
 
@@ -161,8 +178,7 @@ class Engine:
         """
         self._pending.release_compiled()
         batch = self.scheduler.schedule()  # ints; None when nothing can run
-        if self.scheduler.begun:
-            self.on_begun(self.scheduler.begun)
+        self.on_scheduled(self.scheduler.begun)
         launched = self.executor.launch_forward(batch) if batch else None
         results = self._collect(self.in_flight)  # of the step before
         deltas = self.scheduler.retire(results)
@@ -173,6 +189,8 @@ class Engine:
         if launched and not self.config.async_scheduling:
             deltas += self.scheduler.retire(self._collect(launched))
             self.in_flight = None
+        if self._publisher:
+            self._publisher.publish()
         if not (batch or results or deltas) and self.scheduler.has_work:
             if not self._pending:  # as after a step that was interrupted
                 raise RuntimeError(f"there is work, and nothing can run: {self.scheduler.stats}")
@@ -206,5 +224,7 @@ class Engine:
         return masks
 
     def close(self) -> None:
-        """End the processes of the other ranks. No step may follow."""
+        """End the processes of the other ranks, and tell no more of pages. No step may follow."""
         self.executor.close()
+        if self._publisher:
+            self._publisher.close()

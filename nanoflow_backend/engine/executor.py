@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -38,6 +39,15 @@ class Executor(Protocol[Step]):
     @property
     def num_pages(self) -> int:
         """Size of the KV cache, in pages of `page_tokens` tokens. The same on every rank."""
+        ...
+
+    @property
+    def page_store(self) -> PageStore | None:
+        """Where pages of rank 0 outlive the process. Asked for only where tiers below the device are configured."""
+        ...
+
+    def report_transfers(self) -> TransferReport | None:
+        """What has become of transfers since the last step was collected. None: no tiers below the device."""
         ...
 
     def launch_forward(self, batch: Batch) -> Step:

@@ -1,12 +1,16 @@
-"""LocalExecutor computes batches on the ranks of this host: rank 0 in this process, the others in theirs."""
+"""LocalExecutor computes batches on the ranks of a group: rank 0 in this process, the others in theirs."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.worker import InFlightStep, Worker
+from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -25,12 +29,14 @@ class LocalExecutor:
 
     def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
         self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
+        self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
             self.worker = Worker(settled)
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:
-            self.close()
+            if self._ranks:
+                self._ranks.close()
             raise
 
     @property
@@ -41,19 +47,34 @@ class LocalExecutor:
     def num_pages(self) -> int:
         return self.worker.num_pages
 
+    @property
+    def page_store(self) -> PageStore | None:
+        return self.worker.page_store
+
+    def report_transfers(self) -> TransferReport | None:
+        return self._joined(self.worker.report_transfers())
+
     def launch_forward(self, batch: Batch) -> InFlightStep:
-        if self._ranks:
-            self._ranks.broadcast(batch)
-        return self.worker.launch_forward(batch)
+        with self._errors_explained():
+            if self._ranks:
+                self._ranks.broadcast(batch)
+            return self.worker.launch_forward(batch)
 
     def launch_tail(self, step: InFlightStep, masks: Masks | None) -> None:
-        if self._ranks:
-            self._ranks.broadcast(masks)
-        self.worker.launch_tail(step, masks)
+        with self._errors_explained():
+            if self._ranks:
+                self._ranks.broadcast(masks)
+            self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
-        return self.worker.collect(step)
+        sampled = self.worker.collect(step)
+        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+
+    def _joined(self, report: TransferReport | None) -> TransferReport | None:
+        """Of all ranks, where that of rank 0 is this."""
+        return self._ranks.join_reports(report) if self._ranks and report is not None else report
 
     def close(self) -> None:
+        self.worker.close()
         if self._ranks:
             self._ranks.close()

@@ -24,8 +24,6 @@ from nanoflow_backend.process.messages import (
     STATS_PERIOD_S,
     Cancel,
     Failed,
-    News,
-    Queue,
     Ready,
     Refusal,
     Start,
@@ -34,6 +32,7 @@ from nanoflow_backend.process.messages import (
     Submit,
     ToEngine,
 )
+from nanoflow_backend.process.reporter import Reporter
 from nanoflow_backend.request.internal_error import InternalError
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.schedule.plan import ScheduleError
@@ -76,6 +75,7 @@ def ready(engine: Engine) -> Ready:
         max_model_tokens=engine.max_model_tokens,
         num_pages=engine.executor.num_pages,
         page_tokens=engine.config.page_tokens,
+        max_running=engine.config.max_running,
         description=engine.description,
         queue_room=engine.scheduler.queue_room,
     )
@@ -85,9 +85,9 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
     """Until told to stop: all messages that have come, then one step; wait for a message when there is no work."""
     heart = Heart(parent.send)
     stopping = False
-    received = 0
     stats_due_s = 0.0
-    engine.on_begun = lambda request_ids: parent.send(News([], queue(engine, received), request_ids))
+    reporter = Reporter(parent.send, engine.scheduler)
+    engine.on_scheduled = reporter.scheduled
     while not stopping or engine.has_work:
         while parent.has_message() or not engine.has_work:
             heart.idle = not engine.has_work
@@ -95,13 +95,13 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
             heart.idle = False
             match message:
                 case Submit(requests):
-                    received += sum(request.params.n for request in requests)
+                    reporter.received += sum(request.params.n for request in requests)
                     try:
                         engine.add(*requests)
                     except (InvalidRequest, InternalError, QueueFull) as error:
                         for request in requests:
                             parent.send(refusal(request.id, error))
-                        parent.send(News([], queue(engine, received)))  # with nothing else to do no step brings it
+                        reporter.report()  # with nothing else to do no step brings it
                 case Cancel(request_id, reason, index):
                     engine.cancel(request_id, reason, index)
                 case Stop():
@@ -112,8 +112,7 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
         heart.steps += 1
         for request_id, why in engine.take_refused():
             parent.send(refusal(request_id, why))
-        if deltas or not engine.has_work:
-            parent.send(News(deltas, queue(engine, received)))
+        reporter.stepped(deltas, engine.has_work)
         if (now_s := time.monotonic()) >= stats_due_s or not engine.has_work:  # pages come free after the last delta
             parent.send(Stats(engine.scheduler.stats, engine.scheduler.observer.observed))
             stats_due_s = now_s + STATS_PERIOD_S
@@ -127,10 +126,6 @@ def refusal(request_id: int, error: InvalidRequest | InternalError | QueueFull) 
         case InternalError():
             return Refusal(request_id, str(error), "internal")
     return Refusal(request_id, str(error), "invalid")
-
-
-def queue(engine: Engine, received: int) -> Queue:
-    return Queue(engine.scheduler.waiting, engine.scheduler.queue_room, received)
 
 
 if __name__ == "__main__":

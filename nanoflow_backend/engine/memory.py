@@ -42,3 +42,30 @@ def check_room(config: SettledConfig, model: ModelConfig, weights_bytes: int, fr
             f"kv_cache_tokens: {config.kv_cache_tokens} tokens take {kv_bytes / GIB:.2f} GiB beside weights of "
             f"{weights_bytes / GIB:.2f} GiB, but {free}: expected at most {room_tokens}"
         )
+
+
+def check_host_room(config: SettledConfig, slot_bytes: int, free_bytes: int) -> int:
+    """The slots of host memory that each rank has for pages of the KV cache: those of `host_kv_cache_bytes`.
+
+    Args:
+        slot_bytes: what one page takes on one rank.
+        free_bytes: of this host, which has an equal part of them, beside all else that the engine takes.
+
+    Raises:
+        ConfigError: it holds no page, or is more than is free.
+    """
+    asked, ranks, hosts = config.host_kv_cache_bytes, config.tensor_parallel, config.hosts
+    if not asked:
+        return 0
+    if asked > free_bytes * hosts:
+        each = f" on each of {hosts} hosts" if hosts > 1 else ""
+        raise ConfigError(
+            f"host_kv_cache_bytes: {asked / hosts / GIB:.2f} GiB{each}, but {free_bytes / GIB:.2f} GiB of the host's "
+            f"memory are free: expected at most {max(0, free_bytes) * hosts}"
+        )
+    if asked < slot_bytes * ranks:
+        raise ConfigError(
+            f"host_kv_cache_bytes: expected 0, or at least the {slot_bytes * ranks} bytes of a page of "
+            f"{config.page_tokens} tokens on {ranks} ranks, got {asked}"
+        )
+    return asked // (slot_bytes * ranks)

@@ -13,9 +13,10 @@ from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine.memory import GIB, check_room
-from nanoflow_backend.engine.settle import Settled
+from nanoflow_backend.config.settled import Settled
+from nanoflow_backend.engine.memory import GIB, check_host_room, check_room
 from nanoflow_backend.graph.model import Model
+from nanoflow_backend.kvcache.host_pool import slot_bytes
 from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -25,6 +26,7 @@ from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.runtime.host_memory import available_bytes
 from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.source import find_schedules
@@ -34,6 +36,10 @@ log = logging.getLogger(__name__)
 
 class ProgramBuilder:
     """What a program is made of before there is memory for it: the model's graphs, schedules and kernels.
+
+    Attributes:
+        kv: the pages of the last program.
+        host_slots: pages that this rank may keep in host memory.
 
     Raises:
         ConfigError: weights, or the KV cache or batch that is configured, do not fit.
@@ -54,8 +60,10 @@ class ProgramBuilder:
         self.schedules = find_schedules(self.config, self.model, device.name, device.sms)
         if len(self.schedules) > 1:
             log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
-        self.free_bytes = device.free_bytes() // (self.tp if device.kind == "cpu" else 1)  # before anything is loaded
+        self._sharing = self.tp // self.config.hosts if device.kind == "cpu" else 1  # ranks that have the same memory
+        self.free_bytes = device.free_bytes() // self._sharing  # before anything is loaded
         check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, device.name)
+        self.host_slots = check_host_room(self.config, slot_bytes(self.bytes_a_page), self._host_free_bytes())
 
     def build(self) -> tuple[Program, Tensor, int]:
         """The program, ready to run; the page table that it is to read in every step; its KV cache's size in pages.
@@ -94,6 +102,12 @@ class ProgramBuilder:
             return -(-self.config.kv_cache_tokens // self.config.page_tokens)
         return (self.free_bytes - self.weights_bytes) // self.bytes_a_page
 
+    def _host_free_bytes(self) -> int:
+        """What the host has left beside weights and KV cache, which a CPU has there, too."""
+        if self.device.kind == "cuda":
+            return available_bytes()
+        return self._sharing * (self.free_bytes - self.weights_bytes - self.most_pages * self.bytes_a_page)
+
     def make_page_table(self) -> Tensor:
         """int32 [slots, pages of a request], on the device; a request has what model and KV cache hold, not more.
 
@@ -129,6 +143,7 @@ class ProgramBuilder:
         """A program on these weights and on `num_pages` pages of the KV cache, which it allocates."""
         config, device = self.config, self.device.kind
         kv = KvPages.allocate(self.model_config, num_pages, config.page_tokens, self.kv_dtype, self.tp, device=device)
+        self.kv = kv
         binding = Binding(
             self.model,
             self.schedules,

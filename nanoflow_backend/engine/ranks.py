@@ -1,131 +1,168 @@
-"""Ranks starts the processes of a tensor-parallel group beside rank 0; `main` is what each of them runs.
+"""Ranks joins rank 0 to the others of its tensor-parallel group; `main` is what each of those runs.
 
-Rank 0 lives in the engine process. The others get every batch that it launches and then the masks of its tail, and
-answer nothing: sampling is deterministic, so all ranks draw the same ids.
+Rank 0 lives in the engine process. The others get every batch that it launches and then the masks of its tail: those of
+this host over a socket pair each, those of another host over one link to it. Sampling is deterministic, so all ranks
+draw the same ids, and say nothing of them; where there are tiers below the device, they report after each step what has
+become of their transfers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
-import threading
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from nanoflow_backend.engine.settle import Settled
+from nanoflow_backend.config.settled import Settled
+from nanoflow_backend.engine.tiers.rank_reports import RankReports
 from nanoflow_backend.engine.worker import Worker
+from nanoflow_backend.hosts.gathering import gather, listen_at
+from nanoflow_backend.hosts.link import Link
+from nanoflow_backend.hosts.members import Members, start_ranks
+from nanoflow_backend.hosts.messages import Begin, Progress, RankReport, StartRank
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process import logs
-from nanoflow_backend.process.child import Child, ChildDied, Parent
+from nanoflow_backend.process.child import Parent
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
 
-
-class StartRank(msgspec.Struct, frozen=True):
-    """The first message to a rank. Then come, for each step, a Batch and its Masks (None: nothing is forbidden)."""
-
-    settled: Settled
-    rank: int
-    rendezvous: str  # the file in which the group's members find each other
-
-
-class RankReady(msgspec.Struct, frozen=True):
-    """A rank has loaded its weights, and says how many pages it has room for."""
-
-    error: str | None = None
+LOOPBACK = "lo"
+INTERFACE = "GLOO_SOCKET_IFNAME"
+# Once all ranks are at the door. Those wait for rank 0 without a limit of their own: it ends them if it gives up.
+MEETING_S = 10.0
+EXPLAINED_S = 2.0
+# A rank that dies closes its connections, which the others notice at once; of a lost link the rank channel hears.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Ranks:
-    """Ranks 1 .. tp - 1.
+    """Ranks 1 .. tp - 1, on this host and on others.
 
-    When one dies, `on_death` is called from another thread, so that an idle engine knows too; a collective that waits
-    for the rank fails.
+    When one dies, or the link to its host is lost, `on_death` is called from another thread, so that an idle engine
+    knows too; a collective that waits for a rank that died fails.
+
+    Raises:
+        ConfigError: where there are other hosts, see gather.
+        RuntimeError: a rank ended before all had met, with its number and what it said; or they did not meet.
     """
 
     def __init__(self, settled: Settled, on_death: Callable[[str], None]) -> None:
-        size = settled.config.tensor_parallel
-        self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
-        rendezvous = os.path.join(self._folder.name, "rendezvous")
-        self._on_death = on_death
-        self._closing = False
+        config = settled.config
         self._encoder = msgspec.msgpack.Encoder()
-        self._children = [Child("nanoflow_backend.engine.ranks") for _ in range(1, size)]
-        self._ready: list[Future[None]] = [Future() for _ in self._children]
-        try:
-            for rank, (child, ready) in enumerate(zip(self._children, self._ready, strict=True), start=1):
-                threading.Thread(target=self._watch, args=(rank, child, ready), daemon=True).start()
-                with contextlib.suppress(ChildDied):  # who watches it says so
-                    child.send(StartRank(settled, rank, rendezvous))
-            self._join(rendezvous, size)
-        except Exception:
-            self._end_children()
-            raise
+        self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
+        rendezvous, interface = os.path.join(self._folder.name, "rendezvous"), LOOPBACK
+        links: dict[str, Link] = {}
+        with contextlib.ExitStack() as opened:
+            listening = None
+            if config.hosts > 1:
+                address, interface, links = gather(settled)
+                listening = opened.enter_context(listen_at(address))
+                rendezvous = f"{address}:{listening.getsockname()[1]}"
+            here = range(1, config.tensor_parallel // config.hosts)
+            ranks = start_ranks(StartRank(settled, rank, rendezvous, interface) for rank in here)
+            self._reports = RankReports(config.tensor_parallel)
+            self._members = Members({**ranks, **links}, on_death, self._reports.add)
+            try:
+                for link in links.values():
+                    link.send(Begin(rendezvous))
+                self._members.wait_until_started()
+                self._meet(rendezvous, interface, config.tensor_parallel, listening)
+            except Exception:
+                self.close()
+                raise
 
     def wait_until_ready(self) -> None:
         """Raises: RuntimeError, naming the rank and what it said."""
-        for ready in self._ready:
-            ready.result()
+        self._members.wait_until_ready()
 
     def broadcast(self, message: Batch | Masks | None) -> None:
         """Send one message to every rank, each in order."""
-        encoded = self._encoder.encode(message)
-        for child in self._children:
-            child.send_bytes(encoded)
+        self._members.broadcast(self._encoder.encode(message))
+
+    @contextlib.contextmanager
+    def errors_explained(self) -> Iterator[None]:
+        """An error of what we compute together, as a collective has when a peer is gone, says who has ended, if any.
+
+        The peers' connections end some moments before their own parents, and then we, hear of them.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if how := self._members.wait_for_death(EXPLAINED_S):
+                raise RuntimeError(how) from error
+            raise
+
+    def join_reports(self, report: TransferReport) -> TransferReport:
+        """What all ranks have moved since the last call, `report` being that of rank 0."""
+        return self._reports.join(report)
 
     def close(self) -> None:
-        self._end_children()
-        dist.destroy_process_group()
-
-    def _end_children(self) -> None:
-        self._closing = True
-        for child in self._children:
-            child.close()  # its lifeline
-            child.stop()
+        self._members.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         self._folder.cleanup()
 
-    def _join(self, rendezvous: str, size: int) -> None:
-        """Join the group, unless a rank dies before it has: the others would wait ten minutes for it."""
-        joined: Future[None] = Future()
-
-        def join() -> None:
-            try:
-                join_group(rendezvous, 0, size)
-                joined.set_result(None)
-            except Exception as error:
-                joined.set_exception(error)
-
-        threading.Thread(target=join, name="join-group", daemon=True).start()
-        while not joined.done():
-            wait([joined, *(ready for ready in self._ready if not ready.done())], return_when=FIRST_COMPLETED)
-            for ready in self._ready:
-                if ready.done():
-                    ready.result()
-        joined.result()
-
-    def _watch(self, rank: int, child: Child, ready: Future[None]) -> None:
-        decoder = msgspec.msgpack.Decoder(RankReady)
+    def _meet(self, rendezvous: str, interface: str, size: int, listening: socket.socket | None) -> None:
         try:
-            why = child.receive(decoder).error
-            if why is None:
-                ready.set_result(None)
-                child.receive(decoder)  # nothing more comes but the end
-        except ChildDied as death:
-            why = str(death)
-        if not ready.done():
-            ready.set_exception(RuntimeError(f"rank {rank}: {why}"))
-        if not self._closing:
-            self._on_death(f"rank {rank}: {why}")
+            join_group(rendezvous, 0, size, interface, timedelta(seconds=MEETING_S), listening)
+        except RuntimeError as error:  # of torch
+            if how := self._members.wait_for_death(EXPLAINED_S):
+                raise RuntimeError(how) from error
+            raise RuntimeError(
+                f"the {size} ranks did not meet within {MEETING_S:g} s over the interface {interface} "
+                f"({INTERFACE} chooses another); each must reach the others on any port: {error}"
+            ) from error
 
 
-def join_group(rendezvous: str, rank: int, size: int) -> None:
-    """All ranks are on this host: gloo talks over loopback."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+def join_group(
+    rendezvous: str,
+    rank: int,
+    size: int,
+    interface: str,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    listening: socket.socket | None = None,
+) -> None:
+    """Make the default process group, of gloo.
+
+    Args:
+        rendezvous: a file, or HOST:PORT, where rank 0 listens.
+        interface: what gloo talks over, unless GLOO_SOCKET_IFNAME names another.
+        timeout: until all have met.
+        listening: rank 0's socket at HOST:PORT.
+    """
+    store: Any
+    if rendezvous.startswith("/"):
+        store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]
+    else:
+        host, _, port = rendezvous.rpartition(":")
+        fd = None if listening is None else os.dup(listening.fileno())  # the store closes it
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, int(port), size, fd is not None, timeout, wait_for_workers=False, master_listen_fd=fd
+        )
+    _world.group_count = 0  # a group has it in its name, which all ranks must know; torch counts failures, too
+    with talking_over(interface):
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    _set_pg_timeout(COLLECTIVE_TIMEOUT)
+
+
+@contextlib.contextmanager
+def talking_over(interface: str) -> Iterator[None]:
+    """Gloo knows it from the environment alone. It is put back: the next group may be another."""
+    if os.environ.get(INTERFACE):
+        yield
+        return
+    os.environ[INTERFACE] = interface
+    try:
+        yield
+    finally:
+        del os.environ[INTERFACE]
 
 
 def main() -> None:
@@ -133,17 +170,22 @@ def main() -> None:
     logs.configure()
     parent = Parent()
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
+    parent.send(Progress())  # at the door: torch is there
     try:
-        join_group(start.rendezvous, start.rank, start.settled.config.tensor_parallel)
+        join_group(start.rendezvous, start.rank, start.settled.config.tensor_parallel, start.interface)
         worker = Worker(start.settled, start.rank)
     except Exception as error:
-        parent.send(RankReady(f"{type(error).__name__}: {error}"))
+        parent.send(Progress(f"{type(error).__name__}: {error}"))
         raise
-    parent.send(RankReady())
+    if (report := worker.report_transfers()) is not None:
+        parent.send(RankReport(start.rank, report))
+    parent.send(Progress())
     batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks | None)
     while True:
         step = worker.launch_forward(parent.receive(batches))
         worker.launch_tail(step, parent.receive(masks))
+        if (report := worker.report_transfers(wait=not step.batch.tokens)) is not None:
+            parent.send(RankReport(start.rank, report))
 
 
 if __name__ == "__main__":

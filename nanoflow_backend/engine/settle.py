@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import msgspec
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
-from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.auto_schedule import find_auto_schedule
+from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
-
-
-class Settled(msgspec.Struct, frozen=True):
-    """A configuration and the model that it names. Every rank of an engine gets the same one.
-
-    Only `config.kv_cache_tokens` may still be None: the worker measures what memory is left for the KV cache of a GPU.
-    """
-
-    config: SettledConfig
-    model_config: ModelConfig
-    max_model_tokens: int  # prompt + output of one request
 
 
 def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
@@ -49,11 +37,10 @@ def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
     settled = config.settle(device.kind)
     if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
         model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
-    max_model_tokens = _max_model_tokens(settled, model_config)
     model = build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts
     if settled.tensor_parallel > 1:  # else the one rank says so itself
         find_schedules(settled, model, device.name, device.sms)
-    return Settled(settled, model_config, max_model_tokens)
+    return Settled(settled, model_config)
 
 
 def settled_here(config: EngineConfig) -> SettledConfig:
@@ -63,17 +50,4 @@ def settled_here(config: EngineConfig) -> SettledConfig:
         ConfigError: what can be seen to be wrong with it, or with the model's config.json.
     """
     # Where GPUs are named, CUDA must not be touched before the engine has chosen among them.
-    kind = "cuda" if config.gpus is not None else find_kind(config.device)
-    config, _ = read_computed(config, kind)
-    return config.settle(kind)
-
-
-def _max_model_tokens(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_tokens is None:
-        return model.max_model_tokens
-    if config.max_model_tokens > model.max_model_tokens:
-        raise ConfigError(
-            f"max_model_tokens: expected at most {model.max_model_tokens} (the model's max_position_embeddings, "
-            f"stretched if its rope scaling is yarn), got {config.max_model_tokens}"
-        )
-    return config.max_model_tokens
+    return settled_on("cuda" if config.gpus is not None else find_kind(config.device), config)

@@ -13,9 +13,11 @@ import torch
 from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
-from nanoflow_backend.engine.settle import Settled
 from nanoflow_backend.engine.step_inputs import StepInputs
+from nanoflow_backend.engine.tiers.builder import make_transfers
+from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
@@ -37,7 +39,8 @@ class InFlightStep:
     inputs: StepInputs  # host
     rows: Tensor  # device; int32 [R], where the sampled rows lie
     slots: Tensor  # device; int32 [R], of those rows
-    drawn: Drawn | None = None  # token ids on the device, log-probabilities to host; None until the tail is launched
+    launched: bool = False  # the tail, too
+    drawn: Drawn | None = None  # token ids on the device, log-probabilities to host; None where there are no rows
     token_ids: Tensor | None = None  # to host; int64 [R]
     scored: list[Scored] = field(default_factory=list)  # to host; log-probabilities of prompts
     ended: torch.cuda.Event | None = None  # device; None on the CPU, where a launch returns when it is done
@@ -64,6 +67,8 @@ class Worker:
         self._sampler = Sampler(config.max_running, vocab_size, model_config.eos_token_ids, kernels, self._torch_device)
         self._scorer = PromptScorer(vocab_size, kernels, self._torch_device, config.max_running)
         self.program, self._page_table, self.num_pages = builder.build()
+        self._transfers = make_transfers(settled, builder.kv, builder.host_slots, rank)
+        self._ended: dict[int, torch.cuda.Event] = {}  # by step, of those whose end transfers may have to wait for
         if builder.kernels:
             for rows in KINDS_OF_ROWS:
                 some = torch.zeros(min(rows, config.max_running), dtype=torch.int32, device=self._torch_device)
@@ -75,16 +80,15 @@ class Worker:
         self.program.warm_up(self._page_table)
 
     def launch_forward(self, batch: Batch) -> InFlightStep:
-        """Embedding and layers on all T tokens.
+        """Embedding and layers on all T tokens, and transfers beside them.
 
         Raises: ValueError, the batch has transfers, and there is no tier below the device.
         """
-        if batch.transfers:
-            raise ValueError(f"transfers: expected none, as there is no tier below the device, got {batch.transfers}")
+        self._begin_transfers(batch)
         self._sampler.admit(batch.admitted)
         self._scorer.admit(batch.admitted)
-        plan = self.program.plan_for(batch.tokens, batch.decode_kv_tokens)
-        inputs = StepInputs.pack(batch, plan.groups)
+        plan = self.program.plan_for(batch.tokens, batch.decode_kv_tokens) if batch.tokens else None
+        inputs = StepInputs.pack(batch, plan.groups if plan else ())
         layout = inputs.layout
         slots, positions, prompt_ids, listed, rows, sampled_slots, *entries = self._send(
             inputs.slots,
@@ -98,6 +102,8 @@ class Worker:
         if batch.page_table:
             slot, index, page = entries
             self._page_table[slot, index] = page
+        if plan is None:
+            return InFlightStep(batch, inputs, rows, sampled_slots)
         token_ids = torch.cat((self._last_sampled[slots[: len(batch.decode_slots)]], prompt_ids))
         if layout:
             token_ids, positions, slots = torch.stack((token_ids, positions, slots)).index_select(1, listed)
@@ -106,24 +112,63 @@ class Worker:
 
     def launch_tail(self, step: InFlightStep, masks: Masks | None = None) -> None:
         """LM head and sampling on the R rows that decode or end a prompt; the head on prompts that are scored, too."""
+        if step.batch.tokens:
+            self._sample(step, masks)
+        if self.device.kind == "cuda":
+            step.ended = torch.cuda.Event(blocking=True)  # the engine's thread sleeps meanwhile
+            step.ended.record()
+            if self._transfers:
+                self._ended[step.batch.step] = step.ended
+        step.launched = True
+
+    def _sample(self, step: InFlightStep, masks: Masks | None) -> None:
         inputs = step.inputs
         step.scored = self._scorer.score(step.batch, inputs.layout, self.program.head)
         logits = self.program.head(step.rows)
         step.drawn = self._sampler.sample(logits, inputs.sampled_slots, inputs.sampled_positions, masks)
         self._last_sampled[step.slots] = step.drawn.token_ids.int()
         step.token_ids = to_host(step.drawn.token_ids)
-        if self.device.kind == "cuda":
-            step.ended = torch.cuda.Event(blocking=True)  # the engine's thread sleeps meanwhile
-            step.ended.record()
 
     def collect(self, step: InFlightStep) -> Sampled:
         """Wait for a step's samples, which come to the host. Raises: RuntimeError, before launch_tail."""
-        if step.drawn is None or step.token_ids is None:
+        if not step.launched:
             raise RuntimeError("collect comes after launch_tail")
         if step.ended:
             step.ended.synchronize()
+        transfers = self.report_transfers(wait=not step.batch.tokens)
+        if step.drawn is None or step.token_ids is None:
+            return Sampled(step.batch.step, [], transfers=transfers)
         scores = [scored.scores() for scored in step.scored]
-        return Sampled(step.batch.step, step.token_ids.tolist(), step.drawn.logprobs.by_slot(), scores)
+        return Sampled(step.batch.step, step.token_ids.tolist(), step.drawn.logprobs.by_slot(), scores, transfers)
+
+    def report_transfers(self, *, wait: bool = False) -> TransferReport | None:
+        """What has become of transfers since the last call; `wait` gives them a moment, as a step without rows does.
+
+        None: there are no tiers below the device.
+        """
+        return self._transfers.report(wait=wait) if self._transfers else None
+
+    @property
+    def page_store(self) -> PageStore | None:
+        """Where this rank's pages outlive it."""
+        return self._transfers.store if self._transfers else None
+
+    def close(self) -> None:
+        """End transfers, and give host memory back."""
+        if self._transfers:
+            self._transfers.close()
+
+    def _begin_transfers(self, batch: Batch) -> None:
+        """Beside this step, and after those that had come back to the scheduler: on other ranks they may still run."""
+        if self._transfers is None:
+            if batch.transfers:
+                raise ValueError(
+                    f"transfers: expected none, as there is no tier below the device, got {batch.transfers}"
+                )
+            return
+        after = self._ended.get(batch.returned)
+        self._ended = {step: ended for step, ended in self._ended.items() if step >= batch.returned}
+        self._transfers.begin(batch.transfers, after)
 
     def _send(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
         """int32 on the device, all columns in one copy."""

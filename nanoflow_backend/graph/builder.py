@@ -131,15 +131,16 @@ class GraphBuilder:
         kv_scales: tuple[str, ...] = (),
         norms: tuple[str, ...] = (),
         *,
+        head_dim: int,
         eps: float = 0.0,
         attention_factor: float = 1.0,
     ) -> tuple[str, str]:
         """Rotate queries and keys; append K and V to the pages, which is what later tokens depend on.
 
-        `norms` are the weights of RMS norms of every head of Q and of K, which come before. `attention_factor` scales
-        what is rotated, as YaRN asks.
+        `frequencies` are those of the pairs of a head's first dimensions: what has none is not rotated. `norms` are the
+        weights of RMS norms of every head of Q and of K, which come before. `attention_factor` scales what is rotated,
+        as YaRN asks.
         """
-        head_dim = 2 * self._parameters[frequencies].shape[0]
         q = self._value(name, self._values[qkv].width - 2 * kv_heads * head_dim)
         pages = self._value("pages", 2 * kv_heads * head_dim, "kv", Kind.PAGES)
         kernel, attributes = ("norm_rope_append", {"eps": eps}) if norms else ("rope_append", {})

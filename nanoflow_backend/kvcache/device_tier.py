@@ -9,27 +9,27 @@ from nanoflow_backend.kvcache.prefix import PrefixIndex
 
 
 class DeviceTier:
-    """A Tier (see there) whose slots are the pages that requests compute on, so that nothing has to be copied.
+    """A Tier (see there) of the pages that requests compute on, so that nothing has to be copied.
 
     What is stored is shared with whoever loads it, and stays for as long as somebody holds the page, or nobody needs it
-    for other content. `on_evict(content, page)` is called then, while the page still holds it.
+    for other content. `on_evict` is called with the content then.
     """
 
-    def __init__(self, num_pages: int, on_evict: Callable[[bytes, int], None]) -> None:
+    def __init__(self, num_pages: int, on_evict: Callable[[bytes], None] = lambda content: None) -> None:
         self._index = PrefixIndex()
-        self.pool = PagePool(num_pages, on_evict=lambda page: on_evict(self._index.forget(page), page))
+        self.pool = PagePool(num_pages, on_evict=lambda page: on_evict(self._index.forget(page)))
 
     def lookup(self, content: bytes) -> int | None:
-        """See Tier. The slot is a page."""
+        """See Tier."""
         return self._index.lookup(content)
 
     def store(self, content: bytes, page: int) -> None:
-        """See Tier. The page is referenced, and the step that fills it has been launched."""
+        """Let others find content in a page, which is referenced, and filled by a step that has been launched."""
         if self._index.publish(content, page):
             self.pool.retain(page)
 
     def load(self, content: bytes, page: int) -> None:
-        """See Tier. Takes a reference to the page, which has to be the one that `lookup` finds.
+        """Take a reference to the page that `lookup` finds.
 
         Raises: KeyError, the page holds other content.
         """

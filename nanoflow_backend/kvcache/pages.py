@@ -14,11 +14,10 @@ class PagePool:
     """Every page is referenced by someone, or cached (its content may be asked for again), or free.
 
     Free pages are handed out first, then the least recently used cached ones. `on_evict(page)` is called before a
-    cached page gets a new owner, while its content is still whole: the prefix index forgets the page there, and a
-    lower tier would copy it there.
+    cached page gets a new owner: the prefix index forgets the page there.
     """
 
-    def __init__(self, num_pages: int, on_evict: Callable[[int], None]) -> None:
+    def __init__(self, num_pages: int, on_evict: Callable[[int], object]) -> None:
         self.num_pages = num_pages
         self.references = [0] * num_pages
         self._on_evict = on_evict

@@ -1,7 +1,13 @@
-"""A Tier keeps full pages by their content hash (device, host memory, disk); it decides in ints.
+"""The words that the tiers of the KV cache share: a Tier finds content, a Transfer moves it, a PageStore outlives us.
 
-The scheduler decides which pages move, the worker copies them. A tier below the device numbers its places (slots) as
-the device numbers its pages; what has to be copied is said by Transfers, which travel in the batch of a step.
+    device   pages that requests compute on                 DeviceTier: who holds which page
+       |     STORE, LOAD                                                                         (ints: the scheduler)
+    host     slots, a page of all layers each, contiguous   HostTier: which slot holds which content
+       |     WRITE, READ
+    disk     a file for each page                           PageStore: finds, keeps and returns payloads (each rank)
+
+Content is named by its hash (content_hash). The scheduler decides which pages move, in ints; every rank moves its own
+part of them beside its kernels, and reports.
 """
 
 from __future__ import annotations
@@ -12,50 +18,46 @@ from typing import Protocol
 
 import msgspec
 
+from nanoflow_backend.kvcache.content_hash import HASH_BYTES
 
-class Direction(IntEnum):
-    """Which way a page goes between the device and the tier below it."""
+FIRST = bytes(HASH_BYTES)  # stands for the page before the first one
 
-    STORE = 0  # from the device's page to the tier's slot
-    LOAD = 1  # from the tier's slot to the device's page
+
+class Move(IntEnum):
+    """From where to where a page goes."""
+
+    STORE = 0  # from the device's page to the slot of host memory
+    LOAD = 1  # from the slot to the device's page
+    WRITE = 2  # from the slot to the disk
+    READ = 3  # from the disk to the slot
 
 
 class Transfer(msgspec.Struct, frozen=True, array_like=True):
-    """One page to be copied between the device and a tier below it.
+    """One page to be moved. It begins after the steps that had come back when its batch was formed, and may end
+    whenever it likes: until it is reported, nobody else touches the page or the slot."""
 
-    The transfers of a batch take effect in their order, before the rows of the batch are computed, and after those of
-    earlier batches. A store is done then; a load is only certain to be done when the batch has come back.
-    """
+    id: int  # counts all transfers
+    move: Move
+    slot: int
+    page: int = -1  # of the device, for STORE and LOAD
+    content: bytes = b""  # its name on the disk, for WRITE and READ
+    parent: bytes = FIRST  # content of the page before it, for WRITE
 
-    page: int
-    tier_slot: int
-    direction: Direction
+
+class TransferReport(msgspec.Struct, frozen=True, array_like=True):
+    """What has come of transfers since the last report. Of several ranks: of all of them."""
+
+    done: list[int] = []  # ids
+    failed: list[int] = []  # a READ of what is not there, or is not whole; a WRITE that was not kept
+    slots: int = 0  # of host memory that are there by now: slots 0 .. slots - 1
+    seconds: tuple[float, ...] = (0.0,) * len(Move)  # by move, that the link or the disk was busy with what is done
 
 
 class Tier(Protocol):
-    """Who calls `store` and `load` sees to it that a Transfer that they return is carried out, in that order.
-
-    A tier may drop content whenever it stores other content; nothing that it has returned is affected, for transfers
-    keep their order.
-    """
+    """Where pages lie that others can find by their content, in ints."""
 
     def lookup(self, content: bytes) -> int | None:
-        """The slot that holds this content; None if the tier does not have it."""
-        ...
-
-    def store(self, content: bytes, page: int) -> Transfer | None:
-        """Keep the content that the device's `page` holds now. None: nothing has to be copied.
-
-        `content` is its hash. A tier that has no room for it, or has it already, may leave it.
-        """
-        ...
-
-    def load(self, content: bytes, page: int) -> Transfer | None:
-        """Bring content that `lookup` finds into the device's `page`. None: it lies there already.
-
-        Raises:
-            KeyError: the tier does not have it.
-        """
+        """The page or slot that holds this content, whole; None if there is none."""
         ...
 
     def check(self) -> None:
@@ -63,8 +65,34 @@ class Tier(Protocol):
         ...
 
 
+class PageStore(Protocol):
+    """Keeps one rank's payloads of pages by their content, beyond the life of this process.
+
+    `lookup` is called by the scheduler in any step, and returns at once; `write` and `read` take their time, and are
+    called by other threads, several of them at once. A payload has the same length in all calls. Whatever else its
+    place is shared with, or whatever happens to the process: what `read` returns is what `write` was given.
+    """
+
+    def lookup(self, content: bytes) -> bool:
+        """Whether `read` would probably find it."""
+        ...
+
+    def write(self, content: bytes, payload: memoryview, parent: bytes = FIRST) -> bool:
+        """Keep a payload, whose page follows that of `parent`; others may have to go for it. False: it was not kept, as
+        on a full disk."""
+        ...
+
+    def read(self, content: bytes, payload: memoryview) -> bool:
+        """Fill the payload. False: it is not there, or not whole; `payload` then holds anything."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is called afterwards."""
+        ...
+
+
 def leading_slots(tier: Tier, contents: Iterable[bytes]) -> list[int]:
-    """The slots of the leading contents, up to the first that the tier does not have."""
+    """Where the leading contents lie, up to the first that the tier does not have."""
     slots = []
     for content in contents:
         slot = tier.lookup(content)

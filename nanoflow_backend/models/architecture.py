@@ -32,4 +32,12 @@ class Architecture:
     layers: Callable[[ModelConfig, int], tuple[Graph, ...]]  # config, ranks -> a graph for each kind of layer
     head: Callable[[ModelConfig, int], Graph]  # config, ranks
     kind_of: Callable[[ModelConfig], tuple[int, ...]] = all_alike  # of each layer
+    partial_rotary: bool = False  # it rotates a part of each head where config.json says so
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see models.fused
+
+    @property
+    def wholes(self) -> tuple[tuple[str, str], ...]:
+        """Linear layers that every checkpoint has in one with others, each with that one."""
+        modules = {whole.removesuffix(".weight"): parts for whole, parts in self.fused.items() if len(parts) > 1}
+        parts = [(part, whole) for whole, parts in modules.items() for part in parts if "{expert}" not in part]
+        return tuple((part.removesuffix(".weight"), whole) for part, whole in parts)

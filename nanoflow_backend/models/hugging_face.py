@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import convert, read_json
 from nanoflow_backend.config.model_config import ModelConfig
@@ -56,6 +58,8 @@ def from_hf(
     hf.refuse_if(hf.flag("attention_bias"), "attention_bias")
     hf.refuse_if(hf.flag("mlp_bias"), "mlp_bias")
     quantization = read_quantization(given, modelopt, origin)
+    if quantization is not None:
+        quantization = replace(quantization, wholes=architecture.wholes)
     num_layers, kinds = hf.repeats("num_hidden_layers"), hf["layer_types"]
     if kinds is not None and kinds != ["full_attention"] * num_layers:
         hf.refuse(f"layer_types: expected full_attention for every layer ({num_layers}), got {kinds!r}")
@@ -68,7 +72,7 @@ def from_hf(
     if "eos_token_id" in generation:
         in_generation = ConfigJson(generation, {}, str(Path(origin).with_name("generation_config.json")))
         eos = in_generation.token_ids("eos_token_id", generation["eos_token_id"])
-    rope = read_rope(hf)
+    rope = read_rope(hf, architecture.partial_rotary)
     fields = {
         "architecture": architecture.name,
         "vocab_size": hf.size("vocab_size"),

@@ -38,6 +38,14 @@ class JobLine(msgspec.Struct, frozen=True):
     job: Job | InvalidRequest
 
 
+class LineRange(msgspec.Struct, frozen=True):
+    """Neighbouring lines of a file: `lines` of them that are not blank, the first of which is `number`."""
+
+    start: int  # byte of the file
+    number: int
+    lines: int
+
+
 class JobFile:
     """The lines of one input, which may be a pipe. They are read one by one and not kept."""
 
@@ -72,10 +80,52 @@ class JobFile:
         except OSError as error:
             raise ConfigError(f"{self.path}: {error.strerror}") from None
 
-    def _texts(self, file: BinaryIO) -> Iterator[bytes]:
-        first = file.readline()
-        self._refuse_utf16(first)
-        yield first.removeprefix(UTF8_MARK).strip()
+    def ranges(self, first: int, lines_each: int) -> list[LineRange]:
+        """All lines from number `first` on, cut into ranges that `read` can read apart from each other.
+
+        Raises: ConfigError, where the input is no regular file, or reading fails.
+        """
+        if not self.path.is_file():
+            raise ConfigError(f"{self.path}: expected a regular file, for parts of it are read apart")
+        ranges: list[LineRange] = []
+        number = start = 0
+        try:
+            with self.path.open("rb") as file:
+                for text in file:
+                    if (text if start else text.removeprefix(UTF8_MARK)).strip():
+                        if number >= first and (number - first) % lines_each == 0:
+                            ranges.append(LineRange(start, number, 0))
+                        if ranges:
+                            ranges[-1] = LineRange(ranges[-1].start, ranges[-1].number, ranges[-1].lines + 1)
+                        number += 1
+                    start += len(text)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}") from None
+        return ranges
+
+    def read(self, part: LineRange) -> Iterator[tuple[int, bytes]]:
+        """The number and the text of each line of a range. Raises: ConfigError, where reading fails."""
+        number, end = part.number, part.number + part.lines
+        try:
+            with self.path.open("rb") as file:
+                file.seek(part.start)
+                for text in self._texts(file, part.start):
+                    if number == end:
+                        return
+                    if text:
+                        yield number, text
+                        number += 1
+        except OSError as error:
+            raise ConfigError(f"{self.path}: {error.strerror}") from None
+        if number < end:
+            raise ConfigError(f"{self.path}: has fewer lines than when the run began")
+
+    def _texts(self, file: BinaryIO, start: int = 0) -> Iterator[bytes]:
+        """The lines from where the file is, which is byte `start`, without white space around them."""
+        if start == 0:
+            first = file.readline()
+            self._refuse_utf16(first)
+            yield first.removeprefix(UTF8_MARK).strip()
         for text in file:
             yield text.strip()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import msgspec
 
 from nanoflow_backend.config.engine_config import SettledConfig
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.model_folder import file_digest
 
 VERSION = 1
 # Others change how fast results come.
@@ -19,7 +19,6 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "*.safetensors",
 )  # fmt: skip
-SPANS, SPAN_BYTES = 16, 2**16  # of a file, read for its digest: a minute's work on 100 GB would be too much
 
 
 class MadeWith(msgspec.Struct, frozen=True):
@@ -47,23 +46,6 @@ class MadeWith(msgspec.Struct, frozen=True):
             for name in _differing(before.settings, self.settings)
         ]
         return settings + [f"the model's {name} has changed" for name in _differing(before.model, self.model)]
-
-
-def file_digest(path: Path) -> str:
-    """A digest of a file's size and content; of a large one, of its first bytes and spans spread evenly over it.
-
-    The first bytes of a safetensors file name its tensors; training moves nearly every weight, so the spans show it.
-    """
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        if size <= SPANS * SPAN_BYTES:
-            digest.update(file.read())
-        else:
-            for span in range(SPANS):
-                file.seek(span * (size - SPAN_BYTES) // (SPANS - 1))
-                digest.update(file.read(SPAN_BYTES))
-    return digest.hexdigest()
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.offline.job_file import JobLine
 from nanoflow_backend.offline.made_with import MadeWith
 from nanoflow_backend.offline.output import check_output
+from nanoflow_backend.offline.result_line import ResultLine
 from nanoflow_backend.offline.run_record import RunRecord
 
 
@@ -28,14 +29,15 @@ class ResultFile:
     Attributes:
         lines: results in the file.
         failed: how many of them are errors.
+        tokens: output tokens in what was written since the file was opened.
         early_bytes: held in memory, of results that wait for those of lines before them.
     """
 
     def __init__(self, path: Path, input: Path) -> None:
         """Open or create the file, and lock it; it and its record keep what is in them until `resume` has looked."""
         self.path = path
-        self.lines = self.failed = self.early_bytes = 0
-        self._early: dict[int, tuple[bytes, bool]] = {}
+        self.lines = self.failed = self.tokens = self.early_bytes = 0
+        self._early: dict[int, ResultLine] = {}
         self._durable = 0  # lines of the input whose digests would outlive a power cut
         check_output(path)
         with self._errors():
@@ -88,23 +90,23 @@ class ResultFile:
             self._file.truncate(self._bytes)  # not rewritten: another kill must not cost what is finished
         return lines
 
-    def expect(self, line: JobLine) -> None:
+    def expect(self, number: int, digest: str) -> None:
         """Note that a result for this line will come. Call it for every line, in order."""
         with self._errors():
-            self._record.add(line.digest)
-        self._expected = line.number + 1
+            self._record.add(digest)
+        self._expected = number + 1
 
-    def put(self, number: int, result: Mapping[str, Any]) -> None:
-        """Write the result of line `number` once those of all lines before it are written. Keys: see `result_line`."""
-        text = msgspec.json.encode(result) + b"\n"
-        self._early[number] = text, "error" in result
-        self.early_bytes += len(text)
+    def put(self, number: int, result: ResultLine) -> None:
+        """Write the result of line `number` once those of all lines before it are written."""
+        self._early[number] = result
+        self.early_bytes += len(result.json)
         while self.lines in self._early:
-            text, failed = self._early.pop(self.lines)
-            self._append(text)
-            self.early_bytes -= len(text)
+            result = self._early.pop(self.lines)
+            self._append(result.json + b"\n")
+            self.early_bytes -= len(result.json)
             self.lines += 1
-            self.failed += failed
+            self.failed += result.failed
+            self.tokens += result.tokens
 
     def _append(self, text: bytes) -> None:
         with self._errors():

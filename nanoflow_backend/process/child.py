@@ -22,6 +22,8 @@ from typing import Any
 
 import msgspec
 
+from nanoflow_backend.process.channel import ChannelClosed
+
 log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 PACKAGES = ("nanoflow_backend", "nanoflow_kernels")
@@ -35,12 +37,12 @@ def encode(message: msgspec.Struct) -> bytes:
     return _encoder.encode(message)
 
 
-class ChildDied(RuntimeError):
+class ChildDied(ChannelClosed):
     """The process at the other end of the socket is gone."""
 
 
 class Child:
-    """`python -m module`, running. Sending is thread-safe; receiving is for one thread.
+    """`python -m module`, running: a Channel to it.
 
     With `host_pid`, the child also watches that process (a stub's server): when it ends, the child kills us and ends.
     With `group`, what the child has started is killed with it: of that, a stopped process would not notice its end.

@@ -15,8 +15,8 @@ from nanoflow_backend.process.messages import (
     Failed,
     FromEngine,
     Heartbeat,
+    Load,
     News,
-    Queue,
     Ready,
     Refusal,
     Start,
@@ -55,7 +55,7 @@ class EngineProcess:
         self._child: Child | None = None
         self._outbox: Outbox | None = None  # once it is ready
         self._watchdog: Watchdog | None = None
-        self._queue: Queue | None = None  # as the engine said last, once it is ready
+        self._load: Load | None = None  # as the engine said last, once it is ready
         self._submitted = 0  # sequences
         self._stopping = False
 
@@ -86,7 +86,7 @@ class EngineProcess:
             raise EngineError(answer.message)
         with self._changing:
             if not self._stopping:
-                self._queue = Queue(0, answer.queue_room, 0)
+                self._load = Load(0, 0, 0, answer.queue_room, 0)
                 self._outbox = Outbox(child)
                 if (limit_s := self._config.engine_stall_s) is not None:
                     why = f"it made no step for {limit_s:g} s (engine_stall_s)"
@@ -102,12 +102,12 @@ class EngineProcess:
 
     def check_room(self, sequences: int = 1) -> None:
         """Raises: QueueFull, where the engine would refuse so many: it says so itself only after its next step."""
-        queue, submitted = self._queue, self._submitted
-        if queue is None:
+        load, submitted = self._load, self._submitted
+        if load is None:
             return
-        coming = submitted - queue.received
-        if sequences > queue.room - coming:
-            raise QueueFull(queue.waiting + coming, max(0, queue.room - coming), sequences)
+        coming = submitted - load.received
+        if sequences > load.room - coming:
+            raise QueueFull(load.waiting + coming, max(0, load.room - coming), sequences)
 
     def submit(self, *requests: Request) -> None:
         """The engine queues them all, or refuses each.
@@ -172,7 +172,7 @@ class EngineProcess:
                 message = child.receive(self._decoder)
                 match message:
                     case News():
-                        self._queue = message.queue
+                        self._load = message.load
                         self._callbacks.on_news(message)
                     case Stats():
                         self._callbacks.on_stats(message)

@@ -44,8 +44,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_model_tokens: int
     num_pages: int
     page_tokens: int
+    max_running: int  # sequences
     description: str  # one line for the log: model, schedule, sizes
-    queue_room: int  # before the first request; see Queue
+    queue_room: int  # before the first request; see Load
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -62,22 +63,24 @@ class Refusal(msgspec.Struct, frozen=True, tag=True):
     reason: Literal["invalid", "queue_full", "internal"]  # as in the metrics; internal: a fault of the engine
 
 
-class Queue(msgspec.Struct, frozen=True, array_like=True):
-    """The engine's queue. What was submitted and not received yet will take some of the room."""
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """What the engine has to do. What was submitted and not received yet will take some of its queue's room."""
 
-    waiting: int  # sequences: `n` of a request
-    room: int  # for so many more
+    running: int  # sequences: `n` of a request
+    waiting: int  # in the queue
+    used_pages: int  # held by those that run
+    room: int  # of the queue, for so many more
     received: int  # so far, refused ones too
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What one step brought, and the queue after it. Without deltas when the work ends.
+    """What one step brought, and the load after it. Without deltas when only the load has changed, or the work ends.
 
-    Or, before a step that may be long, the requests that could have been too late to begin and begin with it.
+    Or, before a step that may be long, the load and the requests that could have been too late to begin and begin.
     """
 
     deltas: list[Delta]
-    queue: Queue
+    load: Load
     begun: list[int] = []
 
 

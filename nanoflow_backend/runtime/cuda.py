@@ -85,7 +85,8 @@ class CudaProgram:
         if tokens > padded:
             raise ValueError(f"token_ids: expected at most the plan's {padded} tokens, got {tokens}")
         if page_table is not binding.page_table:
-            self._graphs.clear()
+            self._graphs.clear()  # and with them their pool, in which nothing can be captured again
+            self._graph_pool = torch.cuda.graph_pool_handle()
             binding.page_table = page_table
         self._token_ids[:tokens].copy_(token_ids)
         binding.slots[:tokens].copy_(slots)

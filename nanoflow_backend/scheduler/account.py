@@ -21,6 +21,9 @@ class OpenAccount:
     last_token_s: float = 0.0  # of meaning while it pauses
     energy_j: float = 0.0
     decode_mark_j: float | None = None  # while it decodes: the observer's sum at the start
+    load_began_s: float = 0.0  # of meaning while it loads pages
+    host_tokens: int = 0
+    disk_tokens: int = 0
 
 
 class Account(msgspec.Struct, frozen=True, array_like=True):
@@ -32,6 +35,8 @@ class Account(msgspec.Struct, frozen=True, array_like=True):
     ended_s: float
     peak_pages: int  # of the KV cache, those shared with others too; of several sequences the sum
     energy_j: float | None  # its tokens' share of what the device used; None where nothing measures that
+    host_tokens: int = 0  # of the prompt, whose pages were loaded from host memory instead of computed
+    disk_tokens: int = 0  # likewise, from the disk
 
     @classmethod
     def joined(cls, accounts: Sequence[Account]) -> Account:
@@ -46,6 +51,8 @@ class Account(msgspec.Struct, frozen=True, array_like=True):
             ended_s=max(a.ended_s for a in accounts),
             peak_pages=sum(a.peak_pages for a in accounts),
             energy_j=sum(energies_j) if energies_j else None,
+            host_tokens=max(a.host_tokens for a in accounts),
+            disk_tokens=max(a.disk_tokens for a in accounts),
         )
 
     @property

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import msgspec
 
-from nanoflow_backend.kvcache.tier import Transfer
+from nanoflow_backend.kvcache.tier import Transfer, TransferReport
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import Account
 
@@ -40,7 +40,7 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What one step computes; a step of transfers alone computes nothing.
+    """What one step computes. One that computes nothing begins transfers, or waits until one that has begun ends.
 
     Decode inputs are not here: the device gathers them from the slot's last sample.
     """
@@ -51,7 +51,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     prefills: list[Prefill]
     page_table: list[tuple[int, int, int]]  # entries that are new in this step: (slot, index, page)
     admitted: list[Admission]
-    transfers: list[Transfer] = []  # of pages between the device and the tier below, before the rows are computed
+    transfers: list[Transfer] = []  # of pages between tiers, that begin beside the step
+    returned: int = 0  # the last step that had come back when this one was formed: transfers begin after its end
 
     @property
     def tokens(self) -> int:
@@ -90,6 +91,7 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs] = {}  # by slot, for requests that asked
     prompt_scores: list[PromptScores] = []  # of prefill chunks, for requests that asked
+    transfers: TransferReport | None = None  # None: there are no tiers below the device
 
 
 class FinishReason(StrEnum):

@@ -21,6 +21,7 @@ class SchedulerLimits:
     num_pages: int  # of the KV cache
     page_tokens: int
     max_model_tokens: int  # prompt and output of one request
+    inter_token_target_s: float | None = None  # how long a step with decodes may take; None: as long as it has tokens
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "prompt_tokens", "max_running", "max_queue_size", "num_pages", "page_tokens"):

@@ -47,6 +47,7 @@ class Observed(msgspec.Struct):
     prefill_time_s: Histogram = _histogram(REQUEST_TIMES_S)  # first admission to first token
     decode_time_s: Histogram = _histogram(REQUEST_TIMES_S)  # first token to end
     total_time_s: Histogram = _histogram(REQUEST_TIMES_S)  # arrival to end
+    load_time_s: Histogram = _histogram(REQUEST_TIMES_S)  # admission to the last page from a lower tier
     prompt_tokens: Histogram = _histogram(TOKENS)
     output_tokens: Histogram = _histogram(TOKENS)
     inter_token_s: Histogram = _histogram(STEP_TIMES_S)  # from one token of a request to its next

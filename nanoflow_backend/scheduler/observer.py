@@ -9,13 +9,16 @@ from typing import NamedTuple
 from nanoflow_backend.scheduler.account import Account
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Observed
+from nanoflow_backend.scheduler.pace import Pace, StepWork
 from nanoflow_backend.scheduler.sequence import Sequence
+from nanoflow_backend.scheduler.tiers.rates import Rates
 
 WHOLE = (FinishReason.STOP, FinishReason.LENGTH)  # a request that ends so has all of its result
 
 
 class _Step(NamedTuple):
     formed_s: float
+    work: StepWork
     strays: list[Sequence]  # of the sampled ones, those that were not sampled in the step before
 
 
@@ -28,11 +31,15 @@ class Observer:
 
     Attributes:
         token_energy_j: what a token costs; whoever measures it sets it, from any thread. None: nobody does.
+        rates: told how long steps take, and tokens of those that are mostly prompts, if somebody asks.
+        pace: told of work and times of the steps that compute something, likewise.
     """
 
     def __init__(self, clock: Callable[[], float], dense_batch_tokens: int) -> None:
         self.observed = Observed()
         self.token_energy_j: float | None = None
+        self.rates: Rates | None = None
+        self.pace: Pace | None = None
         self._clock = clock
         self._dense_batch_tokens = dense_batch_tokens
         self._steps: deque[_Step] = deque()  # in flight
@@ -51,6 +58,17 @@ class Observer:
         """For the first time."""
         s.account.admitted_s = self._clock()
         self.observed.queue_time_s.observe(s.account.admitted_s - s.account.arrived_s)
+
+    def loading(self, s: Sequence) -> None:
+        """Pages of lower tiers are on their way to it."""
+        s.account.load_began_s = self._clock()
+
+    def loaded(self, s: Sequence, tokens: int, disk_tokens: int) -> None:
+        """So many tokens were loaded instead of computed, some of them from the disk."""
+        self.observed.load_time_s.observe(self._clock() - s.account.load_began_s)
+        if not s.preemptions:
+            s.account.host_tokens += tokens - disk_tokens
+            s.account.disk_tokens += disk_tokens
 
     def prefilled(self, s: Sequence, tokens: int, complete: bool) -> None:
         """The step that is being formed computes known tokens; those after it decode, when these are complete."""
@@ -78,21 +96,28 @@ class Observer:
             s.account.decode_mark_j = self._decode_energy_j
             self._resumed.append(s)
 
-    def formed(self, tokens: int, sampled: list[Sequence], decodes: int) -> None:
-        """A step goes out; the first `decodes` of the sampled ones decode, the others end their known tokens."""
-        self._steps.append(_Step(self._clock(), self._resumed + sampled[decodes:]))
+    def formed(self, work: StepWork, sampled: list[Sequence]) -> None:
+        """A step goes out; the first `work.decodes` of the sampled ones decode, the others end their known tokens."""
+        self._steps.append(_Step(self._clock(), work, self._resumed + sampled[work.decodes :]))
         self._resumed = []
         self._decode_energy_j += self._step_energy_j
         self._step_energy_j = self.token_energy_j or 0.0
-        self.observed.computed_tokens += tokens
-        self.observed.dense_batch_fill.observe(tokens / self._dense_batch_tokens)
+        self.observed.computed_tokens += work.tokens
+        self.observed.dense_batch_fill.observe(work.tokens / self._dense_batch_tokens)
 
     def returned(self, step: int) -> None:
         """The oldest step is back, and nobody has looked at its tokens yet."""
-        formed_s, strays = self._steps.popleft()
+        formed_s, work, strays = self._steps.popleft()
         now_s = self._clock()
         self._step_time_s, self._returned_s = now_s - self._returned_s, now_s
-        self.observed.step_time_s.observe(min(self._step_time_s, now_s - formed_s))
+        step_time_s = min(self._step_time_s, now_s - formed_s)
+        self.observed.step_time_s.observe(step_time_s)
+        if self.rates is not None and work.tokens:
+            self.rates.step.measured(1, step_time_s)
+            if work.prompt_tokens > work.decodes:
+                self.rates.prefill.measured(work.tokens, step_time_s)
+        if self.pace is not None and work.tokens:
+            self.pace.measured(work, step_time_s)
         alive = [s for s in strays if s.finish_reason is None]
         self._stray_tokens = len(alive)
         for s in alive:
@@ -123,6 +148,8 @@ class Observer:
             ended_s=now_s,
             peak_pages=max(s.peak_pages, len(s.pages)),
             energy_j=None if self.token_energy_j is None else s.account.energy_j,
+            host_tokens=s.account.host_tokens,
+            disk_tokens=s.account.disk_tokens,
         )
         if reason is not FinishReason.REFUSED:  # counted by who refuses, as those are that never came here
             observed.ended[reason] = observed.ended.get(reason, 0) + 1

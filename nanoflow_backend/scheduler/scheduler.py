@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 
-from nanoflow_backend.kvcache.tier import Tier
+from nanoflow_backend.kvcache.page_events import PageEvents
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
 from nanoflow_backend.scheduler.account import Account
@@ -16,6 +16,7 @@ from nanoflow_backend.scheduler.deadlines import Deadlines
 from nanoflow_backend.scheduler.forecast.length_forecast import Forecast, LengthForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
+from nanoflow_backend.scheduler.pace import Pace
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State
 from nanoflow_backend.scheduler.sequence_factory import SequenceFactory
@@ -23,6 +24,7 @@ from nanoflow_backend.scheduler.slots import Slots
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.scheduler.step_planner import StepPlanner
 from nanoflow_backend.scheduler.steps_in_flight import StepsInFlight
+from nanoflow_backend.scheduler.tiers.lower_tiers import LowerTiers
 from nanoflow_backend.scheduler.waiting_queue import QueueFull, WaitingQueue, check_can_wait
 
 
@@ -33,16 +35,17 @@ class Scheduler:
     of the same one: then nothing is in flight while a batch is formed. Every batch must come back, in order.
 
     A step takes one token of every decoding request, then prefill chunks, at most `chunk_tokens` of one request and
-    `prompt_tokens` of all, until it has `dense_batch_tokens`. A request takes the pages of its whole
-    prompt when it is admitted, so only decodes ever wait for a page. When they do, the request last in service order is
-    preempted: it gives its pages back, and later computes again what it knows. The request first in order is never
-    preempted, so every request finishes.
+    `prompt_tokens` of all, until it has `dense_batch_tokens` or would take longer than `inter_token_target_s`. A
+    request takes the pages of its whole prompt when it is admitted, so only decodes ever wait for a page. When they do,
+    the request last in service order is preempted: it gives its pages back, and later computes again what it knows. The
+    request first in order is never preempted, so every request finishes.
 
     Attributes:
         begun: of the requests with a queue deadline, those that the last batch admits.
 
-    With a `lower_tier`, pages that the device evicts are stored there, and loaded again for a request that begins with
-    their content. Such a request is in no step until the one with its loads has come back.
+    With `lower` tiers, what pages hold is stored there beside later steps, and loaded for a request that begins with
+    the same. Such a request is computed from its front meanwhile, or waits, whichever ends sooner.
+    `page_events` are told which pages requests can find on the device.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class Scheduler:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         forecast: Forecast | None = None,
-        lower_tier: Tier | None = None,
+        lower: LowerTiers | None = None,
+        page_events: PageEvents | None = None,
     ) -> None:
         self._max_queue_size = limits.max_queue_size
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -64,9 +68,14 @@ class Scheduler:
         )
         self._clock = clock
         self._forecast = forecast or LengthForecast()
-        account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching, lower_tier)
+        self._lower = lower
+        self._account = account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching, lower, page_events)
         self._pool = account.pool
         self.observer = Observer(clock, limits.dense_batch_tokens)
+        if lower is not None:
+            self.observer.rates = lower.rates
+        target_s = limits.inter_token_target_s
+        self.observer.pace = pace = None if target_s is None else Pace(target_s, limits.prompt_tokens)
 
         self._live: dict[int, list[Sequence]] = {}  # by request id; each until its last delta is handed over
         self._deadlines = Deadlines()
@@ -76,13 +85,7 @@ class Scheduler:
         self._slots = Slots(limits.max_running)
         self._in_flight = StepsInFlight()
         self._planner = StepPlanner(
-            self._waiting,
-            self._slots,
-            account,
-            self._in_flight,
-            self.observer,
-            self._forecast,
-            limits,
+            self._waiting, self._slots, account, self._in_flight, self.observer, self._forecast, limits, pace
         )
         self._finished = 0
         self._overshoot_tokens = 0
@@ -117,6 +120,9 @@ class Scheduler:
                 self._waiting.release(sequences[request.id][:1])
             self._deadlines.add(request)
         self._live |= sequences
+        if self._planner.backlog or not self._slots.free:
+            for request in requests:
+                self._account.prefetch(sequences[request.id][0])
 
     def forget_lengths(self) -> None:
         """Forget how long outputs were, as if none had come yet: for another workload that is to be measured."""
@@ -157,8 +163,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Some request has not ended, or its last delta was not handed over, or its pages are not free yet."""
-        return bool(self._live or self._slots)
+        """Some request has not ended, or its last delta was not handed over; or its pages are not free or stored."""
+        return bool(self._live or self._slots or (self._lower and self._lower.has_work))
 
     @property
     def live_ids(self) -> list[int]:
@@ -187,6 +193,11 @@ class Scheduler:
         return deltas
 
     @property
+    def load(self) -> tuple[int, int, int]:
+        """Requests that run and that wait, and the pages that requests hold: as in `stats`, for every step."""
+        return len(self._slots), len(self._waiting), self._pool.used
+
+    @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             waiting_requests=self.waiting,
@@ -200,6 +211,7 @@ class Scheduler:
             overshoot_tokens=self._overshoot_tokens,
             prefix_query_tokens=self._planner.prefix_query_tokens,
             prefix_hit_tokens=self._planner.prefix_hit_tokens,
+            tiers=self._lower.stats if self._lower else None,
         )
 
     def check(self) -> None:
@@ -226,6 +238,8 @@ class Scheduler:
         """A delta for each token that a step sampled. Most of a step's thousand tokens take the fast path."""
         sequences = self._in_flight.returned(sampled)
         self.observer.returned(sampled.step)
+        if sampled.transfers is not None:
+            self._account.returned(sampled.transfers)
         for scores in sampled.prompt_scores:
             known = self._slots.at(scores.slot).prompt_logprobs
             if known is not None:  # after a preemption they come again

@@ -9,6 +9,7 @@ from enum import Enum, auto
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.account import OpenAccount
 from nanoflow_backend.scheduler.batch import FinishReason, TokenLogprobs
+from nanoflow_backend.scheduler.tiers.load_plan import LoadPlan
 
 
 class State(Enum):
@@ -16,7 +17,7 @@ class State(Enum):
 
     HELD = auto()  # as WAITING, but not to be admitted yet
     WAITING = auto()  # no slot, no pages
-    LOADING = auto()  # some of its pages are on their way from a lower tier: in no step until they are there
+    LOADING = auto()  # waits for pages on their way from a lower tier, and computes nothing meanwhile
     PREFILLING = auto()  # some of its known tokens are not computed yet
     DECODING = auto()  # one token per step
     RETIRING = auto()  # gets no further step; slot and pages go when its last step has returned
@@ -44,7 +45,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     fast_path: bool = False  # its next delta tells a token, and nothing else
     preemptions: int = 0
-    cached_tokens: int = 0  # prompt tokens that the prefix index knew, when first admitted
+    cached_tokens: int = 0  # prompt tokens that were shared or loaded, when first admitted
     siblings: tuple[Sequence, ...] = ()  # held until this one's prompt is there for them to share
     prompt_logprobs: list[TokenLogprobs] | None = None  # as far as computed, where asked for and not handed over
     account: OpenAccount = field(default_factory=OpenAccount)  # the observer's
@@ -52,11 +53,12 @@ class Sequence:
 
     slot: int = -1  # this and all below: of no meaning without a slot
     num_computed_tokens: int = 0
-    last_step: int = 0  # the last step that writes its pages, or loads them
+    last_step: int = 0  # the last step that writes its pages, or knows its slot
     pages: list[int] = field(default_factory=list)
     capacity_tokens: int = 0  # tokens that its pages can hold
     shared_pages: int = 0  # of its pages, those that another sequence already held when this one was admitted
     num_published_pages: int = 0  # its leading pages that the prefix index was offered
+    load: LoadPlan | None = None  # while pages behind those that are computed come from lower tiers
     hashes: list[bytes] = field(default_factory=list)  # of its leading full pages, as far as asked for; always valid
 
     @property

@@ -41,22 +41,15 @@ class Slots:
         """Those that get further steps."""
         return chain(self.loading.values(), self.prefilling.values(), self.decoding.values())
 
-    def enter(self, s: Sequence, *, loads: bool = False) -> None:
-        """Give a sequence a slot; one that `loads` waits there for its pages."""
+    def enter(self, s: Sequence) -> None:
+        """Give a sequence a slot."""
         s.slot = self.free.pop()
-        self._move(s, State.LOADING if loads else State.PREFILLING)
+        self._place(s, State.PREFILLING)
 
-    def start_prefilling(self, s: Sequence) -> None:
-        del self.loading[s.slot]
-        self._move(s, State.PREFILLING)
-
-    def start_decoding(self, s: Sequence) -> None:
-        del self.prefilling[s.slot]
-        self._move(s, State.DECODING)
-
-    def start_retiring(self, s: Sequence) -> None:
+    def move(self, s: Sequence, state: State) -> None:
+        """Take a sequence from its state to another one, behind those that are there."""
         del self._by_state[s.state][s.slot]
-        self._move(s, State.RETIRING)
+        self._place(s, state)
 
     def remove(self, s: Sequence) -> None:
         del self.retiring[s.slot]
@@ -70,6 +63,6 @@ class Slots:
                 assert s.state is state, f"request {s.id} is {s.state.name}, among the {state.name}"
                 assert s.slot == slot, f"request {s.id} has slot {s.slot}, and is found at {slot}"
 
-    def _move(self, s: Sequence, state: State) -> None:
+    def _place(self, s: Sequence, state: State) -> None:
         s.state = state
         self._by_state[state][s.slot] = s

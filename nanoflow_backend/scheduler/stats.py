@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from nanoflow_backend.scheduler.tiers.stats import TierStats
+
 
 class SchedulerStats(msgspec.Struct, frozen=True):
     """Requests and pages as they are now; the rest counts from the start."""
@@ -19,3 +21,4 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     overshoot_tokens: int  # sampled for requests that had already ended, and never shown
     prefix_query_tokens: int  # of all prompts that were admitted
     prefix_hit_tokens: int  # of these, those not computed again
+    tiers: TierStats | None = None  # of the tiers below the device, if there are any

@@ -10,6 +10,7 @@ from nanoflow_backend.scheduler.forecast.length_forecast import Forecast
 from nanoflow_backend.scheduler.forecast.page_forecast import PageForecast
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.observer import Observer
+from nanoflow_backend.scheduler.pace import Pace, StepWork
 from nanoflow_backend.scheduler.page_account import PageAccount
 from nanoflow_backend.scheduler.sequence import Sequence, State, service_order
 from nanoflow_backend.scheduler.slots import Slots
@@ -33,6 +34,7 @@ class StepPlanner:
         observer: Observer,
         forecast: Forecast,
         limits: SchedulerLimits,
+        pace: Pace | None,
     ) -> None:
         self._waiting = waiting
         self._slots = slots
@@ -42,6 +44,7 @@ class StepPlanner:
         self._observer = observer
         self._forecast = forecast
         self._limits = limits
+        self._pace = pace
         self._filled: list[Sequence] = []  # had a prefill chunk in the last step
         self.backlog = False
         self.preemptions = 0
@@ -51,8 +54,10 @@ class StepPlanner:
     def plan_step(self) -> Batch | None:
         """The next step, which counts as launched from now on. None: nothing can run."""
         self._publish_filled()
-        self._publish_loaded()
+        self._meet_loads()
+        returned = self._in_flight.last_returned
         step = self._in_flight.last_launched + 1
+        transfers = self._account.begin_stores(returned, self._waiting.head)  # before pages are taken for others
         page_table: list[tuple[int, int, int]] = []
         sampled = self._grow(page_table)
         slots = [s.slot for s in sampled]
@@ -65,7 +70,11 @@ class StepPlanner:
 
         prefills: list[Prefill] = []
         admitted: list[Admission] = []
-        left = budget = min(self._limits.dense_batch_tokens - len(sampled), self._limits.prompt_tokens)
+        decode_kv_tokens = sum(positions)
+        most = self._limits.prompt_tokens
+        if self._pace:
+            most = self._pace.prompt_tokens(len(sampled), decode_kv_tokens)
+        left = budget = min(self._limits.dense_batch_tokens - len(sampled), most)
         prompts = chain(list(self._slots.prefilling.values()), self._admit(step, page_table, admitted))
         while left > 0 and (sequence := next(prompts, None)) is not None:
             prefill = self._prefill(sequence, step, left)
@@ -74,22 +83,24 @@ class StepPlanner:
             if prefill.sample:
                 sampled.append(sequence)
         self.backlog = self._waiting.head is not None
-        transfers = self._account.take_transfers()
-        if not slots and not prefills and not transfers:
+        transfers += self._account.begin_loads()
+        waits = self._account.transfers_outstanding > 0 and returned == step - 1  # nothing else will come back
+        if not (slots or prefills or admitted or transfers or waits):
             return None
-        self._observer.formed(len(slots) + budget - left, sampled, len(slots))
+        self._observer.formed(StepWork(len(slots), decode_kv_tokens, budget - left), sampled)
         self._in_flight.launched(sampled)
-        return Batch(step, slots, positions, prefills, page_table, admitted, transfers)
+        return Batch(step, slots, positions, prefills, page_table, admitted, transfers, returned)
 
     def retire(self, s: Sequence) -> None:
         """Plan no further step for this sequence; its pages are freed when no step in flight writes them."""
-        self._slots.start_retiring(s)
-        if s.last_step <= self._in_flight.last_returned:
+        self._slots.move(s, State.RETIRING)
+        self._account.leave(s)
+        if self._has_returned(s):
             self._free(s)
 
     def free_returned(self) -> None:
-        """Free slots and pages of retiring sequences whose last step has come back."""
-        for s in [s for s in self._slots.retiring.values() if s.last_step <= self._in_flight.last_returned]:
+        """Free slots and pages of retiring sequences whose last step, and last load, has come back."""
+        for s in [s for s in self._slots.retiring.values() if self._has_returned(s)]:
             self._free(s)
 
     def check(self) -> None:
@@ -100,7 +111,7 @@ class StepPlanner:
         for s in self._slots:
             name = f"request {s.id}"
             assert s.last_step <= self._in_flight.last_launched, f"{name} is in a step that was not launched"
-            gone = s.state is State.RETIRING and s.last_step <= self._in_flight.last_returned
+            gone = s.state is State.RETIRING and self._has_returned(s)
             assert not gone, f"{name} has left and holds pages"
             left = s.max_total_tokens - len(s.tokens) - in_flight[s.arrival_number]
             assert left >= 0, f"{name} runs beyond its length"
@@ -110,9 +121,7 @@ class StepPlanner:
                 known_tokens = len(s.tokens) + in_flight[s.arrival_number]
                 assert s.num_computed_tokens + 1 == known_tokens, f"{name}: its clocks disagree"
             if s.state is State.LOADING:
-                assert not in_flight[s.arrival_number], f"{name} is sampled while its pages are loaded"
-                found = any(self._account.can_be_found(page) for page in s.pages[s.num_published_pages :])
-                assert not found, f"{name} shows pages that are not loaded yet"
+                assert s.load is not None, f"{name} waits for nothing"
             if s.state in (State.PREFILLING, State.LOADING):
                 assert s.num_computed_tokens < len(s.tokens), f"{name}: nothing is left to prefill"
                 assert not in_flight[s.arrival_number], f"{name} is sampled before its prompt ends"
@@ -125,11 +134,23 @@ class StepPlanner:
                 self._waiting.release(s.siblings)
         self._filled = []
 
-    def _publish_loaded(self) -> None:
-        """Compute the rest of sequences whose loads have come back, and let others share what was loaded."""
-        for s in [s for s in self._slots.loading.values() if s.last_step <= self._in_flight.last_returned]:
-            self._account.publish(s)
-            self._slots.start_prefilling(s)
+    def _meet_loads(self) -> None:
+        """Sequences go on behind what was loaded, or compute some more of it, or wait."""
+        for s in [s for s in chain(self._slots.loading.values(), self._slots.prefilling.values()) if s.load]:
+            self._meet_load(s)
+
+    def _meet_load(self, s: Sequence) -> None:
+        plan, computed_tokens = s.load, s.num_computed_tokens
+        end = self._account.meet(s)
+        if plan is not None and s.load is None:
+            tokens = s.num_computed_tokens - computed_tokens
+            self._observer.loaded(s, tokens, plan.read_pages * self._limits.page_tokens)
+            if not s.preemptions:
+                s.cached_tokens += tokens
+                self.prefix_hit_tokens += tokens
+        state = State.PREFILLING if end > s.num_computed_tokens else State.LOADING
+        if state is not s.state:
+            self._slots.move(s, state)
 
     def _grow(self, page_table: list[tuple[int, int, int]]) -> list[Sequence]:
         """Give every decode a page for its next token, at the cost of the last in service order; return who can run.
@@ -143,6 +164,7 @@ class StepPlanner:
             victim.preemptions += 1
             self._observer.paused(victim, self._in_flight.last_returned)
             self.preemptions += 1
+            self._account.swap_out(victim)
             self.retire(victim)
         for s in sorted(needy.values(), key=service_order)[: self._pool.available]:
             page_table.append((s.slot, len(s.pages), self._account.grow(s)))
@@ -158,7 +180,7 @@ class StepPlanner:
     ) -> Iterator[Sequence]:
         """Admit waiting sequences in order while the predicted peak of page use fits; one may always run.
 
-        Yields those that can be computed at once. Others wait in their slot for pages of a lower tier.
+        Yields those that can be computed at once. Others wait in their slots for pages of a lower tier.
         """
         page_forecast = None
         while self._slots.free and (s := self._waiting.head) is not None:
@@ -171,8 +193,12 @@ class StepPlanner:
                 if page_forecast.add(s, cost_pages) > self._pool.num_pages:
                     return
             self._waiting.remove(s)
-            loads = self._account.open(s, known)
-            self._slots.enter(s, loads=loads)
+            self._account.open(s, known)
+            self._slots.enter(s)
+            s.last_step = step
+            if s.load:
+                self._observer.loading(s)
+                self._meet_load(s)
             if not s.preemptions:
                 s.cached_tokens = s.num_computed_tokens
                 self._observer.admitted(s)
@@ -181,21 +207,20 @@ class StepPlanner:
             page_table.extend((s.slot, index, page) for index, page in enumerate(s.pages))
             known_tokens = s.tokens.tolist() if s.params.reads_tokens else []
             admitted.append(Admission(s.slot, s.prompt_tokens, s.params, known_tokens))
-            if loads:
-                s.last_step = step
-            else:
+            if s.state is State.PREFILLING:
                 yield s
 
     def _prefill(self, s: Sequence, step: int, budget: int) -> Prefill:
         """The next chunk of what the sequence knows and has not computed."""
         start = s.num_computed_tokens
-        s.num_computed_tokens = min(start + self._limits.chunk_tokens, start + budget, len(s.tokens))
+        s.num_computed_tokens = min(start + self._limits.chunk_tokens, start + budget, self._account.meet(s))
+        self._account.computed(s)
         s.last_step = step
         self._filled.append(s)
         ends = s.num_computed_tokens == len(s.tokens)
         self._observer.prefilled(s, s.num_computed_tokens - start, ends)
         if ends:
-            self._slots.start_decoding(s)
+            self._slots.move(s, State.DECODING)
             if s.num_computed_tokens + 1 >= s.max_total_tokens:
                 self._complete(s)
         return Prefill(s.slot, start, s.tokens[start : s.num_computed_tokens].tolist(), ends)
@@ -206,9 +231,14 @@ class StepPlanner:
         self._observer.finishing(s)
         self.retire(s)
 
+    def _has_returned(self, s: Sequence) -> bool:
+        """Nothing writes its pages any more."""
+        return s.last_step <= self._in_flight.last_returned and not (s.load and s.load.outstanding)
+
     def _free(self, s: Sequence) -> None:
         """Take back slot and pages. A sequence that has not ended was preempted, and goes on later."""
         self._slots.remove(s)
+        self._account.meet(s)  # others may want what was loaded
         self._account.close(s)
         if s.finish_reason is None:
             self._waiting.push(s)

@@ -119,6 +119,10 @@ class Answer:
                 return None if value is None else np.array([value], np.float32)
             case "peak_kv_pages":
                 return None if account is None else np.array([account.peak_pages], np.uint32)
+            case "num_host_cached_tokens":
+                return None if account is None else np.array([account.host_tokens], np.uint32)
+            case "num_disk_cached_tokens":
+                return None if account is None else np.array([account.disk_tokens], np.uint32)
         raise AssertionError(f"output {name} is declared but not computed")
 
     def _prompt_logprobs(self, delta: TextDelta) -> NDArray[Any] | None:

@@ -45,10 +45,10 @@ from nanoflow_backend.serving.response_channel import ServerChannel, check_numpy
 from nanoflow_backend.serving.senders import Senders
 from nanoflow_backend.serving.server_log import ServerLog
 from nanoflow_backend.serving.tensors import Arrays, complete_config, read_inputs
-from nanoflow_backend.telemetry import vllm_families
-from nanoflow_backend.telemetry.families import Kind
-from nanoflow_backend.telemetry.metrics import FLUSH_PERIOD_S, Metrics, Page
+from nanoflow_backend.telemetry import dialects
+from nanoflow_backend.telemetry.metrics import Metrics
 from nanoflow_backend.telemetry.tracing import Tracer
+from nanoflow_backend.telemetry.writers import Writers
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class TritonPythonModel:
         self._streams = bool(model_config["model_transaction_policy"]["decoupled"])
         folder = Path(args["model_repository"], args["model_version"])
         config = version_folder.load(folder, engine_parameters(model_config))
-        reports_vllm_metrics = vllm_families.are_reported(model_config, folder)
+        families = dialects.families(dialects.chosen(config, model_config, folder))
         self._tokenizer = Tokenizer.find(config.model)
         if self._tokenizer is None:
             log.warning("no tokenizer.json in %s: prompts come as input_ids, and answers have no text", config.model)
@@ -110,16 +110,11 @@ class TritonPythonModel:
             Ticker("cancellation", CANCELLATION_PERIOD_S, self._cancel_abandoned),
             Ticker("deadlines", DEADLINE_PERIOD_S, self._end_overdue),
         ]
-        self._vllm_metrics: Ticker | None = None
+        self._writers: Writers | None = None
         with contextlib.suppress(pb_utils.TritonModelException):  # the server's metrics are switched off
-            labels = {"model": args["model_name"], "version": args["model_version"]}
-            # Equal labels are one metric on the server's page: instances would overwrite each other's gauges.
-            own = _ServerMetrics({**labels, "engine": args["model_instance_name"]})
-            self._tickers.append(Ticker("metrics", FLUSH_PERIOD_S, Page(own.create, self._metrics).flush))
-            if reports_vllm_metrics:
-                page = Page(_ServerMetrics(labels).create, self._metrics, vllm_families.VLLM_FAMILIES)
-                self._vllm_metrics = Ticker("vLLM's metrics", FLUSH_PERIOD_S, page.flush)
-                self._tickers.append(self._vllm_metrics)
+            name, version, engine = (args[f"model_{what}"] for what in ("name", "version", "instance_name"))
+            labels = {"model": name, "version": version, "model_name": name, "engine": engine}
+            self._writers = Writers(pb_utils.MetricFamily, labels, self._metrics, families)
         log.info("%s", self._ready.description)
 
     def execute(self, requests: list[Any]) -> None:
@@ -138,6 +133,8 @@ class TritonPythonModel:
         """The server calls this when no request is in flight, or none will be waited for any longer."""
         for ticker in self._tickers:
             ticker.stop(JOIN_TIMEOUT_S)
+        if self._writers is not None:
+            self._writers.stop(JOIN_TIMEOUT_S)
         unloaded = Failure("UNAVAILABLE", "the model is being unloaded")
         self._long_prompts.close(unloaded, JOIN_TIMEOUT_S)
         self._engine.stop()
@@ -243,11 +240,13 @@ class TritonPythonModel:
     def _on_news(self, news: News) -> None:
         self._senders.begin(news.begun)
         self._senders.file(news.deltas)
+        if self._metrics.carry(news.load) and self._writers:
+            self._writers.load_changed()
 
     def _on_stats(self, stats: Stats) -> None:
         self._metrics.take(stats)
-        if self._vllm_metrics and not stats.scheduler.running_requests:
-            self._vllm_metrics.wake()  # scripts look right after their last response
+        if self._writers:
+            self._writers.statistics_came()
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
         if heartbeat.idle:
@@ -281,17 +280,3 @@ def _failure(error: Exception) -> Failure:
     log.error("a request broke: %s", without_words(error))
     pb_utils.Logger.log_verbose(f"a request broke: {error}")  # where the server's --log-verbose asks for it
     return Failure("INTERNAL", f"{type(error).__name__}: {error}")
-
-
-class _ServerMetrics:
-    """Makes metrics of the server, which live as long as their families do."""
-
-    def __init__(self, labels: Mapping[str, str]) -> None:
-        self._labels = labels
-        self._families: dict[str, Any] = {}
-
-    def create(self, kind: Kind, name: str, meaning: str, labels: Mapping[str, str]) -> Any:
-        if name not in self._families:
-            of_server = getattr(pb_utils.MetricFamily, kind.upper())
-            self._families[name] = pb_utils.MetricFamily(name=name, description=meaning, kind=of_server)
-        return self._families[name].Metric(labels={**self._labels, **labels})

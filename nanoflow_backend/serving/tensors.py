@@ -56,12 +56,23 @@ OUTPUTS = (
     Tensor("decode_time_s", "FP32", (-1,), "from then to its last"),
     Tensor("total_time_s", "FP32", (-1,), "of all three"),
     Tensor("peak_kv_pages", "UINT32", (-1,), "KV pages it held at once, at most; each counts for all who share it"),
+    Tensor("num_host_cached_tokens", "UINT32", (-1,), "of num_cached_tokens, those loaded from host memory"),
+    Tensor("num_disk_cached_tokens", "UINT32", (-1,), "likewise, from the disk"),
     Tensor("energy_j", "FP32", (-1,), "its tokens' share of the GPU's energy; absent where nothing measures that"),
     Tensor("batch_index", "UINT32", (-1,), "which prompt, from 0; always sent when the request has several"),
     Tensor("num_cancelled", "UINT32", (1,), "answers `cancel`: how many prompts were told to stop, 0 if none runs"),
 )
 ACCOUNT_OUTPUTS = frozenset(
-    {"queue_time_s", "prefill_time_s", "decode_time_s", "total_time_s", "peak_kv_pages", "energy_j"}
+    {
+        "queue_time_s",
+        "prefill_time_s",
+        "decode_time_s",
+        "total_time_s",
+        "peak_kv_pages",
+        "num_host_cached_tokens",
+        "num_disk_cached_tokens",
+        "energy_j",
+    }
 )
 UNSWITCHED = ("text_output", "batch_index", "num_cancelled")  # outputs that no return_<name> asks for
 

@@ -1,6 +1,7 @@
-"""FAMILIES is the table of all metrics that the model has on the server's page; docs/metrics.md shows it to people.
+"""FAMILIES is the table of our own metrics on the server's page; docs/metrics.md shows it to people.
 
-Names end as those of vLLM's metrics where it has the like; of each, the value is read from a `View`.
+Names end as those of vLLM's metrics where it has the like; of each, the value is read from a `View`. What other engines
+call the same is in `dialects`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from nanoflow_backend.process.messages import Ready, Stats
+from nanoflow_backend.process.messages import Load, Ready, Stats
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.observed import Histogram
 from nanoflow_backend.scheduler.observer import WHOLE
@@ -28,6 +29,7 @@ class View(msgspec.Struct):
 
     ready: Ready
     stats: Stats
+    load: Load  # newer than `stats`
     refused: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
     restarts: int = 0
     up: bool = True
@@ -39,6 +41,9 @@ class Family(msgspec.Struct, frozen=True):
     """One metric: its name, kind, help text, labels, and how its value is read.
 
     `of_stub`: its counts go on when an engine process is replaced. `bounds`: those of the histogram's that are shown.
+    `live`: it is written as soon as it changes. `scope`: labels that say which engine a series is of. Equal labels are
+    one metric to the server: counters without `engine` add up over the instances of a model, and gauges would
+    overwrite each other.
     """
 
     name: str
@@ -48,29 +53,36 @@ class Family(msgspec.Struct, frozen=True):
     labels: tuple[str, ...] = ()
     of_stub: bool = False
     bounds: tuple[float, ...] | None = None  # None: all
+    live: bool = False
+    scope: tuple[str, ...] = ("model", "version", "engine")
 
 
 def _pages(view: View) -> Values:
     pages = view.stats.scheduler
-    return {
+    values: dict[tuple[str, ...], float] = {
         ("device", "used"): pages.used_pages,
         ("device", "cached"): pages.cached_pages,
         ("device", "free"): pages.num_pages - pages.used_pages - pages.cached_pages,
     }
+    if tiers := pages.tiers:
+        values["host", "cached"] = tiers.host_used_pages
+        values["host", "free"] = tiers.host_pages - tiers.host_used_pages
+    return values
 
 
 def _usage(view: View) -> float:
-    return view.stats.scheduler.used_pages / view.ready.num_pages
+    return view.load.used_pages / view.ready.num_pages
 
 
 def _blocks(view: View) -> Values:
-    used, most = view.stats.scheduler.used_pages, view.ready.num_pages
+    used, most = view.load.used_pages, view.ready.num_pages
     return {
         ("max",): most,
         ("used",): used,
         ("free",): most - used,
         ("fraction",): _usage(view),
         ("tokens_per",): view.ready.page_tokens,
+        ("reused",): view.stats.scheduler.prefix_hit_tokens // view.ready.page_tokens,
     }
 
 
@@ -88,16 +100,20 @@ def _refused(view: View) -> Values:
     return {(reason,): view.refused[reason] + of_engine[reason] for reason in {**view.refused, **of_engine}}
 
 
+# Of the TensorRT-LLM backend. The server itself reads it, so it is among ours as well.
+KV_BLOCKS = Family("nv_trt_llm_kv_cache_block_metrics", "gauge", "KV pages as the server's ORCA load headers want them",
+                   _blocks, ("kv_cache_block_type",), live=True)  # fmt: skip
+
 FAMILIES = (
     Family("nanoflow_num_requests_running", "gauge", "Requests that hold KV pages",
-           lambda v: v.stats.scheduler.running_requests),
+           lambda v: v.load.running, live=True),
     Family("nanoflow_num_requests_waiting", "gauge", "Requests in the engine's queue",
-           lambda v: v.stats.scheduler.waiting_requests),
-    Family("nanoflow_kv_cache_usage_perc", "gauge", "Share of the KV pages that requests hold; 1 is all", _usage),
+           lambda v: v.load.waiting, live=True),
+    Family("nanoflow_kv_cache_usage_perc", "gauge", "Share of the KV pages that requests hold; 1 is all", _usage,
+           live=True),
     Family("nanoflow_kv_cache_pages", "gauge", "KV pages by tier: used by requests, cached for their content, or free",
            _pages, ("tier", "state")),
-    Family("nv_trt_llm_kv_cache_block_metrics", "gauge", "KV pages as the server's ORCA load headers want them",
-           _blocks, ("kv_cache_block_type",)),
+    KV_BLOCKS,
     Family("nanoflow_prompt_tokens_total", "counter", "Tokens of admitted prompts, those in the prefix cache too",
            lambda v: v.stats.scheduler.prefix_query_tokens),
     Family("nanoflow_generation_tokens_total", "counter", "Tokens generated",

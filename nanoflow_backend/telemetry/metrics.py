@@ -10,16 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from nanoflow_backend.process.messages import Ready, Stats
+from nanoflow_backend.process.messages import Load, Ready, Stats
 from nanoflow_backend.scheduler.observed import Histogram, Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
 from nanoflow_backend.telemetry.families import FAMILIES, Family, Kind, View, refused_by_engine
 
-FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a timer writes them, not every step
+IDLE = Load(0, 0, 0, 0, 0)
 
 
 class Metrics:
@@ -28,13 +28,19 @@ class Metrics:
     def __init__(self, ready: Ready, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._view = View(ready, _nothing(ready))
+        self._view = View(ready, _nothing(ready), IDLE)
         self._heard_s = clock()
 
     def take(self, stats: Stats) -> None:
         with self._lock:
             self._view.stats = stats
             self._heard_s = self._clock()
+
+    def carry(self, load: Load) -> bool:
+        """What the engine has to do now; whether gauges have changed by it."""
+        with self._lock:
+            before, self._view.load = self._view.load, load
+        return before.running != load.running or before.waiting != load.waiting or before.used_pages != load.used_pages
 
     def confirm(self) -> None:
         """The last statistics are still how things stand."""
@@ -60,7 +66,7 @@ class Metrics:
         with self._lock:
             view = self._view
             view.refused.update(refused_by_engine(view.stats))
-            view.ready, view.stats, view.up = ready, _nothing(ready), True
+            view.ready, view.stats, view.load, view.up = ready, _nothing(ready), IDLE, True
             view.restarts += 1
             self._heard_s = self._clock()
 
@@ -74,8 +80,8 @@ class Metrics:
 
 
 def _nothing(ready: Ready) -> Stats:
-    zeros = dict.fromkeys(SchedulerStats.__struct_fields__, 0)
-    return Stats(SchedulerStats(**{**zeros, "num_pages": ready.num_pages}), Observed())
+    zeros: dict[str, Any] = {field.name: 0 for field in msgspec.structs.fields(SchedulerStats) if field.required}
+    return Stats(SchedulerStats(**zeros | {"num_pages": ready.num_pages}), Observed())
 
 
 class Metric(Protocol):
@@ -86,7 +92,7 @@ class Metric(Protocol):
     def increment(self, value: float) -> None: ...
 
 
-Create = Callable[[Kind, str, str, Mapping[str, str]], Metric]  # kind (no histogram), name, meaning, labels
+Create = Callable[[Family, Kind, str, Mapping[str, str]], Metric]  # kind (no histogram), name, labels beside its scope
 
 
 class _Shown:
@@ -105,6 +111,8 @@ class _Shown:
             values = {("", *labels): value for labels, value in read.items()}
         else:
             values = {("",): read}
+        if self.family.kind == "gauge":  # the server keeps a series for good
+            values = {**dict.fromkeys(self._values, 0), **values}
         for series, value in values.items():
             metric = self._metrics.get(series) or self._add(series)
             if value != self._values[series]:
@@ -124,7 +132,7 @@ class _Shown:
         names = ("le",) if suffix == "_bucket" else self.family.labels
         kind: Kind = "gauge" if self.family.kind == "gauge" else "counter"
         labels = dict(zip(names, values, strict=True))
-        metric = self._metrics[series] = self._create(kind, self.family.name + suffix, self.family.meaning, labels)
+        metric = self._metrics[series] = self._create(self.family, kind, self.family.name + suffix, labels)
         self._values[series] = 0
         return metric
 

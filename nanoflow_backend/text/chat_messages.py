@@ -3,7 +3,8 @@
 Clients speak OpenAI's wire format, templates what transformers' users write. Where both allow several forms of one
 thing, the template's own questions decide (`TemplateUses`), so that it is the template that is obeyed:
 
-    content             a list of text parts is joined by newlines, unless the template walks over the parts;
+    content             a list of text parts is joined by newlines, unless the template walks over the parts; that of
+                        a tool's result always, since many templates that walk over a user's parts write it as a text;
                         a text becomes a list of one part for a template that knows nothing but parts
     arguments           of tool calls: JSON becomes an object, unless the template takes a text
     reasoning           under each of its three names
@@ -26,6 +27,7 @@ Message = Mapping[str, Any]
 
 # One thing under the names of transformers, of gpt-oss and of vLLM; of several that are given, the first counts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+RESULT_ROLES = frozenset({"tool", "ipython", "function", "tool_results"})
 
 
 class MessageForms:
@@ -61,24 +63,28 @@ class MessageForms:
         if (reasoning := next((form[name] for name in REASONING if form.get(name) is not None), None)) is not None:
             form |= {name: reasoning for name in REASONING if form.get(name) is None}
         if "content" in form:
-            form["content"] = self._content(f"{place}.content", form["content"])
+            form["content"] = self._content(f"{place}.content", form["content"], form["role"] in RESULT_ROLES)
         if self._parses_arguments and isinstance(calls := form.get("tool_calls"), list):
             form["tool_calls"] = [_parsed(f"{place}.tool_calls[{index}]", call) for index, call in enumerate(calls)]
         return form
 
-    def _content(self, place: str, content: Any) -> Any:
+    def _content(self, place: str, content: Any, of_result: bool) -> Any:
         if isinstance(content, str) and self._knows_parts_only:
             return [{"type": "text", "text": content}]
-        if not isinstance(content, list) or not self._joins_parts:
+        joins = self._joins_parts or (of_result and not self._knows_parts_only)
+        if not isinstance(content, list) or not joins:
             return content
         if not all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in content):
             return content  # none of OpenAI's: what it means is between the client and the template
         for index, part in enumerate(content):
-            if not isinstance(part, str) and (part["type"] != "text" or not isinstance(part.get("text"), str)):
-                raise InvalidRequest(
-                    f"{place}[{index}]: expected a part of type text, for the model's chat template takes a text, "
-                    f"got {part!r}"
-                )
+            if isinstance(part, str) or (part["type"] == "text" and isinstance(part.get("text"), str)):
+                continue
+            if not self._joins_parts:
+                return content  # a tool's image, say
+            raise InvalidRequest(
+                f"{place}[{index}]: expected a part of type text, for the model's chat template takes a text, got "
+                f"{part!r}"
+            )
         return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
 
 

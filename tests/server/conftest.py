@@ -56,15 +56,16 @@ def process_tree() -> Callable[[int], dict[int, str]]:
 
 @pytest.fixture(scope="session")
 def demo(server: Callable[..., EmbeddedServer], tmp_path_factory: pytest.TempPathFactory) -> EmbeddedServer:
-    """The demo model behind the drop-in folder as it is, as `nanoflow`; with `decoupled: false`, as `unary`; and with
-    vLLM's metrics, as `reporting`.
+    """The demo model behind the drop-in folder as it is, as `nanoflow`; with `decoupled: false` and only our metrics,
+    as `unary`; and as a folder of the vLLM backend that reports its metrics, as `reporting`.
     """
     checkout = tmp_path_factory.mktemp("checkout")
     (checkout / "demo").symlink_to(DEMO_MODEL.parent)
     repository = checkout / DROP_IN_FOLDER.parent.name
     shutil.copytree(DROP_IN_FOLDER, repository / "nanoflow")
     config = add_model(repository, DEMO_MODEL, name="unary") / "config.pbtxt"
-    config.write_text(config.read_text().replace("decoupled: true", "decoupled: false"))
+    text = config.read_text().replace("decoupled: true", "decoupled: false")
+    config.write_text(text + 'parameters { key: "metrics_dialects" value { string_value: "nanoflow" } }')
     with (add_model(repository, DEMO_MODEL, name="reporting") / "config.pbtxt").open("a") as config:
         config.write('parameters { key: "REPORT_CUSTOM_METRICS" value { string_value: "True" } }')
     return server(repository, log=checkout / "log")

@@ -23,7 +23,8 @@ def script(name):
     return module
 
 
-entrypoint = script("entrypoint")
+entrypoint, lint = script("entrypoint"), script("lint")
+LEADER_WORKER_SET = DOCKER / "kubernetes" / "leader-worker-set" / "leader-worker-set.yaml"
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def test_the_environment_becomes_a_model_folder(command, tmp_path):
 
 def test_every_field_can_be_set(command, tmp_path):
     defaults = zip(EngineConfig.__struct_fields__[1:], EngineConfig.__struct_defaults__, strict=True)
-    values = {f"NANOFLOW_{name.upper()}": str(default) for name, default in defaults if default is not None}
+    said = {name: ",".join(d) if isinstance(d, tuple) else str(d) for name, d in defaults if d is not None}
+    values = {f"NANOFLOW_{name.upper()}": value for name, value in said.items()}
     command({"NANOFLOW_MODEL": str(DEMO_MODEL), **values})
     assert EngineConfig.load(tmp_path / "generated" / "nanoflow" / "1" / "engine.json") == EngineConfig(
         model=str(DEMO_MODEL)
@@ -176,6 +178,17 @@ def test_deployed_metrics_exist():
     assert made
     assert used
     assert used <= made
+
+
+def test_the_linter_sees_the_pods_of_a_leader_worker_set():
+    """Their kind has no schema here; pods have one."""
+    found = [yaml.safe_load(pod) for pod in lint.pods(LEADER_WORKER_SET.read_text())]
+    assert [pod["kind"] for pod in found] == ["Pod", "Pod"]
+    templates = yaml.safe_load(LEADER_WORKER_SET.read_text())["spec"]["leaderWorkerTemplate"]
+    assert [pod["spec"] for pod in found] == [templates["leaderTemplate"]["spec"], templates["workerTemplate"]["spec"]]
+    assert lint.pods((DOCKER / "kubernetes" / "base" / "deployment.yaml").read_text()) == []
+    overlays = [command[-1] for command in lint.checks()["kubectl"]]
+    assert str(LEADER_WORKER_SET.parent) in overlays
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl builds the overlays")

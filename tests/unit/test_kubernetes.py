@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from support.places import ROOT
+from typer.main import get_command
+
+from nanoflow_backend.__main__ import app
+from nanoflow_backend.config.engine_config import EngineConfig
 
 KUBERNETES = ROOT / "docker" / "kubernetes"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -81,3 +86,47 @@ def test_every_alert_links_to_its_section_of_the_runbook() -> None:
         assert section == rule["alert"]
         sections.append(section)
     assert sections == headings, "a section without an alert, or in another order"
+
+
+def test_the_leader_worker_set_is_one_group_of_hosts(tmp_path: Path) -> None:
+    """Settings that the engine takes, ranks that find them, and probes that outwait the hosts."""
+    kustomization = manifest("leader-worker-set/kustomization.yaml")
+    assert kustomization["images"][0]["newTag"] == VERSION
+    listed = kustomization["resources"]
+    assert {path.name for path in (KUBERNETES / "leader-worker-set").glob("*.yaml")} == {*listed, "kustomization.yaml"}
+    (settings,) = kustomization["configMapGenerator"]
+    given = dict(literal.split("=", 1) for literal in settings["literals"])
+    fields = {name.removeprefix("NANOFLOW_").lower(): value for name, value in given.items()}
+    exit_timeout_s = int(fields.pop("exit_timeout_s"))
+    config = EngineConfig.resolve(fields, relative_to=tmp_path)
+    group = manifest("leader-worker-set/leader-worker-set.yaml")["spec"]["leaderWorkerTemplate"]
+    assert config.hosts == group["size"] == 2
+    leader, other = (group[name]["spec"] for name in ("leaderTemplate", "workerTemplate"))
+    (server,), (ranks,) = leader["containers"], other["containers"]
+    for pod, container in ((leader, server), (other, ranks)):
+        assert container["envFrom"] == [{"configMapRef": {"name": settings["name"]}}]
+        assert pod["enableServiceLinks"] is False
+        assert pod["terminationGracePeriodSeconds"] > exit_timeout_s
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert config.secret_file == f"{mounted['secret']}/ranks"
+        (secret,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "secret")
+        assert secret["defaultMode"] & 0o007 == 0  # an int, as YAML 1.1 reads it
+    assert "29400" in str(server["ports"])
+    assert "command" not in ranks
+    program, command, *options = ranks["args"]
+    assert program == "nanoflow"
+    known = {option for parameter in get_command(app).commands[command].params for option in parameter.opts}
+    told = dict(option.split("=", 1) for option in options)
+    assert told.keys() <= known
+    assert told["--secret-file"] == config.secret_file
+    startup = server["startupProbe"]
+    assert config.join_timeout_s < startup["periodSeconds"] * startup["failureThreshold"]
+    assert config.join_timeout_s < float(told["--join-timeout"])
+    (rules,) = (manifest("leader-worker-set/network-policy.yaml")["spec"]["ingress"],)
+    among, *others = rules
+    labels = group["workerTemplate"]["metadata"]["labels"]
+    assert among == {"from": [{"podSelector": {"matchLabels": {key: labels[key] for key in labels if "/name" in key}}}]}
+    assert [[port["port"] for port in rule["ports"]] for rule in others] == [["http", "grpc"], ["metrics"]]
+    selector = manifest("leader-worker-set/service.yaml")["spec"]["selector"]
+    assert selector.items() <= group["leaderTemplate"]["metadata"]["labels"].items()
+    assert not selector.items() <= labels.items()  # requests are for the server

@@ -8,6 +8,13 @@ from nanoflow_backend.models.registry import ARCHITECTURES
 from nanoflow_backend.models.rope_json import SCALINGS
 
 
+def test_a_model_is_one_short_file():
+    files = list((ROOT / "nanoflow_backend" / "models" / "families").glob("*.py"))
+    assert len(files) == 1 + len(ARCHITECTURES)
+    long = {path.name: lines for path in files if (lines := len(path.read_text().splitlines())) > 60}
+    assert not long
+
+
 def test_the_table_is_the_registry():
     page = (ROOT / "docs" / "models.md").read_text()
     classes = re.findall(r"^\|[^|]*\| `(\w+)` \|", page, re.M)

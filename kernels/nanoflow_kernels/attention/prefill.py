@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor, power_of_two, skipped_tiles
 from nanoflow_kernels.pdl import launch_dependents, wait_for_earlier
+from nanoflow_kernels.quantise import to_e4m3
 
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
 QUERY_TILE_ROWS = 64  # tokens times the query heads of a kv head
@@ -47,19 +48,35 @@ def query_tile_tokens(heads: int, kv_heads: int) -> int:
 
 
 @triton.jit
+def _parts(queries, PARTS: tl.constexpr):
+    """(parts, power): a tuple of the PARTS parts of queries [M, D], whose sum they are when multiplied by the power.
+
+    One part is as it is stored, its power 1. Two are of e4m3, and their sum is off by 2^-8 of it or so: the tensor
+    cores take e4m3 keys only beside e4m3 queries, and two such products are faster than keys made fp16.
+    """
+    if PARTS == 1:
+        return (queries,), 1.0
+    else:
+        wide = queries.to(tl.float32)
+        power = power_of_two(tl.max(tl.max(tl.abs(wide), 1), 0)) / 128
+        wide = wide * (1 / power)
+        high = to_e4m3(wide)
+        return (high, to_e4m3(wide - high.to(tl.float32))), power
+
+
+@triton.jit
 def _prefill(
     q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, query_tile_starts_ptr,
     counts_ptr, out_ptr, T, q_stride, out_stride, page_table_stride, scale_log2,
-    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q k^T / sqrt(d) + causal mask) v, a tile of queries at a time, by the online softmax of `attend`.
 
     Tiles of keys before every query of the tile come by bulk copies, without a mask; the last ones are masked. With a
     WINDOW, those that no query sees are left out, and all others are masked.
-    With kv_scales_ptr, k and v are e4m3 times kv_scales[0] and [1], and operands are fp16: queries are divided by a
-    power of two that makes them fit.
+    With kv_scales_ptr, k and v are e4m3 times kv_scales[0] and [1], and queries are multiplied in PARTS = 2 parts.
     Reference: Dao, "FlashAttention-2", 2023.
     """
     token = tl.arange(0, TOKENS * GP) // GP
@@ -87,13 +104,11 @@ def _prefill(
         row = (first_row + token).to(tl.int64)
         offset = (head * G + group)[:, None] * D + dim[None, :]
         is_real = ((token < num_rows) & (group < G))[:, None]
-        queries = tl.load(q_ptr + row[:, None] * q_stride + offset, mask=is_real, other=0.0)
-        scale = scale_log2
+        loaded = tl.load(q_ptr + row[:, None] * q_stride + offset, mask=is_real, other=0.0)
+        queries, power = _parts(loaded, PARTS)
+        scale = scale_log2 * power
         if kv_scales_ptr is not None:
-            wide = queries.to(tl.float32)
-            power = power_of_two(tl.max(tl.max(tl.abs(wide), 1), 0))
-            queries = (wide * (1 / power)).to(tl.float16)
-            scale = scale_log2 * tl.load(kv_scales_ptr) * power
+            scale = scale * tl.load(kv_scales_ptr)
         position = first_position + tl.minimum(token, num_rows - 1)
         table_ptr = page_table_ptr + slot.to(tl.int64) * page_table_stride
         m_i = tl.full([TOKENS * GP], LOWEST, tl.float32)
@@ -105,12 +120,12 @@ def _prefill(
             for tile in tl.range(0, unmasked_tiles, num_stages=STAGES):
                 m_i, l_i, acc = attend(
                     m_i, l_i, acc, queries, position, kv_desc, table_ptr, tile, head, length, scale,
-                    K, D, PAGE, KEYS, True, WINDOW,
+                    PARTS, K, D, PAGE, KEYS, True, WINDOW,
                 )  # fmt: skip
         for tile in tl.range(unmasked_tiles, tl.cdiv(length, KEYS), num_stages=STAGES):
             m_i, l_i, acc = attend(
                 m_i, l_i, acc, queries, position, pages_ptr, table_ptr, tile, head, length, scale,
-                K, D, PAGE, KEYS, False, WINDOW,
+                PARTS, K, D, PAGE, KEYS, False, WINDOW,
             )  # fmt: skip
         o = acc / l_i[:, None]
         if kv_scales_ptr is not None:
@@ -142,7 +157,7 @@ def prefill(
     _prefill[(work.programs,)](
         q, pages, kv_desc, kv_scales, positions, slots, page_table, work.query_tile_starts, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), head_dim**-0.5 * math.log2(math.e),
-        kv_heads, group, triton.next_power_of_2(group), head_dim, work.query_tile_tokens, page_tokens, PREFILL_KEYS,
-        kv_desc is not None, window, pdl,
+        1 if kv_scales is None else 2, kv_heads, group, triton.next_power_of_2(group), head_dim,
+        work.query_tile_tokens, page_tokens, PREFILL_KEYS, kv_desc is not None, window, pdl,
         STAGES=1 if q.dtype == torch.float32 else PREFILL_STAGES, num_warps=PREFILL_WARPS, launch_pdl=pdl,
     )  # fmt: skip

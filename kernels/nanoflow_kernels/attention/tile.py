@@ -111,7 +111,8 @@ def gathered_tile(
 @triton.jit
 def attend(
     m_i, l_i, acc, queries, position, kv, table_ptr, tile, head, length, scale_log2,
-    K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr,
+    PARTS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Take one more tile of keys into the online softmax:
 
@@ -120,9 +121,9 @@ def attend(
 
     where s = q k^T log2(e) / sqrt(d); the result is acc / l after the last tile.
 
-    m_i [M], l_i [M], acc [M, D], queries [M, D], whose rows stand at `position` [M]. kv: with BULK a descriptor as in
-    bulk_tile, and every row sees all keys of the tile; else the pages, whose keys are gathered and masked, by WINDOW
-    too if that is not 0.
+    m_i [M], l_i [M], acc [M, D], queries: a tuple of PARTS of [M, D] of the keys' dtype, whose sum they are and whose
+    rows stand at `position` [M]. kv: with BULK a descriptor as in bulk_tile, and every row sees all keys of the tile;
+    else the pages, whose keys are gathered and masked, by WINDOW too if that is not 0.
     Reference: Dao et al., "FlashAttention", NeurIPS 2022; Milakov and Gimelshein, "Online normalizer calculation for
     softmax", 2018.
     """
@@ -131,8 +132,11 @@ def attend(
         k, v = bulk_tile(kv, table_ptr, tile, head, length, K, PAGE, KEYS)
     else:
         k, v = gathered_tile(kv, table_ptr, head, key, key < length, K, D, PAGE)
-    k, v = k.to(queries.dtype), v.to(queries.dtype)  # e4m3 to fp16 is exact
-    s = tl.dot(queries, k.T, input_precision="ieee")
+    s = tl.dot(queries[0], k.T, input_precision="ieee")
+    for part in tl.static_range(1, PARTS):
+        s = tl.dot(queries[part], k.T, s)
+    if v.dtype == tl.float8e4nv:
+        v = v.to(tl.float16)  # exact, and p has the bits of fp16
     if not BULK:
         visible = key[None, :] <= position[:, None]
         if WINDOW:

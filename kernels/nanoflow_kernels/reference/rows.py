@@ -42,12 +42,13 @@ def rope_append(
 ) -> None:
     """Rotate queries and keys by position, and append K and V to their pages in place.
 
-    A head's halves (a, b) turn by the angles w = position * frequencies, in fp32: (a cos w - b sin w, b cos w +
-    a sin w) times attention_factor, as in Hugging Face's layout of the weights. With `kv_scales`, pages of e4m3 get
-    K / kv_scales[0] and V / kv_scales[1], limited to what e4m3 holds.
+    The halves (a, b) of a head's first r dimensions turn by the angles w = position * frequencies, in fp32:
+    (a cos w - b sin w, b cos w + a sin w) times attention_factor, as in Hugging Face's layout of the weights. The other
+    d - r stay as they are. With `kv_scales`, pages of e4m3 get K / kv_scales[0] and V / kv_scales[1], limited to what
+    e4m3 holds.
 
-    qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [d / 2], kv_scales [2] fp32 ->
-    q [T, H d], pages.
+    qkv [T, (H + 2K) d], positions [T], slots [T], page_table [S, N], frequencies [r / 2] with r <= d, kv_scales [2]
+    fp32 -> q [T, H d], pages.
     """
     q, pages = out
     kv_heads, page_tokens, head_dim = pages.shape[2:]
@@ -55,8 +56,9 @@ def rope_append(
     split = qkv.unflatten(1, (-1, head_dim))
     angles = positions[:, None, None].float() * frequencies.float()
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
-    a, b = split[:, :-kv_heads].float().chunk(2, -1)
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    half = len(frequencies)
+    a, b, rest = split[:, :-kv_heads].float().split((half, half, head_dim - 2 * half), -1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
     q.copy_(rotated[:, :-kv_heads].flatten(1))
     page, place = page_table[slots, positions // page_tokens].long(), positions % page_tokens
     for which, fresh in enumerate((rotated[:, -kv_heads:], split[:, -kv_heads:])):

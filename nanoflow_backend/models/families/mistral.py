@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nanoflow_backend.models.architecture import Architecture
-from nanoflow_backend.models.families import llama
+from nanoflow_backend.models.blocks import decoder
+from nanoflow_backend.models.config_json import ConfigJson
+
+
+def windowed_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Of classes that give all layers the window, if it is not null."""
+    return {"sliding_window": 0 if hf["sliding_window"] is None else hf.size("sliding_window")}
+
 
 MISTRAL = Architecture(
     name="mistral",
@@ -18,8 +27,8 @@ MISTRAL = Architecture(
         "sliding_window": 4096,
         "eos_token_id": 2,
     },
-    fields=llama.windowed_fields,
-    embed=llama.embedding,
-    layers=llama.decoder_layers,
-    head=llama.lm_head,
+    fields=windowed_fields,
+    embed=decoder.embedding,
+    layers=decoder.decoder_layers,
+    head=decoder.lm_head,
 )

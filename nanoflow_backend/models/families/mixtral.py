@@ -8,8 +8,9 @@ from typing import Any
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.blocks import decoder, experts
 from nanoflow_backend.models.config_json import ConfigJson
-from nanoflow_backend.models.families import experts, llama
+from nanoflow_backend.models.families import mistral
 
 NAMES = experts.ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
@@ -17,12 +18,12 @@ NAMES = experts.ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """Experts of the model's only intermediate size."""
     inner = {"moe_intermediate_size": hf.size("intermediate_size")}
-    return experts.config_fields(hf) | llama.windowed_fields(hf) | inner
+    return experts.config_fields(hf) | mistral.windowed_fields(hf) | inner
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
     """One kind of layer."""
-    return (llama.layer(config, tp, mlp=partial(experts.expert_mlp, names=NAMES)),)
+    return (decoder.layer(config, tp, mlp=partial(experts.expert_mlp, names=NAMES)),)
 
 
 MIXTRAL = Architecture(
@@ -40,8 +41,8 @@ MIXTRAL = Architecture(
         "num_experts_per_tok": 2,
     },
     fields=config_fields,
-    embed=llama.embedding,
+    embed=decoder.embedding,
     layers=decoder_layers,
-    head=llama.lm_head,
+    head=decoder.lm_head,
     fused=NAMES.fused,
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.blocks import decoder
 from nanoflow_backend.models.config_json import ConfigJson
-from nanoflow_backend.models.families import llama, qwen2
+from nanoflow_backend.models.families import qwen2
 
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
@@ -31,7 +32,7 @@ QWEN3 = Architecture(
         "max_window_layers": 28,
     },
     fields=config_fields,
-    embed=llama.embedding,
-    layers=llama.decoder_layers,
-    head=llama.lm_head,
+    embed=decoder.embedding,
+    layers=decoder.decoder_layers,
+    head=decoder.lm_head,
 )

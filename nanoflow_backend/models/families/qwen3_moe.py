@@ -8,8 +8,9 @@ from typing import Any
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.architecture import Architecture
+from nanoflow_backend.models.blocks import decoder, experts
 from nanoflow_backend.models.config_json import ConfigJson
-from nanoflow_backend.models.families import experts, llama
+from nanoflow_backend.models.families import mistral
 
 NAMES = experts.ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 
@@ -18,23 +19,20 @@ def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """Layers of `mlp_only_layers` are dense, and of the others all but every `decoder_sparse_step`th."""
     listed, every = hf.token_ids("mlp_only_layers", hf["mlp_only_layers"]), hf.size("decoder_sparse_step")
     layers = range(hf.repeats("num_hidden_layers"))
-    windows = llama.windowed_fields(hf) if hf.flag("use_sliding_window") else {}
-    return (
-        experts.config_fields(hf)
-        | windows
-        | {
-            "qk_norm": True,
-            "moe_intermediate_size": hf.size("moe_intermediate_size"),
-            "norm_topk_prob": hf.flag("norm_topk_prob"),
-            "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % every),
-        }
-    )
+    windows = mistral.windowed_fields(hf) if hf.flag("use_sliding_window") else {}
+    own = {
+        "qk_norm": True,
+        "moe_intermediate_size": hf.size("moe_intermediate_size"),
+        "norm_topk_prob": hf.flag("norm_topk_prob"),
+        "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % every),
+    }
+    return experts.config_fields(hf) | windows | own
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
     """With experts; and dense, where some layers are."""
-    sparse = llama.layer(config, tp, mlp=partial(experts.expert_mlp, names=NAMES))
-    return (sparse, llama.layer(config, tp)) if config.dense_layers else (sparse,)
+    sparse = decoder.layer(config, tp, mlp=partial(experts.expert_mlp, names=NAMES))
+    return (sparse, decoder.layer(config, tp)) if config.dense_layers else (sparse,)
 
 
 QWEN3_MOE = Architecture(
@@ -53,9 +51,9 @@ QWEN3_MOE = Architecture(
         "decoder_sparse_step": 1,
     },
     fields=config_fields,
-    embed=llama.embedding,
+    embed=decoder.embedding,
     layers=decoder_layers,
-    head=llama.lm_head,
+    head=decoder.lm_head,
     kind_of=lambda config: tuple(int(i in config.dense_layers) for i in range(config.num_layers)),
     fused=NAMES.fused,
 )

@@ -10,8 +10,8 @@ from support.places import DEMO_MODEL, ROOT
 from support.scheduler.ledger_executor import LedgerExecutor, Story
 
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
-from nanoflow_backend.engine.settle import Settled
 
 
 def ledger(settled: Settled, on_rank_death: Callable[[str], None]) -> LedgerExecutor:

@@ -10,7 +10,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32, Precision
 from nanoflow_backend.engine import Engine, program_builder
-from nanoflow_backend.engine.memory import check_room
+from nanoflow_backend.engine.memory import check_host_room, check_room
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -48,6 +48,23 @@ def test_what_is_proposed_fits_and_a_page_more_does_not(folder: Path) -> None:
         check(most + 1)
     page_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 16 * 4
     assert most == 7 * MIB // page_bytes * 16
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_each_host_gives_an_equal_part_of_the_memory_below_the_device(hosts: int) -> None:
+    def slots(asked: int) -> int:
+        group = {"tensor_parallel": 4, "hosts": hosts, **({"secret_file": "s"} if hosts > 1 else {})}
+        config = EngineConfig(model="m", host_kv_cache_bytes=asked, **group).settle("cpu")
+        return check_host_room(config, MIB, free_bytes=100 * MIB)
+
+    most = 100 * MIB * hosts
+    assert slots(0) == 0
+    assert slots(most) == 25 * hosts
+    with pytest.raises(
+        ConfigError, match=rf"^host_kv_cache_bytes: .*0\.10 GiB of .* expected at most {most}$"
+    ) as refused:
+        slots(most + 1)
+    assert (f"on each of {hosts} hosts" in str(refused.value)) == (hosts > 1)
 
 
 def test_weights_that_do_not_fit_are_not_even_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ from support.places import DEMO_MODEL
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
-from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.engine.settle import settle
 from nanoflow_backend.engine.worker import Worker
 from nanoflow_backend.kvcache.kv_pages import page_bytes
-from nanoflow_backend.kvcache.tier import Direction, Transfer
+from nanoflow_backend.kvcache.tier import Move, Transfer
 from nanoflow_backend.models import weights
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.device import Device
@@ -48,7 +49,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def builder(settled: Settled, total_bytes: int) -> ProgramBuilder:
-    measured = Settled(replace(settled.config, kv_cache_tokens=None), settled.model_config, settled.max_model_tokens)
+    measured = Settled(replace(settled.config, kv_cache_tokens=None), settled.model_config)
     return ProgramBuilder(measured, SimulatedDevice("cpu", "simulated", None, total_bytes))
 
 
@@ -71,7 +72,7 @@ def test_no_room_for_a_page_is_refused_with_the_setting_to_change(settled: Settl
 
 
 def test_a_given_size_is_rounded_up_to_pages_and_tries_nothing(settled: Settled, trials: list[int]) -> None:
-    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config, settled.max_model_tokens)
+    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config)
     program, page_table, pages = ProgramBuilder(given, Device("cpu", "cpu", None)).build()
     assert (page_table.shape, pages, trials) == ((32, 3), 3, [])
     assert isinstance(program, CpuProgram)
@@ -80,7 +81,7 @@ def test_a_given_size_is_rounded_up_to_pages_and_tries_nothing(settled: Settled,
 
 def test_the_page_table_is_no_longer_than_the_kv_cache_can_be(settled: Settled) -> None:
     """A model of 2^40 positions: no machine has room for a table of them all."""
-    endless = Settled(settled.config, settled.model_config, 2**40)
+    endless = Settled(settled.config, replace(settled.model_config, max_model_tokens=2**40))
     configured = ProgramBuilder(endless, Device("cpu", "cpu", None))
     assert configured.make_page_table().shape == (32, 65536 // settled.config.page_tokens)
     measured = builder(endless, 10**8)
@@ -100,13 +101,13 @@ def test_no_more_pages_are_taken_than_the_page_table_has_place_for(settled: Sett
 def test_weights_are_the_checkpoints_or_of_its_shape_alone(settled: Settled, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = ProgramBuilder(settled, Device("cpu", "cpu", None)).load_weights()
     monkeypatch.setattr(weights, "load", lambda *_, **__: 1 // 0)
-    dummy = Settled(replace(settled.config, load_format="dummy"), settled.model_config, settled.max_model_tokens)
+    dummy = Settled(replace(settled.config, load_format="dummy"), settled.model_config)
     made = ProgramBuilder(dummy, Device("cpu", "cpu", None)).load_weights()
     assert {name: t.shape for name, t in made.items()} == {name: t.shape for name, t in loaded.items()}
 
 
 def test_a_worker_without_a_tier_below_the_device_refuses_to_move_pages(settled: Settled) -> None:
-    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config, settled.max_model_tokens)
-    batch = Batch(1, [], [], [], [], [], [Transfer(2, 0, Direction.LOAD)])
+    given = Settled(replace(settled.config, kv_cache_tokens=33), settled.model_config)
+    batch = Batch(1, [], [], [], [], [], [Transfer(1, Move.LOAD, 2, 0)])
     with pytest.raises(ValueError, match="transfers: expected none, as there is no tier below the device, got"):
         Worker(given).launch_forward(batch)

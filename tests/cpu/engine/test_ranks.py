@@ -1,16 +1,33 @@
 """Ranks that cannot start: the engine says which, and at once."""
 
+import os
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from support.process_tree import alive
 
 from benchmarks.models import checkpoints, tiny_tokenizers
+from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import Engine, ranks
+from nanoflow_backend.hosts import members
+from nanoflow_backend.hosts.members import Members
+from nanoflow_backend.process.channel import ChannelClosed
 from nanoflow_backend.process.child import Child
 from nanoflow_backend.text.tokenizer import Tokenizer
+
+DYING = """
+import os, msgspec
+from nanoflow_backend.hosts.messages import Progress
+from nanoflow_backend.process.child import Parent
+parent = Parent()
+parent.receive(msgspec.msgpack.Decoder())
+parent.send(Progress())
+os._exit(7)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +39,76 @@ def model(tmp_path_factory) -> Path:
 
 def test_heads_that_the_ranks_cannot_share_are_refused_before_a_rank_starts(tmp_path, monkeypatch):
     folder = checkpoints.save(checkpoints.make("llama", heads=4), tmp_path)
-    monkeypatch.setattr(ranks, "Child", lambda module: 1 // 0)
+    monkeypatch.setattr(members, "Child", lambda module: 1 // 0)
     with pytest.raises(ConfigError, match="tensor_parallel: expected a divisor of num_attention_heads 4, got 8"):
         Engine.from_pretrained(folder, tensor_parallel=8)
 
 
-@pytest.mark.timeout(60)
-def test_a_rank_that_dies_before_it_joins_is_named_at_once(model, monkeypatch):
-    """The real group would wait ten minutes for it, and this process could have no other one meanwhile."""
-    started, over = [], threading.Event()
-    monkeypatch.setattr(ranks, "join_group", lambda *_: over.wait(60))
-    monkeypatch.setattr(ranks, "Child", lambda module: started.append(Child("nanoflow_backend.nowhere")) or started[-1])
-    with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 1"):
-        Engine.from_pretrained(model, tensor_parallel=2)
-    over.set()
+@pytest.mark.timeout(120)
+def test_a_rank_that_dies_before_it_meets_the_others_is_named_at_once_and_leaves_nothing(model, monkeypatch):
+    """Neither a process nor a group: the same process starts the next engine."""
+    started = []
+    with monkeypatch.context() as patch:
+        patch.setattr(members, "Child", lambda module: started.append(Child("nanoflow_backend.nowhere")) or started[-1])
+        with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 1"):
+            Engine.from_pretrained(model, tensor_parallel=2)
     assert not alive(started[0].pid)
+    assert not dist.is_initialized()
+    Engine.from_pretrained(model, tensor_parallel=2, kv_cache_tokens=1024).close()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_dies_on_its_way_to_the_others_is_named_and_leaves_nothing(model, tmp_path, monkeypatch):
+    (tmp_path / "dying_rank.py").write_text(DYING)
+    deaths = []
+    config = EngineConfig.resolve({"model": str(model), "tensor_parallel": 2}, relative_to=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        patch.setattr(members, "RANK", "dying_rank")
+        patch.setattr(ranks, "MEETING_S", 1.0)
+        with pytest.raises(RuntimeError, match=r"rank 1: process \d+ ended with exit code 7"):
+            Engine(config, on_rank_death=deaths.append)
+    assert "ended with exit code 7" in deaths[0]  # at once: an engine process ends by it, and waits for nobody
+    assert not dist.is_initialized()
+    Engine.from_pretrained(model, tensor_parallel=2, kv_cache_tokens=1024).close()
+
+
+def test_a_rank_that_does_not_start_is_named_while_others_wait_for_it(monkeypatch, caplog):
+    monkeypatch.setattr(members, "SAID_EVERY_S", 0.1)
+    one, other = Future(), Future()
+    one.set_result(None)
+    threading.Timer(0.35, other.set_result, [None]).start()
+    with caplog.at_level("WARNING"):
+        members._wait({"rank 1": one, "rank 2": other}, log_missing=True)
+    assert "not started within 0 s: rank 2" in caplog.text
+    assert "rank 1" not in caplog.text
+
+
+class Gone:
+    """A channel to a process whose end becomes known at some moment."""
+
+    def __init__(self):
+        self.known = threading.Event()
+
+    def receive(self, decoder):
+        self.known.wait(30)
+        raise ChannelClosed("process 7 ended with SIGKILL")
+
+
+def test_the_error_of_a_collective_says_whose_end_it_is(monkeypatch):
+    """A rank's connections end before its parent knows that it has."""
+    group, gone = object.__new__(ranks.Ranks), Gone()
+    group._members = Members({"rank 1": gone}, on_death=lambda how: None)
+
+    def reduce():
+        with group.errors_explained():
+            raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(ranks, "EXPLAINED_S", 0.01)
+    with pytest.raises(RuntimeError, match="Connection reset by peer"):
+        reduce()  # nobody has ended
+    monkeypatch.setattr(ranks, "EXPLAINED_S", 30.0)
+    threading.Timer(0.1, gone.known.set).start()
+    with pytest.raises(RuntimeError, match=r"^rank 1: process 7 ended with SIGKILL$"):
+        reduce()

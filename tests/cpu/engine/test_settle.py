@@ -7,7 +7,8 @@ from support.places import DEMO_MODEL
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine.settle import Settled, settle
+from nanoflow_backend.config.settled import Settled
+from nanoflow_backend.engine.settle import settle
 from nanoflow_backend.schedule.plan import ScheduleError
 
 CONFIG = EngineConfig(model=str(DEMO_MODEL), device="cpu")
@@ -22,7 +23,7 @@ def test_what_is_open_is_decided_by_device_and_model() -> None:
 def test_what_is_said_is_kept() -> None:
     settled = settle(replace(CONFIG, max_model_tokens=100, dense_batch_tokens=64, max_running=9))
     assert (settled.max_model_tokens, settled.config.dense_batch_tokens, settled.config.max_running) == (100, 64, 9)
-    assert settled.model_config.max_model_tokens > 100
+    assert settle(CONFIG).max_model_tokens > 100
 
 
 def test_what_the_model_cannot_do_is_refused() -> None:

@@ -67,6 +67,11 @@ def test_norm_rope_append(checks: Checks, mix: str) -> None:
     checks.rope_append(MIXES[mix], 5, 1, 64, 7, 3, normed=True, attention_factor=1.3)
 
 
+@pytest.mark.parametrize(("pairs", "normed"), [(24, False), (5, True)])
+def test_rope_append_to_a_part_of_each_head(checks: Checks, pairs: int, normed: bool) -> None:
+    checks.rope_append(MIXES["few rows"], 5, 1, 64, 7, 3, normed=normed, attention_factor=1.3, pairs=pairs)
+
+
 # groups of 1, 3, 4 and 8 query heads; pages gathered and in tiles
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(

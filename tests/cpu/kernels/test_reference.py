@@ -150,11 +150,14 @@ def test_attention_over_poisoned_pages(
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize(("page_tokens", "normed", "factor"), [(1, False, 1.0), (7, True, 1.0), (16, True, 1.3)])
+@pytest.mark.parametrize(
+    ("page_tokens", "normed", "factor", "head_dim"),
+    [(1, False, 1.0, 6), (7, True, 1.0, 6), (16, True, 1.3, 6), (7, False, 1.3, 9), (16, True, 1.0, 8)],
+)
 def test_rope_append_rotates_and_writes_its_own_rows_only(
-    mix: str, page_tokens: int, normed: bool, factor: float, dtype: torch.dtype
+    mix: str, page_tokens: int, normed: bool, factor: float, head_dim: int, dtype: torch.dtype
 ) -> None:
-    heads, kv_heads, head_dim = 5, 1, 6
+    heads, kv_heads = 5, 1
     positions, slots, table, num_pages = paged_batch(MIXES[mix], page_tokens)
     frequencies = torch.tensor([1.0, 0.1, 0.003])
     pages = torch.full((num_pages, 2, kv_heads, page_tokens, head_dim), torch.nan, dtype=dtype)
@@ -171,10 +174,10 @@ def test_rope_append_rotates_and_writes_its_own_rows_only(
     else:
         reference.rope_append(qkv, positions, slots, table, frequencies, attention_factor=factor, out=(q, pages))
 
-    # As complex numbers: the pair (x[i], x[i + d/2]) turns by e^(i position frequency).
+    # As complex numbers: the pair (x[i], x[i + 3]) turns by e^(i position frequency); what lies behind stays.
     turn = torch.polar(torch.ones(len(slots), 1, 3).double(), positions[:, None, None].double() * frequencies.double())
-    turned = torch.complex(x[..., :3], x[..., 3:]) * turn * factor
-    turned = torch.cat((turned.real, turned.imag), -1)
+    turned = torch.complex(x[..., :3], x[..., 3:6]) * turn * factor
+    turned = torch.cat((turned.real, turned.imag, x[..., 6:]), -1)
     assert_close("q", q, turned[:, :heads].flatten(1), TOLERANCE[dtype])
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         k, v = pages[table[slot, position // page_tokens], :, :, position % page_tokens]

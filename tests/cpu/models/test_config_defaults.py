@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.config.error import ConfigError
@@ -65,10 +66,20 @@ def keys(architecture: str) -> list[str]:
 def config_json(architecture: str, rng: Random) -> dict[str, Any]:
     said = {key: rng.choice(CHOICES[key]) for key in keys(architecture)}
     said |= {key: rng.choice(NO_NULLS[key]) for key in STRICT.get(architecture, ())}
-    if architecture == "phi3":  # its only scaling is longrope
-        said["rope_scaling"] = None
+    if architecture == "phi3":
+        said |= phi3_rope(rng)
     sizes = dict(zip(SIZES, (331, 512, 96, 4, 32), strict=True))
     return {"architectures": [NAMES[architecture]], **sizes, **said}
+
+
+def phi3_rope(rng: Random) -> dict[str, Any]:
+    """Its only scaling is longrope, and it may rotate a part of each head, of 16 dimensions here."""
+    share = rng.choice((None, 1.0, 0.5))
+    factors = [1.0 + i for i in range(int(16 * (share or 1)) // 2)]
+    longrope = {"type": "longrope", "short_factor": factors, "long_factor": factors[::-1]}
+    beside = {"partial_rotary_factor": share, "original_max_position_embeddings": rng.choice((None, 256))}
+    scaling = rng.choice((None, longrope, longrope | {"factor": 3.0}))
+    return {"rope_scaling": scaling, **{key: value for key, value in beside.items() if value is not None}}
 
 
 def some_have_windows(theirs: Any) -> bool:
@@ -91,6 +102,12 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.rope.scaling == theirs.rope_parameters["rope_type"]
     assert ours.rope.factor == theirs.rope_parameters.get("factor", 1.0)
+    if architecture == "phi3":
+        assert ours.rope.partial_rotary_factor == theirs.rope_parameters["partial_rotary_factor"]
+    if ours.rope.scaling == "longrope":
+        assert ours.rope.original_max_positions == theirs.rope_parameters["original_max_position_embeddings"]
+        _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](theirs)
+        assert ours.rope.attention_factor == attention_factor
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     in_all_layers = None if hasattr(theirs, "layer_types") else getattr(theirs, "sliding_window", None)
     assert ours.sliding_window == (in_all_layers or 0)
@@ -137,9 +154,8 @@ def test_every_key_of_the_classes_is_read_or_without_effect() -> None:
     without_effect = {
         "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
         "pretraining_tp", "use_cache", "bos_token_id", "pad_token_id", "embd_pdrop", "resid_pdrop",
-        "original_max_position_embeddings",  # Phi-3's: of longrope alone
     }  # fmt: skip
-    read = {*CHOICES, *SIZES, "rope_parameters"}
+    read = {*CHOICES, *SIZES, "rope_parameters", "original_max_position_embeddings"}  # the last is Phi-3's
     inherited = set(inspect.signature(CONFIGS["llama"].__mro__[1]).parameters)
     for kind in CONFIGS.values():
         assert set(inspect.signature(kind).parameters) - inherited <= read | without_effect

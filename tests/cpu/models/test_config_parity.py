@@ -11,21 +11,25 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import Phi3Config
 
 from benchmarks.models.checkpoints import make, save
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, SamplingParams
+from nanoflow_backend.models.families.phi3 import PHI3
+from nanoflow_backend.models.hugging_face import from_hf
 
 State = dict[str, torch.Tensor]
 PROMPT = [(7 * i * i + 3 * i) % 331 for i in range(40)]
 TOLERANCE = 1e-4  # of a log-probability, in fp32
 
 
-def worst_difference(folder: Path) -> float:
+def worst_difference(folder: Path, **options: Any) -> float:
     """Between transformers' log-probabilities of PROMPT's tokens and the engine's."""
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         theirs = reference(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
-    llm = LLM.from_pretrained(folder, kv_cache_tokens=512)
+    llm = LLM.from_pretrained(folder, kv_cache_tokens=512, **options)
     try:
         (ours,) = llm.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     finally:
@@ -107,6 +111,74 @@ def test_yarn_stretches_the_context(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     save(make("qwen3", max_position_embeddings=16, rope_parameters=yarn), tmp_path)
     assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.7])  # of 16 dimensions: 8, 12, and 11.2, which is 11 and refused
+def test_rotation_of_a_part_of_each_head(share: float, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
+    if share == 0.7:
+        config = Phi3Config(hidden_size=128, num_attention_heads=8, rope_parameters=rope, architectures=[PHI3.hf_class])
+        with pytest.raises(ConfigError, match=r"partial_rotary_factor 0.7: expected an even number .* \(16\), got 11"):
+            from_hf(config.to_dict(), {})
+        return
+    save(make("phi3", rope_parameters=rope), tmp_path)
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.05, 1.1, 1.3, 1.7, 2.5, 3.0, 4.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 9.0, 20.0, 31.0, 64.0],
+}
+
+
+@pytest.mark.parametrize("first_context", [16, 64])  # shorter than PROMPT, and longer
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LONGROPE,
+        {**LONGROPE, "attention_factor": 1.3, "factor": 4},
+        {**LONGROPE, "factor": 0.5},
+        {
+            **LONGROPE, "partial_rotary_factor": 0.75,
+            "short_factor": LONGROPE["short_factor"][:6], "long_factor": LONGROPE["long_factor"][:6],
+        },
+    ],
+)  # fmt: skip
+def test_longrope_of_requests_on_one_side_of_the_first_context(
+    scaling: dict[str, Any], first_context: int, tmp_path: Path
+) -> None:
+    save(make("phi3", heads=4, rope_parameters=scaling, original_max_position_embeddings=first_context), tmp_path)
+    limit = {"max_model_tokens": 512} if first_context < len(PROMPT) else {}
+    assert worst_difference(tmp_path, **limit) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [{"type": "longrope"}, {"type": "su", "original_max_position_embeddings": 64}])
+def test_longrope_as_phi3_spells_it(kind: dict[str, Any], tmp_path: Path) -> None:
+    save(make("phi3", heads=4, rope_parameters=LONGROPE, original_max_position_embeddings=64), tmp_path)
+    scaling = {**kind, **{name: LONGROPE[name] for name in ("short_factor", "long_factor")}}
+    spelled = {"rope_parameters": None, "rope_scaling": scaling, "rope_theta": 10000.0}
+    edit_config(tmp_path, lambda config: config.update(spelled))
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("first_context", [30, 128])
+def test_tokens_of_longrope_are_those_of_generate(first_context: int, tmp_path: Path) -> None:
+    """Of requests longer than the first context from their prompts on, and of such that never are."""
+    model = make("phi3", heads=4, rope_parameters=LONGROPE, original_max_position_embeddings=first_context)
+    save(model, tmp_path)
+    ids = torch.tensor([PROMPT])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+    limit = {"max_model_tokens": 512} if first_context < len(PROMPT) else {}
+    llm = LLM.from_pretrained(tmp_path, kv_cache_tokens=512, chunk_tokens=13, dense_batch_tokens=13, **limit)
+    try:
+        (ours,) = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=24))
+        assert ours.token_ids == theirs[0, len(PROMPT) :].tolist()
+        longest = 512 if limit else first_context
+        assert llm.engine.max_model_tokens == longest
+    finally:
+        llm.close()
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "phi3"])

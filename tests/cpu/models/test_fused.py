@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,12 +53,8 @@ def test_phi_3_is_llama_with_fused_tensors(tp: int, tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("fixture", ["fbgemm_rows", "fp8_block", "fp8_tensor_static"])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_scales_of_fused_weights_are_those_of_their_parts(fixture: str, tp: int, tmp_path: Path) -> None:
-    """A Llama in FP8, and the same tensors as Phi-3 has them: scales of rows, of blocks, and one of all."""
-    llama, phi3 = tmp_path / "llama", tmp_path / "phi3"
-    state = load_file(ROOT / "tests" / "support" / "models" / "fp8" / fixture / SINGLE)
+def fused(state: State) -> State:
+    """A Llama's tensors as Phi-3 has them. A scale of one number becomes that of all parts, in `state` too."""
     made = dict(state)
     for whole, parts in {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}.items():
         module = whole.split(".")[0]
@@ -69,16 +66,63 @@ def test_scales_of_fused_weights_are_those_of_their_parts(fixture: str, tp: int,
             made[name.replace(f"{module}.{parts[0]}_proj", whole)] = (
                 tensors[0] if tensors[0].ndim == 0 else torch.cat(tensors)
             )
+    return made
+
+
+@pytest.mark.parametrize("fixture", ["fbgemm_rows", "fp8_block", "fp8_tensor_static"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_scales_of_fused_weights_are_those_of_their_parts(fixture: str, tp: int, tmp_path: Path) -> None:
+    """A Llama in FP8, and the same tensors as Phi-3 has them: scales of rows, of blocks, and one of all."""
+    llama, phi3 = tmp_path / "llama", tmp_path / "phi3"
+    state = load_file(ROOT / "tests" / "support" / "models" / "fp8" / fixture / SINGLE)
+    made = fused(state)
     config = json.loads((ROOT / "tests" / "support" / "models" / "fp8" / fixture / "config.json").read_text())
     for folder, tensors, hf_class in ((llama, state, "LlamaForCausalLM"), (phi3, made, "Phi3ForCausalLM")):
         folder.mkdir()
         save_file(tensors, folder / SINGLE)
-        (folder / "config.json").write_text(json.dumps(config | {"architectures": [hf_class]}))
+        text = json.dumps(config | {"architectures": [hf_class]})
+        (folder / "config.json").write_text(text if folder == llama else re.sub("[qkv]_proj", "qkv_proj", text))
     assert any("qkv_proj.weight_scale" in name for name in made)
     for rank in range(tp):
         expected, found = load_rank(llama, rank, tp), load_rank(phi3, rank, tp)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("fixture", "key", "whole"),
+    [
+        ("ct_channel_token", "ignore", ["model.layers.0.self_attn.qkv_proj"]),
+        ("ct_channel_token", "ignore", [r"re:.*layers\.0\..*qkv"]),
+        ("ct_channel_token", "ignore", ["re:.*0.self_attn.q", "re:.*gate_proj"]),  # the second is gate_up_proj here
+        ("fp8_block", "modules_to_not_convert", ["layers.0.self_attn.qkv_proj"]),
+    ],
+)
+def test_what_stays_as_it_is_has_the_name_of_the_fused_module(
+    fixture: str, key: str, whole: list[str], tmp_path: Path
+) -> None:
+    """A Llama in FP8 but for Q, K and V of layer 0, and the same tensors as Phi-3 has and names them."""
+    llama, phi3 = tmp_path / "llama", tmp_path / "phi3"
+    source = ROOT / "tests" / "support" / "models" / "fp8" / fixture
+    left = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    weights = {name: tensor for name, tensor in load_file(source / SINGLE).items() if not name.endswith("bias")}
+    state = {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] not in left}
+    state |= {f"{module}.weight": weights[f"{module}.weight"].bfloat16() for module in left}
+    made = fused(state)
+    config = json.loads((source / "config.json").read_text())
+    others = config["quantization_config"].get(key) or []
+    for folder, tensors, hf_class, listed in (
+        (llama, state, "LlamaForCausalLM", left), (phi3, made, "Phi3ForCausalLM", whole)
+    ):  # fmt: skip
+        folder.mkdir()
+        save_file(tensors, folder / SINGLE)
+        quantization = config["quantization_config"] | {key: [*others, *listed]}
+        stated = config | {"architectures": [hf_class], "quantization_config": quantization}
+        (folder / "config.json").write_text(json.dumps(stated))
+    expected, found = load_rank(llama), load_rank(phi3)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in expected.items())
+    assert [found[f"layers.0.{name}.weight"].dtype.itemsize for name in ("qkv", "gate_up")] == [4, 1]
 
 
 BROKEN: dict[str, tuple[str, Callable[[State], object], list[str]]] = {

@@ -14,7 +14,7 @@ from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.process.callbacks import Callbacks
 from nanoflow_backend.process.engine_process import EngineError, EngineProcess
-from nanoflow_backend.process.messages import Heartbeat, Stats
+from nanoflow_backend.process.messages import Heartbeat, Load, Stats
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
@@ -32,6 +32,7 @@ class Client:
         self.refused: dict[int, str] = {}
         self.deaths: list[str] = []
         self.heartbeats: list[Heartbeat] = []
+        self.loads: list[tuple[Load, int]] = []  # with the deltas that came with them
         self.begun: list[tuple[int, list[int]]] = []  # requests, and what had come of them then
         told = Callbacks(
             self.on_news,
@@ -46,6 +47,7 @@ class Client:
 
     def on_news(self, news):
         with self.changed:
+            self.loads.append((news.load, len(news.deltas)))
             self.begun += [(request_id, self.tokens.get(request_id, [])) for request_id in news.begun]
             for delta in news.deltas:
                 self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
@@ -148,6 +150,24 @@ def test_it_says_how_far_it_is_and_who_begins(model, prompts):
     client.wait_for(lambda: len(client.finished) == 3)
     until(lambda: client.heartbeats[-1].idle)
     assert {request_id for request_id, _ in client.begun} <= {0, 1}
+    client.process.stop()
+
+
+def test_it_says_its_load_as_soon_as_requests_are_scheduled(model, prompts):
+    client = Client(config(model, max_running=2))
+    client.process.start()
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+    client.process.submit(*(Request(number, prompts[number], long) for number in range(3)))
+    client.wait_for(lambda: client.loads)
+    load, tokens = client.loads[0]
+    assert (load.running, load.waiting, load.received, tokens) == (2, 1, 3, 0), "it was said before the first token"
+    assert load.used_pages == sum(-(-len(prompts[number]) // 16) for number in range(2)), "the pages of the prompts"
+    for number in range(3):
+        client.process.cancel(number)
+    client.wait_for(lambda: len(client.finished) == 3)
+    client.wait_for(lambda: client.stats and client.stats.scheduler.running_requests == 0)
+    last = client.loads[-1][0]
+    assert (last.running, last.waiting, last.used_pages) == (0, 0, 0)
     client.process.stop()
 
 

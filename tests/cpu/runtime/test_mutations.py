@@ -21,7 +21,7 @@ from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.kvcache.kv_pages import KvPages
-from nanoflow_backend.models.families import llama
+from nanoflow_backend.models.blocks import decoder, rotary
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.binding import Binding
@@ -136,12 +136,12 @@ def attention_model(num_layers: int) -> Model:
     g = GraphBuilder()
     residual, update = g.input("residual", 16), g.input("update", 16)
     batch = g.batch()
-    residual, x = g.add_rms_norm("norm", residual, update, llama.norm(g, "input_layernorm", shape), 1e-5)
-    qkv = g.linear("qkv", x, *llama.qkv_parameters(g, shape))
-    q, pages = g.rope_append("rope_append", qkv, batch, llama.frequencies(g, shape), 2)
+    residual, x = g.add_rms_norm("norm", residual, update, decoder.norm(g, "input_layernorm", shape), 1e-5)
+    qkv = g.linear("qkv", x, *decoder.qkv_parameters(g, shape))
+    q, pages = g.rope_append("rope_append", qkv, batch, rotary.frequencies(g, shape), 2, head_dim=shape.head_dim)
     attended = g.attention("attention", q, pages, batch)
-    layer = g.build(residual, g.linear("o", attended, llama.o_parameter(g, shape)))
-    return Model(llama.embedding(shape), (layer,), (0,) * num_layers, llama.lm_head(shape))
+    layer = g.build(residual, g.linear("o", attended, decoder.o_parameter(g, shape)))
+    return Model(decoder.embedding(shape), (layer,), (0,) * num_layers, decoder.lm_head(shape))
 
 
 def attention_schedules(graph: Graph) -> dict[str, Schedule]:

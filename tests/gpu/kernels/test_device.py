@@ -67,6 +67,7 @@ def test_rope_append(checks: Checks, mix: str, head_dim: int) -> None:
     for page_tokens in (7, 64):
         checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, padding=3)
         checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, padding=3, normed=True, attention_factor=1.3)
+        checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, 3, attention_factor=1.3, pairs=3 * head_dim // 8)
 
 
 @pytest.mark.parametrize("mix", MIXES)

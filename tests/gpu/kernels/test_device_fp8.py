@@ -89,8 +89,9 @@ def test_scaled_products_of_experts(checks: Fp8Checks, tokens: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rope_append_to_pages_of_e4m3(checks: Fp8Checks, mix: str, head_dim: int) -> None:
     for page_tokens in (7, 64):
-        for normed in (False, True):
-            checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, 3, kv_scales=(0.013, 0.002), normed=normed)
+        for normed, pairs in ((False, None), (True, None), (False, 3 * head_dim // 8), (True, 5)):
+            scales = (0.013, 0.002)
+            checks.rope_append(MIXES[mix], 8, 2, head_dim, page_tokens, 3, kv_scales=scales, normed=normed, pairs=pairs)
 
 
 @pytest.mark.parametrize("mix", MIXES)

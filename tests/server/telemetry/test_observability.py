@@ -2,16 +2,17 @@
 
 import contextlib
 import http.client
-import http.server
 import json
 import re
-import threading
 import time
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from support.engine.page_map import PageMap
+from support.engine.subscriber import Subscriber
 from support.server.clients import GrpcStream, generate, grpc, metrics, metrics_page, post
 from support.telemetry import observability
+from support.telemetry.collector import Collector
+from support.telemetry.readers import READERS, orca
 from support.waiting import until
 
 from benchmarks.models import checkpoints, tiny_tokenizers
@@ -26,45 +27,6 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SERVICE = "nanoflow"
 
 
-class Collector:
-    """An OpenTelemetry collector, as far as two exporters need it: the server's speaks JSON, the SDK's protobuf."""
-
-    def __init__(self):
-        self.spans = []  # (service, trace id, span id, parent's id, name, begin ns, end ns, attributes)
-        collector = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                collector.take(body, self.headers["Content-Type"])
-                self.send_response(200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1/traces"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def take(self, body, kind):
-        if kind == "application/x-protobuf":
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                service = {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"]
-                for span in (span for scope in resource.scope_spans for span in scope.spans):
-                    ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
-                    values = {a.key: a.value.string_value or a.value.int_value for a in span.attributes}
-                    times = (span.start_time_unix_nano, span.end_time_unix_nano)
-                    self.spans.append((service, *ids, span.name, *times, values))
-        else:
-            for resource in json.loads(body)["resourceSpans"]:
-                for span in (span for scope in resource["scopeSpans"] for span in scope["spans"]):
-                    ids = (span["traceId"], span["spanId"], span.get("parentSpanId", ""))
-                    times = (int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"]))
-                    self.spans.append(("the server", *ids, span["name"], *times, {}))
-
-
 @pytest.fixture(scope="module")
 def collector():
     collector = Collector()
@@ -73,12 +35,23 @@ def collector():
 
 
 @pytest.fixture(scope="module")
-def served(server, collector, tmp_path_factory):
+def kv_events(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kv")
+    return {"endpoint": f"ipc://{folder}/events", "replay_endpoint": f"ipc://{folder}/replay"}
+
+
+@pytest.fixture(scope="module")
+def served(server, collector, kv_events, tmp_path_factory):
     checkpoint = tiny_tokenizers.llama3(tmp_path_factory.mktemp("checkpoint"))
     vocab_size = Tokenizer.from_pretrained(checkpoint).vocab_size
     checkpoints.save(checkpoints.make("llama", vocab_size=vocab_size, max_position_embeddings=4096), checkpoint)
     repository = tmp_path_factory.mktemp("repository")
-    add_model(repository, checkpoint, max_running=2, max_queue_size=1, otlp_traces_endpoint=collector.url)
+    settings = {
+        "metrics_dialects": ["nanoflow", "vllm", "trtllm"],
+        "otlp_traces_endpoint": collector.url,
+        "kv_events": kv_events,
+    }
+    add_model(repository, checkpoint, max_running=2, max_queue_size=1, **settings)
     trace = ["mode=opentelemetry", "rate=1", "level=TIMESTAMPS", f"opentelemetry,url={collector.url}"]
     arguments = [f"--trace-config={setting}" for setting in trace]
     return server(repository, log=tmp_path_factory.mktemp("log") / "server.log", arguments=arguments)
@@ -120,6 +93,13 @@ def test_every_metric_of_table_dashboard_and_alerts_is_on_the_page(served):
             assert f"# HELP {name} {family.meaning}\n# TYPE {name} {kind}\n" in page
     for title, expression in observability.expressions().items():
         assert observability.series_names(expression) <= series, title
+
+
+def test_the_last_bucket_of_a_histogram_of_vllms_is_the_whole(served):
+    """Scripts for Triton's vLLM backend take the last line of a name; with several models nobody can."""
+    last = dict(re.findall(r'^(vllm:\w+_bucket){.*?le="(.+?)".*$', metrics_page(served.metrics_url), re.MULTILINE))
+    assert len(last) >= 10
+    assert set(last.values()) == {"+Inf"}
 
 
 def test_requests_are_counted_exactly(served):
@@ -181,16 +161,6 @@ def test_ends_of_every_kind_are_counted_by_their_kind(served):
     until(lambda: shown(served)["nanoflow_kv_cache_usage_perc"] == 0)
 
 
-def orca(page):
-    """As the server's orca_http.cc reads its own page, to the expression."""
-    found = re.findall(r"nv_trt_llm_kv_cache_block_metrics(?:{(.*?)})?\s*(\d+(?:\.\d+)?)", page)
-    blocks = {dict(re.findall(r'(\w+)="([^"]*)"', labels)).get("kv_cache_block_type"): float(n) for labels, n in found}
-    return {
-        "kv_cache_utilization": blocks["used"] / blocks["max"],
-        "max_token_capacity": int(blocks["max"] * blocks["tokens_per"]),
-    }
-
-
 def test_load_headers_find_what_they_need(served):
     """The embedded server is too old to send them; one that does must send what its rule finds on the page."""
     assert orca(metrics_page(served.metrics_url)) == {"kv_cache_utilization": 0, "max_token_capacity": 65536}
@@ -205,6 +175,34 @@ def test_load_headers_find_what_they_need(served):
         header = connection.getresponse().getheader("endpoint-load-metrics")
     if header is not None:
         assert json.loads(header.removeprefix("JSON "))["named_metrics"]["max_token_capacity"] == 65536
+
+
+def test_gateways_and_autoscalers_see_the_load(served):
+    """A model of two requests at a time has three. The page is written series by series: each is waited for."""
+    long = {"input_ids": PROMPT, "stream": True, "sampling_parameters": '{"max_tokens": 4000, "ignore_eos": true}'}
+    running, waiting = {"running": 2, "waiting": 0}, {"running": 2, "waiting": 1}
+    config = {"block size": 16, "blocks": 4096}
+
+    def says(reader, **expected):
+        said = READERS[reader].read(metrics_page(served.metrics_url).replace('model_name="nanoflow"', 'model_name="m"'))
+        return said | expected == said
+
+    with contextlib.ExitStack() as streams:
+        for number in range(3):
+            stream = GrpcStream(served.grpc_url, "nanoflow", **long)
+            streams.callback(stream.close, cancel=True)
+            if number < 2:
+                next(iter(stream))
+            if number == 1:
+                until(lambda: says("vLLM's router", **running))
+        until(lambda: says("vLLM's router", **waiting))
+        until(lambda: says("endpoint picker, engine `vllm`", **waiting, **config))
+        until(lambda: says("endpoint picker, engine `triton-tensorrt-llm`", **waiting, **config))
+        until(lambda: says("KServe", **{"vllm:num_requests_running": 2}))
+        until(lambda: says("KEDA", **{"vllm:num_requests_waiting": 1}))
+        until(lambda: says("vLLM's dashboard", **{"vllm:num_requests_running": 2}))
+        until(lambda: not says("endpoint picker, engine `vllm`", **{"KV use": 0}))
+    until(lambda: says("vLLM's router", running=0, waiting=0))
 
 
 @pytest.mark.parametrize("stop", [[], ["a", "e", "i", "o", " "]])
@@ -223,6 +221,25 @@ def test_a_client_may_ask_what_its_request_took(served, stop):
     assert sum(times) == pytest.approx(last["total_time_s"], rel=1e-4)
     assert last["total_time_s"] < took_s
     assert last["peak_kv_pages"] >= 1
+
+
+def test_a_gateway_hears_which_prompts_have_their_pages_here(served, kv_events):
+    prompt = list(range(20, 60))
+    with Subscriber(**kv_events) as gateway:
+        heard = list(gateway.replay(0))
+        assert PageMap().take(heard[0][2]) == ["AllBlocksCleared"]
+        assert generate(served.http_url, "nanoflow", input_ids=prompt, max_tokens=9, temperature=0.0, ignore_eos=True)
+
+        def blocks():
+            known = PageMap()
+            for _, _, payload in gateway.replay(0):
+                known.take(payload)
+            assert known.rank == 0
+            return known.blocks["GPU"]
+
+        until(lambda: (None, tuple(prompt[:16])) in blocks().values())
+        (first,) = [block for block, held in blocks().items() if held == (None, tuple(prompt[:16]))]
+        until(lambda: (first, tuple(prompt[16:32])) in blocks().values())
 
 
 def spans_of(collector, trace_id):

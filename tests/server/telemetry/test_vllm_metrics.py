@@ -13,12 +13,15 @@ GREEDY = {"temperature": "0", "top_p": "1"}
 
 
 def shown(demo):
-    """The last line of each name, with the labels of all of its lines: who reads so finds the whole of a histogram."""
+    """The value of each name, of a histogram's buckets the widest, and the labels of all of its lines."""
     values, labels = {}, {}
     for name, of_line, value in re.findall(r"^(vllm:\w+){(.*)} ([0-9.-]+)$", metrics_page(demo.metrics_url), re.M):
-        values[name] = float(value)
-        labels.setdefault(name, set()).update(re.findall(r'(\w+)="(?:.*?)"', of_line))
-        assert 'model="reporting"' in of_line
+        pairs = dict(re.findall(r'(\w+)="(.*?)"', of_line))
+        assert pairs["model"] == pairs["model_name"] != "unary", "which has chosen other dialects"
+        if pairs["model"] == "reporting":
+            if pairs.get("le", "+Inf") == "+Inf":
+                values[name] = float(value)
+            labels.setdefault(name, set()).update(pairs)
     return values, labels
 
 
@@ -51,10 +54,12 @@ def test_the_metrics_of_the_vllm_backend_are_counted_exactly(demo, demo_llm):
     for name, count in counts.items():
         assert values[f"{name}_count"] == values[f"{name}_bucket"] == count, name
         assert values[f"{name}_sum"] > 0, name
-        assert labels[f"{name}_bucket"] == {"model", "version", "le"}
+        assert labels[f"{name}_bucket"] == {"model", "version", "model_name", "le"}
     assert values["vllm:request_prompt_tokens_sum"] == prompt_tokens
     assert values["vllm:request_generation_tokens_sum"] == output_tokens
-    assert labels["vllm:prompt_tokens_total"] == labels["vllm:request_params_n_sum"] == {"model", "version"}
+    of_model = {"model", "version", "model_name"}
+    assert labels["vllm:prompt_tokens_total"] == labels["vllm:request_params_n_sum"] == of_model
+    assert labels["vllm:num_requests_running"] == of_model | {"engine"}
 
     ask(demo, temperature="1", top_p="1", n="2")
     until(lambda: shown(demo)[0]["vllm:request_params_n_count"] == requests + len(PROMPTS))

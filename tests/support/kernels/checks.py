@@ -91,12 +91,13 @@ class Checks:
         kv_scales: Sequence[float] | None = None,
         normed: bool = False,
         attention_factor: float = 1.0,
+        pairs: int | None = None,
     ) -> None:
-        """`kv_scales`: into pages of e4m3, with these scales. `normed`: norm_rope_append."""
+        """`kv_scales`: into pages of e4m3, with these scales. `normed`: norm_rope_append. `pairs`: that are rotated."""
         positions, slots, table, num_pages = paged_batch(mix, page_tokens, padding, self.random)
         real = len(positions) - padding
         qkv = self.normal(len(positions), (heads + 2 * kv_heads) * head_dim)
-        frequencies = torch.rand(head_dim // 2, generator=self.random)
+        frequencies = torch.rand(pairs or head_dim // 2, generator=self.random)
         shape = (num_pages, 2, kv_heads, page_tokens, head_dim)
         scales = [] if kv_scales is None else [torch.tensor(kv_scales)]
         pages = torch.full(shape, torch.nan).to(E4M3 if scales else self.dtype).to(self.device)

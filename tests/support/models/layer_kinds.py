@@ -11,7 +11,8 @@ from support.models.shapes import config
 from torch import Tensor
 
 from nanoflow_backend.graph.model import Model
-from nanoflow_backend.models.families import llama, mixtral
+from nanoflow_backend.models.blocks import decoder
+from nanoflow_backend.models.families import mixtral
 
 LAYERS = 5
 CONFIG = config("mixtral", num_layers=LAYERS, num_experts=4, vocab_size=37)
@@ -21,7 +22,7 @@ ALTERNATING = replace(
     mixtral.MIXTRAL,
     name="alternating",
     hf_class="AlternatingForCausalLM",
-    layers=lambda config, tp: (llama.layer(config, tp), *mixtral.decoder_layers(config, tp)),
+    layers=lambda config, tp: (decoder.layer(config, tp), *mixtral.decoder_layers(config, tp)),
     kind_of=lambda config: tuple(i % 2 for i in range(config.num_layers)),
 )
 

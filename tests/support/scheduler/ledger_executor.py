@@ -1,18 +1,22 @@
 """LedgerExecutor is an Executor whose model is arithmetic and whose KV pages say what was written into them.
 
 The entry of a position is a number made of every token up to there, so a page that was shared wrongly, reused too
-early or never written does not hold what its reader expects. A page that is loaded from a lower tier holds nothing
-until the step that carries its load is collected. The next token is a function of that number, so a token that is lost
-or doubled changes all that follow.
+early or never written does not hold what its reader expects. Transfers between tiers take as long as they like: what
+they read must stay until they are reported, and what they write holds nothing until then. The next token is a function
+of that number, so a token that is lost or doubled changes all that follow.
 """
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from nanoflow_backend.kvcache.tier import Direction
+from msgspec import structs
+from support.scheduler.lossy_disk import LossyDisk
+
+from nanoflow_backend.kvcache.tier import Move, Transfer, TransferReport
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, PromptScores, Sampled, TokenLogprobs
 
@@ -55,13 +59,33 @@ class LedgerStep:
     batch: Batch
     results: Sampled
     writers: dict[int, int]  # by page, the slot that writes it
-    loads: dict[int, list[int]]  # by page, what is loaded into it when the step is collected
+
+
+@dataclass(frozen=True)
+class LedgerTransfer:
+    """A transfer on its way."""
+
+    transfer: Transfer
+    content: list[int]  # what it has read
 
 
 class LedgerExecutor:
-    """Runs batches in order; everything that it knows of a request comes from them, and from its story by its seed."""
+    """Runs batches in order; everything that it knows of a request comes from them, and from its story by its seed.
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
+    Args:
+        host_slots: of host memory, which come to be one after the other.
+        disk: what is behind that.
+        rng: decides when transfers end, and which of the disk's fail. None: all end with the step that begins them.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_tokens: int,
+        host_slots: int = 0,
+        disk: LossyDisk | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
         self.num_pages = num_pages
         self.device = SimpleNamespace(kind="cpu", name="arithmetic", sms=None)
         self.stories: dict[int, Story] = {}
@@ -72,7 +96,11 @@ class LedgerExecutor:
         self._last_sample: dict[int, int] = {}
         self._scored_prompts: dict[int, list[int]] = {}  # by slot
         self._in_flight: deque[LedgerStep] = deque()
-        self._lower: dict[int, list[int]] = {}  # what the slots of the tier below hold
+        self._host: dict[int, list[int]] = {}  # what the slots of host memory hold
+        self._host_slots, self._disk, self._rng = host_slots, disk, rng
+        self._grown_slots = 0
+        self._transfers: list[LedgerTransfer] = []
+        self.moves: list[Transfer] = []  # all that have begun
 
     def launch_forward(self, batch: Batch) -> LedgerStep:
         for admission in batch.admitted:
@@ -86,7 +114,6 @@ class LedgerExecutor:
                 self._scored_prompts[admission.slot] = known[: admission.prompt_tokens]
         for slot, index, page in batch.page_table:
             self._tables[slot][index] = page
-        loads = self._transfer(batch)
         rows = [
             (slot, position, [self._last_sample[slot]])
             for slot, position in zip(batch.decode_slots, batch.decode_positions, strict=True)
@@ -100,8 +127,11 @@ class LedgerExecutor:
             for page, slot in writers.items():
                 other = earlier.writers.get(page, slot)
                 assert other == slot, f"page {page} is reused while slot {other} may write it"
-                assert page not in earlier.loads, f"page {page} is written while it is loaded"
-        assert not writers.keys() & loads.keys(), "a page is written in the step that loads it"
+        for transfer in batch.transfers:
+            self._begin(transfer, batch.returned)
+        assert batch.tokens or batch.admitted or self._transfers, "a step waits for nothing"
+        moving = {moving.transfer.page for moving in self._transfers}
+        assert not writers.keys() & moving, "a page is written while it is copied"
         ends = {slot: start + len(token_ids) for slot, start, token_ids in rows}
         for slot in batch.sampled_slots:
             self._last_sample[slot] = self._slot_stories[slot].tokens[ends[slot]]
@@ -111,7 +141,7 @@ class LedgerExecutor:
             if p.start < len(prompt := self._scored_prompts.get(p.slot, [])[: p.start + len(p.token_ids) + 1])
         ]
         results = Sampled(batch.step, [self._last_sample[slot] for slot in batch.sampled_slots], {}, scores)
-        self._in_flight.append(LedgerStep(batch, results, writers, loads))
+        self._in_flight.append(LedgerStep(batch, results, writers))
         return self._in_flight[-1]
 
     def launch_tail(self, step: LedgerStep, masks: Masks | None) -> None:
@@ -121,27 +151,72 @@ class LedgerExecutor:
 
     def collect(self, step: LedgerStep) -> Sampled:
         assert step is self._in_flight.popleft(), "steps are collected in the order of their launches"
-        for page, content in step.loads.items():
-            self._pages[page] = content
-        return step.results
+        return structs.replace(step.results, transfers=self._report(waits=not step.batch.tokens))
 
     def close(self) -> None:
         assert not self._in_flight
 
-    def _transfer(self, batch: Batch) -> dict[int, list[int]]:
-        """Store at once, and load when the step is collected: until then a page that is loaded holds nothing."""
-        loads: dict[int, list[int]] = {}
-        for transfer in batch.transfers:
-            for earlier in self._in_flight:
-                assert transfer.page not in earlier.writers, f"page {transfer.page} is copied while it may be written"
-                assert transfer.page not in earlier.loads, f"page {transfer.page} is copied while it is loaded"
-            assert transfer.page not in loads, f"page {transfer.page} is copied in the step that loads it"
-            if transfer.direction is Direction.STORE:
-                self._lower[transfer.tier_slot] = list(self._pages[transfer.page])
-            else:
-                loads[transfer.page] = list(self._lower[transfer.tier_slot])
-                self._pages[transfer.page] = [-1] * self._page_tokens
-        return loads
+    def _begin(self, transfer: Transfer, returned: int) -> None:
+        """Read what is to be moved, and take away what is where it goes."""
+        page, slot, move = transfer.page, transfer.slot, transfer.move
+        assert slot < self._grown_slots, "there is no such slot yet"
+        self.moves.append(transfer)
+        for step in self._in_flight:
+            assert step.batch.step > returned, "a step is said to be back"
+            assert page not in step.writers, f"page {page} is copied while it may be written"
+        for other in (moving.transfer for moving in self._transfers):
+            if Move.LOAD in (move, other.move):
+                assert page != other.page, f"page {page} is loaded while it is copied"
+            if {move, other.move} & {Move.STORE, Move.READ}:
+                assert slot != other.slot, f"slot {slot} is filled while it is copied"
+        match move:
+            case Move.STORE:
+                content = list(self._pages[page])
+                assert -1 not in content, f"page {page} is stored, and is not full"
+                self._host[slot] = []
+            case Move.LOAD:
+                content = list(self._host[slot])
+                self._pages[page] = [-1] * self._page_tokens
+            case Move.WRITE:
+                content = list(self._host[slot])
+            case Move.READ:
+                content, self._host[slot] = [], []
+        self._transfers.append(LedgerTransfer(transfer, content))
+
+    def _report(self, waits: bool) -> TransferReport | None:
+        """End some transfers; at least one, if somebody waits for it."""
+        if not self._host_slots:
+            return None
+        rng, before = self._rng, self._grown_slots
+        self._grown_slots = self._host_slots if rng is None else min(before + rng.randint(0, 3), self._host_slots)
+        least = 1 if waits and self._transfers else 0
+        count = len(self._transfers) if rng is None else rng.randint(least, len(self._transfers))
+        ended = self._transfers if rng is None else rng.sample(self._transfers, count)
+        self._transfers = [moving for moving in self._transfers if moving not in ended]
+        failed = [moving.transfer.id for moving in ended if not self._end(moving)]
+        done = [moving.transfer.id for moving in ended if moving.transfer.id not in failed]
+        return TransferReport(done, failed, self._grown_slots, (1e-3 * count,) * len(Move))
+
+    def _end(self, moving: LedgerTransfer) -> bool:
+        transfer, content = moving.transfer, moving.content
+        match transfer.move:
+            case Move.STORE:
+                assert self._pages[transfer.page] == content, "a page has changed while it was stored"
+                self._host[transfer.slot] = content
+            case Move.LOAD:
+                assert self._host[transfer.slot] == content, "a slot has changed while it was loaded"
+                self._pages[transfer.page] = content
+            case Move.WRITE:
+                assert self._host[transfer.slot] == content, "a slot has changed while it was written"
+                assert self._disk is not None
+                return self._disk.write(transfer.content, content)
+            case Move.READ:
+                assert self._disk is not None
+                found = self._disk.read(transfer.content)
+                if found is None:
+                    return False
+                self._host[transfer.slot] = found
+        return True
 
     def _read(self, slot: int, tokens: int) -> None:
         """Attention reads all earlier positions: they must be this request's."""

@@ -21,7 +21,7 @@ DTYPES = {"STRING": np.object_, "INT32": np.int32, "UINT32": np.uint32, "FP32": 
 DECLARED = {t.name: t for t in OUTPUTS}
 
 
-ACCOUNT = Account(100.0, 100.5, 102.0, 104.0, peak_pages=7, energy_j=12.5)
+ACCOUNT = Account(100.0, 100.5, 102.0, 104.0, peak_pages=7, energy_j=12.5, host_tokens=16, disk_tokens=32)
 
 
 class Client:

@@ -2,11 +2,16 @@
 
 import numpy as np
 
-from nanoflow_backend.process.messages import News, Queue, Ready
+from nanoflow_backend.process.messages import Load, News, Ready
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
-READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
+READY = Ready(
+    vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, max_running=8, description="fake", queue_room=9
+)
+
+
+LOAD = Load(running=0, waiting=0, used_pages=0, room=9, received=0)
 
 
 class FakeEngine:
@@ -17,8 +22,8 @@ class FakeEngine:
     def __init__(self, config, callbacks, host_pid):
         self.config, self.on_refusal = config, callbacks.on_refusal
         self.on_death, self.on_restart = callbacks.on_death, callbacks.on_restart
-        self.say = lambda *deltas: callbacks.on_news(News(list(deltas), Queue(0, 9, 0)))
-        self.begin = lambda *ids: callbacks.on_news(News([], Queue(0, 9, 0), list(ids)))
+        self.say = lambda *deltas: callbacks.on_news(News(list(deltas), LOAD))
+        self.begin = lambda *ids: callbacks.on_news(News([], LOAD, list(ids)))
         self.requests, self.cancelled, self.stopped, self.broken = [], [], False, None
         self.stuck, self.cancels = False, []
         self.full, self.is_ready = None, True

@@ -4,7 +4,7 @@ import pytest
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.vllm_args import DECISIVE, IDLE, KNOWN, LOCATING, TRANSLATED, engine_fields
+from nanoflow_backend.config.vllm_args import DECISIVE, IDLE, KNOWN, LOCATING, TRANSLATED, engine_fields, spoken
 
 IDLE_NAMES = " ".join(IDLE.values()).split()
 
@@ -36,10 +36,27 @@ def fields(folder, **args):
         ({"num_gpu_blocks_override": 100, "block_size": 32}, {"kv_cache_tokens": 3200}),
         ({"quantization": None, "enable_lora": "false", "pipeline_parallel_size": 1, "hf_overrides": {}}, {}),
         ({"tokenizer": "m"}, {}),
+        ({"kv_events_config": {}}, {}),
+        ({"kv_events_config": {"enable_kv_cache_events": False, "publisher": "zmq"}}, {}),
+        (
+            {"kv_events_config": {"enable_kv_cache_events": True, "publisher": None, "topic": "kv@a@b", "hwm": 7}},
+            {"kv_events": {"topic": "kv@a@b", "hwm": 7}},
+        ),
     ],
 )
 def test_what_has_an_equivalent_is_translated(tmp_path, args, expected):
     assert fields(tmp_path, model="m", **args) == {"model": "m", **expected}
+
+
+def test_events_that_are_no_section_of_vllm_are_refused_by_their_name_there(tmp_path):
+    for events, words in (
+        (["zmq"], "Expected `object | null`, got `array`"),
+        ({"enable_kv_cache_events": 2}, "unknown field `enable_kv_cache_events`"),
+        ({"enable_kv_cache_events": True, "endpoint": "*:5557"}, r"kv_events.endpoint: expected tcp://HOST:PORT"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            EngineConfig.resolve(fields(tmp_path, model="m", kv_events_config=events), tmp_path)
+        assert spoken(str(error.value)).endswith("(kv_events is kv_events_config there)")
 
 
 def test_every_translation_is_a_field_of_engine_json():

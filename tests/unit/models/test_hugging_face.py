@@ -11,7 +11,7 @@ import pytest
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
-from nanoflow_backend.models.families.rotary import scale_frequencies
+from nanoflow_backend.models.blocks.rotary import scale_frequencies
 from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 
 LLAMA2 = {
@@ -172,7 +172,8 @@ def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
         ({"attention_bias": True}, ["attention_bias is not supported"]),
         ({"mlp_bias": True}, ["mlp_bias is not supported"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config: key 'quant_method' is missing"]),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, ["'longrope'", "llama3"]),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4}}, ["'proportional'", "llama3"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, ["'longrope'", "key 'short_factor' is missing"]),
         ({"rope_scaling": {"type": "linear", "factor": "8"}}, ["rope", "Expected `float`, got `str`", "factor"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope scaling 'linear'", "key 'factor' is missing"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3'", "key 'low_freq_factor' is missing"]),
@@ -282,7 +283,7 @@ def test_llama3_scaling_by_wavelength() -> None:
     """As the model's authors give it: by the wavelength against the context that it was trained on."""
     rope = EXPECTED["llama31"][1]["rope"]
     plain = [500000.0 ** (-exponent / 64) for exponent in range(64)]
-    for frequency, scaled in zip(plain, scale_frequencies(plain, rope), strict=True):
+    for frequency, scaled in zip(plain, scale_frequencies(plain, rope, 131072), strict=True):
         wavelength = 2 * math.pi / frequency
         if wavelength < 8192 / 4:
             expected = frequency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ def config_json(
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     } | more
+
+
+def longrope(pairs: int, **more: Any) -> dict[str, Any]:
+    factors = [1 + i / pairs for i in range(pairs)]
+    return {"type": "longrope", "short_factor": factors, "long_factor": factors[::-1], **more}
 
 
 QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 48}
@@ -143,6 +149,23 @@ MODELS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {  # config.json
         14_659_507_200,
         {"architecture": "phi3", "eos_token_ids": (100265,), "head_dim": 128},
     ),
+    "Phi-3.5-mini": (
+        config_json(
+            "Phi3", (3072, 8192, 32, 32, 32, 32064), 131072, 1e4, 1e-5, sliding_window=262144,
+            original_max_position_embeddings=4096, rope_scaling=longrope(48),
+        ),
+        3_821_079_552,
+        {"max_model_tokens": 131072, "head_dim": 96},
+    ),
+    "Phi-4-mini": (
+        config_json(
+            "Phi3", (3072, 8192, 32, 24, 8, 200064), 131072, 1e4, 1e-5, sliding_window=262144,
+            original_max_position_embeddings=4096, partial_rotary_factor=0.75, rope_scaling=longrope(48),
+            tie_word_embeddings=True,
+        ),
+        3_836_021_760,
+        {"max_model_tokens": 131072, "head_dim": 128, "tie_word_embeddings": True},
+    ),
 }  # fmt: skip
 
 
@@ -154,18 +177,35 @@ def test_published_models_have_their_published_size(name: str) -> None:
     assert ModelSize.of(config).parameters == parameters
 
 
-PHI4_MINI = config_json(
-    "Phi3", (3072, 8192, 32, 24, 8, 200064), 131072, 1e4, 1e-5, partial_rotary_factor=0.75,
-    rope_scaling={"type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48},
-)  # fmt: skip
+def test_phi4_mini_rotates_three_quarters_of_a_head_by_factors_of_its_own() -> None:
+    rope = from_hf(MODELS["Phi-4-mini"][0], {}).rope
+    assert (rope.scaling, rope.rotated(128), rope.original_max_positions) == ("longrope", 96, 4096)
+    assert (len(rope.short_factor), len(rope.long_factor)) == (48, 48)
+    assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+PHI4_MINI = MODELS["Phi-4-mini"][0]
 
 
 @pytest.mark.parametrize(
     ("hf", "words"),
     [
         (MODELS["Phi-3-mini-4k"][0] | {"sliding_window": 0}, "sliding_window: expected an integer in 1.."),
-        (PHI4_MINI, "partial_rotary_factor 0.75 is not supported"),
-        (PHI4_MINI | {"partial_rotary_factor": 1.0}, "rope scaling 'longrope' is not supported"),
+        (MODELS["Qwen3-8B"][0] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 of this class is not"),
+        (PHI4_MINI | {"partial_rotary_factor": 0}, "partial_rotary_factor: expected a number > 0 and <= 1, got 0"),
+        (PHI4_MINI | {"partial_rotary_factor": 0.01}, "an even number of dimensions of a head (128), got 1"),
+        (PHI4_MINI | {"partial_rotary_factor": 0.5}, "short_factor: expected 32 numbers, one for each frequency"),
+        (PHI4_MINI | {"rope_scaling": longrope(48, long_factor=None)}, "'longrope': key 'long_factor' is missing"),
+        (PHI4_MINI | {"rope_scaling": longrope(48, long_factor=[1.0, 0.0])}, "long_factor: expected numbers > 0, from"),
+        (PHI4_MINI | {"rope_scaling": longrope(48, factor="32")}, "factor: expected a number > 0, got '32'"),
+        (
+            PHI4_MINI | {"rope_scaling": longrope(48, original_max_position_embeddings=8192)},
+            "original_max_position_embeddings 4096 and rope_scaling.original_max_position_embeddings 8192 say two",
+        ),
+        (
+            PHI4_MINI | {"original_max_position_embeddings": 1},
+            "original_max_position_embeddings: expected an integer in 2..",
+        ),
         (
             MODELS["phi-4"][0] | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope scaling 'yarn' of this class is not",

@@ -7,7 +7,7 @@ import pytest
 from support.commands.json_lines import write_lines
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.offline.job_file import JobFile
+from nanoflow_backend.offline.job_file import JobFile, parse_line
 from nanoflow_backend.request.invalid_request import InvalidRequest
 
 
@@ -86,3 +86,36 @@ def test_the_digest_is_that_of_the_line_without_the_space_around_it(tmp_path):
     path.write_bytes(b'{"prompt": "a"}\n  {"prompt": "a"}\r\n{"prompt": "a" }\n')
     same, also, other = (line.digest for line in JobFile(path).lines())
     assert same == also != other
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"], ids=["no mark", "mark", "mark alone"])
+@pytest.mark.parametrize("lines_each", [1, 2, 3, 100])
+def test_ranges_read_apart_are_the_lines_of_the_whole(tmp_path, mark, lines_each):
+    """A byte order mark means something before the first line alone, wherever a range begins."""
+    path = tmp_path / "in.jsonl"
+    marked, utf_16 = b'\xef\xbb\xbf{"prompt": "c"}', b'\xff\xfe{"prompt": "d"}'
+    path.write_bytes(
+        mark + b"\n".join([b'{"prompt": "a"}', b"", b"bad\r", marked, b" \t\r", utf_16, b'{"prompt": "e"}'])
+    )
+    file = JobFile(path)
+    whole = [(line.number, line.digest) for line in file.lines()]
+    assert len(whole) == 5
+    for first in range(6):
+        ranges = file.ranges(first, lines_each)
+        assert all(part.lines == lines_each for part in ranges[:-1])
+        read = [parse_line(text, number, 0) for part in ranges for number, text in file.read(part)]
+        assert [(line.number, line.digest) for line in read] == whole[first:]
+
+
+def test_a_file_that_was_cut_since_its_ranges_were_taken_is_named(tmp_path):
+    path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}] * 4)
+    (part,) = JobFile(path).ranges(0, 10)
+    write_lines(path, [{"prompt": "a"}] * 3)
+    with pytest.raises(ConfigError, match=r"in\.jsonl: has fewer lines than when the run began"):
+        list(JobFile(path).read(part))
+
+
+def test_a_pipe_has_no_ranges(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe: expected a regular file"):
+        JobFile(tmp_path / "pipe").ranges(0, 1)

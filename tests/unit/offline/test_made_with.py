@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.offline.made_with import SPAN_BYTES, SPANS, MadeWith, file_digest
+from nanoflow_backend.model_folder import SPAN_BYTES, SPANS, file_digest
+from nanoflow_backend.offline.made_with import MadeWith
 
 
 @pytest.fixture

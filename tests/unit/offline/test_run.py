@@ -15,7 +15,8 @@ from support.runtime.arithmetic_runner import MADE_WITH, ArithmeticRunner, TwoRu
 
 from nanoflow_backend.offline.job_file import JobFile
 from nanoflow_backend.offline.result_file import ResultFile
-from nanoflow_backend.offline.run import result_line, run_jobs, seeded
+from nanoflow_backend.offline.result_line import result_fields
+from nanoflow_backend.offline.run import run_jobs, seeded
 from nanoflow_backend.request.invalid_request import InvalidRequest
 
 PROGRAM = Path(arithmetic_runner.__file__)
@@ -37,7 +38,7 @@ def expected(source):
     def result(line):
         return line.job if isinstance(line.job, InvalidRequest) else arithmetic_runner.answer(line.job[0])
 
-    return [result_line(line.id, result(line), None) for line in JobFile(source).lines()]
+    return [result_fields(line.id, result(line), None) for line in JobFile(source).lines()]
 
 
 def start(*arguments, **options):

@@ -30,7 +30,8 @@ from nanoflow_backend.process.messages import Ready, ToEngine
 parent = Parent()
 start = parent.receive(msgspec.msgpack.Decoder(ToEngine))
 heart = Heart(parent.send)
-parent.send(Ready(vocab_size=400, max_model_tokens=10**6, num_pages=9, page_tokens=4, description="", queue_room=10**6))
+sizes = {"max_model_tokens": 10**6, "num_pages": 9, "page_tokens": 4, "max_running": 9, "queue_room": 10**6}
+parent.send(Ready(vocab_size=400, description="", **sizes))
 while True:  # it reads no more
     time.sleep(0.05)
     heart.steps += start.config.seed  # 0: a step that is stuck

@@ -11,7 +11,9 @@ from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.process.messages import Ready
 from nanoflow_backend.process.supervisor import Supervisor
 
-READY = Ready(vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, description="fake", queue_room=9)
+READY = Ready(
+    vocab_size=400, max_model_tokens=100, num_pages=10, page_tokens=4, max_running=8, description="fake", queue_room=9
+)
 
 
 class Process:

@@ -47,7 +47,8 @@ def make(clock: Clock, **changes: Any) -> Scheduler:
     }
     settings |= changes
     settings = {"prompt_tokens": settings["dense_batch_tokens"]} | settings
-    limits = SchedulerLimits(**{name: settings.pop(name) for name in SchedulerLimits.__dataclass_fields__})
+    of_limits = settings.keys() & SchedulerLimits.__dataclass_fields__.keys()
+    limits = SchedulerLimits(**{name: settings.pop(name) for name in of_limits})
     return Scheduler(limits, **settings)
 
 

@@ -58,6 +58,8 @@ def test_all_outputs_of_one_token(tokenizer):
         "decode_time_s": 2.0,
         "total_time_s": 4.0,
         "peak_kv_pages": 7,
+        "num_host_cached_tokens": 16,
+        "num_disk_cached_tokens": 32,
         "energy_j": 12.5,
     }
 
@@ -103,6 +105,8 @@ def test_several_sequences_have_one_account(tokenizer):
         "decode_time_s": [3.5],
         "total_time_s": [5.0],
         "peak_kv_pages": [10],
+        "num_host_cached_tokens": [16],  # the second sequence shares what the first has loaded
+        "num_disk_cached_tokens": [32],
         "energy_j": [15.0],
     }
 

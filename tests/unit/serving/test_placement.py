@@ -4,6 +4,7 @@ import pytest
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.kv_events import KvEventsConfig
 from nanoflow_backend.serving.placement import place
 
 TWO_AND_ONE = [
@@ -61,3 +62,33 @@ def test_each_instance_has_its_group(groups, instance, options, expected):
 def test_groups_that_do_not_fit_are_refused(groups, options, complaint):
     with pytest.raises((ConfigError, ValueError), match=complaint):
         placed(groups, "m_0_0", **options)
+
+
+MIXED = [
+    {"name": "m_0", "kind": "KIND_MODEL", "count": 2, "gpus": []},
+    {"name": "m_1", "kind": "KIND_GPU", "count": 2, "gpus": [3, 1]},
+    {"name": "m_2", "kind": "KIND_CPU", "count": 1, "gpus": []},
+]
+
+
+def rank(instance, kind, device_id="0", instances=MIXED, **events):
+    args = {"model_instance_name": instance, "model_instance_kind": kind, "model_instance_device_id": device_id}
+    config = EngineConfig(model="m", kv_events=KvEventsConfig(**events))
+    return place(config, args, {"instance_group": instances}).kv_events.data_parallel_rank
+
+
+def test_each_instance_that_publishes_has_a_number_of_its_own():
+    numbers = [
+        rank("m_0_0", "MODEL"),
+        rank("m_0_1", "MODEL"),
+        *(rank(f"m_1_{index}", "GPU", device_id) for index in (0, 1) for device_id in ("3", "1")),
+        rank("m_2_0", "CPU"),
+    ]
+    assert numbers == [0, 1, 2, 3, 4, 5, 6]
+    assert rank("m_0_1", "MODEL", data_parallel_rank=10) == 11
+
+
+def test_ports_beyond_the_last_are_refused_where_the_instance_starts():
+    assert rank("m_0_0", "MODEL", endpoint="tcp://*:65535") == 0
+    with pytest.raises(ConfigError, match=r"kv_events.data_parallel_rank: expected a port up to 65535 for endpoint"):
+        rank("m_0_1", "MODEL", endpoint="tcp://*:65535")

@@ -49,6 +49,23 @@ def test_content_is_a_text_or_a_list_as_the_template_takes_it(template: str, con
     assert applied(template, content=content) == {"role": "assistant", "content": form}
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "form"),
+    [
+        *((name, PARTS, "One\ntwo") for name in ("a text or parts", "a macro for content", "the first part")),
+        ("a text or parts", [*PARTS, IMAGE], [*PARTS, IMAGE]),
+        ("a text or parts", [{"rows": 3}], [{"rows": 3}]),
+        ("parts only", PARTS, PARTS),
+        ("text, joined", PARTS, "One\ntwo"),
+    ],
+)
+def test_a_tools_result_is_a_text_wherever_the_template_takes_one(template: str, content: Any, form: Any) -> None:
+    assert applied(template, role="tool", content=content) == {"role": "tool", "content": form}
+
+
 @pytest.mark.parametrize(
     ("template", "arguments", "form"),
     [

@@ -11,7 +11,8 @@ from support.simulated.overlap_machine import CPU, H200, Machine, map_of
 
 from benchmarks.overlap.picture import main as draw
 from benchmarks.tables import result_files
-from benchmarks.tables.full_table import ResultRow, groups
+from benchmarks.tables.full_table import groups
+from benchmarks.tables.result_row import ResultRow
 
 
 def test_pictures_name_what_they_show(machine: Machine, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -10,19 +10,23 @@ from nanoflow_backend.graph.builder import GraphBuilder
 
 
 def frequencies(g: GraphBuilder, config: ModelConfig) -> str:
-    """The constant with the d/2 frequencies, in radians a position."""
-    half = config.head_dim // 2
+    """The constant with the frequencies of each pair of dimensions that is rotated, in radians a position."""
+    half = config.rope.rotated(config.head_dim) // 2
     plain = [config.rope.theta ** (-i / half) for i in range(half)]
-    return g.constant("rope.frequencies", tuple(scale_frequencies(plain, config.rope)))
+    return g.constant("rope.frequencies", tuple(scale_frequencies(plain, config.rope, config.max_model_tokens)))
 
 
-def scale_frequencies(plain: Sequence[float], rope: RopeConfig) -> list[float]:
+def scale_frequencies(plain: Sequence[float], rope: RopeConfig, max_model_tokens: int) -> list[float]:
     """Stretch a rotation for contexts longer than those that the model was first trained on.
 
-    `dynamic` does so only beyond max_position_embeddings, and no request is longer.
+    `dynamic` does so only beyond max_position_embeddings, and no request is longer. `longrope` has one rotation for
+    all requests: that of long contexts where any may be longer than the first context.
     """
     if rope.scaling in ("default", "dynamic"):
         return list(plain)
+    if rope.scaling == "longrope":
+        factors = rope.long_factor if max_model_tokens > rope.original_max_positions else rope.short_factor
+        return [frequency / factor for frequency, factor in zip(plain, factors, strict=True)]
     if rope.scaling == "linear":
         return [frequency / rope.factor for frequency in plain]
     kept = _kept_by_yarn(len(plain), rope) if rope.scaling == "yarn" else [_kept_by_llama3(f, rope) for f in plain]

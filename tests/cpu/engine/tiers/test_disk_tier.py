@@ -1,0 +1,96 @@
+"""The engine with a disk below host memory: a conversation goes on after a restart, and nothing foreign is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.models import checkpoints
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.request.request import Request
+
+OPTIONS = {"device": "cpu", "page_tokens": 4, "dense_batch_tokens": 32, "max_running": 4, "kv_cache_tokens": 512}
+PROMPT = [(7 * i * i + 3 * i) % 331 for i in range(83)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save(checkpoints.make("llama"), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Callable[..., Engine]:
+    def start(folder: Path, **options: Any) -> Engine:
+        """An engine that has looked at what the disk holds."""
+        disk = {"path": str(tmp_path / "pages"), "bytes": 2**24}
+        settings = {**OPTIONS, "host_kv_cache_bytes": 2**22, "disk_kv_cache": disk} | options
+        engine = Engine.from_pretrained(folder, **settings)
+        engine.executor.page_store._folder.scan()  # as its own thread does, some time
+        return engine
+
+    return start
+
+
+def answer(engine: Engine, prompt: list[int] = PROMPT) -> tuple[list[int], int]:
+    """Eight greedy tokens, and how many of the prompt came from the disk. The engine ends."""
+    engine.add(Request(0, prompt, SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)))
+    tokens: list[int] = []
+    disk_tokens = 0
+    while engine.has_work:
+        for delta in engine.step():
+            tokens += delta.token_ids
+            disk_tokens = delta.account.disk_tokens if delta.account else 0
+    engine.scheduler.check()
+    engine.close()
+    return tokens, disk_tokens
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_prompt_is_not_computed_again_after_a_restart(
+    model: Path, started: Callable[..., Engine], ranks: int
+) -> None:
+    tokens, disk_tokens = answer(started(model, tensor_parallel=ranks))
+    assert disk_tokens == 0
+    assert answer(started(model, tensor_parallel=ranks)) == (tokens, 80)
+    if ranks == 1:
+        assert answer(started(model), [*PROMPT, *tokens, 5])[1] == 88, "nor is the answer"
+
+
+@pytest.mark.parametrize("change", ["other weights", "other dtype", "other page size", "quantised"])
+def test_pages_of_anything_else_are_not_found(
+    change: str, model: Path, started: Callable[..., Engine], tmp_path: Path
+) -> None:
+    answer(started(model))
+    other = checkpoints.save(checkpoints.make("llama", seed=1), tmp_path / "other")
+    folder, fields = {
+        "other weights": (other, {}),
+        "other dtype": (model, {"kv_cache_dtype": "bfloat16"}),
+        "other page size": (model, {"page_tokens": 8}),
+        "quantised": (model, {"quantization": "fp8"}),
+    }[change]
+    assert answer(started(folder, **fields))[1] == 0
+
+
+def test_a_file_that_is_not_whole_costs_its_tokens_and_changes_none(
+    model: Path, started: Callable[..., Engine], tmp_path: Path
+) -> None:
+    tokens, _ = answer(started(model))
+    files = sorted((tmp_path / "pages").glob("*.page"))
+    for path in files:
+        damaged = bytearray(path.read_bytes())
+        damaged[5000] ^= 1
+        path.write_bytes(damaged)
+    engine = started(model)
+    assert answer(engine) == (tokens, 0)
+    assert engine.scheduler.stats.tiers.failed_pages["read"] > 0
+
+
+def test_a_folder_that_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fields = {"host_kv_cache_bytes": 2**22, "disk_kv_cache": {"path": str(tmp_path / "file"), "bytes": 2**24}}
+    with pytest.raises(ConfigError, match=r"disk_kv_cache.path: .*file: expected a folder"):
+        Engine.from_pretrained(model, **OPTIONS | fields)
