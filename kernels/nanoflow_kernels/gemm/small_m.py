@@ -41,18 +41,35 @@ class WeightTiling(NamedTuple):
     early: bool  # whether the next kernel may start before this one has read its weights
 
 
-# The fastest of 20 on H200 at Llama-3-8B's shapes: few rows leave each program more to read.
-SHORT_WEIGHT = WeightTiling(64, 512, 4, 1, 1, 2048, False)
-TALL_WEIGHT = WeightTiling(64, 256, 4, 1, 3, 512, False)
-MANY_TOKENS = WeightTiling(64, 256, 3, 1, 1, 1024, False)  # not measured yet: what the SM's memory has room for
+# The fastest of 23 on H200 at the shapes of Llama-3 8B and 70B, in bf16 and FP8 (benchmarks/results/
+# kernels_small_m_h200.json). x is read by every tile of rows, which costs more than the weight's reading gains by finer
+# tiles or more parts. How a weight is split does not depend on the tokens: a token's product is the same among 1 as
+# among SMALL_M.
+FEW_TOKENS = 32
 TALL_ROWS = 16384  # a weight of more rows is tall
+TALL = WeightTiling(64, 256, 4, 1, 3, 512, False)
+WHOLE_FEW, WHOLE = WeightTiling(64, 512, 4, 1, 1, 2048, False), WeightTiling(64, 256, 4, 1, 1, 2048, True)
+HALVES_FEW, HALVES = WeightTiling(64, 256, 6, 2, 1, 1024, False), WeightTiling(64, 256, 4, 2, 1, 1024, True)
+HALVED_ROWS = 66 * 64  # a weight of no more tiles than half the SMs is read by two programs a tile ...
+HALVED_BYTES = 8192  # ... if its rows are this long
+ONE_WAVE_ROWS = 132 * 64  # more tiles than SMs leave most of the SMs idle during the second wave
 
 
 def tiling_for(weight: Tensor, tokens: int) -> WeightTiling:
     """The tiling for a weight [N, in] and so many tokens."""
-    if tokens > FEWEST_COLUMNS:
-        return MANY_TOKENS
-    return TALL_WEIGHT if len(weight) > TALL_ROWS else SHORT_WEIGHT
+    few = tokens <= FEW_TOKENS
+    if len(weight) > TALL_ROWS:
+        return TALL
+    if len(weight) <= HALVED_ROWS and weight.shape[1] * weight.element_size() >= HALVED_BYTES:
+        return HALVES_FEW if few else HALVES
+    return WHOLE_FEW if few else WHOLE
+
+
+def most_tokens(weight: Tensor) -> int:
+    """The tokens up to which these tilings beat the persistent kernel and the library at a weight [N, in]."""
+    if len(weight) <= ONE_WAVE_ROWS:
+        return SMALL_M
+    return FEW_TOKENS if len(weight) > TALL_ROWS else FEWEST_COLUMNS
 
 
 @triton.jit
@@ -130,7 +147,7 @@ def _gemm_small_m(
 
 def is_small_m(x: Tensor, weight: Tensor) -> bool:
     """Whether `gemm_small_m` is made for x weight^T: x [T, in], weight [out, in], of a dtype of 1 or 2 bytes."""
-    return len(x) <= SMALL_M and x.element_size() <= 2 and are_bulk(x, weight)
+    return len(x) <= most_tokens(weight) and x.element_size() <= 2 and are_bulk(x, weight)
 
 
 def gemm_small_m(
