@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows of a batch, at most: in a larger one the time between kernels is too small a part of the step to be worth the
-# room on the SMs that waiting programs take.
-MAX_PDL_ROWS = 16
+# Rows of a batch, at most: beyond, the room that waiting programs take on the SMs costs more than the time between
+# kernels (12 layers of Llama-3-8B on H200: 2 to 4 % gained up to 128 rows, .5 % at 256, 2 % lost at 512).
+MAX_PDL_ROWS = 256
 
 
 @triton.jit

@@ -41,13 +41,20 @@ DECODE_KEYS, FP8_DECODE_KEYS = 32, 64  # of a tile
 DECODE_PER_SM = 6  # programs
 DECODE_WARPS, DECODE_STAGES = 1, 5
 DECODE_REGISTERS = 255  # of a thread, at most: an SM has them for six programs; the assembler's default of 128 spills
-MERGED_AT_ONCE = 64  # partial results of a query head
+MERGED_BY_WARP = 1024  # values
+FEWEST_MERGED, MOST_MERGED = 4, 64  # partial results of a query head at once
 
 
 def decode_keys(pages: Tensor) -> int:
     """Keys of a tile of pages [.., P, d]: bulk copies bring as many bytes of e4m3 as of others, if P allows it."""
     is_narrow = pages.dtype == torch.float8_e4m3fn and pages.shape[-2] % FP8_DECODE_KEYS == 0
     return FP8_DECODE_KEYS if is_narrow else DECODE_KEYS
+
+
+def merged_at_once(pairs: int, items: int) -> int:
+    """Partial results that a merge takes at once, where so many work items share so many pairs equally."""
+    parts = triton.cdiv(items, pairs) + 1  # a pair begins and ends anywhere in an item
+    return min(max(int(triton.next_power_of_2(parts)), FEWEST_MERGED), MOST_MERGED)
 
 
 @dataclass(frozen=True)
@@ -276,7 +283,8 @@ def decode(
         window, 1 if pages.dtype == torch.float32 else DECODE_STAGES, pdl,
         num_warps=DECODE_WARPS, maxnreg=DECODE_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
+    merged = merged_at_once(len(q) * kv_heads, items)
     _merge[(len(work.merges), group)](
         work.merges, work.counts, partial_m, partial_l, partial_acc, out, out.stride(0),
-        group, head_dim, MERGED_AT_ONCE, pdl, launch_pdl=pdl,
+        group, head_dim, merged, pdl, num_warps=min(4, max(1, merged * head_dim // MERGED_BY_WARP)), launch_pdl=pdl,
     )  # fmt: skip

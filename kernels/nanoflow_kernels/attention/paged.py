@@ -66,4 +66,4 @@ def attention(
         plan = plan_attention(positions, slots, pages, heads, window=window, num_sms=num_sms)
     decode(q, pages, positions, slots, page_table, kv_scales, plan.decode, window=window, pdl=pdl, out=out)
     if plan.prefill:
-        prefill(q, pages, positions, slots, page_table, kv_scales, plan.prefill, window=window, out=out)
+        prefill(q, pages, positions, slots, page_table, kv_scales, plan.prefill, window=window, pdl=pdl, out=out)

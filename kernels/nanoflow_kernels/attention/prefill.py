@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.attention.tile import LOWEST, attend, kv_rows_descriptor, power_of_two, skipped_tiles
+from nanoflow_kernels.pdl import launch_dependents, wait_for_earlier
 from nanoflow_kernels.quantise import to_e4m3
 
 # On H200, two programs an SM of 64 rows (363 TFLOP/s) beat one of 128 (334).
@@ -68,7 +69,8 @@ def _prefill(
     q_ptr, pages_ptr, kv_desc, kv_scales_ptr, positions_ptr, slots_ptr, page_table_ptr, query_tile_starts_ptr,
     counts_ptr, out_ptr, T, q_stride, out_stride, page_table_stride, scale_log2,
     PARTS: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
-    PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, BULK: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q k^T / sqrt(d) + causal mask) v, a tile of queries at a time, by the online softmax of `attend`.
 
@@ -80,7 +82,9 @@ def _prefill(
     token = tl.arange(0, TOKENS * GP) // GP
     group = tl.arange(0, TOKENS * GP) % GP
     dim = tl.arange(0, D)
+    launch_dependents(PDL)
     num_query_tiles = tl.load(counts_ptr + 1)
+    wait_for_earlier(PDL)
     for item in range(tl.program_id(0), num_query_tiles * K, tl.num_programs(0)):
         # The last tiles of a chunk have most keys: they go first.
         first_row = tl.load(query_tile_starts_ptr + num_query_tiles - 1 - item // K)
@@ -139,12 +143,13 @@ def prefill(
     work: PrefillWork,
     *,
     window: int,
+    pdl: bool,
     out: Tensor,
 ) -> None:
     """Compute the rows of a batch that belong to prompt chunks; `attention` has checked the operands.
 
     q [T, H d], pages [pages, 2, K, P, d], positions [T], slots [T], page_table [S, N], kv_scales [2] fp32 with pages
-    of e4m3 -> out [T, H d]; int32, and else one floating dtype.
+    of e4m3 -> out [T, H d]; int32, and else one floating dtype. `pdl`: launch with PDL, as in `decode`.
     """
     kv_desc = kv_rows_descriptor(pages, PREFILL_KEYS)
     _, _, kv_heads, page_tokens, head_dim = pages.shape
@@ -153,6 +158,6 @@ def prefill(
         q, pages, kv_desc, kv_scales, positions, slots, page_table, work.query_tile_starts, work.counts, out,
         len(q), q.stride(0), out.stride(0), page_table.stride(0), head_dim**-0.5 * math.log2(math.e),
         1 if kv_scales is None else 2, kv_heads, group, triton.next_power_of_2(group), head_dim,
-        work.query_tile_tokens, page_tokens, PREFILL_KEYS, kv_desc is not None, window,
-        STAGES=1 if q.dtype == torch.float32 else PREFILL_STAGES, num_warps=PREFILL_WARPS,
+        work.query_tile_tokens, page_tokens, PREFILL_KEYS, kv_desc is not None, window, pdl,
+        STAGES=1 if q.dtype == torch.float32 else PREFILL_STAGES, num_warps=PREFILL_WARPS, launch_pdl=pdl,
     )  # fmt: skip

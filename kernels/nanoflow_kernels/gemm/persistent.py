@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanoflow_kernels.grid import device_sms, programs
+from nanoflow_kernels.pdl import launch_dependents, uses_pdl, wait_for_earlier
 from nanoflow_kernels.swiglu import gated, swiglu
 
 SCALED_BLOCK = 128  # columns of x, and rows and columns of the weight, that share a scale of kind BLOCK_SCALES
@@ -85,7 +86,7 @@ def _gemm_persistent(
     x_desc, weight_desc, bias_ptr, x_scale_ptr, weight_scale_ptr, out_desc, T, N, IN,
     x_scale_stride, weight_scale_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SWIGLU: tl.constexpr, SCALES: tl.constexpr,
+    SWIGLU: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = x weight^T + bias, or silu(gate) * up of it where rows of the weight alternate gate and up (see swiglu).
 
@@ -96,6 +97,7 @@ def _gemm_persistent(
     Reference: Tillet et al., "Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations",
     MAPL 2019; its tutorials "Matrix Multiplication" (grouped order) and "Persistent Matmul".
     """
+    wait_for_earlier(PDL)
     HALF: tl.constexpr = COLUMNS // 2
     row_tiles, column_tiles = tl.cdiv(T, ROWS), tl.cdiv(N, COLUMNS)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
@@ -133,6 +135,7 @@ def _gemm_persistent(
             else:
                 out_desc.store([row, column], left.to(out_desc.dtype))
                 out_desc.store([row, column + HALF], right.to(out_desc.dtype))
+    launch_dependents(PDL)
 
 
 def gemm_persistent(
@@ -163,6 +166,7 @@ def gemm_persistent(
     # Stages and results share the SM's memory: of FP8, wide results leave room for one stage fewer.
     stages = t.stages - 1 if scales is not None and out.dtype == torch.float32 else t.stages
     x_scale, weight_scale = scales or (None, None)
+    pdl = uses_pdl(len(x), x.device)
     _gemm_persistent[(programs(tiles, num_sms, x.device, per_sm=1),)](
         TensorDescriptor.from_tensor(x, [t.rows, t.depth]),
         TensorDescriptor.from_tensor(weight, [t.columns, t.depth]),
@@ -170,5 +174,5 @@ def gemm_persistent(
         TensorDescriptor.from_tensor(out, [t.rows, t.columns // 2]),
         len(x), len(weight), x.shape[1],
         *((0, 0) if scales is None else (scales.x.stride(0), scales.weight.stride(0))),
-        t.rows, t.columns, t.depth, GROUPED_ROW_TILES, stages, swiglu, kind, num_warps=t.warps,
+        t.rows, t.columns, t.depth, GROUPED_ROW_TILES, stages, swiglu, kind, pdl, num_warps=t.warps, launch_pdl=pdl,
     )  # fmt: skip
