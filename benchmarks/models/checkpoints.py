@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 
 CONFIGS = {
@@ -26,14 +27,16 @@ CONFIGS = {
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
     "phi3": Phi3Config,
+    "seed_oss": SeedOssConfig,
 }
-OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe")  # the others have operations of these alone
+OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe", "seed_oss")  # the others have operations of these alone
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 OPTIONS: dict[str, dict[str, Any]] = {  # inner widths of experts: their grouped matmul wants multiples of 4
     "mixtral": EXPERTS | {"intermediate_size": 60},
     # One dense layer, with experts before it and after.
     "qwen3_moe": EXPERTS | {"intermediate_size": 97, "moe_intermediate_size": 60, "mlp_only_layers": [1]},
     "mistral": {"sliding_window": None},
+    "seed_oss": {"attention_out_bias": True},
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",

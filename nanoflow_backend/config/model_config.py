@@ -87,6 +87,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_tokens: int
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False  # of attention's output projection
     sliding_window: int = 0  # keys that a token attends to, its own among them; 0: all
     qk_norm: bool = False  # every head of Q and K has an RMS norm, before its rotation
     num_experts: int = 0

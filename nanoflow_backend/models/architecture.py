@@ -32,7 +32,7 @@ class Architecture:
     layers: Callable[[ModelConfig, int], tuple[Graph, ...]]  # config, ranks -> a graph for each kind of layer
     head: Callable[[ModelConfig, int], Graph]  # config, ranks
     kind_of: Callable[[ModelConfig], tuple[int, ...]] = all_alike  # of each layer
-    partial_rotary: bool = False  # it rotates a part of each head where config.json says so
+    honours: tuple[str, ...] = ()  # keys that models.hugging_face refuses of classes that do not name them here
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see models.fused
 
     @property

@@ -68,6 +68,8 @@ def put(part: Tensor, out: Tensor) -> None:
 def _cut(source: Source, rank: int, tp: int) -> tuple[slice, ...]:
     """The slice of a checkpoint tensor that `rank` holds. Ranks share a unit where there are fewer units than ranks."""
     whole = tuple(slice(None) for _ in source.shape)
+    if source.once and rank:
+        return slice(0), *whole[1:]
     if source.shard is None or tp == 1:
         return whole
     units = source.units or source.shape[source.shard]

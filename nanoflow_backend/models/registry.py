@@ -7,6 +7,7 @@ from nanoflow_backend.models.families.phi3 import PHI3
 from nanoflow_backend.models.families.qwen2 import QWEN2
 from nanoflow_backend.models.families.qwen3 import QWEN3
 from nanoflow_backend.models.families.qwen3_moe import QWEN3_MOE
+from nanoflow_backend.models.families.seed_oss import SEED_OSS
 
 ARCHITECTURES = {
     architecture.name: architecture
@@ -18,5 +19,6 @@ ARCHITECTURES = {
         MISTRAL,
         MIXTRAL,
         PHI3,
+        SEED_OSS,
     )
 }

@@ -6,15 +6,22 @@ Shapes: D hidden, H heads, K kv heads, d head_dim, F intermediate, V vocabulary;
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
 from nanoflow_backend.models.blocks.rotary import frequencies
+from nanoflow_backend.models.config_json import ConfigJson
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
 Mlp = Callable[[GraphBuilder, ModelConfig, str], str]
+
+
+def bias_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Of classes whose `attention_bias` means all four projections of attention."""
+    return dict.fromkeys(("qkv_bias", "o_bias"), hf.flag("attention_bias"))
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
@@ -46,7 +53,7 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
     )
     window = config.sliding_window if config.sliding_window < config.max_model_tokens else 0
     attended = g.attention("attention", q, pages, batch, kv_scales, window)
-    update = g.linear("o", attended, o_parameter(g, config))
+    update = g.linear("o", attended, *o_parameters(g, config))
     update = g.all_reduce("attention_reduce", update)
 
     residual, x = g.add_rms_norm("mlp_norm", residual, update, norm(g, "post_attention_layernorm", config), eps)
@@ -113,7 +120,9 @@ def projection(name: str, heads: int, config: ModelConfig, *, is_bias: bool = Fa
     return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads)
 
 
-def o_parameter(g: GraphBuilder, config: ModelConfig) -> str:
-    shape = (config.hidden_size, config.num_heads * config.head_dim)
-    source = Source("model.layers.{layer}.self_attn.o_proj.weight", shape, shard=1, units=config.num_heads)
-    return g.weight("o.weight", source)
+def o_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:
+    """Of the output projection, which ranks share by heads and then add up."""
+    module, shape = "model.layers.{layer}.self_attn.o_proj", (config.hidden_size, config.num_heads * config.head_dim)
+    weight = g.weight("o.weight", Source(f"{module}.weight", shape, shard=1, units=config.num_heads))
+    bias = Source(f"{module}.bias", shape[:1], once=True)
+    return weight, g.weight("o.bias", bias) if config.o_bias else None

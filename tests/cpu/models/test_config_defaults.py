@@ -22,6 +22,7 @@ NAMES = {
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
 }
 NO_NULLS = {"num_key_value_heads": (2, 4), "head_dim": (16, 32)}  # 4.57 has some of these, as we do
 STRICT = {  # keys that have no null in transformers 5.23
@@ -41,7 +42,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it 
     "rope_scaling": (None, {"type": "linear", "factor": 2.0}),
     "eos_token_id": (7, [5, 9], None),
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
+    "attention_bias": (False, True),
+    "attention_out_bias": (True,),
     "mlp_bias": (False,),
     "sliding_window": (None, 64),
     "use_sliding_window": (False, True),
@@ -99,6 +101,9 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     assert ours.max_model_tokens == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    has_bias = getattr(theirs, "attention_bias", False)
+    assert ours.qkv_bias == (architecture == "qwen2" or has_bias)
+    assert ours.o_bias == getattr(theirs, "attention_out_bias", has_bias)
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.rope.scaling == theirs.rope_parameters["rope_type"]
     assert ours.rope.factor == theirs.rope_parameters.get("factor", 1.0)
@@ -154,6 +159,7 @@ def test_every_key_of_the_classes_is_read_or_without_effect() -> None:
     without_effect = {
         "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
         "pretraining_tp", "use_cache", "bos_token_id", "pad_token_id", "embd_pdrop", "resid_pdrop",
+        "residual_dropout",
     }  # fmt: skip
     read = {*CHOICES, *SIZES, "rope_parameters", "original_max_position_embeddings"}  # the last is Phi-3's
     inherited = set(inspect.signature(CONFIGS["llama"].__mro__[1]).parameters)

@@ -56,6 +56,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         ("qwen3_moe", ["rope_parameters", "norm_topk_prob", "decoder_sparse_step", "sliding_window"]),
         ("mistral", ["rope_parameters", "rms_norm_eps", "head_dim"]),
         ("phi3", ["rope_parameters", "rms_norm_eps", "head_dim", "num_key_value_heads"]),
+        ("seed_oss", ["rope_parameters", "rms_norm_eps", "attention_bias", "tie_word_embeddings"]),
     ],
 )
 def test_keys_left_out(architecture: str, keys: list[str], tmp_path: Path) -> None:
@@ -64,6 +65,20 @@ def test_keys_left_out(architecture: str, keys: list[str], tmp_path: Path) -> No
     save(make(architecture, **options), tmp_path)
     edit_config(tmp_path, lambda config: [config.pop(key) for key in keys])
     assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe"])
+def test_biases_of_all_four_projections_of_attention(architecture: str, tmp_path: Path) -> None:
+    save(make(architecture, attention_bias=True), tmp_path)
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out_bias", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_biases_of_seed_oss(bias: bool, out_bias: bool, ranks: int, tmp_path: Path) -> None:
+    save(make("seed_oss", attention_bias=bias, attention_out_bias=out_bias), tmp_path)
+    assert worst_difference(tmp_path, tensor_parallel=ranks) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def expected(model: PreTrainedModel, rank: int, tp: int, run: int = 1) -> dict[s
         "layers.0.post_attention_layernorm.weight": layer.post_attention_layernorm.weight.data,
         "layers.0.o.weight": pieces(attention.o_proj.weight.data, tp, 1)[rank],
     }
+    if attention.o_proj.bias is not None:
+        state["layers.0.o.bias"] = attention.o_proj.bias.data * (rank == 0)  # ranks' products are added up
     counts = (q_heads, kv_heads, kv_heads)
     if model.config.model_type == "phi3":
         qkv = attention.qkv_proj.weight.split([head_dim * n for n in counts])

@@ -169,7 +169,7 @@ def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
         ({"vocab_size": None}, ["'vocab_size' is missing"]),
         ({"num_hidden_layers": "32"}, ["num_hidden_layers: expected an integer in 1..4096, got '32'"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
-        ({"attention_bias": True}, ["attention_bias is not supported"]),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, ["attention_bias is not supported"]),
         ({"mlp_bias": True}, ["mlp_bias is not supported"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config: key 'quant_method' is missing"]),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 4}}, ["'proportional'", "llama3"]),

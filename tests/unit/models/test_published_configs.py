@@ -210,7 +210,7 @@ PHI4_MINI = MODELS["Phi-4-mini"][0]
             MODELS["phi-4"][0] | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope scaling 'yarn' of this class is not",
         ),
-        (MODELS["Qwen3-8B"][0] | {"attention_bias": True}, "attention_bias is not supported"),
+        (MODELS["Qwen2.5-7B"][0] | {"attention_bias": True}, "attention_bias is not supported"),
         (
             MODELS["Qwen3-8B"][0] | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20},
             "sliding_window 64 of some layers is not supported",
