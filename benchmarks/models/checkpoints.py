@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import (
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
+    SmolLM3Config,
 )
 
 CONFIGS = {
@@ -25,18 +27,28 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
+    "ministral": MinistralConfig,
     "mixtral": MixtralConfig,
     "phi3": Phi3Config,
     "seed_oss": SeedOssConfig,
+    "smollm3": SmolLM3Config,
 }
-OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe", "seed_oss")  # the others have operations of these alone
+OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe", "smollm3")  # the others have operations of these alone
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 OPTIONS: dict[str, dict[str, Any]] = {  # inner widths of experts: their grouped matmul wants multiples of 4
     "mixtral": EXPERTS | {"intermediate_size": 60},
     # One dense layer, with experts before it and after.
     "qwen3_moe": EXPERTS | {"intermediate_size": 97, "moe_intermediate_size": 60, "mlp_only_layers": [1]},
     "mistral": {"sliding_window": None},
+    "ministral": {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]},
     "seed_oss": {"attention_out_bias": True},
+    # A layer that rotates, and one that does not and has a window; biases of all four projections.
+    "smollm3": {
+        "no_rope_layers": [1, 0] * 4,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "attention_bias": True,
+    },
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -89,6 +89,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool = False
     o_bias: bool = False  # of attention's output projection
     sliding_window: int = 0  # keys that a token attends to, its own among them; 0: all
+    full_attention_layers: tuple[int, ...] = ()  # that have no window, though others have
+    unrotated_layers: tuple[int, ...] = ()  # that do not rotate queries and keys: NoPE
     qk_norm: bool = False  # every head of Q and K has an RMS norm, before its rotation
     num_experts: int = 0
     experts_per_token: int = 0

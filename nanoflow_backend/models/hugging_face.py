@@ -61,7 +61,7 @@ def from_hf(
     if quantization is not None:
         quantization = replace(quantization, wholes=architecture.wholes)
     num_layers, kinds = hf.repeats("num_hidden_layers"), hf["layer_types"]
-    if kinds is not None and kinds != ["full_attention"] * num_layers:
+    if "layer_types" not in architecture.honours and kinds not in (None, ["full_attention"] * num_layers):
         hf.refuse(f"layer_types: expected full_attention for every layer ({num_layers}), got {kinds!r}")
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     divides = hf["head_dim"] is not None or hidden % heads == 0

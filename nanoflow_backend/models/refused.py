@@ -4,6 +4,7 @@ IMAGES = "images and the layers that read them are missing here"
 LATENT = "latent attention (MLA), and experts in groups that are scored by a sigmoid, are missing here"
 SOFT_CAPS = "norms with 1 + weight and after each block, GELU, scaled embeddings"
 LINEAR = "layers of linear attention or of a state-space model are missing here"
+PAIRS = "rotation of neighbouring dimensions of a head is missing here"
 EXPERTS_BESIDE = "experts that all tokens share, beside the routed ones, are missing here"
 
 MISSING = {
@@ -38,4 +39,13 @@ MISSING = {
     "JambaForCausalLM": LINEAR,
     "MambaForCausalLM": LINEAR,
     "Olmo2ForCausalLM": "norms of whole queries and keys, and after each block, are missing here",
+    "Olmo3ForCausalLM": "norms of whole queries and keys, and after each block, are missing here",
+    "Exaone4ForCausalLM": "norms after each block are missing here",
+    "GraniteForCausalLM": "multipliers of embeddings, scores, updates and logits are missing here",
+    "HunYuanDenseV1ForCausalLM": "norms of heads after their rotation are missing here",
+    "Ministral3ForCausalLM": "scales of queries by position are missing here",
+    "ArceeForCausalLM": "an MLP without a gate, with the square of ReLU, is missing here",
+    "ApertusForCausalLM": "an MLP without a gate, with xIELU, is missing here",
+    "HeliumForCausalLM": PAIRS,
+    "Ernie4_5ForCausalLM": PAIRS,
 }

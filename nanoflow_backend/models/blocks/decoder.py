@@ -11,7 +11,8 @@ from typing import Any
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
-from nanoflow_backend.models.blocks.rotary import frequencies
+from nanoflow_backend.models.blocks.attention_kinds import AttentionKind, attention_kinds
+from nanoflow_backend.models.blocks.rotary import frequencies, no_rotation
 from nanoflow_backend.models.config_json import ConfigJson
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -25,12 +26,16 @@ def bias_fields(hf: ConfigJson) -> dict[str, Any]:
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
-    """One kind of layer."""
-    return (layer(config, tp),)
+    """A graph for each kind of attention."""
+    return tuple(layer(config, tp, attention=kind) for kind in attention_kinds(config))
 
 
-def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
-    """One decoder layer: (residual, update) -> (residual, update); the sum of both is the hidden state."""
+def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None, attention: AttentionKind | None = None) -> Graph:
+    """One decoder layer: (residual, update) -> (residual, update); the sum of both is the hidden state.
+
+    `attention`: by default, that of the first layer.
+    """
+    window, is_rotated = attention or attention_kinds(config)[0]
     g = GraphBuilder(tp, config.quantization, config.scaled_kv)
     residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
     batch = g.batch()
@@ -43,15 +48,14 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
         "rope_append",
         qkv,
         batch,
-        frequencies(g, config),
+        frequencies(g, config) if is_rotated else no_rotation(g, config),
         kv_heads,
         kv_scales,
         head_norms(g, config),
         head_dim=config.head_dim,
         eps=eps,
-        attention_factor=config.rope.attention_factor,
+        attention_factor=config.rope.attention_factor if is_rotated else 1.0,
     )
-    window = config.sliding_window if config.sliding_window < config.max_model_tokens else 0
     attended = g.attention("attention", q, pages, batch, kv_scales, window)
     update = g.linear("o", attended, *o_parameters(g, config))
     update = g.all_reduce("attention_reduce", update)

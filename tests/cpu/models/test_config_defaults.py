@@ -13,22 +13,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.models.hugging_face import from_hf
+from nanoflow_backend.models.registry import ARCHITECTURES
 
-NAMES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
-}
 NO_NULLS = {"num_key_value_heads": (2, 4), "head_dim": (16, 32)}  # 4.57 has some of these, as we do
 STRICT = {  # keys that have no null in transformers 5.23
     "qwen3": ("head_dim",),
     "qwen3_moe": ("num_key_value_heads",),
     "mistral": ("num_key_value_heads",),
+    "ministral": ("num_key_value_heads",),
     "mixtral": ("num_key_value_heads",),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -48,7 +40,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it 
     "sliding_window": (None, 64),
     "use_sliding_window": (False, True),
     "max_window_layers": (0, 1, 4),
-    "layer_types": (None, ["full_attention"] * 4),
+    "layer_types": (None, ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2),
+    "no_rope_layers": (None, [1, 0, 0, 1], [1] * 4),
+    "no_rope_layer_interval": (2, 3),
     "num_local_experts": (4, 16),
     "num_experts": (8, 16),
     "num_experts_per_tok": (1, 3),
@@ -71,7 +65,7 @@ def config_json(architecture: str, rng: Random) -> dict[str, Any]:
     if architecture == "phi3":
         said |= phi3_rope(rng)
     sizes = dict(zip(SIZES, (331, 512, 96, 4, 32), strict=True))
-    return {"architectures": [NAMES[architecture]], **sizes, **said}
+    return {"architectures": [ARCHITECTURES[architecture].hf_class], **sizes, **said}
 
 
 def phi3_rope(rng: Random) -> dict[str, Any]:
@@ -84,14 +78,18 @@ def phi3_rope(rng: Random) -> dict[str, Any]:
     return {"rope_scaling": scaling, **{key: value for key, value in beside.items() if value is not None}}
 
 
-def some_have_windows(theirs: Any) -> bool:
-    return "sliding_attention" in (getattr(theirs, "layer_types", None) or ())
+def windows(theirs: Any) -> list[int | None]:
+    """Of each layer: 0 where it has none, None where it asks for one and transformers finds none in the file."""
+    window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None
+    if not hasattr(theirs, "layer_types"):
+        return [window or 0] * theirs.num_hidden_layers
+    return [window if kind == "sliding_attention" else 0 for kind in theirs.layer_types]
 
 
 def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     theirs = CONFIGS[architecture].from_dict(deepcopy(hf))  # it writes into what it is given
-    if some_have_windows(theirs):
-        with pytest.raises(ConfigError, match="sliding_window"):
+    if None in windows(theirs):
+        with pytest.raises(ConfigError, match="sliding_attention, and sliding_window is null or not used"):
             from_hf(hf, {})
         return
     ours = from_hf(hf, {})
@@ -114,8 +112,9 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
         _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](theirs)
         assert ours.rope.attention_factor == attention_factor
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    in_all_layers = None if hasattr(theirs, "layer_types") else getattr(theirs, "sliding_window", None)
-    assert ours.sliding_window == (in_all_layers or 0)
+    assert [0 if i in ours.full_attention_layers else ours.sliding_window for i in range(4)] == windows(theirs)
+    rotated = getattr(theirs, "no_rope_layers", [1] * 4)
+    assert ours.unrotated_layers == tuple(i for i in range(4) if not rotated[i])
     assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
     assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
     if ours.num_experts:
