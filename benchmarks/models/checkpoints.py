@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import (
+    Ernie4_5Config,
+    GlmConfig,
+    HeliumConfig,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
@@ -32,6 +36,9 @@ CONFIGS = {
     "phi3": Phi3Config,
     "seed_oss": SeedOssConfig,
     "smollm3": SmolLM3Config,
+    "glm": GlmConfig,
+    "ernie4_5": Ernie4_5Config,
+    "helium": HeliumConfig,
 }
 OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe", "smollm3")  # the others have operations of these alone
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
@@ -42,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # inner widths of experts: their grouped
     "mistral": {"sliding_window": None},
     "ministral": {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]},
     "seed_oss": {"attention_out_bias": True},
+    "helium": {"head_dim": 8, "attention_bias": True},  # it can have no other
     # A layer that rotates, and one that does not and has a window; biases of all four projections.
     "smollm3": {
         "no_rope_layers": [1, 0] * 4,
@@ -88,7 +96,8 @@ def make(
     }
     fields |= OPTIONS.get(architecture, {})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**fields | options)).float().eval()
+    config = CONFIGS[architecture](**deepcopy(fields | options))  # a config may write into what it is given
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # norms and biases start at one and zero, which would hide a mistake in either
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -4,7 +4,6 @@ IMAGES = "images and the layers that read them are missing here"
 LATENT = "latent attention (MLA), and experts in groups that are scored by a sigmoid, are missing here"
 SOFT_CAPS = "norms with 1 + weight and after each block, GELU, scaled embeddings"
 LINEAR = "layers of linear attention or of a state-space model are missing here"
-PAIRS = "rotation of neighbouring dimensions of a head is missing here"
 EXPERTS_BESIDE = "experts that all tokens share, beside the routed ones, are missing here"
 
 MISSING = {
@@ -31,8 +30,8 @@ MISSING = {
     "Phi4MMForCausalLM": "images and sound, and the layers that read them, are missing here",
     "Phi3VForCausalLM": IMAGES,
     "PhiMoEForCausalLM": "layer norms with biases, and sparsemixer routing, are missing here",
-    "Glm4ForCausalLM": "rotation of a part of a head, and norms after each block, are missing here",
-    "Glm4MoeForCausalLM": f"rotation of a part of a head is missing here, and {EXPERTS_BESIDE}",
+    "Glm4ForCausalLM": "norms after each block are missing here",
+    "Glm4MoeForCausalLM": EXPERTS_BESIDE,
     "Cohere2ForCausalLM": "layer norms, parallel blocks, scaled logits and sliding windows are missing here",
     "CohereForCausalLM": "layer norms, parallel blocks and scaled logits are missing here",
     "FalconH1ForCausalLM": LINEAR,
@@ -46,6 +45,5 @@ MISSING = {
     "Ministral3ForCausalLM": "scales of queries by position are missing here",
     "ArceeForCausalLM": "an MLP without a gate, with the square of ReLU, is missing here",
     "ApertusForCausalLM": "an MLP without a gate, with xIELU, is missing here",
-    "HeliumForCausalLM": PAIRS,
-    "Ernie4_5ForCausalLM": PAIRS,
+    "Ernie4_5_MoeForCausalLM": EXPERTS_BESIDE,
 }

@@ -1,5 +1,8 @@
 """ARCHITECTURES lists the model families: a new one is a file in `families` and a line here."""
 
+from nanoflow_backend.models.families.ernie4_5 import ERNIE4_5
+from nanoflow_backend.models.families.glm import GLM
+from nanoflow_backend.models.families.helium import HELIUM
 from nanoflow_backend.models.families.llama import LLAMA
 from nanoflow_backend.models.families.ministral import MINISTRAL
 from nanoflow_backend.models.families.mistral import MISTRAL
@@ -24,5 +27,8 @@ ARCHITECTURES = {
         PHI3,
         SEED_OSS,
         SMOLLM3,
+        GLM,
+        ERNIE4_5,
+        HELIUM,
     )
 }

@@ -121,7 +121,8 @@ def projection(name: str, heads: int, config: ModelConfig, *, is_bias: bool = Fa
     """The weight or bias of Q, K or V, which ranks share by heads."""
     tensor = f"model.layers.{{layer}}.self_attn.{name}_proj.{'bias' if is_bias else 'weight'}"
     columns = () if is_bias else (config.hidden_size,)
-    return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads)
+    paired = config.rope.rotated(config.head_dim) if config.rotates_neighbours and name != "v" else 0
+    return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads, paired=paired)
 
 
 def o_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:

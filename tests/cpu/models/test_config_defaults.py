@@ -15,12 +15,17 @@ from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.models.hugging_face import from_hf
 from nanoflow_backend.models.registry import ARCHITECTURES
 
-NO_NULLS = {"num_key_value_heads": (2, 4), "head_dim": (16, 32)}  # 4.57 has some of these, as we do
+NO_NULLS = {
+    "num_key_value_heads": (2, 4),
+    "head_dim": (16, 32),
+    "eos_token_id": (7, [5, 9]),
+}  # 4.57 has some of these, as we do
 STRICT = {  # keys that have no null in transformers 5.23
     "qwen3": ("head_dim",),
     "qwen3_moe": ("num_key_value_heads",),
     "mistral": ("num_key_value_heads",),
     "ministral": ("num_key_value_heads",),
+    "glm": ("eos_token_id", "num_key_value_heads"),
     "mixtral": ("num_key_value_heads",),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -36,6 +41,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it 
     "hidden_act": ("silu",),
     "attention_bias": (False, True),
     "attention_out_bias": (True,),
+    "use_bias": (None, False),
     "mlp_bias": (False,),
     "sliding_window": (None, 64),
     "use_sliding_window": (False, True),
@@ -64,7 +70,11 @@ def config_json(architecture: str, rng: Random) -> dict[str, Any]:
     said |= {key: rng.choice(NO_NULLS[key]) for key in STRICT.get(architecture, ())}
     if architecture == "phi3":
         said |= phi3_rope(rng)
-    sizes = dict(zip(SIZES, (331, 512, 96, 4, 32), strict=True))
+    if architecture == "glm" and rng.random() < 0.5:
+        said["partial_rotary_factor"] = rng.choice((0.25, 1.0))
+    if architecture == "helium":  # its heads have the hidden size together
+        said |= {"num_key_value_heads": rng.choice((2, 4)), "head_dim": 128}
+    sizes = dict(zip(SIZES, (331, 2560, 96, 4, 20) if architecture == "helium" else (331, 512, 96, 4, 32), strict=True))
     return {"architectures": [ARCHITECTURES[architecture].hf_class], **sizes, **said}
 
 
@@ -101,11 +111,11 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     has_bias = getattr(theirs, "attention_bias", False)
     assert ours.qkv_bias == (architecture == "qwen2" or has_bias)
-    assert ours.o_bias == getattr(theirs, "attention_out_bias", has_bias)
+    assert ours.o_bias == getattr(theirs, "attention_out_bias", has_bias and architecture not in ("glm", "helium"))
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.rope.scaling == theirs.rope_parameters["rope_type"]
     assert ours.rope.factor == theirs.rope_parameters.get("factor", 1.0)
-    if architecture == "phi3":
+    if architecture in ("phi3", "glm"):
         assert ours.rope.partial_rotary_factor == theirs.rope_parameters["partial_rotary_factor"]
     if ours.rope.scaling == "longrope":
         assert ours.rope.original_max_positions == theirs.rope_parameters["original_max_position_embeddings"]

@@ -56,6 +56,11 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         ("qwen3_moe", ["rope_parameters", "norm_topk_prob", "decoder_sparse_step", "sliding_window"]),
         ("mistral", ["rope_parameters", "rms_norm_eps", "head_dim"]),
         ("phi3", ["rope_parameters", "rms_norm_eps", "head_dim", "num_key_value_heads"]),
+        ("glm", ["rope_parameters", "rms_norm_eps", "attention_bias", "tie_word_embeddings"]),
+        ("ernie4_5", ["rope_parameters", "rms_norm_eps", "tie_word_embeddings", "use_bias"]),
+        ("helium", ["rope_parameters", "rms_norm_eps", "tie_word_embeddings"]),
+        ("ministral", ["rope_parameters", "rms_norm_eps", "layer_types"]),
+        ("smollm3", ["rope_parameters", "rms_norm_eps", "no_rope_layers", "layer_types"]),
         ("seed_oss", ["rope_parameters", "rms_norm_eps", "attention_bias", "tie_word_embeddings"]),
     ],
 )
