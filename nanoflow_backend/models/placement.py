@@ -71,8 +71,9 @@ def _in_halves(part: Tensor, source: Source) -> Tensor:
     """Whole units of a tensor, with the `paired` rows of each in their order here."""
     if not source.paired:
         return part
-    units = part.unflatten(0, (-1, source.shape[0] // source.units))
-    pairs = units[:, : source.paired].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    columns = part.shape[1:]
+    units = part.reshape(-1, source.shape[0] // source.units, *columns)
+    pairs = units[:, : source.paired].reshape(len(units), -1, 2, *columns).transpose(1, 2).flatten(1, 2)
     return torch.cat((pairs, units[:, source.paired :]), 1).flatten(0, 1)
 
 
