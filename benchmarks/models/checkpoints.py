@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import (
+    Ernie4_5Config,
+    GlmConfig,
+    HeliumConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -16,6 +21,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 CONFIGS = {
@@ -24,16 +31,32 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
+    "ministral": MinistralConfig,
     "mixtral": MixtralConfig,
     "phi3": Phi3Config,
+    "seed_oss": SeedOssConfig,
+    "smollm3": SmolLM3Config,
+    "glm": GlmConfig,
+    "ernie4_5": Ernie4_5Config,
+    "helium": HeliumConfig,
 }
-OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe")  # the others have operations of these alone
+OWN_GRAPHS = ("llama", "qwen2", "mixtral", "qwen3_moe", "smollm3")  # the others have operations of these alone
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
 OPTIONS: dict[str, dict[str, Any]] = {  # inner widths of experts: their grouped matmul wants multiples of 4
     "mixtral": EXPERTS | {"intermediate_size": 60},
     # One dense layer, with experts before it and after.
     "qwen3_moe": EXPERTS | {"intermediate_size": 97, "moe_intermediate_size": 60, "mlp_only_layers": [1]},
     "mistral": {"sliding_window": None},
+    "ministral": {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]},
+    "seed_oss": {"attention_out_bias": True},
+    "helium": {"head_dim": 8, "attention_bias": True},  # it can have no other
+    # A layer that rotates, and one that does not and has a window; biases of all four projections.
+    "smollm3": {
+        "no_rope_layers": [1, 0] * 4,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "attention_bias": True,
+    },
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -73,7 +96,8 @@ def make(
     }
     fields |= OPTIONS.get(architecture, {})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](**fields | options)).float().eval()
+    config = CONFIGS[architecture](**deepcopy(fields | options))  # a config may write into what it is given
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # norms and biases start at one and zero, which would hide a mistake in either
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -87,7 +87,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_tokens: int
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False  # of attention's output projection
     sliding_window: int = 0  # keys that a token attends to, its own among them; 0: all
+    full_attention_layers: tuple[int, ...] = ()  # that have no window, though others have
+    rotates_neighbours: bool = False  # pairs of a head's dimensions are (0, 1), (2, 3) ...; else (0, d / 2) ...
+    unrotated_layers: tuple[int, ...] = ()  # that do not rotate queries and keys: NoPE
     qk_norm: bool = False  # every head of Q and K has an RMS norm, before its rotation
     num_experts: int = 0
     experts_per_token: int = 0

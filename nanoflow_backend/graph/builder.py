@@ -252,6 +252,11 @@ class GraphBuilder:
                     f"quantization_config: blocks of {BLOCK}: expected {source.tensor} to have a multiple of that in "
                     f"rows and columns{f' on each of {self.tp} ranks' if self.tp > 1 else ''}, got {list(shape)}"
                 )
+            if source.paired and BLOCK % (head_dim := source.shape[0] // source.units):
+                raise ConfigError(
+                    f"quantization_config: blocks of {BLOCK}: expected a divisor of that for head_dim, since "
+                    f"{source.tensor} is for a rotation of neighbouring dimensions, got {head_dim}"
+                )
         *matrices, rows, columns = parameter.shape
         shape = (rows // BLOCK, columns // BLOCK) if in_blocks else (rows,)
         self._parameters[weight] = replace(parameter, dtype=FP8, run=run)

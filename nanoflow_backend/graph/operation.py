@@ -47,6 +47,9 @@ class Source:
 
     `shard` is the dimension that tensor parallelism cuts (None: a copy on every rank); it holds `units` whole
     pieces (heads, for one) that are never cut, and that ranks share where there are fewer units than ranks.
+    Of each unit, the first `paired` rows come as pairs (0, 1), (2, 3) ... and become the first and the second halves of
+    these: 0, 2, ..., 1, 3, ...
+    `once`: ranks add up what it is part of, so the first of them holds it and the others hold zeros.
     `tied_to` names a tensor of the same shape that is read where the checkpoint has none of this name, or an equal one.
     """
 
@@ -54,6 +57,8 @@ class Source:
     shape: tuple[int, ...]  # in the checkpoint
     shard: int | None = None
     units: int = 0  # 0: single rows or columns
+    paired: int = 0
+    once: bool = False
     tied_to: str | None = None
 
 

@@ -8,12 +8,8 @@ from typing import Any
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.models.blocks import attention_kinds
 from nanoflow_backend.models.config_json import ConfigJson
-
-
-def all_alike(config: ModelConfig) -> tuple[int, ...]:
-    """Every layer is of kind 0."""
-    return (0,) * config.num_layers
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,8 @@ class Architecture:
     embed: Callable[[ModelConfig], Graph]
     layers: Callable[[ModelConfig, int], tuple[Graph, ...]]  # config, ranks -> a graph for each kind of layer
     head: Callable[[ModelConfig, int], Graph]  # config, ranks
-    kind_of: Callable[[ModelConfig], tuple[int, ...]] = all_alike  # of each layer
-    partial_rotary: bool = False  # it rotates a part of each head where config.json says so
+    kind_of: Callable[[ModelConfig], tuple[int, ...]] = attention_kinds.kind_of  # of each layer
+    honours: tuple[str, ...] = ()  # keys that models.hugging_face refuses of classes that do not name them here
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see models.fused
 
     @property

@@ -55,13 +55,13 @@ def from_hf(
     architecture = _architecture(given, origin)
     hf = ConfigJson(given, architecture.defaults, origin)
     hf.refuse_if(hf["hidden_act"] != "silu", f"hidden_act {hf['hidden_act']!r} (only silu)")
-    hf.refuse_if(hf.flag("attention_bias"), "attention_bias")
+    hf.refuse_if(hf.flag("attention_bias") and "attention_bias" not in architecture.honours, "attention_bias")
     hf.refuse_if(hf.flag("mlp_bias"), "mlp_bias")
     quantization = read_quantization(given, modelopt, origin)
     if quantization is not None:
         quantization = replace(quantization, wholes=architecture.wholes)
     num_layers, kinds = hf.repeats("num_hidden_layers"), hf["layer_types"]
-    if kinds is not None and kinds != ["full_attention"] * num_layers:
+    if "layer_types" not in architecture.honours and kinds not in (None, ["full_attention"] * num_layers):
         hf.refuse(f"layer_types: expected full_attention for every layer ({num_layers}), got {kinds!r}")
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     divides = hf["head_dim"] is not None or hidden % heads == 0
@@ -72,7 +72,7 @@ def from_hf(
     if "eos_token_id" in generation:
         in_generation = ConfigJson(generation, {}, str(Path(origin).with_name("generation_config.json")))
         eos = in_generation.token_ids("eos_token_id", generation["eos_token_id"])
-    rope = read_rope(hf, architecture.partial_rotary)
+    rope = read_rope(hf, "partial_rotary_factor" in architecture.honours)
     fields = {
         "architecture": architecture.name,
         "vocab_size": hf.size("vocab_size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nanoflow_backend.graph.builder import local_shape
@@ -42,17 +43,18 @@ def find_places(parameters: Mapping[str, Parameter], tp: int) -> dict[str, list[
 def shard(tensor: Any, source: Source, rank: int, tp: int) -> Tensor:
     """One rank's part of `tensor` (lazy or not), at most of local_shape(source, tp): ranks hold whole units, and the
     last of them fewer where those run out."""
-    part: Tensor = tensor[_cut(source, rank, tp)]
-    return part
+    return _in_halves(tensor[_cut(source, rank, tp)], source)
 
 
 def shards(tensor: Any, source: Source, rank: int, tp: int, most: int) -> Iterator[tuple[int, Tensor]]:
-    """shard(...) of a matrix a few rows at a time, of `most` elements or one row, each with its first row's number."""
+    """shard(...) of a matrix a few rows at a time, of `most` elements or one row (or one unit whose rows are `paired`),
+    each with its first row's number."""
     rows, *columns = _cut(source, rank, tp)
     start, stop, _ = rows.indices(source.shape[0])
-    step = max(most // source.shape[1], 1)
+    together = source.shape[0] // source.units if source.paired else 1
+    step = max(most // source.shape[1] // together, 1) * together
     for first in range(start, stop, step):
-        yield first - start, tensor[(slice(first, min(first + step, stop)), *columns)]
+        yield first - start, _in_halves(tensor[(slice(first, min(first + step, stop)), *columns)], source)
 
 
 def put(part: Tensor, out: Tensor) -> None:
@@ -65,9 +67,21 @@ def put(part: Tensor, out: Tensor) -> None:
         region[whole, :rest] = part[whole * run :]
 
 
+def _in_halves(part: Tensor, source: Source) -> Tensor:
+    """Whole units of a tensor, with the `paired` rows of each in their order here."""
+    if not source.paired:
+        return part
+    columns = part.shape[1:]
+    units = part.reshape(-1, source.shape[0] // source.units, *columns)
+    pairs = units[:, : source.paired].reshape(len(units), -1, 2, *columns).transpose(1, 2).flatten(1, 2)
+    return torch.cat((pairs, units[:, source.paired :]), 1).flatten(0, 1)
+
+
 def _cut(source: Source, rank: int, tp: int) -> tuple[slice, ...]:
     """The slice of a checkpoint tensor that `rank` holds. Ranks share a unit where there are fewer units than ranks."""
     whole = tuple(slice(None) for _ in source.shape)
+    if source.once and rank:
+        return slice(0), *whole[1:]
     if source.shard is None or tp == 1:
         return whole
     units = source.units or source.shape[source.shard]

@@ -69,7 +69,7 @@ def read_rope(hf: ConfigJson, may_be_partial: bool = False) -> RopeConfig:
     theta = setting("rope_theta")
     common = {
         "theta": hf["rope_theta"] if theta is None else theta,
-        "partial_rotary_factor": 1 if rotated is None else rotated,
+        "partial_rotary_factor": (hf["partial_rotary_factor"] or 1) if rotated is None else rotated,
     }
     readings = [_read_scaling(scaling, common, name, hf) for name, scaling in objects.items()]
     if len(set(readings)) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +85,8 @@ def _of_weight(source: Source, quantization: Quantization) -> Source:
     """A scale for each row, cut as rows are; or one for each block, cut where whole blocks are."""
     name, units = _beside(source, quantization.weight_scale), source.units
     if quantization.weights != "block":
-        return Source(name, source.shape[:1], 0 if source.shard == 0 else None, units if source.shard == 0 else 0)
+        rows = Source(name, source.shape[:1], paired=source.paired)
+        return replace(rows, shard=0, units=units) if source.shard == 0 else rows
     if source.shard is not None and units and source.shape[source.shard] // units % BLOCK:
         units = 0  # several heads share a block: ranks that hold whole blocks hold the same share of them
     return Source(name, (-(-source.shape[0] // BLOCK), -(-source.shape[1] // BLOCK)), source.shard, units)

@@ -88,10 +88,10 @@ class SearchRequest:
         """The op graphs of one rank.
 
         Raises:
-            ValueError: the layers are of several kinds.
+            ValueError: the layers are of several kinds, whose operations differ in more than their weights.
         """
         model = build(self.config, self.ranks)
-        if len(model.layers) > 1:
+        if any(graph.operations != model.layers[0].operations for graph in model.layers):
             raise ValueError(f"{self.name}: expected layers of one kind, got {len(model.layers)} kinds")
         return model
 

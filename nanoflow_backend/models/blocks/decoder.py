@@ -6,24 +6,36 @@ Shapes: D hidden, H heads, K kv heads, d head_dim, F intermediate, V vocabulary;
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.operation import Graph, Source
-from nanoflow_backend.models.blocks.rotary import frequencies
+from nanoflow_backend.models.blocks.attention_kinds import AttentionKind, attention_kinds
+from nanoflow_backend.models.blocks.rotary import frequencies, no_rotation
+from nanoflow_backend.models.config_json import ConfigJson
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
 Mlp = Callable[[GraphBuilder, ModelConfig, str], str]
 
 
+def bias_fields(hf: ConfigJson) -> dict[str, Any]:
+    """Of classes whose `attention_bias` means all four projections of attention."""
+    return dict.fromkeys(("qkv_bias", "o_bias"), hf.flag("attention_bias"))
+
+
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
-    """One kind of layer."""
-    return (layer(config, tp),)
+    """A graph for each kind of attention."""
+    return tuple(layer(config, tp, attention=kind) for kind in attention_kinds(config))
 
 
-def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
-    """One decoder layer: (residual, update) -> (residual, update); the sum of both is the hidden state."""
+def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None, attention: AttentionKind | None = None) -> Graph:
+    """One decoder layer: (residual, update) -> (residual, update); the sum of both is the hidden state.
+
+    `attention`: by default, that of the first layer.
+    """
+    window, is_rotated = attention or attention_kinds(config)[0]
     g = GraphBuilder(tp, config.quantization, config.scaled_kv)
     residual, update = g.input("residual", config.hidden_size), g.input("update", config.hidden_size)
     batch = g.batch()
@@ -36,17 +48,16 @@ def layer(config: ModelConfig, tp: int = 1, mlp: Mlp | None = None) -> Graph:
         "rope_append",
         qkv,
         batch,
-        frequencies(g, config),
+        frequencies(g, config) if is_rotated else no_rotation(g, config),
         kv_heads,
         kv_scales,
         head_norms(g, config),
         head_dim=config.head_dim,
         eps=eps,
-        attention_factor=config.rope.attention_factor,
+        attention_factor=config.rope.attention_factor if is_rotated else 1.0,
     )
-    window = config.sliding_window if config.sliding_window < config.max_model_tokens else 0
     attended = g.attention("attention", q, pages, batch, kv_scales, window)
-    update = g.linear("o", attended, o_parameter(g, config))
+    update = g.linear("o", attended, *o_parameters(g, config))
     update = g.all_reduce("attention_reduce", update)
 
     residual, x = g.add_rms_norm("mlp_norm", residual, update, norm(g, "post_attention_layernorm", config), eps)
@@ -110,10 +121,13 @@ def projection(name: str, heads: int, config: ModelConfig, *, is_bias: bool = Fa
     """The weight or bias of Q, K or V, which ranks share by heads."""
     tensor = f"model.layers.{{layer}}.self_attn.{name}_proj.{'bias' if is_bias else 'weight'}"
     columns = () if is_bias else (config.hidden_size,)
-    return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads)
+    paired = config.rope.rotated(config.head_dim) if config.rotates_neighbours and name != "v" else 0
+    return Source(tensor, (heads * config.head_dim, *columns), shard=0, units=heads, paired=paired)
 
 
-def o_parameter(g: GraphBuilder, config: ModelConfig) -> str:
-    shape = (config.hidden_size, config.num_heads * config.head_dim)
-    source = Source("model.layers.{layer}.self_attn.o_proj.weight", shape, shard=1, units=config.num_heads)
-    return g.weight("o.weight", source)
+def o_parameters(g: GraphBuilder, config: ModelConfig) -> tuple[str, str | None]:
+    """Of the output projection, which ranks share by heads and then add up."""
+    module, shape = "model.layers.{layer}.self_attn.o_proj", (config.hidden_size, config.num_heads * config.head_dim)
+    weight = g.weight("o.weight", Source(f"{module}.weight", shape, shard=1, units=config.num_heads))
+    bias = Source(f"{module}.bias", shape[:1], once=True)
+    return weight, g.weight("o.bias", bias) if config.o_bias else None

@@ -16,6 +16,11 @@ def frequencies(g: GraphBuilder, config: ModelConfig) -> str:
     return g.constant("rope.frequencies", tuple(scale_frequencies(plain, config.rope, config.max_model_tokens)))
 
 
+def no_rotation(g: GraphBuilder, config: ModelConfig) -> str:
+    """The constant of a layer that rotates nothing: turning by 0 changes no bit."""
+    return g.constant("rope.frequencies", (0.0,) * (config.rope.rotated(config.head_dim) // 2))
+
+
 def scale_frequencies(plain: Sequence[float], rope: RopeConfig, max_model_tokens: int) -> list[float]:
     """Stretch a rotation for contexts longer than those that the model was first trained on.
 

@@ -10,9 +10,9 @@ from nanoflow_backend.models.config_json import ConfigJson
 
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
-    """The class has no window of attention: one that is asked for all the same is refused."""
+    """Biases. The class has no window of attention: one that is asked for all the same is refused."""
     hf.refuse_if(hf["sliding_window"] is not None, f"sliding_window {hf['sliding_window']!r}")
-    return {}
+    return decoder.bias_fields(hf)
 
 
 LLAMA = Architecture(
@@ -30,4 +30,5 @@ LLAMA = Architecture(
     embed=decoder.embedding,
     layers=decoder.decoder_layers,
     head=decoder.lm_head,
+    honours=("attention_bias",),
 )

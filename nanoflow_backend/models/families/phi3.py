@@ -36,7 +36,7 @@ PHI3 = Architecture(
     embed=decoder.embedding,
     layers=decoder.decoder_layers,
     head=decoder.lm_head,
-    partial_rotary=True,
+    honours=("partial_rotary_factor",),
     fused={
         f"{LAYER}.self_attn.qkv_proj.weight": tuple(f"{LAYER}.self_attn.{p}_proj.weight" for p in "qkv"),
         f"{LAYER}.mlp.gate_up_proj.weight": tuple(f"{LAYER}.mlp.{p}_proj.weight" for p in ("gate", "up")),

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from nanoflow_backend.models.architecture import Architecture
-from nanoflow_backend.models.blocks import decoder
+from nanoflow_backend.models.blocks import attention_kinds, decoder
 from nanoflow_backend.models.config_json import ConfigJson
 
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
-    """Bias."""
-    refuse_windows(hf)
-    return {"qkv_bias": True}
+    """Bias, and windows."""
+    return window_fields(hf) | {"qkv_bias": True}
 
 
-def refuse_windows(hf: ConfigJson) -> None:
+def window_fields(hf: ConfigJson) -> dict[str, Any]:
     """With `use_sliding_window`, layers from `max_window_layers` on have a window, unless `layer_types` says which."""
-    if hf.flag("use_sliding_window") and hf["layer_types"] is None:
-        windowed = hf["sliding_window"] is not None and hf.count("max_window_layers") < hf.repeats("num_hidden_layers")
-        hf.refuse_if(windowed, f"sliding_window {hf['sliding_window']!r} of some layers")
+    used = hf.flag("use_sliding_window")
+    return attention_kinds.window_fields(hf, lambda layer: layer >= hf.count("max_window_layers"), used=used)
 
 
 QWEN2 = Architecture(
@@ -40,4 +38,5 @@ QWEN2 = Architecture(
     embed=decoder.embedding,
     layers=decoder.decoder_layers,
     head=decoder.lm_head,
+    honours=("layer_types",),
 )

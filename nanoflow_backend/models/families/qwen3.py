@@ -12,8 +12,7 @@ from nanoflow_backend.models.families import qwen2
 
 def config_fields(hf: ConfigJson) -> dict[str, Any]:
     """Its windows are Qwen2's."""
-    qwen2.refuse_windows(hf)
-    return {"qk_norm": True}
+    return decoder.bias_fields(hf) | qwen2.window_fields(hf) | {"qk_norm": True}
 
 
 QWEN3 = Architecture(
@@ -35,4 +34,5 @@ QWEN3 = Architecture(
     embed=decoder.embedding,
     layers=decoder.decoder_layers,
     head=decoder.lm_head,
+    honours=("attention_bias", "layer_types"),
 )

@@ -26,7 +26,7 @@ def config_fields(hf: ConfigJson) -> dict[str, Any]:
         "norm_topk_prob": hf.flag("norm_topk_prob"),
         "dense_layers": tuple(i for i in layers if i in listed or (i + 1) % every),
     }
-    return experts.config_fields(hf) | windows | own
+    return experts.config_fields(hf) | decoder.bias_fields(hf) | windows | own
 
 
 def decoder_layers(config: ModelConfig, tp: int = 1) -> tuple[Graph, ...]:
@@ -54,6 +54,7 @@ QWEN3_MOE = Architecture(
     embed=decoder.embedding,
     layers=decoder_layers,
     head=decoder.lm_head,
+    honours=("attention_bias",),
     kind_of=lambda config: tuple(int(i in config.dense_layers) for i in range(config.num_layers)),
     fused=NAMES.fused,
 )

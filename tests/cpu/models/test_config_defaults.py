@@ -13,21 +13,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from benchmarks.models.checkpoints import CONFIGS
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.models.hugging_face import from_hf
+from nanoflow_backend.models.registry import ARCHITECTURES
 
-NAMES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}
-NO_NULLS = {"num_key_value_heads": (2, 4), "head_dim": (16, 32)}  # 4.57 has some of these, as we do
+NO_NULLS = {
+    "num_key_value_heads": (2, 4),
+    "head_dim": (16, 32),
+    "eos_token_id": (7, [5, 9]),
+}  # 4.57 has some of these, as we do
 STRICT = {  # keys that have no null in transformers 5.23
     "qwen3": ("head_dim",),
     "qwen3_moe": ("num_key_value_heads",),
     "mistral": ("num_key_value_heads",),
+    "ministral": ("num_key_value_heads",),
+    "glm": ("eos_token_id", "num_key_value_heads"),
     "mixtral": ("num_key_value_heads",),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -41,12 +39,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {  # what config.json may say; none of it 
     "rope_scaling": (None, {"type": "linear", "factor": 2.0}),
     "eos_token_id": (7, [5, 9], None),
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
+    "attention_bias": (False, True),
+    "attention_out_bias": (True,),
+    "use_bias": (None, False),
     "mlp_bias": (False,),
     "sliding_window": (None, 64),
     "use_sliding_window": (False, True),
     "max_window_layers": (0, 1, 4),
-    "layer_types": (None, ["full_attention"] * 4),
+    "layer_types": (None, ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2),
+    "no_rope_layers": (None, [1, 0, 0, 1], [1] * 4),
+    "no_rope_layer_interval": (2, 3),
     "num_local_experts": (4, 16),
     "num_experts": (8, 16),
     "num_experts_per_tok": (1, 3),
@@ -68,8 +70,12 @@ def config_json(architecture: str, rng: Random) -> dict[str, Any]:
     said |= {key: rng.choice(NO_NULLS[key]) for key in STRICT.get(architecture, ())}
     if architecture == "phi3":
         said |= phi3_rope(rng)
-    sizes = dict(zip(SIZES, (331, 512, 96, 4, 32), strict=True))
-    return {"architectures": [NAMES[architecture]], **sizes, **said}
+    if architecture == "glm" and rng.random() < 0.5:
+        said["partial_rotary_factor"] = rng.choice((0.25, 1.0))
+    if architecture == "helium":  # its heads have the hidden size together
+        said |= {"num_key_value_heads": rng.choice((2, 4)), "head_dim": 128}
+    sizes = dict(zip(SIZES, (331, 2560, 96, 4, 20) if architecture == "helium" else (331, 512, 96, 4, 32), strict=True))
+    return {"architectures": [ARCHITECTURES[architecture].hf_class], **sizes, **said}
 
 
 def phi3_rope(rng: Random) -> dict[str, Any]:
@@ -82,14 +88,18 @@ def phi3_rope(rng: Random) -> dict[str, Any]:
     return {"rope_scaling": scaling, **{key: value for key, value in beside.items() if value is not None}}
 
 
-def some_have_windows(theirs: Any) -> bool:
-    return "sliding_attention" in (getattr(theirs, "layer_types", None) or ())
+def windows(theirs: Any) -> list[int | None]:
+    """Of each layer: 0 where it has none, None where it asks for one and transformers finds none in the file."""
+    window = getattr(theirs, "sliding_window", None) if getattr(theirs, "use_sliding_window", True) else None
+    if not hasattr(theirs, "layer_types"):
+        return [window or 0] * theirs.num_hidden_layers
+    return [window if kind == "sliding_attention" else 0 for kind in theirs.layer_types]
 
 
 def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     theirs = CONFIGS[architecture].from_dict(deepcopy(hf))  # it writes into what it is given
-    if some_have_windows(theirs):
-        with pytest.raises(ConfigError, match="sliding_window"):
+    if None in windows(theirs):
+        with pytest.raises(ConfigError, match="sliding_attention, and sliding_window is null or not used"):
             from_hf(hf, {})
         return
     ours = from_hf(hf, {})
@@ -99,18 +109,22 @@ def assert_same_reading(hf: dict[str, Any], architecture: str) -> None:
     assert ours.max_model_tokens == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    has_bias = getattr(theirs, "attention_bias", False)
+    assert ours.qkv_bias == (architecture == "qwen2" or has_bias)
+    assert ours.o_bias == getattr(theirs, "attention_out_bias", has_bias and architecture not in ("glm", "helium"))
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.rope.scaling == theirs.rope_parameters["rope_type"]
     assert ours.rope.factor == theirs.rope_parameters.get("factor", 1.0)
-    if architecture == "phi3":
+    if architecture in ("phi3", "glm"):
         assert ours.rope.partial_rotary_factor == theirs.rope_parameters["partial_rotary_factor"]
     if ours.rope.scaling == "longrope":
         assert ours.rope.original_max_positions == theirs.rope_parameters["original_max_position_embeddings"]
         _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](theirs)
         assert ours.rope.attention_factor == attention_factor
     assert ours.eos_token_ids == tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    in_all_layers = None if hasattr(theirs, "layer_types") else getattr(theirs, "sliding_window", None)
-    assert ours.sliding_window == (in_all_layers or 0)
+    assert [0 if i in ours.full_attention_layers else ours.sliding_window for i in range(4)] == windows(theirs)
+    rotated = getattr(theirs, "no_rope_layers", [1] * 4)
+    assert ours.unrotated_layers == tuple(i for i in range(4) if not rotated[i])
     assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
     assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", 0)
     if ours.num_experts:
@@ -154,6 +168,7 @@ def test_every_key_of_the_classes_is_read_or_without_effect() -> None:
     without_effect = {
         "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
         "pretraining_tp", "use_cache", "bos_token_id", "pad_token_id", "embd_pdrop", "resid_pdrop",
+        "residual_dropout",
     }  # fmt: skip
     read = {*CHOICES, *SIZES, "rope_parameters", "original_max_position_embeddings"}  # the last is Phi-3's
     inherited = set(inspect.signature(CONFIGS["llama"].__mro__[1]).parameters)

@@ -56,6 +56,12 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         ("qwen3_moe", ["rope_parameters", "norm_topk_prob", "decoder_sparse_step", "sliding_window"]),
         ("mistral", ["rope_parameters", "rms_norm_eps", "head_dim"]),
         ("phi3", ["rope_parameters", "rms_norm_eps", "head_dim", "num_key_value_heads"]),
+        ("glm", ["rope_parameters", "rms_norm_eps", "attention_bias", "tie_word_embeddings"]),
+        ("ernie4_5", ["rope_parameters", "rms_norm_eps", "tie_word_embeddings", "use_bias"]),
+        ("helium", ["rope_parameters", "rms_norm_eps", "tie_word_embeddings"]),
+        ("ministral", ["rope_parameters", "rms_norm_eps", "layer_types"]),
+        ("smollm3", ["rope_parameters", "rms_norm_eps", "no_rope_layers", "layer_types"]),
+        ("seed_oss", ["rope_parameters", "rms_norm_eps", "attention_bias", "tie_word_embeddings"]),
     ],
 )
 def test_keys_left_out(architecture: str, keys: list[str], tmp_path: Path) -> None:
@@ -64,6 +70,21 @@ def test_keys_left_out(architecture: str, keys: list[str], tmp_path: Path) -> No
     save(make(architecture, **options), tmp_path)
     edit_config(tmp_path, lambda config: [config.pop(key) for key in keys])
     assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe"])
+def test_biases_of_all_four_projections_of_attention(architecture: str, tmp_path: Path) -> None:
+    save(make(architecture, attention_bias=True), tmp_path)
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("bias", "out_bias", "ranks"),
+    [(False, False, 1), (False, True, 1), (True, False, 1), (True, True, 1), (True, True, 2)],
+)
+def test_biases_of_seed_oss(bias: bool, out_bias: bool, ranks: int, tmp_path: Path) -> None:
+    save(make("seed_oss", attention_bias=bias, attention_out_bias=out_bias), tmp_path)
+    assert worst_difference(tmp_path, tensor_parallel=ranks) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -110,6 +131,12 @@ def test_yarn_stretches_the_context(tmp_path: Path) -> None:
     """Beyond max_position_embeddings, which is what the model was trained on first."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     save(make("qwen3", max_position_embeddings=16, rope_parameters=yarn), tmp_path)
+    assert worst_difference(tmp_path) < TOLERANCE
+
+
+def test_what_is_not_rotated_is_not_scaled_by_yarn(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    save(make("smollm3", max_position_embeddings=16, rope_parameters=yarn, use_sliding_window=False), tmp_path)
     assert worst_difference(tmp_path) < TOLERANCE
 
 

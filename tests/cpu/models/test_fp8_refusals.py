@@ -154,6 +154,14 @@ def test_ranks_that_would_cut_a_block() -> None:
         build(config, 2)
 
 
+def test_blocks_whose_rows_would_move_to_others() -> None:
+    """Rows of a head change places where it rotates neighbouring dimensions."""
+    config = replace(read_model_config(FOLDER / IN_BLOCKS), rotates_neighbours=True, head_dim=128)
+    build(config)
+    with pytest.raises(ConfigError, match=r"expected a divisor of that for head_dim, since .*q_proj.weight .* got 256"):
+        build(replace(config, head_dim=256))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_scale_a_tensor_in_each_of_its_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
     scales = {name: scale.reshape(shape) for name, scale in tensors(KV).items() if name.endswith("_scale")}

@@ -34,7 +34,7 @@ def quantised(folder: Path, rank: int, tp: int, precision: Precision = FLOAT32) 
     return load(folder, config, build(config, tp), rank=rank, tp=tp, precision=precision)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral", "glm"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_rank_quantises_its_part(

@@ -13,6 +13,7 @@ from support.models import layer_kinds
 from support.models.layer_kinds import ALTERNATING, CONFIG, LAYERS
 from support.models.loading import load_rank
 
+from benchmarks.models.checkpoints import make, save
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.models.hugging_face import read_model_config
@@ -72,3 +73,14 @@ def test_plans_are_for_layers_of_one_kind(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(ARCHITECTURES, ALTERNATING.name, ALTERNATING)
     with pytest.raises(ValueError, match="expected layers of one kind, got 2 kinds"):
         _ = SearchRequest.of(folder, 1, ["1024/512"]).model
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_kinds_of_layers_that_cost_the_same_have_plans(windows: bool, tmp_path: Path) -> None:
+    """A layer that does not rotate does as much as one that does; one with a window reads less."""
+    request = SearchRequest.of(save(make("smollm3", use_sliding_window=windows), tmp_path), 1, ["1024/512"])
+    if windows:
+        with pytest.raises(ValueError, match="expected layers of one kind, got 2 kinds"):
+            _ = request.model
+    else:
+        assert len(request.model.layers) == 2

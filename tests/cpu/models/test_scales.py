@@ -47,6 +47,15 @@ def test_blocks_are_quantised_by_their_largest_value() -> None:
             assert torch.equal(quantised[block].float().flatten(), rows.float())
 
 
+def test_scales_of_rows_that_come_as_pairs_follow_their_rows() -> None:
+    """2 heads of 6 rows, of which 4 are rotated."""
+    weight = Source("q.weight", (12, 8), shard=0, units=2, paired=4)
+    parameter = Parameter("qkv.weight.scale", (12,), (weight,), scale=ScaleOf.WEIGHT)
+    (scales,) = scale_sources(parameter, Quantization(method="compressed-tensors", weights="channel"))
+    assert shard(torch.arange(12), scales, 0, 1).tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
+    assert shard(torch.arange(12), scales, 1, 2).tolist() == [6, 8, 7, 9, 10, 11]
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("units", "size"), [(0, 1024), (8, 64), (6, 64), (16, 32), (5, 256), (2, 128), (1, 256), (3, 384)]

@@ -26,7 +26,9 @@ from nanoflow_backend.models.placement import put, shard
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3_moe", "mixtral", "phi3"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "qwen3_moe", "mixtral", "phi3", "seed_oss", "glm", "ernie4_5"]
+)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_every_rank_gets_its_part(architecture: str, tied: bool, tp: int, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ MODELS = {
     "qwen3_moe": {"num_local_experts": 4},
     "mixtral": {"num_local_experts": 4},
     "phi3": {"kv_heads": 1},
+    "seed_oss": {},
+    "glm": {"kv_heads": 1},
     "one kv head": {"kv_heads": 1},
 }
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+ROTATE_NEIGHBOURS = ("glm", "ernie4_5", "helium")
+
 
 def pieces(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
     """`count` equal pieces along `dim`, the last ones filled up with zeros."""
@@ -18,6 +20,12 @@ def take_turns(gate: Tensor, up: Tensor, run: int = 1) -> Tensor:
     """`run` rows of each [..., rows, columns]."""
     in_runs = [matrix.unflatten(-2, (-1, run)) for matrix in (gate, up)]
     return torch.stack(in_runs, -3).flatten(-4, -2)
+
+
+def neighbours_apart(tensor: Tensor, head_dim: int, rotated: int) -> Tensor:
+    """Of each head the rows 0, 2, ..., then 1, 3, ... of those that are rotated, then the others."""
+    order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_dim)]
+    return torch.cat([head[order] for head in tensor.split(head_dim)])
 
 
 def expected(model: PreTrainedModel, rank: int, tp: int, run: int = 1) -> dict[str, Tensor]:
@@ -42,14 +50,20 @@ def expected(model: PreTrainedModel, rank: int, tp: int, run: int = 1) -> dict[s
         "layers.0.post_attention_layernorm.weight": layer.post_attention_layernorm.weight.data,
         "layers.0.o.weight": pieces(attention.o_proj.weight.data, tp, 1)[rank],
     }
+    if attention.o_proj.bias is not None:
+        state["layers.0.o.bias"] = attention.o_proj.bias.data * (rank == 0)  # ranks' products are added up
     counts = (q_heads, kv_heads, kv_heads)
     if model.config.model_type == "phi3":
         qkv = attention.qkv_proj.weight.split([head_dim * n for n in counts])
     else:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        qkv = [p.weight for p in projections]
+        share = model.config.rope_parameters.get("partial_rotary_factor", 1)
+        rotated = int(share * head_dim) if model.config.model_type in ROTATE_NEIGHBOURS else 0
+        of_projections = (rotated, rotated, 0)
+        qkv = [neighbours_apart(p.weight, head_dim, r) for p, r in zip(projections, of_projections, strict=True)]
         if attention.q_proj.bias is not None:
-            state["layers.0.qkv.bias"] = torch.cat([heads(p.bias, n) for p, n in zip(projections, counts, strict=True)])
+            biases = [neighbours_apart(p.bias, head_dim, r) for p, r in zip(projections, of_projections, strict=True)]
+            state["layers.0.qkv.bias"] = torch.cat([heads(bias, n) for bias, n in zip(biases, counts, strict=True)])
     state["layers.0.qkv.weight"] = torch.cat([heads(p, n) for p, n in zip(qkv, counts, strict=True)])
     if model.config.model_type.startswith("qwen3"):
         state["layers.0.q_norm.weight"] = attention.q_norm.weight.data
@@ -62,7 +76,7 @@ def expected(model: PreTrainedModel, rank: int, tp: int, run: int = 1) -> dict[s
         state["layers.0.down.weight"] = pieces(experts.down_proj.data, tp, 2)[rank]
     else:
         mlp = layer.mlp
-        is_fused = model.config.model_type == "phi3"
+        is_fused = hasattr(mlp, "gate_up_proj")
         halves = (
             mlp.gate_up_proj.weight.data.chunk(2) if is_fused else (mlp.gate_proj.weight.data, mlp.up_proj.weight.data)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_generation_config_has_the_last_word_on_eos(tmp_path: Path) -> None:
         ({"vocab_size": None}, ["'vocab_size' is missing"]),
         ({"num_hidden_layers": "32"}, ["num_hidden_layers: expected an integer in 1..4096, got '32'"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
-        ({"attention_bias": True}, ["attention_bias is not supported"]),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, ["attention_bias is not supported"]),
         ({"mlp_bias": True}, ["mlp_bias is not supported"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config: key 'quant_method' is missing"]),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 4}}, ["'proportional'", "llama3"]),
@@ -207,36 +208,49 @@ def test_what_cannot_be_used_is_named(change: dict[str, Any], words: list[str]) 
     assert all(word in str(error.value) for word in ["config.json", *words]), str(error.value)
 
 
+WITHOUT_WINDOW_KEYS = {name: value for name, value in QWEN2.items() if "window" not in name}
+WINDOWED = QWEN2 | {"use_sliding_window": True, "sliding_window": 64}
+ALTERNATING = ["full_attention", "sliding_attention"] * 12
+
+
 @pytest.mark.parametrize(
-    ("hf", "refused"),
+    ("hf", "windowed"),
     [
-        (QWEN2, False),
-        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 0}, True),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": None}, False),
-        ({name: value for name, value in QWEN2.items() if name != "use_sliding_window"}, False),
-        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 23}, True),
-        ({name: value for name, value in QWEN2.items() if "window" not in name} | {"use_sliding_window": True}, False),
-        (
-            {name: value for name, value in QWEN2.items() if "window" not in name}
-            | {"use_sliding_window": True, "num_hidden_layers": 29},  # 4096 and 28 are the class's
-            True,
-        ),
-        (LLAMA2 | {"sliding_window": None}, False),
-        (LLAMA2 | {"sliding_window": 4096}, True),  # its class has no such key
+        (QWEN2, []),
+        (WINDOWED | {"max_window_layers": 0}, range(24)),
+        (WINDOWED | {"sliding_window": None}, []),
+        ({name: value for name, value in WINDOWED.items() if name != "use_sliding_window"}, []),
+        (WINDOWED | {"max_window_layers": 23}, [23]),
+        (WINDOWED | {"max_window_layers": 0, "layer_types": ALTERNATING}, range(1, 24, 2)),
+        (WINDOWED | {"max_window_layers": 0, "layer_types": ["full_attention"] * 24}, []),
+        (WITHOUT_WINDOW_KEYS | {"use_sliding_window": True}, []),
+        (WITHOUT_WINDOW_KEYS | {"use_sliding_window": True, "num_hidden_layers": 29}, [28]),  # 28 is the class's
+        (LLAMA2 | {"sliding_window": None}, []),
     ],
 )
-def test_sliding_windows_of_some_layers_are_refused_only_where_they_are_used(hf: dict[str, Any], refused: bool) -> None:
-    if not refused:
-        read(hf)
-        return
-    with pytest.raises(ConfigError, match="sliding_window"):
-        read(hf)
+def test_layers_with_windows(hf: dict[str, Any], windowed: Sequence[int]) -> None:
+    config = read(hf)
+    assert config.sliding_window == (hf.get("sliding_window", 4096) if windowed else 0)
+    found = [i for i in range(config.num_layers) if config.sliding_window and i not in config.full_attention_layers]
+    assert found == list(windowed)
 
 
-def test_layers_of_other_kinds_are_refused() -> None:
-    assert read(QWEN2 | {"layer_types": ["full_attention"] * 24}).num_layers == 24
-    with pytest.raises(ConfigError, match="layer_types: expected full_attention for every layer"):
-        read(QWEN2 | {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]})
+@pytest.mark.parametrize(
+    ("hf", "words"),
+    [
+        (LLAMA2 | {"sliding_window": 4096}, "sliding_window 4096 is not supported"),  # its class has no such key
+        (LLAMA2 | {"layer_types": ["sliding_attention"] * 32}, "layer_types: expected full_attention for every layer"),
+        (WINDOWED | {"layer_types": ["full_attention"] * 23}, r"sliding_attention for every layer \(24\), got"),
+        (WINDOWED | {"layer_types": ["chunked_attention"] * 24}, "layer_types: expected full_attention or sliding"),
+        (WINDOWED | {"layer_types": "full_attention"}, "layer_types: expected .*, got 'full_attention'"),
+        (QWEN2 | {"layer_types": ALTERNATING}, "layer_types has sliding_attention, and sliding_window is null or not"),
+        (WINDOWED | {"sliding_window": 0}, "sliding_window: expected an integer in 1"),
+        (WINDOWED | {"max_window_layers": -1}, "max_window_layers: expected an integer in 0"),
+    ],
+)
+def test_windows_that_make_no_sense_are_named(hf: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read(hf)
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, LLAMA3_SCALING, {"type": "yarn", "factor": 4}])

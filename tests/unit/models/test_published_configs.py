@@ -149,6 +149,40 @@ MODELS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {  # config.json
         14_659_507_200,
         {"architecture": "phi3", "eos_token_ids": (100265,), "head_dim": 128},
     ),
+    "Seed-OSS-36B": (
+        config_json(
+            "SeedOss", (5120, 27648, 64, 80, 8, 155136), 524288, 1e7, 1e-6,
+            head_dim=128, attention_bias=True, attention_out_bias=False, mlp_bias=False, residual_dropout=0.1,
+            rope_scaling={"rope_type": "default"},
+        ),
+        36_151_104_512,
+        {"qkv_bias": True, "o_bias": False, "head_dim": 128, "max_model_tokens": 524288},
+    ),
+    "SmolLM3-3B": (
+        config_json(
+            "SmolLM3", (2048, 11008, 36, 16, 4, 128256), 65536, 5e6, 1e-6, tie_word_embeddings=True, mlp_bias=False,
+            no_rope_layers=[1, 1, 1, 0] * 9, no_rope_layer_interval=4, use_sliding_window=False, sliding_window=None,
+            max_window_layers=28, layer_types=["full_attention"] * 36,
+        ),
+        3_075_098_624,
+        {"unrotated_layers": tuple(range(3, 36, 4)), "sliding_window": 0, "head_dim": 128},
+    ),
+    "glm-4-9b": (
+        config_json(
+            "Glm", (4096, 13696, 40, 32, 2, 151552), 131072, 1e4, 1.5625e-7, head_dim=128, attention_bias=True,
+            partial_rotary_factor=0.5, eos_token_id=[151329, 151336, 151338],
+        ),
+        9_399_951_360,
+        {"qkv_bias": True, "o_bias": False, "rotates_neighbours": True, "rope": RopeConfig(partial_rotary_factor=0.5)},
+    ),
+    "ERNIE-4.5-0.3B": (
+        config_json(
+            "Ernie4_5", (1024, 3072, 18, 16, 2, 103424), 131072, 5e5, 1e-5, head_dim=128, use_bias=False,
+            tie_word_embeddings=True,
+        ),
+        360_748_032,
+        {"head_dim": 128, "rotates_neighbours": True, "rope": RopeConfig(theta=5e5)},
+    ),
     "Phi-3.5-mini": (
         config_json(
             "Phi3", (3072, 8192, 32, 32, 32, 32064), 131072, 1e4, 1e-5, sliding_window=262144,
@@ -210,11 +244,17 @@ PHI4_MINI = MODELS["Phi-4-mini"][0]
             MODELS["phi-4"][0] | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "rope scaling 'yarn' of this class is not",
         ),
-        (MODELS["Qwen3-8B"][0] | {"attention_bias": True}, "attention_bias is not supported"),
+        (MODELS["Qwen2.5-7B"][0] | {"attention_bias": True}, "attention_bias is not supported"),
+        (MODELS["SmolLM3-3B"][0] | {"no_rope_layers": [1] * 35}, "no_rope_layers: expected 0 or 1 for every layer"),
+        (MODELS["SmolLM3-3B"][0] | {"no_rope_layers": [2] * 36}, "no_rope_layers: expected 0 or 1 for every layer"),
+        (MODELS["ERNIE-4.5-0.3B"][0] | {"use_bias": True}, "use_bias is not supported"),
         (
-            MODELS["Qwen3-8B"][0] | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20},
-            "sliding_window 64 of some layers is not supported",
+            MODELS["glm-4-9b"][0]
+            | {"architectures": ["HeliumForCausalLM"], "head_dim": 64, "partial_rotary_factor": 1},
+            "hidden_size 4096 of heads with 2048 together is not supported",
         ),
+        (MODELS["SmolLM3-3B"][0] | {"mlp_bias": True}, "mlp_bias is not supported"),
+        (MODELS["Seed-OSS-36B"][0] | {"attention_out_bias": 1}, "attention_out_bias: expected true or false, got 1"),
         (MODELS["Qwen3-30B-A3B"][0] | {"decoder_sparse_step": 0}, "decoder_sparse_step: expected an integer in 1"),
         (MODELS["Qwen3-30B-A3B"][0] | {"mlp_only_layers": ["all"]}, "mlp_only_layers: expected an integer in 0"),
         (MODELS["Qwen3-30B-A3B"][0] | {"num_local_experts": 64}, "num_local_experts 64 and num_experts 128 say two"),
