@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.engine import Engine, SamplingParams
+from nanoflow_backend.engine import LLM, Engine, SamplingParams
+from nanoflow_backend.engine import engine as engine_module
 from nanoflow_backend.request.request import Request
 
 OPTIONS = {"device": "cpu", "page_tokens": 4, "dense_batch_tokens": 32, "max_running": 4, "kv_cache_tokens": 512}
@@ -94,3 +95,53 @@ def test_a_folder_that_cannot_be_is_refused(model: Path, tmp_path: Path) -> None
     fields = {"host_kv_cache_bytes": 2**22, "disk_kv_cache": {"path": str(tmp_path / "file"), "bytes": 2**24}}
     with pytest.raises(ConfigError, match=r"disk_kv_cache.path: .*file: expected a folder"):
         Engine.from_pretrained(model, **OPTIONS | fields)
+
+
+class StuckDisk:
+    """DiskMoves that begin and never end."""
+
+    def write(self, *_: object) -> bool:
+        return True
+
+    def poll(self) -> list[tuple[int, bool]]:
+        return []
+
+    def close(self) -> bool:
+        return True
+
+
+def test_when_generate_returns_its_pages_are_on_the_disk(
+    model: Path, started: Callable[..., Engine], tmp_path: Path
+) -> None:
+    llm = LLM(started(model))
+    greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    llm.generate([PROMPT], greedy)
+    assert len(list((tmp_path / "pages").glob("*.page"))) == 22, "a script may end without closing anything"
+    assert not llm.engine.has_work
+    for number, _ in llm.stream([(PROMPT[::-1], greedy)]):  # its caller gives up after the first token
+        assert number == 0
+        break
+    assert not llm.engine.has_work
+    assert len(list((tmp_path / "pages").glob("*.page"))) == 22 + 21, "and of its last step"
+    assert llm.engine.scheduler.stats.tiers.dropped_pages["closed"] == 0
+    llm.close()
+
+
+def test_a_disk_that_is_stuck_does_not_hold_up_the_end_and_what_is_lost_is_counted(
+    model: Path, started: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = started(model)
+    engine.executor.worker._transfers._disk.close()
+    engine.executor.worker._transfers._disk = StuckDisk()
+    engine.add(Request(0, PROMPT, SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True)))
+    engine.step()
+    engine.step()
+    engine.step()
+    assert engine.drain(0.01) is False
+    assert engine.scheduler.live_ids == [0], "it only waits"
+    monkeypatch.setattr(engine_module, "DRAIN_S", 0.1)
+    engine.close()
+    assert engine.scheduler.live_ids == []
+    tiers = engine.scheduler.stats.tiers
+    assert 0 < tiers.dropped_pages["closed"] == tiers.moved_pages["store"], "all were to be written"
+    assert f"{tiers.moved_pages['store']} pages had not come to host memory or the disk" in caplog.text
