@@ -31,7 +31,7 @@ from nanoflow_backend.scheduler.tiers.lower_tiers import LowerTiers
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-DRAIN_S = 5.0  # that pages on their way to a lower tier are given when there is nothing else to do
+DRAIN_S = 3.0  # for pages on their way to a lower tier; a process that was told to stop is killed after 5
 MakeExecutor = Callable[[Settled, Callable[[str], None]], Executor[Any]]  # the arguments of LocalExecutor
 
 

@@ -17,7 +17,8 @@ from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.step_inputs import StepInputs
 from nanoflow_backend.engine.tiers.builder import make_transfers
-from nanoflow_backend.kvcache.tier import PageStore, TransferReport
+from nanoflow_backend.kvcache.disk.disk_store import DiskStore
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
@@ -149,7 +150,7 @@ class Worker:
         return self._transfers.report(wait=wait) if self._transfers else None
 
     @property
-    def page_store(self) -> PageStore | None:
+    def page_store(self) -> DiskStore | None:
         """Where this rank's pages outlive it."""
         return self._transfers.store if self._transfers else None
 

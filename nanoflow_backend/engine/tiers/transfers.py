@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from nanoflow_backend.kvcache.disk.disk_store import DiskStore
 from nanoflow_backend.kvcache.host_pool import HostPool
-from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import Move, Transfer, TransferReport
 from nanoflow_backend.runtime.page_copies import PageCopies, PageCopy
 
 LONGEST_WAIT_S = 2e-3  # of a step that has nothing else to do: new requests are taken in between
@@ -54,7 +55,7 @@ class TierTransfers:
     """
 
     def __init__(
-        self, copies: PageCopies, pool: HostPool, disk: DiskMoves | None = None, store: PageStore | None = None
+        self, copies: PageCopies, pool: HostPool, disk: DiskMoves | None = None, store: DiskStore | None = None
     ) -> None:
         self.pool, self.store = pool, store
         self._copies, self._disk = copies, disk

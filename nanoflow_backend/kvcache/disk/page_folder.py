@@ -23,6 +23,7 @@ from uuid import uuid4
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.kvcache.disk.eviction import StoredPage, eviction_order
 from nanoflow_backend.kvcache.disk.file_system import FileSystem, FoundFile
+from nanoflow_backend.kvcache.disk.folder_index import FolderIndex
 from nanoflow_backend.kvcache.disk.page_file import PageLayout, RefusedError, read_page, write_page
 
 LOCK_WAIT_S = 3.0  # for other engines that scan; longer, and a page is better dropped
@@ -74,7 +75,7 @@ class PageFolder:
         self._sync, self._direct = sync, direct
         self._files = files or FileSystem()
         self._prefix = layout.digest.hex()[:_SHORT]
-        self.contents: dict[bytes, str] = {}  # to the name of the file
+        self.contents = FolderIndex()
         self.used_bytes = self.evicted_pages = 0
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ class PageFolder:
                 self._files.sync(fd)
             with self._locked():  # a scan that a rename overtakes may see neither name
                 self._files.rename(temporary, self._path / name)
-                self.contents[content] = name
+                self.contents.add(content, name)
         except (OSError, ValueError):
             self._give_back(temporary)
             raise
@@ -140,15 +141,15 @@ class PageFolder:
             finally:
                 self._files.close(fd)
         except RefusedError as error:
-            self.contents.pop(content, None)
+            self.contents.discard(content)
             with suppress(OSError):
                 self._files.unlink(self._path / name)  # its size is uncertain: the next scan counts
             raise RefusedError(error.reason, f"{self._path / name}: {error}") from None
         except FileNotFoundError:
-            self.contents.pop(content, None)
+            self.contents.discard(content)
             raise GoneError(f"{self._path / name}: another engine removed it") from None
         except OSError:
-            self.contents.pop(content, None)
+            self.contents.discard(content)
             raise
 
     def remove(self, content: bytes) -> None:
@@ -157,7 +158,7 @@ class PageFolder:
         Raises:
             OSError: its file is still there.
         """
-        if name := self.contents.pop(content, None):
+        if name := self.contents.discard(content):
             self._give_back(self._path / name)
 
     def _read(self, fd: int, content: bytes, payload: memoryview) -> None:
@@ -225,7 +226,7 @@ class PageFolder:
             self.evicted_pages += 1
         self._write_count(lock, used)
         own = (_PAGE.fullmatch(page.name) for page in pages if page.name not in gone)
-        self.contents = {bytes.fromhex(name[2]): name[0] for name in own if name and name[1] == self._prefix}
+        self.contents.replace({bytes.fromhex(name[2]): name[0] for name in own if name and name[1] == self._prefix})
         return used
 
     def _removed(self, name: str) -> bool:

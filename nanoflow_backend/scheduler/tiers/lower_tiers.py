@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from nanoflow_backend.kvcache.device_tier import DeviceTier
 from nanoflow_backend.kvcache.host_tier import HostTier
-from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import Move, PageIndex, Transfer, TransferReport
 from nanoflow_backend.scheduler.tiers.limits import TierLimits
 from nanoflow_backend.scheduler.tiers.load_plan import LoadPlan
 from nanoflow_backend.scheduler.tiers.rates import Rates
@@ -34,7 +34,7 @@ class LowerTiers:
         host: HostTier,
         limits: TierLimits,
         rates: Rates,
-        disk: PageStore | None = None,
+        disk: PageIndex | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.host, self.disk, self.rates = host, disk, rates
@@ -67,7 +67,8 @@ class LowerTiers:
 
     @property
     def stats(self) -> TierStats:
-        return TierStats.of(self.host, self._transfers, self._dropped, self._limits.page_bytes)
+        disk = self.disk.stats if self.disk else None
+        return TierStats.of(self.host, self._transfers, self._dropped, self._limits.page_bytes, disk)
 
     def offer(self, content: bytes, parent: bytes | None, step: int, *, urgent: bool = False) -> None:
         """The device will hold this content when `step` has come back. `urgent`: keep it in any case."""
@@ -222,7 +223,7 @@ class LowerTiers:
                     for reader in self._readers.pop(content):
                         self.host.pin(content)
                         self._read.append(reader)
-                        reader.plan.read_pages += 1
+                        reader.plan.read.add(reader.place)
                         reader.plan.progress_s = self._reported_s
         for transfer, content, _ in failed:
             if transfer.move is Move.WRITE:

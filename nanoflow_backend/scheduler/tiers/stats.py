@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from nanoflow_backend.kvcache.disk.disk_stats import DiskStats
 from nanoflow_backend.kvcache.host_tier import HostTier
 from nanoflow_backend.kvcache.tier import Move
 from nanoflow_backend.scheduler.tiers.transfers import Transfers
@@ -32,9 +33,12 @@ class TierStats(msgspec.Struct, frozen=True):
     moved_pages: dict[str, int]  # by move
     failed_pages: dict[str, int]  # by move, write and read: what was not kept, not found, or not whole
     busy_s: dict[str, float]  # by move, that the link or the disk took
+    disk: DiskStats | None = None  # where there is one
 
     @classmethod
-    def of(cls, host: HostTier, transfers: Transfers, dropped: Mapping[Drop, int], page_bytes: int) -> TierStats:
+    def of(
+        cls, host: HostTier, transfers: Transfers, dropped: Mapping[Drop, int], page_bytes: int, disk: DiskStats | None
+    ) -> TierStats:
         """As they are now."""
         moved, failed, busy_s = transfers.moved, transfers.failed, transfers.busy_s
         return cls(
@@ -46,6 +50,7 @@ class TierStats(msgspec.Struct, frozen=True):
             moved_pages={move.name.lower(): moved[move] for move in Move},
             failed_pages={move.name.lower(): failed[move] for move in (Move.WRITE, Move.READ)},
             busy_s={move.name.lower(): busy_s[move] for move in Move},
+            disk=disk,
         )
 
     @property

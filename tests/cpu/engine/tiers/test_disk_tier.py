@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
+from support.waiting import until
 
 from benchmarks.models import checkpoints
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.engine import LLM, Engine, SamplingParams
 from nanoflow_backend.engine import engine as engine_module
+from nanoflow_backend.kvcache.content_hash import extend_hashes
+from nanoflow_backend.kvcache.disk.page_file import PageLayout
 from nanoflow_backend.request.request import Request
 
 OPTIONS = {"device": "cpu", "page_tokens": 4, "dense_batch_tokens": 32, "max_running": 4, "kv_cache_tokens": 512}
@@ -30,10 +35,26 @@ def started(tmp_path: Path) -> Callable[..., Engine]:
         disk = {"path": str(tmp_path / "pages"), "bytes": 2**24}
         settings = {**OPTIONS, "host_kv_cache_bytes": 2**22, "disk_kv_cache": disk} | options
         engine = Engine.from_pretrained(folder, **settings)
-        engine.executor.page_store._folder.scan()  # as its own thread does, some time
+        own = engine.executor.worker.page_store
+        own._folder.scan()  # as its own thread does, some time
+        for rank in range(1, engine.config.tensor_parallel):  # and those of other ranks
+            on_disk = engine.executor._ranks._reports._on_disk[rank]
+            names = pages_of(replace(own._layout, rank=rank), tmp_path)
+            until(lambda on_disk=on_disk, names=names: len(on_disk) == len(names))
         return engine
 
     return start
+
+
+def pages_of(layout: PageLayout, folder: Path) -> list[Path]:
+    return sorted((folder / "pages").glob(f"{layout.digest.hex()[:16]}-*.page"))
+
+
+def contents(tokens: list[int]) -> list[bytes]:
+    """Of the full pages that begin with these tokens."""
+    hashes: list[bytes] = []
+    extend_hashes(hashes, array("i", tokens), len(tokens) // 4, 4)
+    return hashes
 
 
 def answer(engine: Engine, prompt: list[int] = PROMPT) -> tuple[list[int], int]:
@@ -59,6 +80,30 @@ def test_a_prompt_is_not_computed_again_after_a_restart(
     assert answer(started(model, tensor_parallel=ranks)) == (tokens, 80)
     if ranks == 1:
         assert answer(started(model), [*PROMPT, *tokens, 5])[1] == 88, "nor is the answer"
+
+
+@pytest.mark.parametrize("damage", ["removed", "corrupt"])
+def test_a_page_is_there_if_every_rank_has_it_and_computed_and_written_again_if_one_has_not(
+    damage: str, model: Path, started: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine = started(model, tensor_parallel=2)
+    layout = engine.executor.worker.page_store._layout
+    tokens, _ = answer(engine)
+    tenth = contents(PROMPT)[10]
+    (path,) = [path for path in pages_of(replace(layout, rank=1), tmp_path) if tenth.hex() in path.name]
+    if damage == "removed":
+        path.unlink()
+    else:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    engine = started(model, tensor_parallel=2)
+    assert engine.executor.worker.page_store.lookup(tenth), "rank 0 has its part"
+    found, disk_tokens = answer(engine)
+    assert (found, disk_tokens <= 40) == (tokens, True)
+    tiers = engine.scheduler.stats.tiers
+    assert tiers.disk.refused_files == ({} if damage == "removed" else {"checksum": 1}), "rank 1 has told"
+    assert (tiers.failed_pages["read"] == 0) == (damage == "removed"), "what one rank does not have is not asked for"
+    assert answer(started(model, tensor_parallel=2)) == (tokens, 80)
 
 
 @pytest.mark.parametrize("change", ["other weights", "other dtype", "other page size", "quantised"])
