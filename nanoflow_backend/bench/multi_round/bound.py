@@ -8,6 +8,8 @@ from typing import Protocol
 
 import msgspec
 
+from nanoflow_backend.scheduler.batch import Batch
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -22,6 +24,9 @@ class StepCost:
 
     def of(self, tokens: int, decode_kv_tokens: int) -> float:
         return max(self.least_s, tokens * self.token_s) + decode_kv_tokens * self.kv_token_s
+
+    def of_batch(self, batch: Batch) -> float:
+        return self.of(batch.tokens, batch.decode_kv_tokens)
 
 
 class RoundLengths(Protocol):

@@ -8,8 +8,9 @@ from msgspec import structs
 from nanoflow_backend.bench.multi_round.bound import Bound, StepCost
 from nanoflow_backend.bench.multi_round.conversations import Conversations, Round, draw_conversations
 from nanoflow_backend.bench.multi_round.driver import Driver
-from nanoflow_backend.bench.multi_round.pretend_engine import HostMemory, PretendEngine
 from nanoflow_backend.bench.multi_round.summary import summarise
+from nanoflow_backend.bench.pretend.engine import PretendEngine
+from nanoflow_backend.bench.pretend.host_memory import HostMemory
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 
@@ -37,9 +38,9 @@ def run(
     host: HostMemory | None = None,
     prefix_caching: bool = True,
 ) -> tuple[Driver, PretendEngine]:
-    engine = PretendEngine(limits(kv_cache_tokens), COST, host, prefix_caching=prefix_caching)
+    engine = PretendEngine.before(host, limits(kv_cache_tokens), COST.of_batch, prefix_caching=prefix_caching)
     driver = Driver(conversations, active, vocab_size=1000)
-    driver.run(engine, engine.clock, engine.sleep)
+    driver.run(engine, engine.clock, engine.clock.sleep)
     assert not engine.has_work
     return driver, engine
 
@@ -82,10 +83,10 @@ def test_answers_of_another_length_are_an_error() -> None:
         def step(self) -> list[Delta]:
             return [structs.replace(delta, token_ids=()) for delta in super().step()]
 
-    engine = Short(limits(1000), COST)
+    engine = Short.before(None, limits(1000), COST.of_batch)
     driver = Driver(Conversations("x", (chat((10, 5, 0)),), {}), 1, vocab_size=100)
     with pytest.raises(RuntimeError, match="conversation 0, round 0: expected 5 tokens, got 0 and length"):
-        driver.run(engine, engine.clock, engine.sleep)
+        driver.run(engine, engine.clock, engine.clock.sleep)
 
 
 def test_host_memory_saves_what_the_device_forgets() -> None:
