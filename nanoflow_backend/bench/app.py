@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -115,6 +116,7 @@ def multi_round(
     ] = 0.0,
     scale: Annotated[float, typer.Option(help="Of all lengths, for models that are smaller than life.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of lengths, times and prompts.")] = 0,
+    limit_s: Annotated[float, typer.Option(min=0, help="End then, with what was answered by then.")] = math.inf,
     settings: Settings = None,
 ) -> None:
     """Conversations that come back: rounds a second, and how many prompt tokens each tier of the KV cache saved."""
@@ -129,6 +131,7 @@ def multi_round(
         think_s=think_s,
         scale=scale,
         seed=seed,
+        limit_s=limit_s,
         settings=settings or [],
     )
 

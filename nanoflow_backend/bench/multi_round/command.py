@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.bench.host_memory import wait_for_host_memory
 from nanoflow_backend.bench.multi_round.conversations import draw_conversations
 from nanoflow_backend.bench.multi_round.driver import Driver
 from nanoflow_backend.bench.multi_round.summary import summarise
@@ -33,12 +34,13 @@ def bench_multi_round(
     think_s: float,
     scale: float,
     seed: int,
+    limit_s: float,
     settings: Sequence[str],
 ) -> None:
     """Rounds a second, and prompt tokens by the tier that had them.
 
     Raises:
-        ConfigError: an option out of range, or an output that cannot be written.
+        ConfigError: an option out of range, no round that ended in time, or an output that cannot be written.
     """
     if output:
         check_output(output)
@@ -53,7 +55,13 @@ def bench_multi_round(
     Driver(warm_up, 1, vocab_size, seed + 1).run(engine, time.perf_counter, time.sleep)
     engine.scheduler.forget_lengths()
     driver = Driver(drawn, active, vocab_size, seed)
-    driver.run(engine, time.perf_counter, time.sleep)
+    engine.drain()
+    wait_for_host_memory(engine)
+    driver.run(engine, time.perf_counter, time.sleep, limit_s)
+    engine.cancel_all()
+    engine.drain()
+    if not driver.answered:
+        raise ConfigError(f"--limit-s: expected more than the {limit_s:g} s in which no round has ended")
     measured = {"workload": drawn.name, **drawn.facts, "mean_context_tokens": round(drawn.mean_context_tokens, 1)}
     measured |= result.engine_facts(engine) | summarise(driver)
     measured["scheduler"] = msgspec.to_builtins(engine.scheduler.stats)  # with the warm-up

@@ -35,3 +35,10 @@ def test_host_memory_saves_prompt_tokens_that_the_device_forgot(tmp_path: Path) 
     for result in (without, host):
         assert result["rounds_per_s"] > 0
         assert result["first_token_ms"]["returning_rounds"]["p99"] > 0
+
+
+def test_a_limit_in_which_no_round_ends_is_named(tmp_path: Path) -> None:
+    options = ("--scale", "0.02", "--limit-s", "0", "--set", "max_model_tokens=64")
+    done = run_here("bench", "multi-round", "--model", "demo/tiny-llama", *options, "--output", tmp_path / "r")
+    assert done.returncode != 0
+    assert "--limit-s: expected more than the 0 s in which no round has ended" in done.stderr

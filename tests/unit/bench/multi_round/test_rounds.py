@@ -132,3 +132,23 @@ def test_a_summary_has_a_steady_part_if_conversations_began_in_it() -> None:
     assert "share_of_bound" not in summary
     assert set(summary["first_token_ms"]["returning_rounds"]) == {"p50", "p90", "p99"}
     assert "too few conversations" in summarise(run(drawn, 30)[0])["steady"]
+
+
+def test_a_run_that_is_cut_is_steady_up_to_its_end_and_says_what_was_answered() -> None:
+    drawn = draw_conversations("lmsys-like", 60, 1024, think_s=0)
+    whole, _ = run(drawn, 10)
+    limit_s = whole.answered[40].ended_s
+    engine = PretendEngine.before(None, limits(10**5), COST.of_batch)
+    driver = Driver(drawn, 10, vocab_size=1000)
+    driver.run(engine, engine.clock, engine.clock.sleep, limit_s)
+    assert driver.answered == whole.answered[:41]
+    assert engine.has_work
+    summary = summarise(driver)
+    assert summary["rounds"] == 41
+    assert summary["steady"]["rounds"] == 31
+    assert summary["steady"]["wall_s"] == pytest.approx(limit_s - whole.answered[9].ended_s, abs=1e-3)
+    engine = PretendEngine.before(None, limits(10**5), COST.of_batch)
+    few = Driver(drawn, 50, vocab_size=1000)
+    few.run(engine, engine.clock, engine.clock.sleep, limit_s / 2)
+    assert 0 < len(few.answered) < 50
+    assert "too few conversations" in summarise(few)["steady"]
