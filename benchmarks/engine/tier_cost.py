@@ -25,6 +25,7 @@ from nanoflow_backend.engine import Engine, SamplingParams
 from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.runtime.gpu_meter import find_gpu_meter
+from nanoflow_backend.runtime.page_copies import PAGES_A_LAUNCH, CudaPageCopies, How
 
 QUEUED = 32  # requests that wait: some are always there to be admitted
 SETTLE_S = 1.0  # of a window, before it counts: the other engine's step and copies end, batches are in flight again
@@ -107,6 +108,8 @@ def main(
     host_gib: Annotated[float, typer.Option(help="Of host memory; pinning takes half a second a GiB.")] = 32.0,
     disk: Annotated[Path | None, typer.Option(help="A folder for a disk tier below that; left as it is.")] = None,
     disk_gib: Annotated[float, typer.Option(help="That it may take.")] = 64.0,
+    copies: Annotated[How, typer.Option(help="A GPU's pages go by a kernel, or by copy engines.")] = "kernel",
+    pages_a_launch: Annotated[int, typer.Option(min=1, help="Of that kernel.")] = PAGES_A_LAUNCH,
     workload: Annotated[str, typer.Option(help="PROMPT/OUTPUT tokens of each request.")] = "1024/512",
     pairs: Annotated[int, typer.Option(min=2, max=len(STUDENT) + 1, help="Of windows, with tiers and without.")] = 4,
     window_s: Annotated[float, typer.Option(min=LEAST_WINDOW_S, help="That a window is measured.")] = 60.0,
@@ -129,7 +132,12 @@ def main(
             ("tiers", below, (input_tokens, output_tokens, 1)),
         )
     }
-    wait_for_host_memory(arms["tiers"].engine)
+    tiers = arms["tiers"].engine
+    wait_for_host_memory(tiers)
+    if tiers.config.device == "cuda":
+        worker = tiers.executor.worker
+        pool = worker.transfers.pool
+        worker.transfers.copies = CudaPageCopies(worker.program.binding.kv, pool, copies, pages_a_launch)
     for arm in arms.values():
         arm.warm_up()
     left_s = (limit_s - (time.monotonic() - start_s)) / (2 * pairs) - SETTLE_S
@@ -145,11 +153,12 @@ def main(
             window = arms[name].measure(window_s)
             windows.append({"arm": name, **_rates(window)})
             print(windows[-1], flush=True)
-    tiers = arms["tiers"].engine
     result.write(
         {
             **result.engine_facts(tiers),
             "workload": workload,
+            "copies": copies,
+            "pages_a_launch": pages_a_launch,
             "window_s": round(window_s, 2),
             "settle_s": SETTLE_S,
             "with_tiers_over_without": compare(windows),

@@ -176,8 +176,8 @@ def test_a_disk_that_is_stuck_does_not_hold_up_the_end_and_what_is_lost_is_count
     model: Path, started: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = started(model)
-    engine.executor.worker._transfers._disk.close()
-    engine.executor.worker._transfers._disk = StuckDisk()
+    engine.executor.worker.transfers._disk.close()
+    engine.executor.worker.transfers._disk = StuckDisk()
     engine.add(Request(0, PROMPT, SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True)))
     engine.step()
     engine.step()

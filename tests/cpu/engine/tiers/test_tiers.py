@@ -67,7 +67,7 @@ def test_pages_in_fp8_keep_their_bits(name: str) -> None:
     tiered = compare(FOLDER / name)
     kv = tiered.engine.executor.worker.program.binding.kv
     assert str(kv.dtype) == "torch.float8_e4m3fn"
-    assert tiered.engine.executor.worker._transfers.pool.payload_bytes == kv.page_bytes
+    assert tiered.engine.executor.worker.transfers.pool.payload_bytes == kv.page_bytes
 
 
 def test_pages_that_are_quantised_as_they_are_filled_keep_their_bits(tmp_path: Path) -> None:
