@@ -89,6 +89,10 @@ def _refused_files(view: View) -> Values:
     return {(str(reason),): refused.get(reason, 0) for reason in Refusal}
 
 
+def _loaded_tokens(view: View) -> Values:
+    return {("host",): view.stats.observed.host_tokens, ("disk",): view.stats.observed.disk_tokens}
+
+
 TIER_FAMILIES = (
     Family("nanoflow_kv_transfer_pages_total", "counter", "KV pages that went from one tier to another",
            _moved_pages, ("source", "target")),
@@ -106,6 +110,8 @@ TIER_FAMILIES = (
            _refused_files, ("reason",)),
     Family("nanoflow_kv_disk_bytes", "gauge", "Bytes of the disk tier's folder, of all engines that share it",
            _disk_bytes, ("state",)),
+    Family("nanoflow_kv_loaded_tokens_total", "counter", "Tokens that were loaded from a lower tier, not computed",
+           _loaded_tokens, ("tier",)),
     Family("nanoflow_request_load_time_seconds", "histogram", "From admission to the last page from a lower tier",
            lambda view: view.stats.observed.load_time_s),
 )  # fmt: skip

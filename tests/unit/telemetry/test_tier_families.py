@@ -57,6 +57,10 @@ def test_what_a_scheduler_moves_is_on_the_page_by_its_route(server, metrics):
     assert lost == 4
     assert server.value("nanoflow_kv_pages_evicted_total", "tier=host") == tiers.evicted_pages
     assert server.value("nanoflow_request_load_time_seconds_count") == 2
+    assert server.value("nanoflow_kv_loaded_tokens_total", "tier=disk") == 2 * len(contents(WRITTEN))
+    assert server.value("nanoflow_kv_loaded_tokens_total", "tier=host") == 2 * (
+        s.count(Move.LOAD) - len(contents(WRITTEN))
+    )
     assert server.value("nanoflow_kv_pages_evicted_total", "tier=disk") == 4
     assert server.value("nanoflow_kv_disk_bytes", "state=free") == 300
     assert server.value("nanoflow_kv_cache_pages", "tier=disk", "state=cached") == 5
