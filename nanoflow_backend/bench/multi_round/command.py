@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from nanoflow_backend.bench import result
 from nanoflow_backend.bench.host_memory import wait_for_host_memory
+from nanoflow_backend.bench.multi_round.bound import Bound, StepCost
 from nanoflow_backend.bench.multi_round.conversations import draw_conversations
 from nanoflow_backend.bench.multi_round.driver import Driver
 from nanoflow_backend.bench.multi_round.summary import summarise
@@ -35,6 +37,7 @@ def bench_multi_round(
     scale: float,
     seed: int,
     limit_s: float,
+    step_cost: str | None,
     settings: Sequence[str],
 ) -> None:
     """Rounds a second, and prompt tokens by the tier that had them.
@@ -46,6 +49,7 @@ def bench_multi_round(
         check_output(output)
     if active < 1:
         raise ConfigError(f"--active: expected 1 or more, got {active}")
+    cost = StepCost.parse(step_cost) if step_cost else None
     engine = make_engine(model, settings, max_queue_size=str(active))
     drawn = draw_conversations(dataset, conversations, engine.max_model_tokens, think_s=think_s, scale=scale, seed=seed)
     warm_up = draw_conversations(
@@ -62,8 +66,10 @@ def bench_multi_round(
     engine.drain()
     if not driver.answered:
         raise ConfigError(f"--limit-s: expected more than the {limit_s:g} s in which no round has ended")
+    kv_cache_tokens = engine.executor.num_pages * engine.config.page_tokens
+    bound = partial(Bound.of, cost=cost, kv_cache_tokens=kv_cache_tokens) if cost else None
     measured = {"workload": drawn.name, **drawn.facts, "mean_context_tokens": round(drawn.mean_context_tokens, 1)}
-    measured |= result.engine_facts(engine) | summarise(driver)
+    measured |= result.engine_facts(engine) | summarise(driver, bound)
     measured["scheduler"] = msgspec.to_builtins(engine.scheduler.stats)  # with the warm-up
     engine.close()
     _show(measured)
@@ -88,6 +94,8 @@ def _show(measured: Mapping[str, Any]) -> None:
         "first token of returning rounds, p50, ms": lambda part: _ms(part, "p50"),
         "first token of returning rounds, p99, ms": lambda part: _ms(part, "p99"),
     }
+    if "share_of_bound" in measured:
+        rows["of what is possible"] = lambda part: f"{part['share_of_bound']:.1%}"
     for label, value in rows.items():
         table.add_row(label, *(value(part) for part in parts.values()))
     console = Console(highlight=False)
