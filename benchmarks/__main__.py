@@ -26,6 +26,7 @@ ROOMS = {
         Command("scheduler-cpu", "engine.scheduler_cpu", "CPU time of the scheduler a step."),
         Command("admission", "engine.admission", "Steps and preemptions by way of admission, simulated."),
         Command("multi-round", "engine.multi_round", "What host memory is worth to conversations, simulated."),
+        Command("tier-cost", "engine.tier_cost", "What storing pages costs when nothing comes back (GPU)."),
         Command("disk-pages", "engine.disk_pages", "Bytes a second of the disk tier's store, alone."),
     ),
     "overlap": (

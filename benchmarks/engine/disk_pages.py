@@ -55,7 +55,9 @@ def _write_and_read(path: Path, page_bytes: int, pages: int, workers: int, sync:
     payloads = [memoryview(mmap(-1, page_bytes)) for _ in range(workers)]
     for payload in payloads:
         payload[:] = os.urandom(page_bytes)
-    cached, direct = PageFolder(path, 2**50, layout, sync=sync), PageFolder(path, 2**50, layout, direct=True)
+    cached, direct = PageFolder(path, 2**50, layout, sync=sync, direct=False), PageFolder(path, 2**50, layout)
+    if not direct.direct:
+        raise typer.BadParameter(f"expected a file system with direct reads, {path} has none", param_hint="--folder")
 
     def rate(call: Callable[[bytes, memoryview], None]) -> float:
         def part(worker: int) -> None:

@@ -19,8 +19,9 @@ from nanoflow_backend.bench import result
 from nanoflow_backend.bench.multi_round.bound import Bound, StepCost
 from nanoflow_backend.bench.multi_round.conversations import draw_conversations
 from nanoflow_backend.bench.multi_round.driver import Driver
-from nanoflow_backend.bench.multi_round.pretend_engine import HostMemory, PretendEngine
 from nanoflow_backend.bench.multi_round.summary import summarise
+from nanoflow_backend.bench.pretend.engine import PretendEngine
+from nanoflow_backend.bench.pretend.host_memory import HostMemory
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 
 TOKEN_BYTES = 131072  # of Llama-3-8B's KV cache in bf16
@@ -65,10 +66,10 @@ def main(
         hosts |= {f"host_{gib:g}_gib": host, f"host_{gib:g}_gib_loads_only": replace(host, loads_only=True)}
     arms: dict[str, Any] = {}
     for name, host in {"recomputing": None, "device": None, **hosts}.items():
-        engine = PretendEngine(limits, cost, host, prefix_caching=name != "recomputing")
+        engine = PretendEngine.before(host, limits, cost.of_batch, prefix_caching=name != "recomputing")
         driver = Driver(drawn, active, vocab_size=2**17, seed=seed)
         start_s = time.perf_counter()
-        driver.run(engine, engine.clock, engine.sleep)
+        driver.run(engine, engine.clock, engine.clock.sleep)
         arms[name] = {
             **summarise(driver, bound),
             "steps": engine.steps,

@@ -1,4 +1,4 @@
-"""simulate runs requests of known lengths through the scheduler, with a program that only pretends."""
+"""simulate runs requests of known lengths through the scheduler, on a device that only pretends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanoflow_backend.bench.pretend.engine import WORD, PretendClock, PretendEngine
 from nanoflow_backend.bench.trace import Trace
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import SamplingParams
@@ -16,7 +17,6 @@ from nanoflow_backend.scheduler.batch import Batch, FinishReason, Sampled
 from nanoflow_backend.scheduler.scheduler import Scheduler
 
 EOS = 0
-WORD = 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SimulationResult:
     page_use_peak: float
 
 
-class PretendProgram:
+class _Program:
     """Samples EOS where a request has reached its output length, and a word before. It knows a request by its seed."""
 
     def __init__(self, output_tokens: list[int], slots: int) -> None:
@@ -75,36 +75,34 @@ def simulate(
     Raises:
         RuntimeError: a request did not end by its EOS, or the scheduler has work and runs nothing.
     """
-    program = PretendProgram([output for _, output in trace.lengths], max_running)
+    program = _Program([output for _, output in trace.lengths], max_running)
     arrivals = deque(sorted(range(len(trace.lengths)), key=trace.arrivals_s.__getitem__))
-    in_flight: deque[Sampled] = deque()
     fills: list[int] = []
     left_waiting: list[bool] = []
     running: list[int] = []
     used_pages: list[int] = []
-    now_s, ended = 0.0, 0
+
+    def run(batch: Batch) -> Sampled:
+        stats = scheduler.stats
+        fills.append(batch.tokens)
+        left_waiting.append(stats.waiting_requests > 0)
+        running.append(stats.running_requests)
+        used_pages.append(stats.used_pages)
+        return program.run(batch)
+
+    clock, ended = PretendClock(), 0
+    engine = PretendEngine(scheduler, step_s or (lambda batch: 0.0), clock, run)
     start_s = time.perf_counter()
-    while arrivals or scheduler.has_work:
-        while arrivals and (step_s is None or trace.arrivals_s[arrivals[0]] <= now_s):
+    while arrivals or engine.has_work:
+        while arrivals and (step_s is None or trace.arrivals_s[arrivals[0]] <= clock()):
             index = arrivals.popleft()
             input_tokens, output_tokens = trace.lengths[index]
             params = SamplingParams(max_tokens=max_tokens or output_tokens, seed=index)
-            scheduler.add(Request(index, [WORD] * input_tokens, params))
-        batch = scheduler.schedule()
-        if batch is not None:
-            in_flight.append(program.run(batch))
-            stats = scheduler.stats
-            fills.append(batch.tokens)
-            left_waiting.append(stats.waiting_requests > 0)
-            running.append(stats.running_requests)
-            used_pages.append(stats.used_pages)
-            now_s += step_s(batch) if step_s else 0.0
-        elif not in_flight:
-            if scheduler.has_work or not arrivals:
-                raise RuntimeError(f"{scheduler.stats}: there is work, and nothing runs")
-            now_s = trace.arrivals_s[arrivals[0]]
-        wait = len(in_flight) > (batch is not None)
-        for delta in scheduler.retire(in_flight.popleft() if wait else None):
+            engine.add(Request(index, [WORD] * input_tokens, params))
+        if not engine.has_work:
+            clock.now_s = trace.arrivals_s[arrivals[0]]
+            continue
+        for delta in engine.step():
             if delta.finish_reason is not None:
                 ended += 1
                 if delta.finish_reason != FinishReason.STOP:
@@ -116,7 +114,7 @@ def simulate(
     return SimulationResult(
         requests=ended,
         steps=stats.steps,
-        simulated_s=now_s,
+        simulated_s=clock(),
         wall_s=time.perf_counter() - start_s,
         input_tokens=input_tokens,
         output_tokens=output_tokens,

@@ -116,6 +116,18 @@ def _value(name: str, spellings: Mapping[Any, Any] | None = None) -> Callable[[M
     return value
 
 
+def _gibibytes(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """The argument in bytes."""
+
+    def value(given: Mapping[str, Any]) -> Any:
+        try:
+            return round(float(given[name]) * 2**30)
+        except (TypeError, ValueError, OverflowError):
+            return given[name]
+
+    return value
+
+
 def _blocks(given: Mapping[str, Any]) -> Any:
     blocks, block_tokens = given["num_gpu_blocks_override"], given.get("block_size", BLOCK_TOKENS)
     return blocks * block_tokens if isinstance(blocks, int) and isinstance(block_tokens, int) else blocks
@@ -157,6 +169,7 @@ TRANSLATED: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "long_prefill_token_threshold": ("chunk_tokens", _value("long_prefill_token_threshold", {0: None})),
     "num_gpu_blocks_override": ("kv_cache_tokens", _blocks),
     "gpu_memory_utilization": ("gpu_memory_utilization", _value("gpu_memory_utilization")),
+    "kv_offloading_size": ("host_kv_cache_bytes", _gibibytes("kv_offloading_size")),
     "enable_prefix_caching": ("prefix_caching", _value("enable_prefix_caching")),
     "async_scheduling": ("async_scheduling", _value("async_scheduling")),
     "enforce_eager": ("cuda_graphs", _cuda_graphs),
@@ -231,9 +244,9 @@ IDLE: dict[str, str] = {
         disable_chunked_mm_input disable_mm_preprocessor_cache enable_mm_processor_stats renderer_num_workers
         max_logprobs
     """,
-    "weights and KV pages stay in the device's memory, in pages of its size": """
+    "weights stay in the device's memory, KV pages too or below it, in pages of its own size": """
         block_size swap_space cpu_offload_gb cpu_offload_params offload_backend offload_group_size
-        offload_num_in_group offload_prefetch_step offload_params kv_offloading_size kv_offloading_backend
+        offload_num_in_group offload_prefetch_step offload_params kv_offloading_backend
         prefix_caching_hash_algo prefix_match_unit kv_sharing_fast_prefill calculate_kv_scales
         kv_cache_dtype_skip_layers disable_hybrid_kv_cache_manager enable_sleep_mode
         enable_cumem_allocator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -26,9 +27,11 @@ from nanoflow_backend.sampling.pending_grammars import PendingGrammars
 from nanoflow_backend.scheduler.batch import Batch, Delta, FinishReason, Sampled
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 from nanoflow_backend.scheduler.scheduler import Scheduler
+from nanoflow_backend.scheduler.tiers.lower_tiers import LowerTiers
 from nanoflow_backend.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+DRAIN_S = 3.0  # for pages on their way to a lower tier; a process that was told to stop is killed after 5
 MakeExecutor = Callable[[Settled, Callable[[str], None]], Executor[Any]]  # the arguments of LocalExecutor
 
 
@@ -78,13 +81,14 @@ class Engine:
             inter_token_target_s=None if target_ms is None else target_ms / 1e3,
         )
         pages = self._publisher.pages if self._publisher else None
+        self._lower = make_lower_tiers(settled, self.executor, pages) if self.config.host_kv_cache_bytes else None
         self.scheduler = Scheduler(
             limits,
             eos_token_ids=self.model_config.eos_token_ids,
             prefix_caching=self.config.prefix_caching,
             priority_aging_s=self.config.priority_aging_s,
             seed=self.config.seed,
-            lower=make_lower_tiers(settled, self.executor, pages) if self.config.host_kv_cache_bytes else None,
+            lower=self._lower,
             page_events=pages,
         )
         if self._publisher:
@@ -223,8 +227,29 @@ class Engine:
             self._pending.refuse(self.scheduler.id_at(slot), why)
         return masks
 
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Step until no page is on its way to a lower tier, with no request live. False: time was up first."""
+        deadline_s = time.monotonic() + (DRAIN_S if timeout_s is None else timeout_s)
+        while self.has_work and time.monotonic() < deadline_s:
+            self.step()
+        return not self.has_work
+
     def close(self) -> None:
-        """End the processes of the other ranks, and tell no more of pages. No step may follow."""
+        """End the processes of the other ranks, and tell no more of pages. No step may follow.
+
+        Pages on their way to lower tiers are given DRAIN_S to get there. Others count as dropped, and the log says so.
+        """
+        if self._lower is not None:
+            self._end_transfers(self._lower)
         self.executor.close()
         if self._publisher:
             self._publisher.close()
+
+    def _end_transfers(self, lower: LowerTiers) -> None:
+        self.cancel_all()
+        try:
+            self.drain()
+        except Exception as error:  # as when a rank has died: the engine is closed all the same
+            log.warning("pages on their way to other tiers stay where they are: %s", error)
+        if lost := lower.abandon():
+            log.warning("%d pages had not come to host memory or the disk when the engine ended", lost)

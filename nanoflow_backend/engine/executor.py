@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from nanoflow_backend.kvcache.tier import PageStore, TransferReport
+from nanoflow_backend.kvcache.tier import PageIndex, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -42,8 +42,8 @@ class Executor(Protocol[Step]):
         ...
 
     @property
-    def page_store(self) -> PageStore | None:
-        """Where pages of rank 0 outlive the process. Asked for only where tiers below the device are configured."""
+    def page_index(self) -> PageIndex | None:
+        """Of where pages outlive the process, on all ranks. Asked for only where there are tiers below the device."""
         ...
 
     def report_transfers(self) -> TransferReport | None:

@@ -88,7 +88,8 @@ class LLM:
 
         None among the jobs means that there is none for now: the next step comes first. It has no number.
         One stream at a time: the numbers of its jobs are the ids of its requests. A stream that is closed early, or
-        whose jobs raise, cancels its requests.
+        whose jobs raise, cancels its requests. At its end pages come to the tiers that they are on their way to, so far
+        as `Engine.drain` waits for them; what is left goes on with the next stream.
 
         Raises:
             RuntimeError: the engine runs other requests.
@@ -118,11 +119,13 @@ class LLM:
                         del live[delta.request_id]
                     elif not delta.finish_reason and request.is_over(delta.index):
                         engine.cancel(delta.request_id, FinishReason.STOP, delta.index)
+            engine.drain()
         except (Exception, GeneratorExit):  # a job broke, or the caller wants no more: the next stream finds nothing
             engine.cancel_all()
-            while engine.has_work:
+            while engine.scheduler.has_requests:
                 engine.step()
             engine.take_refused()
+            engine.drain()
             raise
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
-from nanoflow_backend.kvcache.tier import PageStore, TransferReport
+from nanoflow_backend.kvcache.tier import PageIndex, TransferReport
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
@@ -48,8 +48,9 @@ class LocalExecutor:
         return self.worker.num_pages
 
     @property
-    def page_store(self) -> PageStore | None:
-        return self.worker.page_store
+    def page_index(self) -> PageIndex | None:
+        own = self.worker.page_store
+        return self._ranks.index_of_all(own) if self._ranks and own is not None else own
 
     def report_transfers(self) -> TransferReport | None:
         return self._joined(self.worker.report_transfers())

@@ -99,7 +99,7 @@ def run(engine: Engine, parent: Parent, decoder: msgspec.msgpack.Decoder[ToEngin
     stats_due_s = 0.0
     reporter = Reporter(parent.send, engine.scheduler)
     engine.on_scheduled = reporter.scheduled
-    while not stopping or engine.has_work:
+    while not stopping or engine.scheduler.has_requests:  # pages that still move are for `close`
         while parent.has_message() or not engine.has_work:
             heart.idle = not engine.has_work
             message = parent.receive(decoder)

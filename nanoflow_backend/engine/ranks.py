@@ -14,10 +14,12 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch.distributed as dist
+from msgspec.structs import replace
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from nanoflow_backend.config.settled import Settled
@@ -27,12 +29,14 @@ from nanoflow_backend.hosts.gathering import gather, listen_at
 from nanoflow_backend.hosts.link import Link
 from nanoflow_backend.hosts.members import Members, start_ranks
 from nanoflow_backend.hosts.messages import Begin, Progress, RankReport, StartRank
-from nanoflow_backend.kvcache.tier import TransferReport
+from nanoflow_backend.kvcache.tier import PageIndex, TransferReport
 from nanoflow_backend.process import logs
+from nanoflow_backend.process.channel import ChannelClosed
 from nanoflow_backend.process.child import Parent
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
 
+CONTENTS_A_MESSAGE = 10_000  # 320 KB
 LOOPBACK = "lo"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 # Once all ranks are at the door. Those wait for rank 0 without a limit of their own: it ends them if it gives up.
@@ -102,6 +106,10 @@ class Ranks:
     def join_reports(self, report: TransferReport) -> TransferReport:
         """What all ranks have moved since the last call, `report` being that of rank 0."""
         return self._reports.join(report)
+
+    def index_of_all(self, own: PageIndex) -> PageIndex:
+        """What the disks of all ranks have, `own` being that of rank 0."""
+        return self._reports.index(own)
 
     def close(self) -> None:
         self._members.close()
@@ -179,13 +187,25 @@ def main() -> None:
         raise
     if (report := worker.report_transfers()) is not None:
         parent.send(RankReport(start.rank, report))
+    if worker.page_store is not None:
+        worker.page_store.watch(partial(tell_of_pages, parent, start.rank))
     parent.send(Progress())
     batches, masks = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Decoder(Masks | None)
     while True:
         step = worker.launch_forward(parent.receive(batches))
         worker.launch_tail(step, parent.receive(masks))
         if (report := worker.report_transfers(wait=not step.batch.tokens)) is not None:
+            if worker.page_store is not None and (report.done or report.failed):
+                report = replace(report, disk=worker.page_store.stats)
             parent.send(RankReport(start.rank, report))
+
+
+def tell_of_pages(parent: Parent, rank: int, found: list[bytes], gone: list[bytes]) -> None:
+    """What a rank's disk has, and no longer has, is told as it happens: an idle engine takes no step."""
+    with contextlib.suppress(ChannelClosed):  # the leader is gone, and this process about to end
+        for first in range(0, max(len(found), 1), CONTENTS_A_MESSAGE):
+            part = found[first : first + CONTENTS_A_MESSAGE]
+            parent.send(RankReport(rank, TransferReport(found=part, gone=gone if first == 0 else [])))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.step_inputs import StepInputs
 from nanoflow_backend.engine.tiers.builder import make_transfers
-from nanoflow_backend.kvcache.tier import PageStore, TransferReport
+from nanoflow_backend.kvcache.disk.disk_store import DiskStore
+from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
@@ -67,7 +68,7 @@ class Worker:
         self._sampler = Sampler(config.max_running, vocab_size, model_config.eos_token_ids, kernels, self._torch_device)
         self._scorer = PromptScorer(vocab_size, kernels, self._torch_device, config.max_running)
         self.program, self._page_table, self.num_pages = builder.build()
-        self._transfers = make_transfers(settled, builder.kv, builder.host_slots, rank)
+        self.transfers = make_transfers(settled, builder.kv, builder.host_slots, rank)
         self._ended: dict[int, torch.cuda.Event] = {}  # by step, of those whose end transfers may have to wait for
         if builder.kernels:
             for rows in KINDS_OF_ROWS:
@@ -117,7 +118,7 @@ class Worker:
         if self.device.kind == "cuda":
             step.ended = torch.cuda.Event(blocking=True)  # the engine's thread sleeps meanwhile
             step.ended.record()
-            if self._transfers:
+            if self.transfers:
                 self._ended[step.batch.step] = step.ended
         step.launched = True
 
@@ -146,21 +147,21 @@ class Worker:
 
         None: there are no tiers below the device.
         """
-        return self._transfers.report(wait=wait) if self._transfers else None
+        return self.transfers.report(wait=wait) if self.transfers else None
 
     @property
-    def page_store(self) -> PageStore | None:
+    def page_store(self) -> DiskStore | None:
         """Where this rank's pages outlive it."""
-        return self._transfers.store if self._transfers else None
+        return self.transfers.store if self.transfers else None
 
     def close(self) -> None:
         """End transfers, and give host memory back."""
-        if self._transfers:
-            self._transfers.close()
+        if self.transfers:
+            self.transfers.close()
 
     def _begin_transfers(self, batch: Batch) -> None:
         """Beside this step, and after those that had come back to the scheduler: on other ranks they may still run."""
-        if self._transfers is None:
+        if self.transfers is None:
             if batch.transfers:
                 raise ValueError(
                     f"transfers: expected none, as there is no tier below the device, got {batch.transfers}"
@@ -168,7 +169,7 @@ class Worker:
             return
         after = self._ended.get(batch.returned)
         self._ended = {step: ended for step, ended in self._ended.items() if step >= batch.returned}
-        self._transfers.begin(batch.transfers, after)
+        self.transfers.begin(batch.transfers, after)
 
     def _send(self, *columns: Sequence[int] | np.ndarray) -> list[Tensor]:
         """int32 on the device, all columns in one copy."""

@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 
 from nanoflow_backend.kvcache.content_hash import HASH_BYTES
+from nanoflow_backend.kvcache.disk.disk_stats import DiskStats
 
 FIRST = bytes(HASH_BYTES)  # stands for the page before the first one
 
@@ -51,6 +52,9 @@ class TransferReport(msgspec.Struct, frozen=True, array_like=True):
     failed: list[int] = []  # a READ of what is not there, or is not whole; a WRITE that was not kept
     slots: int = 0  # of host memory that are there by now: slots 0 .. slots - 1
     seconds: tuple[float, ...] = (0.0,) * len(Move)  # by move, that the link or the disk was busy with what is done
+    found: list[bytes] = []  # contents that the disk of a rank other than 0 has from now on
+    gone: list[bytes] = []  # and that it no longer has
+    disk: DiskStats | None = None  # of such a rank, where some of its transfers have ended
 
 
 class Tier(Protocol):
@@ -65,17 +69,26 @@ class Tier(Protocol):
         ...
 
 
-class PageStore(Protocol):
-    """Keeps one rank's payloads of pages by their content, beyond the life of this process.
-
-    `lookup` is called by the scheduler in any step, and returns at once; `write` and `read` take their time, and are
-    called by other threads, several of them at once. A payload has the same length in all calls. Whatever else its
-    place is shared with, or whatever happens to the process: what `read` returns is what `write` was given.
-    """
+class PageIndex(Protocol):
+    """What is known of a PageStore, or of those of all ranks. The scheduler may ask in any step: it answers at once."""
 
     def lookup(self, content: bytes) -> bool:
-        """Whether `read` would probably find it."""
+        """Whether `read` would probably find it, on every rank."""
         ...
+
+    @property
+    def stats(self) -> DiskStats:
+        """What has come of reads and writes up to now."""
+        ...
+
+
+class PageStore(PageIndex, Protocol):
+    """Keeps one rank's payloads of pages by their content, beyond the life of this process.
+
+    `write` and `read` take their time, and are called by other threads, several of them at once. A payload has the same
+    length in all calls. Whatever else its place is shared with, or whatever happens to the process: what `read` returns
+    is what `write` was given.
+    """
 
     def write(self, content: bytes, payload: memoryview, parent: bytes = FIRST) -> bool:
         """Keep a payload, whose page follows that of `parent`; others may have to go for it. False: it was not kept, as

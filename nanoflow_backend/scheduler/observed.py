@@ -55,4 +55,6 @@ class Observed(msgspec.Struct):
     dense_batch_fill: Histogram = _histogram(RATIOS)  # tokens of a step over dense_batch_tokens
     computed_tokens: int = 0  # of all steps
     delivered_tokens: int = 0  # sampled, and given to their requests
+    host_tokens: int = 0  # known ones that were loaded from host memory instead of computed
+    disk_tokens: int = 0  # likewise, from the disk
     ended: dict[str, int] = {}  # requests by finish reason

@@ -66,6 +66,8 @@ class Observer:
     def loaded(self, s: Sequence, tokens: int, disk_tokens: int) -> None:
         """So many tokens were loaded instead of computed, some of them from the disk."""
         self.observed.load_time_s.observe(self._clock() - s.account.load_began_s)
+        self.observed.host_tokens += tokens - disk_tokens
+        self.observed.disk_tokens += disk_tokens
         if not s.preemptions:
             s.account.host_tokens += tokens - disk_tokens
             s.account.disk_tokens += disk_tokens

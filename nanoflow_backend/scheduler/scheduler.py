@@ -72,8 +72,7 @@ class Scheduler:
         self._account = account = PageAccount(limits.num_pages, limits.page_tokens, prefix_caching, lower, page_events)
         self._pool = account.pool
         self.observer = Observer(clock, limits.dense_batch_tokens)
-        if lower is not None:
-            self.observer.rates = lower.rates
+        self.observer.rates = lower.rates if lower else None
         target_s = limits.inter_token_target_s
         self.observer.pace = pace = None if target_s is None else Pace(target_s, limits.prompt_tokens)
 
@@ -141,9 +140,8 @@ class Scheduler:
         for s in self._live.get(request_id, ()):
             if s.finish_reason is None and index in (None, s.index):
                 ended = True
-                account = self._finish(s, reason)
-                delta = Delta(request_id, (), None, reason, None, s.cached_tokens, s.index, account=account)
-                self._pending_deltas.append(delta)
+                end = (reason, None, s.cached_tokens, s.index)
+                self._pending_deltas.append(Delta(request_id, (), None, *end, account=self._finish(s, reason)))
         return ended
 
     def id_at(self, slot: int) -> int:
@@ -162,9 +160,14 @@ class Scheduler:
         return max(0, self._max_queue_size + spare - self.waiting)
 
     @property
+    def has_requests(self) -> bool:
+        """Some request has not ended, or its last delta was not handed over, or it still holds pages."""
+        return bool(self._live or self._slots)
+
+    @property
     def has_work(self) -> bool:
-        """Some request has not ended, or its last delta was not handed over; or its pages are not free or stored."""
-        return bool(self._live or self._slots or (self._lower and self._lower.has_work))
+        """It has requests, or pages that are on their way to another tier."""
+        return self.has_requests or bool(self._lower and self._lower.has_work)
 
     @property
     def live_ids(self) -> list[int]:

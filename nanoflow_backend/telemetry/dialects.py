@@ -10,7 +10,8 @@ from nanoflow_backend.config import version_folder
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.file import read_json
-from nanoflow_backend.telemetry.families import FAMILIES, Family
+from nanoflow_backend.telemetry.families import FAMILIES
+from nanoflow_backend.telemetry.family import Family
 from nanoflow_backend.telemetry.trtllm_families import TRTLLM_FAMILIES
 from nanoflow_backend.telemetry.vllm_families import VLLM_FAMILIES
 

@@ -7,67 +7,12 @@ call the same is in `dialects`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Literal
 
-import msgspec
-
-from nanoflow_backend.process.messages import Load, Ready, Stats
+from nanoflow_backend.process.messages import Stats
 from nanoflow_backend.scheduler.batch import FinishReason
-from nanoflow_backend.scheduler.observed import Histogram
 from nanoflow_backend.scheduler.observer import WHOLE
-
-Kind = Literal["gauge", "counter", "histogram"]
-# Reasons that are there from the start, so that their first rise is seen as one. Others may come.
-REFUSALS = ("invalid", "queue_full", "queue_timeout", "deadline", "unavailable", "engine_failure", "internal")
-ASKED_N = (1.0, 2.0, 5.0, 10.0, 20.0)  # sequences
-Values = Mapping[tuple[str, ...], float]  # by the values of a family's labels
-
-
-class View(msgspec.Struct):
-    """All that there is to show: what the engine said last, and what only the stub knows."""
-
-    ready: Ready
-    stats: Stats
-    load: Load  # newer than `stats`
-    refused: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
-    restarts: int = 0
-    up: bool = True
-    asked_n: Histogram = msgspec.field(default_factory=lambda: Histogram(ASKED_N))  # of the prompts that were queued
-    age_s: float = 0.0  # of `stats`: since the engine sent them, or last said that they still hold
-
-
-class Family(msgspec.Struct, frozen=True):
-    """One metric: its name, kind, help text, labels, and how its value is read.
-
-    `of_stub`: its counts go on when an engine process is replaced. `bounds`: those of the histogram's that are shown.
-    `live`: it is written as soon as it changes. `scope`: labels that say which engine a series is of. Equal labels are
-    one metric to the server: counters without `engine` add up over the instances of a model, and gauges would
-    overwrite each other.
-    """
-
-    name: str
-    kind: Kind
-    meaning: str
-    read: Callable[[View], float | Values | Histogram]
-    labels: tuple[str, ...] = ()
-    of_stub: bool = False
-    bounds: tuple[float, ...] | None = None  # None: all
-    live: bool = False
-    scope: tuple[str, ...] = ("model", "version", "engine")
-
-
-def _pages(view: View) -> Values:
-    pages = view.stats.scheduler
-    values: dict[tuple[str, ...], float] = {
-        ("device", "used"): pages.used_pages,
-        ("device", "cached"): pages.cached_pages,
-        ("device", "free"): pages.num_pages - pages.used_pages - pages.cached_pages,
-    }
-    if tiers := pages.tiers:
-        values["host", "cached"] = tiers.host_used_pages
-        values["host", "free"] = tiers.host_pages - tiers.host_used_pages
-    return values
+from nanoflow_backend.telemetry.family import Family, Values, View
+from nanoflow_backend.telemetry.tier_families import TIER_FAMILIES, pages
 
 
 def _usage(view: View) -> float:
@@ -112,7 +57,7 @@ FAMILIES = (
     Family("nanoflow_kv_cache_usage_perc", "gauge", "Share of the KV pages that requests hold; 1 is all", _usage,
            live=True),
     Family("nanoflow_kv_cache_pages", "gauge", "KV pages by tier: used by requests, cached for their content, or free",
-           _pages, ("tier", "state")),
+           pages, ("tier", "state")),
     KV_BLOCKS,
     Family("nanoflow_prompt_tokens_total", "counter", "Tokens of admitted prompts, those in the prefix cache too",
            lambda v: v.stats.scheduler.prefix_query_tokens),
@@ -128,6 +73,7 @@ FAMILIES = (
            lambda v: v.stats.scheduler.prefix_hit_tokens),
     Family("nanoflow_num_preemptions_total", "counter", "Requests sent back to the queue for lack of KV pages",
            lambda v: v.stats.scheduler.preemptions),
+    *TIER_FAMILIES,
     Family("nanoflow_request_success_total", "counter", "Requests with a whole result", _whole, ("finished_reason",)),
     Family("nanoflow_requests_cancelled_total", "counter", "Requests that their client gave up",
            lambda v: v.stats.observed.ended.get(FinishReason.CANCELLED, 0)),

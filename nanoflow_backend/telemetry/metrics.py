@@ -17,7 +17,8 @@ import msgspec
 from nanoflow_backend.process.messages import Load, Ready, Stats
 from nanoflow_backend.scheduler.observed import Histogram, Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
-from nanoflow_backend.telemetry.families import FAMILIES, Family, Kind, View, refused_by_engine
+from nanoflow_backend.telemetry.families import FAMILIES, refused_by_engine
+from nanoflow_backend.telemetry.family import Family, Kind, View
 
 IDLE = Load(0, 0, 0, 0, 0)
 

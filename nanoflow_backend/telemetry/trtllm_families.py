@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nanoflow_backend.telemetry.families import KV_BLOCKS, Family, Values, View
+from nanoflow_backend.telemetry.families import KV_BLOCKS
+from nanoflow_backend.telemetry.family import Family, Values, View
 
 
 def _requests(view: View) -> Values:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from nanoflow_backend.telemetry.families import ASKED_N, FAMILIES, Family, Values, View
+from nanoflow_backend.telemetry.families import FAMILIES
+from nanoflow_backend.telemetry.family import ASKED_N, Family, Values, View
 
 OF_MODEL = ("model", "version", "model_name")
 OF_ENGINE = (*OF_MODEL, "engine")

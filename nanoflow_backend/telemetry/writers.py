@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoflow_backend.process.ticker import Ticker
-from nanoflow_backend.telemetry.families import Family, Kind
+from nanoflow_backend.telemetry.family import Family, Kind
 from nanoflow_backend.telemetry.metrics import Metrics, Page
 
 FLUSH_PERIOD_S = 0.5  # each changed value is a round trip to the server, so a timer writes them, not every step

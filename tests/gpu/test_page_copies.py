@@ -14,7 +14,7 @@ from support.kernels.page_copies import SHAPES, bits_of, check_round_trip, rando
 from benchmarks.models import checkpoints
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.kvcache.host_pool import SLICE_BYTES, HostPool
-from nanoflow_backend.runtime.page_copies import CudaPageCopies, How
+from nanoflow_backend.runtime.page_copies import PAGES_A_LAUNCH, CudaPageCopies, How
 from nanoflow_backend.scheduler.tiers.rates import Rates
 
 pytestmark = [
@@ -124,11 +124,11 @@ def test_greedy_tokens_are_those_without_tiers(
     folder = checkpoints.save(checkpoints.make(architecture, head_dim=64), tmp_path / "model")
     ample = LLM.from_pretrained(folder, device="cuda", **OPTIONS, kv_cache_tokens=65536, **fields)
     expected = played(ample)
-    monkeypatch.setattr(CudaPageCopies.__init__, "__defaults__", (how,))
+    monkeypatch.setattr(CudaPageCopies.__init__, "__defaults__", (how, PAGES_A_LAUNCH))
     monkeypatch.setattr(Rates, "pages_to_compute", lambda self, *_: 0)  # whatever was found is loaded
     tiered = LLM.from_pretrained(folder, device="cuda", **OPTIONS, **TIERS, **fields)
-    pinned(tiered.engine.executor.worker._transfers.pool)
-    tiered.engine.scheduler._lower.host.grow(tiered.engine.executor.worker._transfers.pool.num_slots)
+    pinned(tiered.engine.executor.worker.transfers.pool)
+    tiered.engine.scheduler._lower.host.grow(tiered.engine.executor.worker.transfers.pool.num_slots)
     assert played(tiered) == expected
     stats = tiered.engine.scheduler.stats
     assert stats.prefix_hit_tokens == ample.engine.scheduler.stats.prefix_hit_tokens

@@ -8,6 +8,9 @@ from typing import Protocol
 
 import msgspec
 
+from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.scheduler.batch import Batch
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -20,8 +23,26 @@ class StepCost:
     token_s: float = 22.3e-6  # a row through all layers: 27,400 tokens/s of 1024/512, less the next
     kv_token_s: float = 33.4e-9  # a token of the KV cache that a decode reads
 
+    @classmethod
+    def parse(cls, text: str) -> StepCost:
+        """Read "5.6,22.3,33.4": milliseconds, microseconds and nanoseconds of the three.
+
+        Raises:
+            ConfigError: it is not three numbers above 0.
+        """
+        try:
+            least_ms, token_us, kv_token_ns = (float(number) for number in text.split(","))
+        except ValueError:
+            least_ms = token_us = kv_token_ns = 0.0
+        if not min(least_ms, token_us, kv_token_ns) > 0:
+            raise ConfigError(f"--step-cost: expected three numbers above 0 such as 5.6,22.3,33.4, got {text}")
+        return cls(least_ms / 1e3, token_us / 1e6, kv_token_ns / 1e9)
+
     def of(self, tokens: int, decode_kv_tokens: int) -> float:
         return max(self.least_s, tokens * self.token_s) + decode_kv_tokens * self.kv_token_s
+
+    def of_batch(self, batch: Batch) -> float:
+        return self.of(batch.tokens, batch.decode_kv_tokens)
 
 
 class RoundLengths(Protocol):

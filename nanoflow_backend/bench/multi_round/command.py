@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.bench.host_memory import wait_for_host_memory
+from nanoflow_backend.bench.multi_round.bound import Bound, StepCost
 from nanoflow_backend.bench.multi_round.conversations import draw_conversations
 from nanoflow_backend.bench.multi_round.driver import Driver
 from nanoflow_backend.bench.multi_round.summary import summarise
@@ -33,17 +36,20 @@ def bench_multi_round(
     think_s: float,
     scale: float,
     seed: int,
+    limit_s: float,
+    step_cost: str | None,
     settings: Sequence[str],
 ) -> None:
     """Rounds a second, and prompt tokens by the tier that had them.
 
     Raises:
-        ConfigError: an option out of range, or an output that cannot be written.
+        ConfigError: an option out of range, no round that ended in time, or an output that cannot be written.
     """
     if output:
         check_output(output)
     if active < 1:
         raise ConfigError(f"--active: expected 1 or more, got {active}")
+    cost = StepCost.parse(step_cost) if step_cost else None
     engine = make_engine(model, settings, max_queue_size=str(active))
     drawn = draw_conversations(dataset, conversations, engine.max_model_tokens, think_s=think_s, scale=scale, seed=seed)
     warm_up = draw_conversations(
@@ -53,9 +59,17 @@ def bench_multi_round(
     Driver(warm_up, 1, vocab_size, seed + 1).run(engine, time.perf_counter, time.sleep)
     engine.scheduler.forget_lengths()
     driver = Driver(drawn, active, vocab_size, seed)
-    driver.run(engine, time.perf_counter, time.sleep)
+    engine.drain()
+    wait_for_host_memory(engine)
+    driver.run(engine, time.perf_counter, time.sleep, limit_s)
+    engine.cancel_all()
+    engine.drain()
+    if not driver.answered:
+        raise ConfigError(f"--limit-s: expected more than the {limit_s:g} s in which no round has ended")
+    kv_cache_tokens = engine.executor.num_pages * engine.config.page_tokens
+    bound = partial(Bound.of, cost=cost, kv_cache_tokens=kv_cache_tokens) if cost else None
     measured = {"workload": drawn.name, **drawn.facts, "mean_context_tokens": round(drawn.mean_context_tokens, 1)}
-    measured |= result.engine_facts(engine) | summarise(driver)
+    measured |= result.engine_facts(engine) | summarise(driver, bound)
     measured["scheduler"] = msgspec.to_builtins(engine.scheduler.stats)  # with the warm-up
     engine.close()
     _show(measured)
@@ -80,6 +94,8 @@ def _show(measured: Mapping[str, Any]) -> None:
         "first token of returning rounds, p50, ms": lambda part: _ms(part, "p50"),
         "first token of returning rounds, p99, ms": lambda part: _ms(part, "p99"),
     }
+    if "share_of_bound" in measured:
+        rows["of what is possible"] = lambda part: f"{part['share_of_bound']:.1%}"
     for label, value in rows.items():
         table.add_row(label, *(value(part) for part in parts.values()))
     console = Console(highlight=False)

@@ -6,6 +6,7 @@ An answer's last token is new in the next prompt: the engine has sampled it, and
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -81,8 +82,19 @@ class Driver:
         """Conversations at a time, while there are more to come."""
         return min(self._active, len(self._conversations))
 
-    def run(self, engine: Steps, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
-        """Until all conversations have ended.
+    @property
+    def steady_until_s(self) -> float:
+        """When there were fewer conversations than `active`, or the run was cut."""
+        return self.last_began_s if self._next == len(self._conversations) else self.answered[-1].ended_s
+
+    def run(
+        self,
+        engine: Steps,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+        limit_s: float = math.inf,
+    ) -> None:
+        """Until all conversations have ended, or for so long: then the engine still has requests.
 
         Raises:
             RuntimeError: an answer is not as long as it was asked to be.
@@ -90,7 +102,7 @@ class Driver:
         self.began_s = clock()
         for _ in range(self.active):
             self._begin(self.began_s)
-        while self._due or self._waiting:
+        while (self._due or self._waiting) and clock() < self.began_s + limit_s:
             self._send(engine, clock())
             if engine.has_work:
                 self._tell(engine.step(), clock())

@@ -12,13 +12,13 @@ from nanoflow_backend.bench.online.latency import percentiles_ms
 
 def summarise(driver: Driver, bound: Callable[[Sequence[AnsweredRound]], Bound] | None = None) -> dict[str, Any]:
     """Of the whole run, and of its steady part: after the first rounds of all active conversations, and until the last
-    conversation begins.
+    conversation begins, or the run is cut. At least one round has ended.
 
     Rates are in seconds of the engine's clock. `bound` says what could be reached on some of the rounds: those of the
     steady part are not the same mix as all.
     """
     rounds = driver.answered
-    from_s, until_s = rounds[driver.active - 1].ended_s, driver.last_began_s
+    from_s, until_s = rounds[: driver.active][-1].ended_s, driver.steady_until_s
     steady = [answered for answered in rounds if from_s < answered.ended_s <= until_s]
     whole = _part(rounds, rounds[-1].ended_s - driver.began_s, bound)
     return {

@@ -76,4 +76,4 @@ def make_lower_tiers(settled: Settled, executor: Executor[Any], events: PageEven
     host = HostTier(events)
     if (report := executor.report_transfers()) is not None:
         host.grow(report.slots)
-    return LowerTiers(host, limits, Rates(config.page_tokens), executor.page_store)
+    return LowerTiers(host, limits, Rates(config.page_tokens), executor.page_index)

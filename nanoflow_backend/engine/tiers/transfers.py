@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from nanoflow_backend.kvcache.disk.disk_store import DiskStore
 from nanoflow_backend.kvcache.host_pool import HostPool
-from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import Move, Transfer, TransferReport
 from nanoflow_backend.runtime.page_copies import PageCopies, PageCopy
 
 LONGEST_WAIT_S = 2e-3  # of a step that has nothing else to do: new requests are taken in between
@@ -51,13 +52,16 @@ class TierTransfers:
         copies: between the device and `pool`.
         disk: None: there will be no READ and no WRITE.
         store: what `disk` reads and writes.
+
+    Attributes:
+        copies: may be replaced while nothing is on its way, as to measure another way.
     """
 
     def __init__(
-        self, copies: PageCopies, pool: HostPool, disk: DiskMoves | None = None, store: PageStore | None = None
+        self, copies: PageCopies, pool: HostPool, disk: DiskMoves | None = None, store: DiskStore | None = None
     ) -> None:
         self.pool, self.store = pool, store
-        self._copies, self._disk = copies, disk
+        self.copies, self._disk = copies, disk
         self._copying: list[_Copying] = []
         self._moving: dict[int, tuple[Move, float]] = {}  # of the disk: since when
         self._last_end_s = dict.fromkeys(Move, 0.0)
@@ -75,7 +79,7 @@ class TierTransfers:
         for move in (Move.STORE, Move.LOAD):
             if listed := by_move[move]:
                 pages, slots = [t.page for t in listed], [t.slot for t in listed]
-                copy = self._copies.begin(pages, slots, to_host=move is Move.STORE, after=after)
+                copy = self.copies.begin(pages, slots, to_host=move is Move.STORE, after=after)
                 self._copying.append(_Copying([t.id for t in listed], move, copy))
         for transfer in (*by_move[Move.WRITE], *by_move[Move.READ]):
             self._begin_on_disk(transfer)

@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-import msgspec
-
+from nanoflow_backend.kvcache.disk.disk_stats import DiskStats
+from nanoflow_backend.kvcache.disk.folder_index import Tell
 from nanoflow_backend.kvcache.disk.page_file import PageLayout, RefusedError
 from nanoflow_backend.kvcache.disk.page_folder import GoneError, PageFolder
 from nanoflow_backend.kvcache.tier import FIRST
@@ -17,24 +17,6 @@ from nanoflow_backend.kvcache.tier import FIRST
 CLOSE_S = 5.0
 RESCAN_S = 300.0  # 100,000 files take a second and a half
 log = logging.getLogger(__name__)
-
-
-class DiskStats(msgspec.Struct, frozen=True):
-    """`pages` and the bytes in use are as they are now; the rest counts from the start."""
-
-    pages: int  # of this layout, known to this engine
-    used_bytes: int  # of all that share the folder
-    max_bytes: int
-    read_pages: int
-    read_bytes: int
-    read_s: float  # spent by all threads that read, failures included
-    written_pages: int
-    written_bytes: int
-    write_s: float
-    evicted_pages: int
-    missing_files: int  # others had removed what was to be read
-    refused_files: dict[str, int]  # by Refusal; each was removed
-    failed: int  # reads, writes and scans: the disk is full or broken, or another engine held the lock for too long
 
 
 class DiskStore:
@@ -66,6 +48,10 @@ class DiskStore:
     def read(self, content: bytes, payload: memoryview) -> bool:
         """See PageStore. A file that is not whole, or of another layout, is removed."""
         return self._timed("read", lambda: self._folder.read(content, payload))
+
+    def watch(self, tell: Tell) -> None:
+        """Have somebody told of all that `lookup` finds, now and from now on; see FolderIndex."""
+        self._folder.contents.watch(tell)
 
     def remove(self, content: bytes) -> bool:
         """Forget a page. False: its file is still there."""

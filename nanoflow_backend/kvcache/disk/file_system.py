@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 from typing import NamedTuple
+
+log = logging.getLogger(__name__)
 
 
 class FoundFile(NamedTuple):
@@ -75,3 +79,18 @@ class FileSystem:
                     continue
                 found.append(FoundFile(entry.name, facts.st_size, facts.st_mtime_ns))
         return found
+
+
+def has_direct_reads(files: FileSystem, path: Path) -> bool:
+    """Whether a file can be read past the page cache. Some file systems refuse when it is opened, others when it is
+    read."""
+    try:
+        fd = files.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            files.read(fd, [memoryview(mmap(-1, PAGESIZE))], 0)
+        finally:
+            files.close(fd)
+    except OSError as error:
+        log.info("%s: reads go through the page cache, for the file system takes no others: %s", path.parent, error)
+        return False
+    return True

@@ -22,7 +22,8 @@ from uuid import uuid4
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.kvcache.disk.eviction import StoredPage, eviction_order
-from nanoflow_backend.kvcache.disk.file_system import FileSystem, FoundFile
+from nanoflow_backend.kvcache.disk.file_system import FileSystem, FoundFile, has_direct_reads
+from nanoflow_backend.kvcache.disk.folder_index import FolderIndex
 from nanoflow_backend.kvcache.disk.page_file import PageLayout, RefusedError, read_page, write_page
 
 LOCK_WAIT_S = 3.0  # for other engines that scan; longer, and a page is better dropped
@@ -50,6 +51,7 @@ class PageFolder:
         contents: of the pages that are there, so far as known: others remove files, too.
         used_bytes: what all files took, those of other layouts and engines included, when last counted.
         evicted_pages: files that this engine removed to make room.
+        direct: whether reads go past the kernel's page cache.
     """
 
     def __init__(
@@ -59,34 +61,35 @@ class PageFolder:
         layout: PageLayout,
         *,
         sync: bool = False,
-        direct: bool = False,
+        direct: bool = True,
         files: FileSystem | None = None,
     ) -> None:
         """Make the folder if it is not there. `sync` waits until the disk has what is written; without it a power cut
-        may tear files, which are refused then. `direct` reads past the page cache of the kernel.
+        may tear files, which are refused then. `direct` reads past the page cache of the kernel, where the file system
+        takes such reads: host memory that is to keep pages is the tier above, and the others' is left alone.
 
         Raises:
-            ConfigError: the folder cannot be made or written, has no direct reads, or the bound is below one page.
+            ConfigError: the folder cannot be made or written, or the bound is below one page.
         """
         if max_bytes < layout.file_bytes:
             raise ConfigError(f"disk_kv_cache.bytes: expected {layout.file_bytes}, one page, or more, got {max_bytes}")
         self._path, self.max_bytes, self._layout = path, max_bytes, layout
-        self._sync, self._direct = sync, direct
+        self._sync = sync
         self._files = files or FileSystem()
         self._prefix = layout.digest.hex()[:_SHORT]
-        self.contents: dict[bytes, str] = {}  # to the name of the file
+        self.contents = FolderIndex()
         self.used_bytes = self.evicted_pages = 0
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked() as lock:
-                if direct:
-                    self._files.close(self._files.open(path / "lock", os.O_RDONLY | os.O_DIRECT))
                 self.used_bytes = self._read_count(lock) or 0
         except FolderBusyError:
             pass  # so it can be written
         except OSError as error:
-            what = "direct reads" if direct else "a folder that can be written"
-            raise ConfigError(f"disk_kv_cache.path: {path}: expected {what}: {error.strerror}") from None
+            raise ConfigError(
+                f"disk_kv_cache.path: {path}: expected a folder that can be written: {error.strerror}"
+            ) from None
+        self.direct = direct and has_direct_reads(self._files, path / "lock")
 
     def scan(self) -> None:
         """Find out what is there, remove what dead writers left, and what is above the bound.
@@ -113,7 +116,7 @@ class PageFolder:
                 self._files.sync(fd)
             with self._locked():  # a scan that a rename overtakes may see neither name
                 self._files.rename(temporary, self._path / name)
-                self.contents[content] = name
+                self.contents.add(content, name)
         except (OSError, ValueError):
             self._give_back(temporary)
             raise
@@ -132,7 +135,7 @@ class PageFolder:
         if name is None:
             raise GoneError(f"{self._path} does not have the page {content.hex()}")
         try:
-            fd = self._files.open(self._path / name, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
+            fd = self._files.open(self._path / name, os.O_RDONLY | (os.O_DIRECT if self.direct else 0))
             try:
                 self._read(fd, content, payload)
                 with suppress(PermissionError):  # the page is another user's
@@ -140,15 +143,15 @@ class PageFolder:
             finally:
                 self._files.close(fd)
         except RefusedError as error:
-            self.contents.pop(content, None)
+            self.contents.discard(content)
             with suppress(OSError):
                 self._files.unlink(self._path / name)  # its size is uncertain: the next scan counts
             raise RefusedError(error.reason, f"{self._path / name}: {error}") from None
         except FileNotFoundError:
-            self.contents.pop(content, None)
+            self.contents.discard(content)
             raise GoneError(f"{self._path / name}: another engine removed it") from None
         except OSError:
-            self.contents.pop(content, None)
+            self.contents.discard(content)
             raise
 
     def remove(self, content: bytes) -> None:
@@ -157,7 +160,7 @@ class PageFolder:
         Raises:
             OSError: its file is still there.
         """
-        if name := self.contents.pop(content, None):
+        if name := self.contents.discard(content):
             self._give_back(self._path / name)
 
     def _read(self, fd: int, content: bytes, payload: memoryview) -> None:
@@ -165,7 +168,7 @@ class PageFolder:
         try:
             read_page(self._files, fd, self._layout, content, payload)
         except OSError as error:
-            if not self._direct or error.errno != EINVAL:
+            if not self.direct or error.errno != EINVAL:
                 raise
             blocks = -(-self._layout.file_bytes // mmap.PAGESIZE)
             aligned = memoryview(mmap.mmap(-1, blocks * mmap.PAGESIZE))
@@ -225,7 +228,7 @@ class PageFolder:
             self.evicted_pages += 1
         self._write_count(lock, used)
         own = (_PAGE.fullmatch(page.name) for page in pages if page.name not in gone)
-        self.contents = {bytes.fromhex(name[2]): name[0] for name in own if name and name[1] == self._prefix}
+        self.contents.replace({bytes.fromhex(name[2]): name[0] for name in own if name and name[1] == self._prefix})
         return used
 
     def _removed(self, name: str) -> bool:

@@ -26,7 +26,7 @@ class LoadPlan:
     end: int = field(init=False)
     outstanding: set[int] = field(default_factory=set)  # indices on their way
     disk_pages: int = 0  # of all these, those that would have to come from the disk
-    read_pages: int = 0  # of the loaded ones, those that did
+    read: set[int] = field(default_factory=set)  # indices of those that did
 
     def __post_init__(self) -> None:
         self.front = self.first
@@ -41,6 +41,11 @@ class LoadPlan:
     def met(self) -> bool:
         """Everything before the end is computed, about to be, or loaded."""
         return self.front == self.back and not self.outstanding
+
+    @property
+    def read_pages(self) -> int:
+        """Of the pages that were loaded and are of use, those from the disk."""
+        return sum(self.back <= index < self.end for index in self.read)
 
     def content(self, index: int) -> bytes:
         return self.contents[index - self.first]

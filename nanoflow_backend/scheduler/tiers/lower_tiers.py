@@ -9,11 +9,11 @@ from itertools import takewhile
 
 from nanoflow_backend.kvcache.device_tier import DeviceTier
 from nanoflow_backend.kvcache.host_tier import HostTier
-from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import Move, PageIndex, Transfer, TransferReport
 from nanoflow_backend.scheduler.tiers.limits import TierLimits
 from nanoflow_backend.scheduler.tiers.load_plan import LoadPlan
 from nanoflow_backend.scheduler.tiers.rates import Rates
-from nanoflow_backend.scheduler.tiers.stats import TierStats
+from nanoflow_backend.scheduler.tiers.stats import DROPS, Drop, TierStats
 from nanoflow_backend.scheduler.tiers.store_queue import StoreQueue, Waiting
 from nanoflow_backend.scheduler.tiers.transfers import Load, Transfers
 
@@ -34,7 +34,7 @@ class LowerTiers:
         host: HostTier,
         limits: TierLimits,
         rates: Rates,
-        disk: PageStore | None = None,
+        disk: PageIndex | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.host, self.disk, self.rates = host, disk, rates
@@ -47,7 +47,7 @@ class LowerTiers:
         self._readers: dict[bytes, list[Load]] = {}  # of contents on their way from the disk
         self._wanted: deque[tuple[bytes, bytes | None]] = deque()  # of requests without pages: to be read, and parents
         self._transfers = Transfers()
-        self._dropped = 0
+        self._dropped: Counter[Drop] = Counter(dict.fromkeys(DROPS, 0))
         self._reported_s = self._arrived_s = clock()  # when a report came, and when the last one that had a load
 
     @property
@@ -67,17 +67,8 @@ class LowerTiers:
 
     @property
     def stats(self) -> TierStats:
-        moved, failed, busy_s = self._transfers.moved, self._transfers.failed, self._transfers.busy_s
-        return TierStats(
-            host_pages=self.host.num_slots,
-            host_used_pages=len(self.host),
-            evicted_pages=self.host.evicted,
-            dropped_pages=self._dropped,
-            page_bytes=self._limits.page_bytes,
-            moved_pages={move.name.lower(): moved[move] for move in Move},
-            failed_pages={move.name.lower(): failed[move] for move in (Move.WRITE, Move.READ)},
-            busy_s={move.name.lower(): busy_s[move] for move in Move},
-        )
+        disk = self.disk.stats if self.disk else None
+        return TierStats.of(self.host, self._transfers, self._dropped, self._limits.page_bytes, disk)
 
     def offer(self, content: bytes, parent: bytes | None, step: int, *, urgent: bool = False) -> None:
         """The device will hold this content when `step` has come back. `urgent`: keep it in any case."""
@@ -158,17 +149,20 @@ class LowerTiers:
             self._stores.remove(content)
             if self.host.knows(content):
                 continue
-            slot = None if page is None or not self._is_reachable(parent) else self.host.reserve(content, parent)
-            if page is None or slot is None:
-                self._dropped += 1
-                continue
-            device.pool.share(page)
-            begun.append(self._transfers.begin(Move.STORE, slot, content, page=page))
+            if page is None:
+                self._dropped["left_device"] += 1
+            elif not self._is_reachable(parent):
+                self._dropped["no_predecessor"] += 1
+            elif (slot := self.host.reserve(content, parent)) is None:
+                self._dropped["no_slot"] += 1
+            else:
+                device.pool.share(page)
+                begun.append(self._transfers.begin(Move.STORE, slot, content, page=page))
         while self._writes and self._transfers.on_their_way[Move.WRITE] < self._limits.disk_moves:
             content = self._writes.popleft()
             assert self.disk is not None, "there is no disk to write to"
             if self.host.lookup(content) is None:
-                self._dropped += 1
+                self._dropped["left_host"] += 1
             elif not self.disk.lookup(content):
                 slot, parent = self.host.pin(content), self.host.parent(content)
                 begun.append(self._transfers.begin(Move.WRITE, slot, content, parent=parent))
@@ -229,7 +223,7 @@ class LowerTiers:
                     for reader in self._readers.pop(content):
                         self.host.pin(content)
                         self._read.append(reader)
-                        reader.plan.read_pages += 1
+                        reader.plan.read.add(reader.place)
                         reader.plan.progress_s = self._reported_s
         for transfer, content, _ in failed:
             if transfer.move is Move.WRITE:
@@ -242,6 +236,14 @@ class LowerTiers:
         moved = Counter(each.transfer.move for each in done)
         for move, rate in ((Move.STORE, self.rates.store), (Move.LOAD, self.rates.load), (Move.READ, self.rates.read)):
             rate.measured(moved[move], report.seconds[move])
+
+    def abandon(self) -> int:
+        """Nothing will be reported any more. Returns the pages that were on their way down, or waited for that: they
+        count as dropped."""
+        down = sum(self._transfers.on_their_way[move] for move in (Move.STORE, Move.WRITE))
+        lost = down + len(self._stores) + sum(not self._is_on_disk(content) for content in self._writes)
+        self._dropped["closed"] += lost
+        return lost
 
     def check(self) -> None:
         """Raise AssertionError if a slot is lost, or an account is wrong."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+from nanoflow_backend.kvcache.disk.disk_stats import DiskStats
+
 
 class LossyDisk:
-    """The part of a PageStore that the scheduler sees, and what LedgerExecutor does to it.
+    """A PageIndex (see there), and what LedgerExecutor does to it.
 
     Args:
         capacity: pages; others go for new ones.
@@ -16,6 +18,10 @@ class LossyDisk:
     def __init__(self, capacity: int, rng: random.Random | None = None) -> None:
         self._capacity, self._rng = capacity, rng
         self._pages: dict[bytes, list[int]] = {}
+
+    @property
+    def stats(self) -> DiskStats:
+        return DiskStats(pages=len(self._pages))
 
     def lookup(self, content: bytes) -> bool:
         return content in self._pages

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from nanoflow_backend.bench.reservation import ReserveNothing
 from nanoflow_backend.kvcache.content_hash import extend_hashes
 from nanoflow_backend.kvcache.host_tier import HostTier
-from nanoflow_backend.kvcache.tier import Move, PageStore, Transfer, TransferReport
+from nanoflow_backend.kvcache.tier import Move, PageIndex, Transfer, TransferReport
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import SamplingParams
 from nanoflow_backend.scheduler.batch import Batch, Delta, Sampled
@@ -36,7 +36,7 @@ class TieredScheduler:
         self,
         num_pages: int = PAGES,
         host_slots: int = 20,
-        disk: PageStore | None = None,
+        disk: PageIndex | None = None,
         tier_limits: dict[str, Any] | None = None,
         **limits: int,
     ) -> None:

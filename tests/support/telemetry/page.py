@@ -8,7 +8,7 @@ from typing import Any
 from nanoflow_backend.process.messages import Load, Ready, Stats
 from nanoflow_backend.scheduler.observed import Observed
 from nanoflow_backend.scheduler.stats import SchedulerStats
-from nanoflow_backend.telemetry.families import Family
+from nanoflow_backend.telemetry.family import Family
 from nanoflow_backend.telemetry.metrics import Metrics, Page
 
 READY = Ready(

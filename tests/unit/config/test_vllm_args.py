@@ -27,6 +27,9 @@ def fields(folder, **args):
         ({"dtype": "float"}, {"dtype": "float32"}),
         ({"enable_prefix_caching": False, "async_scheduling": None}, {"prefix_caching": False}),
         ({"enforce_eager": True}, {"cuda_graphs": False}),
+        ({"kv_offloading_size": 1.5, "kv_offloading_backend": "native"}, {"host_kv_cache_bytes": 3 * 2**29}),
+        ({"kv_offloading_size": "2"}, {"host_kv_cache_bytes": 2**31}),
+        ({"kv_offloading_size": 0}, {"host_kv_cache_bytes": 0}),
         ({"enforce_eager": "False"}, {"cuda_graphs": True}),
         ({"load_format": "auto"}, {"load_format": "safetensors"}),
         ({"load_format": "dummy", "seed": 5}, {"load_format": "dummy", "seed": 5}),
@@ -59,6 +62,13 @@ def test_events_that_are_no_section_of_vllm_are_refused_by_their_name_there(tmp_
         assert spoken(str(error.value)).endswith("(kv_events is kv_events_config there)")
 
 
+def test_host_memory_that_cannot_be_is_refused_by_its_name_there(tmp_path):
+    for size, words in ((-1, "expected an integer >= 0"), ("lots", "Expected `int`"), (float("inf"), "Expected `int`")):
+        with pytest.raises(ConfigError, match=words) as error:
+            EngineConfig.resolve(fields(tmp_path, model="m", kv_offloading_size=size), tmp_path)
+        assert spoken(str(error.value)).endswith("(host_kv_cache_bytes is kv_offloading_size there)")
+
+
 def test_every_translation_is_a_field_of_engine_json():
     assert {field for field, _ in TRANSLATED.values()} <= set(EngineConfig.__struct_fields__)
 
@@ -87,7 +97,7 @@ def test_what_is_idle_is_named_in_one_warning_with_the_reason_and_without_its_va
     assert fields(tmp_path, model="m", swap_space=4, disable_log_requests=True, hf_token="secret") == {"model": "m"}
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    for part in ("swap_space (weights and KV pages", "disable_log_requests (", "hf_token ("):
+    for part in ("swap_space (weights stay in the device's memory", "disable_log_requests (", "hf_token ("):
         assert part in record.message
     assert "secret" not in record.message
     caplog.clear()

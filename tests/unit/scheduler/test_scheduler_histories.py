@@ -235,7 +235,7 @@ class History:
         self.seen += Counter(tiers.moved_pages)
         self.seen += Counter({f"{move} that failed": pages for move, pages in tiers.failed_pages.items()})
         self.seen["evicted from host memory"] += tiers.evicted_pages
-        self.seen["dropped"] += tiers.dropped_pages
+        self.seen["dropped"] += sum(tiers.dropped_pages.values())
 
     def refuse(self, request_id: int) -> None:
         counted = sum(self.scheduler.observer.observed.ended.values())

@@ -10,6 +10,7 @@ import torch
 
 from nanoflow_backend.engine.tiers.rank_reports import RankReports
 from nanoflow_backend.engine.tiers.transfers import TierTransfers
+from nanoflow_backend.kvcache.disk.disk_stats import DiskStats
 from nanoflow_backend.kvcache.host_pool import HostPool
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.kvcache.tier import Move, Transfer, TransferReport
@@ -156,3 +157,26 @@ def test_each_transfer_is_reported_once_whatever_the_order(seed: int) -> None:
         failed += joined.failed
     assert sorted(failed) == sorted(set.union(*fails))
     assert sorted(done + failed) == list(range(50))
+
+
+class Own:
+    """The index of rank 0."""
+
+    stats = DiskStats(pages=2, failed=1)
+
+    def lookup(self, content: bytes) -> bool:
+        return content in (b"a", b"b")
+
+
+def test_a_page_is_there_if_each_rank_has_told_of_it_and_not_taken_it_back() -> None:
+    reports = RankReports(3)
+    index = reports.index(Own())
+    reports.add(1, TransferReport(slots=4, found=[b"a", b"b", b"c"]))
+    assert not index.lookup(b"a"), "rank 2 has said nothing"
+    reports.add(2, TransferReport(found=[b"a"], disk=DiskStats(failed=2)))
+    assert [index.lookup(content) for content in (b"a", b"b", b"c")] == [True, False, False]
+    assert (index.stats.pages, index.stats.failed) == (2, 3)
+    reports.add(1, TransferReport(gone=[b"a"]))
+    assert not index.lookup(b"a")
+    reports.add(2, TransferReport(slots=3))
+    assert reports.join(TransferReport(slots=9)).slots == 3, "news of the disk say nothing of slots"

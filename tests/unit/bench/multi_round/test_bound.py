@@ -8,6 +8,7 @@ import pytest
 
 from nanoflow_backend.bench.multi_round.bound import Bound, StepCost
 from nanoflow_backend.bench.multi_round.conversations import Conversations, draw_conversations
+from nanoflow_backend.config.error import ConfigError
 
 
 class Lengths(NamedTuple):
@@ -67,3 +68,11 @@ def test_a_small_cache_takes_more_steps_than_the_tokens_fill() -> None:
 def test_a_step_costs_the_weights_or_its_tokens_and_the_cache_that_it_reads() -> None:
     cost = StepCost(least_s=2.0, token_s=0.5, kv_token_s=0.01)
     assert [cost.of(tokens, 100) for tokens in (1, 4, 6)] == [3.0, 3.0, 4.0]
+
+
+def test_the_cost_of_a_step_is_read_in_its_units() -> None:
+    cost = StepCost.parse("5.6,22.3,33.4")
+    assert [cost.least_s, cost.token_s, cost.kv_token_s] == pytest.approx([5.6e-3, 22.3e-6, 33.4e-9])
+    for text in ("5.6,22.3", "5.6,22.3,x", "5.6,0,33.4", "nan,1,1"):
+        with pytest.raises(ConfigError, match=f"--step-cost: expected three numbers above 0 .* got {text}"):
+            StepCost.parse(text)

@@ -8,8 +8,9 @@ from msgspec import structs
 from nanoflow_backend.bench.multi_round.bound import Bound, StepCost
 from nanoflow_backend.bench.multi_round.conversations import Conversations, Round, draw_conversations
 from nanoflow_backend.bench.multi_round.driver import Driver
-from nanoflow_backend.bench.multi_round.pretend_engine import HostMemory, PretendEngine
 from nanoflow_backend.bench.multi_round.summary import summarise
+from nanoflow_backend.bench.pretend.engine import PretendEngine
+from nanoflow_backend.bench.pretend.host_memory import HostMemory
 from nanoflow_backend.scheduler.batch import Delta
 from nanoflow_backend.scheduler.limits import SchedulerLimits
 
@@ -37,9 +38,9 @@ def run(
     host: HostMemory | None = None,
     prefix_caching: bool = True,
 ) -> tuple[Driver, PretendEngine]:
-    engine = PretendEngine(limits(kv_cache_tokens), COST, host, prefix_caching=prefix_caching)
+    engine = PretendEngine.before(host, limits(kv_cache_tokens), COST.of_batch, prefix_caching=prefix_caching)
     driver = Driver(conversations, active, vocab_size=1000)
-    driver.run(engine, engine.clock, engine.sleep)
+    driver.run(engine, engine.clock, engine.clock.sleep)
     assert not engine.has_work
     return driver, engine
 
@@ -82,10 +83,10 @@ def test_answers_of_another_length_are_an_error() -> None:
         def step(self) -> list[Delta]:
             return [structs.replace(delta, token_ids=()) for delta in super().step()]
 
-    engine = Short(limits(1000), COST)
+    engine = Short.before(None, limits(1000), COST.of_batch)
     driver = Driver(Conversations("x", (chat((10, 5, 0)),), {}), 1, vocab_size=100)
     with pytest.raises(RuntimeError, match="conversation 0, round 0: expected 5 tokens, got 0 and length"):
-        driver.run(engine, engine.clock, engine.sleep)
+        driver.run(engine, engine.clock, engine.clock.sleep)
 
 
 def test_host_memory_saves_what_the_device_forgets() -> None:
@@ -131,3 +132,23 @@ def test_a_summary_has_a_steady_part_if_conversations_began_in_it() -> None:
     assert "share_of_bound" not in summary
     assert set(summary["first_token_ms"]["returning_rounds"]) == {"p50", "p90", "p99"}
     assert "too few conversations" in summarise(run(drawn, 30)[0])["steady"]
+
+
+def test_a_run_that_is_cut_is_steady_up_to_its_end_and_says_what_was_answered() -> None:
+    drawn = draw_conversations("lmsys-like", 60, 1024, think_s=0)
+    whole, _ = run(drawn, 10)
+    limit_s = whole.answered[40].ended_s
+    engine = PretendEngine.before(None, limits(10**5), COST.of_batch)
+    driver = Driver(drawn, 10, vocab_size=1000)
+    driver.run(engine, engine.clock, engine.clock.sleep, limit_s)
+    assert driver.answered == whole.answered[:41]
+    assert engine.has_work
+    summary = summarise(driver)
+    assert summary["rounds"] == 41
+    assert summary["steady"]["rounds"] == 31
+    assert summary["steady"]["wall_s"] == pytest.approx(limit_s - whole.answered[9].ended_s, abs=1e-3)
+    engine = PretendEngine.before(None, limits(10**5), COST.of_batch)
+    few = Driver(drawn, 50, vocab_size=1000)
+    few.run(engine, engine.clock, engine.clock.sleep, limit_s / 2)
+    assert 0 < len(few.answered) < 50
+    assert "too few conversations" in summarise(few)["steady"]
