@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from nanoflow_kernels.collectives import exchange
+from nanoflow_kernels.collectives import all_gather, reduce_scatter
 from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
 from nanoflow_kernels.collectives.peers import Peers
+from nanoflow_kernels.collectives.two_shot import all_reduce_two_shot
 from torch import Tensor
 
 from nanoflow_backend.runtime.collectives.protocol import Collectives
@@ -37,23 +38,23 @@ class PeerToPeer(Collectives):
     def all_reduce(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
         is_small = x.numel() * x.element_size() <= self._one_shot_bytes
-        (all_reduce_one_shot if is_small else exchange.all_reduce_two_shot)(x, self._peers, out=out, num_sms=num_sms)
+        (all_reduce_one_shot if is_small else all_reduce_two_shot)(x, self._peers, out=out, num_sms=num_sms)
 
     def reduce_scatter_columns(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
-        exchange.reduce_scatter_columns(x, self._peers, out=out, num_sms=num_sms)
+        reduce_scatter.reduce_scatter_columns(x, self._peers, out=out, num_sms=num_sms)
 
     def all_gather_columns(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
-        exchange.all_gather_columns(x, self._peers, out=out, num_sms=num_sms)
+        all_gather.all_gather_columns(x, self._peers, out=out, num_sms=num_sms)
 
     def reduce_scatter_rows(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
-        exchange.reduce_scatter_rows(x, self._peers, out=out, num_sms=num_sms)
+        reduce_scatter.reduce_scatter_rows(x, self._peers, out=out, num_sms=num_sms)
 
     def all_gather_rows(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
-        exchange.all_gather_rows(x, self._peers, out=out, num_sms=num_sms)
+        all_gather.all_gather_rows(x, self._peers, out=out, num_sms=num_sms)
 
     def reduce_scatter_add_rms_norm_all_gather(
         self,
@@ -66,6 +67,6 @@ class PeerToPeer(Collectives):
         num_sms: int | None = None,
     ) -> None:
         """See Collectives."""
-        exchange.reduce_scatter_add_rms_norm_all_gather(
+        reduce_scatter.reduce_scatter_add_rms_norm_all_gather(
             residual, update, weight, self._peers, eps=eps, out=out, num_sms=num_sms
         )
