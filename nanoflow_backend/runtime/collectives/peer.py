@@ -5,12 +5,24 @@ from __future__ import annotations
 from nanoflow_kernels.collectives import all_gather, reduce_scatter
 from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
 from nanoflow_kernels.collectives.peers import Peers
+from nanoflow_kernels.collectives.tiles import room
 from nanoflow_kernels.collectives.two_shot import all_reduce_two_shot
 from torch import Tensor
 
 from nanoflow_backend.runtime.collectives.protocol import Collectives
 
 ONE_SHOT_BYTES = 256 * 1024  # to be measured on several GPUs: a one-shot all-reduce up to so many bytes of x
+
+
+def buffer_bytes(
+    ranks: int, tokens: int, width: int, element_size: int, *, one_shot_bytes: int = ONE_SHOT_BYTES
+) -> int:
+    """Bytes that the buffer of each rank needs for calls on up to so many tokens, their whole rows of 16 to `width`
+    columns."""
+    by_rows = room(ranks + 1, -(-tokens // ranks), width, element_size)
+    by_columns = room(ranks + 1, tokens, -(-width // ranks), element_size)
+    one_shot = 2 * ranks * one_shot_bytes  # rows are padded, at most to twice as many columns
+    return 2 * max(by_rows, by_columns, one_shot)
 
 
 class PeerToPeer(Collectives):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from nanoflow_kernels.collectives.peers import Peers
+from nanoflow_kernels.collectives import all_gather, reduce_scatter
+from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
+from nanoflow_kernels.collectives.peers import PAD_BYTES, Peers, peers_at, virtual_peers
+from nanoflow_kernels.collectives.two_shot import all_reduce_two_shot
 from support.collectives.exchanges import KERNELS, Exchange
 from support.collectives.peer_ranks import run_peers
 
@@ -63,3 +68,62 @@ def test_every_rank_gets_the_sums_of_float64(ranks: int, cases: list[Any]) -> No
 
 def test_a_rank_that_nobody_meets_is_let_go_by_the_abort_word() -> None:
     run_peers(2, wait_for_nobody, BUFFER_BYTES)
+
+
+ONE = virtual_peers(2, 4096, "cpu")[1]
+GIVEN = {"rank": 1, "buffer_bytes": 64, "abort": torch.zeros(1, dtype=torch.int32), "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("buffers", "pads", "change", "message"),
+    [
+        ([], [], {}, "buffers: expected those of 1 to 8 ranks, got 0"),
+        ([256] * 9, [256] * 9, {}, "buffers: expected those of 1 to 8 ranks, got 9"),
+        ([256] * 2, [256], {}, "pads: expected those of 2 ranks, as of buffers, got 1"),
+        ([256] * 2, [256] * 2, {"rank": 2}, "rank: expected one of 2, got 2"),
+        ([256, 264], [256] * 2, {}, "buffers: rank 1: expected an address at a multiple of 256, got 0x108"),
+        ([256] * 2, [0, 256], {}, "pads: rank 0: expected an address at a multiple of 256, got 0x0"),
+        ([256] * 2, [256] * 2, {"abort": torch.zeros(2, dtype=torch.int32)}, r"abort: expected \[1\] int32"),
+        ([256] * 2, [256] * 2, {"abort": torch.zeros(1)}, r"abort: expected \[1\] int32"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(
+    buffers: list[int], pads: list[int], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        peers_at(buffers, pads, **(GIVEN | change))
+
+
+def wide(rows: int, columns: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.zeros(rows, columns, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: all_reduce_one_shot(wide(3, 4), ONE, out=wide(3, 5)), r"all_reduce_one_shot: out: expected shape"),
+        (lambda: all_reduce_two_shot(wide(3, 4), ONE, out=wide(2, 4)), r"all_reduce_two_shot: out: expected shape"),
+        (lambda: all_reduce_two_shot(wide(3, 4).T, ONE, out=wide(4, 3)), "x: expected a matrix of contiguous rows"),
+        (lambda: all_reduce_two_shot(wide(3, 4), ONE, out=wide(3, 4, torch.float16)), "out: expected torch.float32"),
+        (lambda: all_reduce_two_shot(wide(3, 4), ONE, out=wide(3, 4), num_sms=0), "num_sms: expected a positive"),
+        (lambda: reduce_scatter.reduce_scatter_rows(wide(3, 4), ONE, out=wide(2, 4)), r"out: expected shape \(1, 4\)"),
+        (lambda: reduce_scatter.reduce_scatter_columns(wide(3, 5), ONE, out=wide(3, 2)), r"x: expected shape \(3, 4\)"),
+        (lambda: all_gather.all_gather_rows(wide(2, 4), ONE, out=wide(3, 4)), r"x: expected shape \(1, 4\)"),
+        (lambda: all_gather.all_gather_columns(wide(3, 2), ONE, out=wide(3, 5)), r"out: expected shape \(3, 4\)"),
+        (lambda: all_reduce_one_shot(wide(65, 16), ONE, out=wide(65, 16)), "expected buffers of 16896 bytes or more"),
+    ],
+)
+def test_wrong_operands_are_named_before_anything_waits(call: Callable[[], None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert ONE.counters.tolist() == [0, 0]
+
+
+def test_virtual_ranks_have_memory_of_their_own() -> None:
+    peers = virtual_peers(3, 1000, "cpu")
+    assert [one.rank for one in peers] == [0, 1, 2]
+    begins = sorted([*peers[0].buffers.tolist(), *peers[0].pads.tolist()])
+    assert all(stop - start >= 1024 for start, stop in pairwise(begins))
+    assert begins[-1] + PAD_BYTES <= peers[0].memory.data_ptr() + len(peers[0].memory)
+    assert all(torch.equal(one.buffers, peers[0].buffers) and one.abort is peers[0].abort for one in peers)
+    assert len({one.counters.data_ptr() for one in peers}) == 3
