@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nanoflow_kernels.collectives import all_gather, reduce_scatter
+from nanoflow_kernels.collectives.copy_engine import CopyEngine
 from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
 from nanoflow_kernels.collectives.peers import Peers
 from nanoflow_kernels.collectives.tiles import room
@@ -29,13 +30,15 @@ class PeerToPeer(Collectives):
     """Collectives of the ranks that `peers` reaches; every rank has to have as many SMs and the same `one_shot_bytes`.
 
     An all-reduce of up to `one_shot_bytes` bytes is one-shot: each rank writes its whole input to all others. A larger
-    one is two-shot: each rank sums some of the rows.
+    one is two-shot: each rank sums some of the rows. With `copy_engine`, all-gathers are its copies and take no SMs.
     """
 
     capturable = True
 
-    def __init__(self, peers: Peers, *, one_shot_bytes: int = ONE_SHOT_BYTES) -> None:
-        self._peers, self._one_shot_bytes = peers, one_shot_bytes
+    def __init__(
+        self, peers: Peers, *, one_shot_bytes: int = ONE_SHOT_BYTES, copy_engine: CopyEngine | None = None
+    ) -> None:
+        self._peers, self._one_shot_bytes, self._copy_engine = peers, one_shot_bytes, copy_engine
 
     @property
     def ranks(self) -> int:
@@ -58,7 +61,10 @@ class PeerToPeer(Collectives):
 
     def all_gather_columns(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
-        all_gather.all_gather_columns(x, self._peers, out=out, num_sms=num_sms)
+        if self._copy_engine:
+            self._copy_engine.all_gather_columns(x, out=out)
+        else:
+            all_gather.all_gather_columns(x, self._peers, out=out, num_sms=num_sms)
 
     def reduce_scatter_rows(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
@@ -66,7 +72,10 @@ class PeerToPeer(Collectives):
 
     def all_gather_rows(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
-        all_gather.all_gather_rows(x, self._peers, out=out, num_sms=num_sms)
+        if self._copy_engine:
+            self._copy_engine.all_gather_rows(x, out=out)
+        else:
+            all_gather.all_gather_rows(x, self._peers, out=out, num_sms=num_sms)
 
     def reduce_scatter_add_rms_norm_all_gather(
         self,

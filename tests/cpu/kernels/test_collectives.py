@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from nanoflow_kernels.collectives import all_gather, reduce_scatter
+from nanoflow_kernels.collectives.copy_engine import CopyEngine
 from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
 from nanoflow_kernels.collectives.peers import PAD_BYTES, Peers, peers_at, virtual_peers
 from nanoflow_kernels.collectives.two_shot import all_reduce_two_shot
@@ -40,6 +42,25 @@ def calls_in_turns(peers: Peers, cases: list[tuple[int, int, torch.dtype, int | 
     assert peers.counters.tolist() == [calls, 0]
 
 
+def copy_rows(to: int, to_stride: int, source: int, source_stride: int, row_bytes: int, rows: int) -> None:
+    for row in range(rows):
+        ctypes.memmove(to + row * to_stride, source + row * source_stride, row_bytes)
+
+
+def gather_by_copies(peers: Peers) -> None:
+    """Twice each, with other values: a rank that is early must not change what others still copy."""
+    warnings.simplefilter("ignore", DeprecationWarning)
+    engine = CopyEngine(peers, copy_rows)
+    for seed, (kernel, tokens) in enumerate(product(("all_gather_rows", "all_gather_columns"), (0, 1, 7, 13))):
+        case = Exchange(kernel, peers.ranks, tokens, 5 * peers.ranks, torch.float16, "cpu", seed)
+        (x,), (out,) = case.inputs[peers.rank], case.outs[peers.rank]
+        if peers.rank == 0:
+            time.sleep(0.02 * (seed % 3))
+        getattr(engine, kernel)(x, out=out)
+        case.check(peers.rank)
+    assert peers.counters.tolist() == [12, 0]
+
+
 def wait_for_nobody(peers: Peers) -> None:
     """Rank 1 never calls; rank 0 is let go by the abort word."""
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -64,6 +85,10 @@ def wait_for_nobody(peers: Peers) -> None:
 )
 def test_every_rank_gets_the_sums_of_float64(ranks: int, cases: list[Any]) -> None:
     run_peers(ranks, partial(calls_in_turns, cases=cases), BUFFER_BYTES)
+
+
+def test_copies_gather_what_kernels_would() -> None:
+    run_peers(3, gather_by_copies, 13 * 5 * 2)
 
 
 def test_a_rank_that_nobody_meets_is_let_go_by_the_abort_word() -> None:
@@ -110,6 +135,12 @@ def wide(rows: int, columns: int, dtype: torch.dtype = FP32) -> torch.Tensor:
         (lambda: reduce_scatter.reduce_scatter_columns(wide(3, 5), ONE, out=wide(3, 2)), r"x: expected shape \(3, 4\)"),
         (lambda: all_gather.all_gather_rows(wide(2, 4), ONE, out=wide(3, 4)), r"x: expected shape \(1, 4\)"),
         (lambda: all_gather.all_gather_columns(wide(3, 2), ONE, out=wide(3, 5)), r"out: expected shape \(3, 4\)"),
+        (lambda: CopyEngine(ONE).all_gather_rows(wide(2, 4), out=wide(3, 4)), r"x: expected shape \(1, 4\)"),
+        (lambda: CopyEngine(ONE).all_gather_columns(wide(3, 2), out=wide(3, 5)), r"out: expected shape \(3, 4\)"),
+        (
+            lambda: CopyEngine(ONE).all_gather_columns(wide(65, 16), out=wide(65, 32)),
+            "expected buffers of 4160 bytes or more, got 4096",
+        ),
         (lambda: all_reduce_one_shot(wide(65, 16), ONE, out=wide(65, 16)), "expected buffers of 16896 bytes or more"),
     ],
 )

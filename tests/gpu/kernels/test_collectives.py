@@ -10,7 +10,8 @@ from random import Random
 
 import pytest
 import torch
-from nanoflow_kernels.collectives.peers import Peers
+from nanoflow_kernels.collectives.copy_engine import CopyEngine
+from nanoflow_kernels.collectives.peers import Peers, virtual_peers
 from nanoflow_kernels.grid import device_sms
 from support.collectives.exchanges import KERNELS, Exchange
 from support.collectives.virtual_ranks import VirtualRanks
@@ -128,6 +129,50 @@ def test_captured_calls_are_replayed(ranks: int) -> None:
                 group.launch(lambda peers: graphs[peers.rank].replay(), delays)
         assert [int(count) for count in wrong] == [0] * ranks
     assert [int(peers.counters[0]) for peers in group.peers] == [1001 * len(cases)] * ranks
+
+
+@pytest.mark.parametrize("kernel", ["all_gather_rows", "all_gather_columns"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_copy_engines_gather_what_kernels_would_also_captured(ranks: int, kernel: str) -> None:
+    group, random = VirtualRanks(ranks, 16 << 20), Random(ranks)
+    engines = [CopyEngine(peers) for peers in group.peers]
+    sizes = [(1, 512), (13, 1031), (67, 1024), (1031, 2048)]
+    cases = [
+        Exchange(kernel, ranks, tokens, width_for(kernel, ranks, width), torch.bfloat16, "cuda", seed)
+        for seed, (tokens, width) in enumerate(sizes)
+    ]
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(ranks)]
+
+    def all_cases(peers: Peers) -> None:
+        for case in cases:
+            (x,), (out,) = case.inputs[peers.rank], case.outs[peers.rank]
+            out.fill_(torch.nan)
+            getattr(engines[peers.rank], kernel)(x, out=out)
+            wrong[peers.rank] += case.mismatches(peers.rank)
+
+    alone = virtual_peers(1, 16 << 20, "cuda")[0]
+    for case in cases:  # the driver loads what it needs, while nobody waits
+        whole = case.expected[0][0]
+        assert whole is not None
+        CopyEngine(alone).all_gather_rows(whole, out=torch.empty_like(whole))
+    group.poison()
+    with group.ended_within(SECONDS):
+        group.launch(all_cases)
+    for case in cases:
+        for rank in range(ranks):
+            case.check(rank)
+    graphs = []
+    for peers, stream in zip(group.peers, group.streams, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            all_cases(peers)
+        graphs.append(graph)
+    group.poison()
+    with group.ended_within(SECONDS):
+        for _ in range(200):
+            delays = [random.choice([0, 0, 1000, 100_000]) for _ in range(ranks)]
+            group.launch(lambda peers: graphs[peers.rank].replay(), delays)
+    assert [int(count) for count in wrong] == [0] * ranks
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

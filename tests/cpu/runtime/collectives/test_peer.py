@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
+from nanoflow_kernels.collectives.copy_engine import CopyEngine
 from nanoflow_kernels.collectives.peers import Peers, virtual_peers
 from support.collectives.checks import check_collectives
 from support.collectives.peer_ranks import run_peers
@@ -37,6 +39,16 @@ def test_an_all_reduce_is_one_shot_up_to_so_many_bytes(monkeypatch: pytest.Monke
         x = torch.zeros(tokens, 32, dtype=torch.float16)
         one.all_reduce(x, out=x.clone())
     assert called == ["all_reduce_one_shot", "all_reduce_two_shot"]
+
+
+def test_with_a_copy_engine_all_gathers_are_its_copies() -> None:
+    engine = Mock(CopyEngine)
+    one = PeerToPeer(virtual_peers(2, 1024, "cpu")[0], copy_engine=engine)
+    x, out = torch.zeros(2, 4), torch.zeros(4, 4)
+    one.all_gather_rows(x, out=out, num_sms=2)
+    engine.all_gather_rows.assert_called_once_with(x, out=out)
+    one.all_gather_columns(x, out=out, num_sms=2)
+    engine.all_gather_columns.assert_called_once_with(x, out=out)
 
 
 @pytest.mark.parametrize(("ranks", "tokens", "width"), [(2, 7, 16), (8, 4096, 8192), (3, 5, 51), (8, 1, 8)])
