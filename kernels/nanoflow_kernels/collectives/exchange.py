@@ -12,7 +12,7 @@ buffer for peers to read, the bytes were as many (the copy takes the place of th
 take microseconds, and few SMs cannot keep as many under way as fill it; nobody waits for a store. Gathering by writes
 costs fN more, since outputs are not mapped for peers: what came would have to be copied to them. So it reads; the
 loads of all peers are under way together. Reading the inputs of others in place would save fN, and would need every
-activation in mapped memory and one more meeting, after which inputs may be overwritten.
+activation in mapped memory and one more barrier, after which inputs may be overwritten.
 
 Shape legend: T tokens, D columns of the whole row, C columns of a part, n ranks, t rows of one rank.
 """
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.checks import check_dtype, check_rows
-from nanoflow_kernels.collectives.meeting import begin_call, end_call, meet
+from nanoflow_kernels.collectives.barrier import begin_call, end_call, peer_barrier
 from nanoflow_kernels.collectives.peers import MAX_PROGRAMS, Peers
 from nanoflow_kernels.collectives.tiles import (
     Tile,
@@ -115,7 +115,7 @@ def _exchange(
                 inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
                 there = region_ptr(buffers_ptr, peer, half, rank, rows, region_row, x_ptr)
                 tl.store(there + offsets(row, column, region_row), values[turn - 1], mask=inside)
-        meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
+        peer_barrier(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
 
     own_x_ptr, own_out_ptr = x_ptr, out_ptr
     if SCATTER:
@@ -149,7 +149,7 @@ def _exchange(
             tl.store(here + offsets(row, column, region_row), y, mask=inside)
 
     if GATHER:
-        meet(pads_ptr, abort_ptr, rank, epoch, 1, RANKS)
+        peer_barrier(pads_ptr, abort_ptr, rank, epoch, 1, RANKS)
         for tile in range(first, tiles, step):
             row, column = tile_indices(tile, C, ROWS, COLS)
             values = ()
