@@ -19,8 +19,10 @@ from nanoflow_kernels.collectives.peers import MAX_PROGRAMS, MAX_RANKS
 
 LANES = tl.constexpr(MAX_RANKS)
 PAD_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
-# Reading host memory takes longer than reading a signal, so it is read once in so many turns, 0.1 ms or so.
-TURNS = tl.constexpr(128)
+# Who waits reads the abort word, in host memory, once in so many turns: some 10 ms, later than any wait that ends well.
+# Read every 128 turns, its reads filled the bus and held up all else: 8 ranks' exchange of 64 MiB took 136 ms on an H200
+# that takes .7 ms without.
+TURNS = tl.constexpr(1 << 14)
 WIDEST = tl.constexpr(1024)  # threads of a program
 
 
