@@ -90,9 +90,7 @@ class CudaPageCopies:
         pages_a_launch: of the kernel.
     """
 
-    def __init__(
-        self, kv: KvPages, pool: HostPool, how: How = "kernel", pages_a_launch: int = PAGES_A_LAUNCH
-    ) -> None:
+    def __init__(self, kv: KvPages, pool: HostPool, how: How = "kernel", pages_a_launch: int = PAGES_A_LAUNCH) -> None:
         self._pages, self._pool = kv.tensor, pool
         self._streams = {to_host: torch.cuda.Stream() for to_host in (True, False)}
         self._words = as_words(kv.tensor, pool.slots)
