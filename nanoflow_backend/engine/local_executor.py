@@ -12,6 +12,7 @@ from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
 from nanoflow_backend.kvcache.tier import PageStore, TransferReport
 from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.runtime.rank_gpu import stay_near_gpu
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
 
@@ -28,10 +29,13 @@ class LocalExecutor:
     """
 
     def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
+        if settled.config.tensor_parallel > 1 and settled.config.device == "cuda":
+            stay_near_gpu(rank=0)  # first: memory lies where the thread runs that touches it first
         self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
-            self.worker = Worker(settled)
+            with self._errors_explained():
+                self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else None)
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:
@@ -67,8 +71,12 @@ class LocalExecutor:
             self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
-        sampled = self.worker.collect(step)
-        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+        with self._errors_explained():
+            sampled = self.worker.collect(step)
+        if self._ranks is None:
+            return sampled
+        self._ranks.check()
+        return replace(sampled, transfers=self._joined(sampled.transfers))
 
     def _joined(self, report: TransferReport | None) -> TransferReport | None:
         """Of all ranks, where that of rank 0 is this."""
