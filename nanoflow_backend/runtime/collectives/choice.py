@@ -6,6 +6,7 @@ from importlib import import_module
 
 import torch
 import torch.distributed as dist
+from nanoflow_kernels.collectives.peers import PAD_BYTES, peers_at
 
 from nanoflow_backend.config.precision import Precision
 from nanoflow_backend.config.settled import Settled
@@ -44,15 +45,14 @@ def open_collectives(settled: Settled, interface: str) -> Collectives:
 
 def open_peers(num_bytes: int) -> Collectives:
     """Our own kernels, on a buffer of so many bytes of each rank. Raises: RuntimeError, see PeerMemory."""
-    peers, peer = (import_module(name) for name in ("nanoflow_kernels.collectives.peers", f"{__package__}.peer"))
     torch.cuda.current_stream()  # a context for the driver's calls
     rank, num_bytes = dist.get_rank(), -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES
-    memory = PeerMemory(rank, num_bytes + peers.PAD_BYTES, gather_bytes)
-    pads = [address + num_bytes for address in memory.addresses]
-    made = peers.peers_at(
-        memory.addresses, pads, rank=rank, buffer_bytes=num_bytes, abort=memory.abort, device="cuda", memory=memory
-    )
-    collectives: Collectives = peer.PeerToPeer(made)
+    memory = PeerMemory(rank, num_bytes + PAD_BYTES, gather_bytes)
+    buffers = memory.addresses
+    pads = [address + num_bytes for address in buffers]
+    peers = peers_at(buffers, pads, rank=rank, buffer_bytes=num_bytes, abort=memory.abort, device="cuda")
+    peer = import_module(f"{__package__}.peer")  # the kernel language is there with a GPU
+    collectives: Collectives = peer.PeerToPeer(peers, close=memory.close)
     return collectives
 
 
