@@ -49,20 +49,25 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
     round_s: Annotated[float, typer.Option(help="Of load, between two silences.")] = 20.0,
     seed: int = 0,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks of the engine.")] = 1,
 ) -> None:
     """The demo model at twice its capacity, with kills, reloads and cancels; exits with 1 if anything failed."""
-    report = soak(60 * duration_min, round_s, seed, functools.partial(print, flush=True))
-    result.write({"minutes": duration_min, "seed": seed, **report}, output)
+    report = soak(60 * duration_min, round_s, seed, functools.partial(print, flush=True), tensor_parallel)
+    setting = {"minutes": duration_min, "seed": seed, "tensor_parallel": tensor_parallel}
+    result.write({**setting, **report}, output)
     sys.exit(bool(report["failures"]))
 
 
-def soak(duration_s: float, round_s: float, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def soak(
+    duration_s: float, round_s: float, seed: int, say: Callable[[str], None], tensor_parallel: int = 1
+) -> dict[str, Any]:
     """Soak the demo model; returns what happened, with `failures`: what must not have."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the engine's: client and server need a core too
+    settings = {**SETTINGS, "tensor_parallel": tensor_parallel}
     arguments = ["--model-control-mode=explicit", f"--load-model={MODEL}"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "server.log")
-        with serve_model(DEMO_MODEL, arguments=arguments, log=log, **SETTINGS) as server:
+        with serve_model(DEMO_MODEL, arguments=arguments, log=log, **settings) as server:
             client = SoakClient(server, seed)
             capacity, broken = 0.0, None
             rounds: list[dict[str, Any]] = []
