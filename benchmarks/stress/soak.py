@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -71,10 +71,11 @@ def soak(
             client = SoakClient(server, seed)
             capacity, broken = 0.0, None
             rounds: list[dict[str, Any]] = []
+            kills = [client.faults.kill_engine, *([client.faults.kill_rank] if tensor_parallel > 1 else [])]
             try:
                 capacity = client.capacity(SETTINGS["max_running"], min(10.0, round_s))
                 say(f"capacity: {capacity:.1f} requests/s")
-                rounds += _rounds(client, server, capacity, duration_s, round_s, say)
+                rounds += _rounds(client, server, capacity, duration_s, round_s, say, kills)
             except Exception as error:  # the server is gone, most likely: what happened before is still worth having
                 broken = f"{type(error).__name__}: {error}; the log ends: {log.read_text()[-2000:]}"
             finally:
@@ -89,10 +90,11 @@ def _rounds(
     duration_s: float,
     round_s: float,
     say: Callable[[str], None],
+    kills: Sequence[Callable[[], None]],
 ) -> Iterable[dict[str, Any]]:
     rate = OVERLOAD * capacity * sum(MIX.values()) / MIX["plain"]  # plain requests alone are twice the capacity
     start_s = time.monotonic()
-    for number, (event, cancels) in enumerate(_plan(client, start_s, duration_s)):
+    for number, (event, cancels) in enumerate(_plan(client, start_s, duration_s, kills)):
         client.round(round_s, rate, event, cancels)
         ends = {how: client.ledger.count(how) for how in sorted({how for _, how in client.ledger.ends})}
         yield {
@@ -109,16 +111,18 @@ def _rounds(
         say(f"round {number} ({event.__name__ if event else 'load'}): {ends}; faults: {client.ledger.faults[-3:]}")
 
 
-def _plan(client: SoakClient, start_s: float, duration_s: float) -> Iterator[tuple[Callable[[], None] | None, bool]]:
+def _plan(
+    client: SoakClient, start_s: float, duration_s: float, kills: Sequence[Callable[[], None]]
+) -> Iterator[tuple[Callable[[], None] | None, bool]]:
     """(event, whether calls are cancelled) of each round: half of the time each, and all kinds at least once.
 
     Where only kills are left, they come seldom enough for an engine to count as stable between them.
     """
     faults = client.faults
-    all_kinds = (None, faults.kill_engine, faults.reload, faults.pause_engine, faults.stall_engine)
+    all_kinds = (None, *kills, faults.reload, faults.pause_engine, faults.stall_engine)
     halves = [
         (start_s + duration_s / 2, all_kinds, False),
-        (start_s + duration_s, (None, faults.kill_engine, None, None), True),
+        (start_s + duration_s, [kind for kill in kills for kind in (None, kill, None, None)], True),
     ]
     for until_s, events, cancels in halves:
         yield from ((event, cancels) for event in dict.fromkeys(events))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 
 from msgspec.structs import replace
@@ -29,11 +30,14 @@ class LocalExecutor:
     """
 
     def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
-        if settled.config.tensor_parallel > 1 and settled.config.device == "cuda":
-            stay_near_gpu(rank=0)  # first: memory lies where the thread runs that touches it first
+        self._cores = os.sched_getaffinity(0)
         self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
+            if self._ranks and settled.config.device == "cuda":
+                stay_near_gpu(
+                    rank=0
+                )  # before any memory is touched; after the other ranks, which would stay there, too
             with self._errors_explained():
                 self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else None)
             if self._ranks:
@@ -86,3 +90,4 @@ class LocalExecutor:
         self.worker.close()
         if self._ranks:
             self._ranks.close()
+            os.sched_setaffinity(0, self._cores)

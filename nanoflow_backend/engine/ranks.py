@@ -127,6 +127,7 @@ class Ranks:
         """End them all, and the group. Harmless when repeated."""
         self._members.close()
         if self.collectives:
+            self.collectives.abort()  # a step may be in flight, and wait for the others
             self.collectives.close()
         if dist.is_initialized():
             dist.destroy_process_group()

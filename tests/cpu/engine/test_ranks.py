@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -166,6 +167,20 @@ class Gone:
         pass
 
     stop = close
+
+
+def test_kernels_that_wait_for_a_dead_rank_are_ended_before_anybody_is_told_and_what_they_gave_is_an_error():
+    said, gone = [], Gone()
+    group = object.__new__(ranks.Ranks)
+    group.collectives = SimpleNamespace(abort=lambda: said.append("abort"))
+    group._on_death = said.append
+    group._members = Members({"rank 1": gone}, group._rank_died)
+    group.check()
+    gone.known.set()
+    until(lambda: len(said) == 2)
+    assert said == ["abort", "rank 1: process 7 ended with SIGKILL"]
+    with pytest.raises(RuntimeError, match=r"^rank 1: process 7 ended with SIGKILL$"):
+        group.check()
 
 
 def test_the_error_of_a_collective_says_whose_end_it_is(monkeypatch):
