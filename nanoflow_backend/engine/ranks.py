@@ -166,8 +166,11 @@ def main() -> None:
     logs.configure()
     parent = Parent()
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
-    parent.send(Progress())  # at the door: torch is there
     try:
+        if start.settled.config.device == "cuda":
+            take_gpu(start.settled.config, start.rank)
+            stay_near_gpu(start.rank)
+        parent.send(Progress())  # at the door: torch is there, and the GPU's driver, which may take long to begin
         worker = _join(start, parent)
     except Exception as error:
         parent.send(Progress(f"{type(error).__name__}: {error}"))
@@ -184,17 +187,14 @@ def main() -> None:
 
 
 def _join(start: StartRank, parent: Parent) -> Worker:
-    """Meet the others, on a GPU of our own where there are GPUs, and load the weights."""
-    config, rank = start.settled.config, start.rank
-    if config.device == "cuda":
-        take_gpu(config, rank)
-        stay_near_gpu(rank)
-    store = open_store(start.rendezvous, config.tensor_parallel, COLLECTIVE_TIMEOUT)
-    arrive(store, rank)
-    join_group(store, rank, config.tensor_parallel, start.interface)
+    """Meet the others, and load the weights."""
+    ranks = start.settled.config.tensor_parallel
+    store = open_store(start.rendezvous, ranks, COLLECTIVE_TIMEOUT)
+    arrive(store, start.rank)
+    join_group(store, start.rank, ranks, start.interface)
     collectives = open_collectives(start.settled, start.interface)
     parent.on_end = collectives.abort
-    return Worker(start.settled, rank, collectives)
+    return Worker(start.settled, start.rank, collectives)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tensor parallel on one GPU: its ranks are processes that share it, and reach each other's memory as on several.
 
-They are time-sliced, so that a meeting of all ranks takes milliseconds: these tests say right or wrong, not how fast.
+But for one test, which needs several GPUs, they are time-sliced, so that a meeting of all ranks takes milliseconds: these tests say right or wrong, not how fast.
 Nor do they say anything of orders over NVLink. NCCL refuses two ranks on one GPU.
 """
 
@@ -116,6 +116,20 @@ def test_the_demo_model_says_the_same(dtype: str) -> None:
     expected = completions(DEMO_MODEL, list(TEXTS), dtype=dtype)
     found = completions(DEMO_MODEL, list(TEXTS), dtype=dtype, tensor_parallel=2, schedule="nano-batched-2")
     check(expected, found, TIES[dtype])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("schedule", ["sequential", "nano-batched-2"])
+@pytest.mark.parametrize("collectives", ["nccl", "peer"])
+def test_ranks_with_a_gpu_each_say_the_same(
+    collectives: str, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SHARED)
+    ranks = 1 << (min(torch.cuda.device_count(), 8).bit_length() - 1)
+    folder, prompts = checkpoints.save(checkpoints.make("llama"), tmp_path), [[1, 2, 3], list(range(40)), [7]]
+    expected = completions(folder, prompts, dtype="float32", schedule=schedule)
+    options = {"tensor_parallel": ranks, "collectives": collectives}
+    check(expected, completions(folder, prompts, dtype="float32", schedule=schedule, **options), 0.0)
 
 
 @pytest.mark.parametrize("victim", [1, 3])

@@ -66,13 +66,13 @@ def join_group(store: Any, rank: int, size: int, interface: str, timeout: timede
 
 
 def talking_over(interface: str) -> contextlib.AbstractContextManager[None]:
-    """Gloo and NCCL know it from the environment alone; an interface that is named there wins."""
+    """Gloo and NCCL know it from the environment alone. The next group may have another."""
     return environment(dict.fromkeys(INTERFACES, interface))
 
 
 @contextlib.contextmanager
 def environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Variables for what reads nothing else; those that are set win. They are put back: the next group may have others."""
+    """Variables for libraries that read nothing else; those that are set win. They are put back afterwards."""
     ours = [name for name in defaults if not os.environ.get(name)]
     os.environ.update({name: defaults[name] for name in ours})
     try:

@@ -112,7 +112,7 @@ def test_a_rank_that_dies_as_it_loads_its_weights_is_named_and_leaves_nothing(mo
 
 @pytest.mark.timeout(60)
 def test_a_rank_that_never_comes_to_the_meeting_is_named_within_ten_seconds(model, tmp_path, monkeypatch):
-    """It lives and says so, but does not join: as one that waits for its GPU's driver."""
+    """It lives and says so, but does not join."""
     assert ranks.MEETING_S <= 10
     (tmp_path / "absent_rank.py").write_text(ABSENT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
