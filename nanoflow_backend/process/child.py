@@ -128,7 +128,8 @@ class Child:
     def close(self) -> None:
         """End the conversation. A mere close would leave it open for as long as another thread is in `receive`."""
         self._hang_up()
-        self._connection.close()
+        with self._sending:  # who sends is done at once now, and must not write to what gets the number of this socket
+            self._connection.close()
 
     def _kill(self) -> None:
         if self._group and self._process.poll() is None:

@@ -1,7 +1,7 @@
 """Tensor parallel on one GPU: its ranks are processes that share it, and reach each other's memory as on several.
 
-They are time-sliced, so that a barrier of all ranks takes milliseconds: these tests say right or wrong, not how fast, and
-nothing of orders over NVLink. NCCL refuses two ranks on one GPU; the one test that has a GPU for each needs several.
+They are time-sliced, so that a barrier of all ranks takes milliseconds: these tests say right or wrong, not how fast,
+and nothing of orders over NVLink. NCCL refuses two ranks on one GPU; one test has a GPU for each, and needs several.
 """
 
 from __future__ import annotations

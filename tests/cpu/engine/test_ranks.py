@@ -204,6 +204,30 @@ def test_kernels_that_wait_for_a_dead_rank_are_ended_before_anybody_is_told_and_
         group.check()
 
 
+def test_members_are_closed_once_by_whoever_comes_first_and_the_other_waits():
+    """A rank's death closes them, and so does who hears of it: a socket that is closed twice may be another by then."""
+    done, stopping = [], threading.Event()
+
+    class Slow(Gone):
+        def close(self):
+            done.append("close")
+
+        def stop(self):
+            stopping.wait(10)
+            done.append("stop")
+
+    group = Members({"rank 1": Slow()}, on_death=lambda how: None)
+    threads = [threading.Thread(target=lambda: (group.close(), done.append("closed"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: done == ["close"])
+    stopping.set()
+    for thread in threads:
+        thread.join(10)
+    group.close()
+    assert done == ["close", "stop", "closed", "closed"]
+
+
 def test_the_error_of_a_collective_says_whose_end_it_is(monkeypatch):
     """A rank's connections end before its parent knows that it has."""
     group, gone = object.__new__(ranks.Ranks), Gone()
