@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
 from nanoflow_backend.kvcache.tier import PageIndex, TransferReport
 from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.runtime.rank_gpu import stay_near_gpu
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
 
@@ -28,10 +30,16 @@ class LocalExecutor:
     """
 
     def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
+        self._cores = os.sched_getaffinity(0)
         self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
-            self.worker = Worker(settled)
+            if self._ranks and settled.config.device == "cuda":
+                stay_near_gpu(
+                    rank=0
+                )  # before any memory is touched; after the other ranks, which would stay there, too
+            with self._errors_explained():
+                self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else None)
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:
@@ -68,8 +76,12 @@ class LocalExecutor:
             self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
-        sampled = self.worker.collect(step)
-        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+        with self._errors_explained():
+            sampled = self.worker.collect(step)
+        if self._ranks is None:
+            return sampled
+        self._ranks.check()
+        return replace(sampled, transfers=self._joined(sampled.transfers))
 
     def _joined(self, report: TransferReport | None) -> TransferReport | None:
         """Of all ranks, where that of rank 0 is this."""
@@ -79,3 +91,4 @@ class LocalExecutor:
         self.worker.close()
         if self._ranks:
             self._ranks.close()
+            os.sched_setaffinity(0, self._cores)

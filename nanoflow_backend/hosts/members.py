@@ -22,7 +22,7 @@ RANK = "nanoflow_backend.engine.ranks"  # what a rank's process runs
 
 
 class Members:
-    """The channels by name: "rank 1", "host 2 (10.0.0.2, ranks 4 to 7)".
+    """The channels by name: "rank 1", "host 2 (10.0.0.2, ranks 4 to 7)". When one has ended, the others are ended, too.
 
     Args:
         on_death: called from another thread when a member that was not closed has ended, with its name and what is
@@ -40,7 +40,8 @@ class Members:
         self._channels = channels
         self._on_death = on_death
         self._on_report = on_report
-        self._closing = False
+        self._closing = self._ended = False
+        self._ending = threading.Lock()
         self._died: Future[str] = Future()  # of the first
         self._started: dict[str, Future[None]] = {name: Future() for name in channels}
         self._ready: dict[str, Future[None]] = {name: Future() for name in channels}
@@ -70,12 +71,15 @@ class Members:
             channel.send_bytes(message)
 
     def close(self) -> None:
-        """End them all. Harmless when repeated."""
+        """End them all. Harmless when repeated, and from several threads: each returns when all have ended."""
         self._closing = True
-        for channel in self._channels.values():
-            channel.close()
-        for channel in self._channels.values():
-            channel.stop()
+        with self._ending:
+            if not self._ended:
+                for channel in self._channels.values():
+                    channel.close()
+                for channel in self._channels.values():
+                    channel.stop()
+                self._ended = True
 
     def _watch(self, name: str, channel: Channel) -> None:
         decoder = msgspec.msgpack.Decoder(Progress | RankReport)
@@ -99,6 +103,7 @@ class Members:
             with contextlib.suppress(InvalidStateError):  # another one was first
                 self._died.set_result(how)
             self._on_death(how)
+            self.close()  # they may wait for it, on a device that nobody could take from them
 
 
 def _wait(stages: Mapping[str, Future[None]], log_missing: bool = False) -> None:

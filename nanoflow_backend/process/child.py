@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -27,6 +28,7 @@ from nanoflow_backend.process.channel import ChannelClosed
 log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 PACKAGES = ("nanoflow_backend", "nanoflow_kernels")
+END_S = 1.5  # from the end of a process's socket to its own: who waits for it is to know in two seconds
 # torch's CPU threads spin while they wait. On 2 cores beside other work the demo model then took 18 to 20 times as
 # long as with threads that sleep.
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -98,7 +100,7 @@ class Child:
         if self._killed_for:
             return f"process {self.pid} was killed: {self._killed_for}"
         try:
-            code = self._process.wait(timeout=2)
+            code = self._process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:
             self._kill()
             return f"process {self.pid} closed its socket and was killed"
@@ -126,7 +128,8 @@ class Child:
     def close(self) -> None:
         """End the conversation. A mere close would leave it open for as long as another thread is in `receive`."""
         self._hang_up()
-        self._connection.close()
+        with self._sending:  # who sends is done at once now, and must not write to what gets the number of this socket
+            self._connection.close()
 
     def _kill(self) -> None:
         if self._group and self._process.poll() is None:
@@ -144,9 +147,13 @@ class Parent:
     """The other end: what a child's main function talks to. The process ends when its parent does.
 
     Sending is thread-safe; receiving is for one thread.
+
+    Attributes:
+        on_end: called just before that, from any thread, or from two.
     """
 
     def __init__(self) -> None:
+        self.on_end: Callable[[], None] = lambda: None
         self._connection = Connection(int(sys.argv[1]))
         self._sending = threading.Lock()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then tells us
@@ -161,7 +168,7 @@ class Parent:
         if self._connection.fileno() not in dict(poll.poll()):
             # Only the host is gone. Our parent may be frozen: a call that waits for the host can hold its interpreter.
             os.kill(parent_pid, signal.SIGKILL)
-        os._exit(1)  # also from inside a collective or a long load
+        self._end()  # also from inside a collective or a long load
 
     def send(self, message: msgspec.Struct) -> None:
         encoded = encode(message)
@@ -173,8 +180,12 @@ class Parent:
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError):
-            os._exit(1)
+            self._end()
         return decoder.decode(message)
+
+    def _end(self) -> NoReturn:
+        self.on_end()
+        os._exit(1)
 
     def has_message(self) -> bool:
         return self._connection.poll(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -126,6 +127,23 @@ class Binding:
                 return FittedPlan(plan, tokens)
         raise ValueError(f"no plan for {tokens} tokens whose decodes read {decode_kv_tokens} tokens of the KV cache")
 
+    def waits(self, plan: BoundPlan) -> list[list[int]]:
+        """For each step the steps of other lanes that it waits for, as places in the order of issue.
+
+        To those of the schedule come those of collectives, which take turns: two at once, which a device may begin in
+        another order on every rank, could each wait for ranks that wait in the other.
+        """
+        waits, launches = plan.schedule.awaited(self.model.num_layers), plan.schedule.launches
+        exchanges = [
+            (step, launches[number].lane)
+            for step, (layer, number) in enumerate(plan.steps)
+            if self.collectives.ranks > 1 and _is_exchange(plan.layers[layer], launches[number].operation)
+        ]
+        for (before, lane_before), (step, lane) in pairwise(exchanges):
+            if lane != lane_before and before not in waits[step]:
+                waits[step].append(before)
+        return waits
+
     def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[KernelCall]:
         """Token ids [T] to the inputs of the first layer."""
         plan, tokens = fitted
@@ -222,6 +240,10 @@ class Binding:
         )
         rows = tuple(value(name) for name in operation.outputs if graph.values[name].kind is Kind.TOKENS)
         return KernelCall(where, run, rows)
+
+
+def _is_exchange(graph: Graph, operation: str) -> bool:
+    return operation in graph and graph[operation].resource is Resource.NETWORK
 
 
 def _split(model: Model, schedule: Schedule, ranks: int) -> tuple[Graph, ...]:

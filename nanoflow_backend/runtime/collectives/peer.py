@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nanoflow_kernels.collectives import all_gather, reduce_scatter
 from nanoflow_kernels.collectives.copy_engine import CopyEngine
 from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
@@ -31,14 +33,23 @@ class PeerToPeer(Collectives):
 
     An all-reduce of up to `one_shot_bytes` bytes is one-shot: each rank writes its whole input to all others. A larger
     one is two-shot: each rank sums some of the rows. With `copy_engine`, all-gathers are its copies and take no SMs.
+
+    Args:
+        close: gives the memory of `peers` back.
     """
 
     capturable = True
 
     def __init__(
-        self, peers: Peers, *, one_shot_bytes: int = ONE_SHOT_BYTES, copy_engine: CopyEngine | None = None
+        self,
+        peers: Peers,
+        *,
+        one_shot_bytes: int = ONE_SHOT_BYTES,
+        copy_engine: CopyEngine | None = None,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         self._peers, self._one_shot_bytes, self._copy_engine = peers, one_shot_bytes, copy_engine
+        self._close = close
 
     @property
     def ranks(self) -> int:
@@ -91,3 +102,11 @@ class PeerToPeer(Collectives):
         reduce_scatter.reduce_scatter_add_rms_norm_all_gather(
             residual, update, weight, self._peers, eps=eps, out=out, num_sms=num_sms
         )
+
+    def abort(self) -> None:
+        """See Collectives. Kernels read the word while they wait."""
+        self._peers.abort.fill_(1)
+
+    def close(self) -> None:
+        """See Collectives."""
+        self._close()
