@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from nanoflow_kernels.attention.paged import attention
 from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
 from nanoflow_kernels.embed import embed
+from nanoflow_kernels.exchange import exchange
 from nanoflow_kernels.gemm.dense import linear, linear_swiglu
 from nanoflow_kernels.gemm.scaled import scaled_linear, scaled_linear_swiglu
 from nanoflow_kernels.moe import (
@@ -92,6 +93,7 @@ __all__ = [
     "attention",
     "describe_implementations",
     "embed",
+    "exchange",
     "greedy",
     "grouped_combine",
     "grouped_linear_swiglu",

@@ -66,6 +66,12 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     }
 
 
+def emulated_label(measured: Mapping[str, Any]) -> str:
+    """What people read behind the name of a result: nothing, unless it is of a rank that ran alone."""
+    emulated = measured.get("emulated")
+    return f"; EMULATED, rank 0 of {emulated['ranks']} alone, network {emulated['network']}" if emulated else ""
+
+
 def _program() -> str:
     path = Path(sys.argv[0])
     package = path.parent.name

@@ -1,7 +1,7 @@
 """NetworkTable says what collectives take among the ranks of a machine: a file of measurements, or an assumed rate.
 
-    {"header": {"format_version": 1, "name": "NCCL", "device": "NVIDIA H200", "ranks": 8, "source": "..."},
-     "times": [{"collective": "all_reduce", "bytes": 33554432, "sms": 24, "us": 210.0}, ...]}
+{"header": {"format_version": 1, "name": "NCCL", "device": "NVIDIA H200", "ranks": 8, "source": "..."},
+ "times": [{"collective": "all_reduce", "bytes": 33554432, "sms": 24, "us": 210.0}, ...]}
 """
 
 from __future__ import annotations

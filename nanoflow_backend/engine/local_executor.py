@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
@@ -21,17 +22,21 @@ class LocalExecutor:
 
     Args:
         on_rank_death: called from another thread when a rank has ended, with what is known of its end.
+        emulated: the network of rank 0 that runs alone, see Emulated: the others are not started.
 
     Raises:
         ConfigError: the model, its KV cache or its workspace does not fit.
         RuntimeError: another rank could not start, with its number and what it said.
     """
 
-    def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
-        self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
+    def __init__(
+        self, settled: Settled, on_rank_death: Callable[[str], None], emulated: NetworkTable | None = None
+    ) -> None:
+        has_others = settled.config.tensor_parallel > 1 and emulated is None
+        self._ranks = Ranks(settled, on_rank_death) if has_others else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
-            self.worker = Worker(settled)
+            self.worker = Worker(settled, emulated=emulated)
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:

@@ -13,6 +13,7 @@ from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.config.error import ConfigError
+from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.memory import GIB, check_host_room, check_room
 from nanoflow_backend.graph.model import Model
@@ -21,8 +22,10 @@ from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
+from nanoflow_backend.runtime.collectives.emulated import Emulated
 from nanoflow_backend.runtime.collectives.gloo import Gloo
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.cuda import ON_GPU, CudaProgram
 from nanoflow_backend.runtime.device import Device
@@ -37,6 +40,9 @@ log = logging.getLogger(__name__)
 class ProgramBuilder:
     """What a program is made of before there is memory for it: the model's graphs, schedules and kernels.
 
+    Args:
+        emulated: the network of a rank that runs alone, see Emulated; None: the other ranks are there.
+
     Attributes:
         kv: the pages of the last program.
         host_slots: pages that this rank may keep in host memory.
@@ -46,8 +52,9 @@ class ProgramBuilder:
         ScheduleError: the schedule does not fit the model or the device.
     """
 
-    def __init__(self, settled: Settled, device: Device, rank: int = 0) -> None:
+    def __init__(self, settled: Settled, device: Device, rank: int = 0, emulated: NetworkTable | None = None) -> None:
         self.config, self.model_config, self.device, self.rank = settled.config, settled.model_config, device, rank
+        self._emulated = emulated
         self.max_model_tokens = settled.max_model_tokens
         self.tp, self.precision = self.config.tensor_parallel, self.config.precision
         self.kv_dtype = getattr(torch, self.precision.kv)
@@ -149,7 +156,7 @@ class ProgramBuilder:
             self.schedules,
             loaded,
             kv,
-            Gloo() if self.tp > 1 else OneRank(),
+            self._collectives(),
             self.kernels or reference,
             max_tokens=config.dense_batch_tokens,
             precision=self.precision,
@@ -158,6 +165,11 @@ class ProgramBuilder:
         if self.kernels is None:
             return CpuProgram(binding)
         return CudaProgram(binding, max_rows=config.max_running, cuda_graphs=config.cuda_graphs)
+
+    def _collectives(self) -> Collectives:
+        if self._emulated:
+            return Emulated(self._emulated, self.kernels or reference)
+        return Gloo() if self.tp > 1 else OneRank()
 
 
 def find_kernels(device: Device) -> ModuleType | None:

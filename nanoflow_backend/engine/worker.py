@@ -13,6 +13,7 @@ import torch
 from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
+from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.step_inputs import StepInputs
@@ -49,18 +50,18 @@ class InFlightStep:
 class Worker:
     """One rank out of `config.tensor_parallel`. Every rank launches the same batches in the same order.
 
-    On a GPU nothing but `collect` waits for it.
+    On a GPU nothing but `collect` waits for it. `emulated` is the network of a rank that runs alone.
 
     Raises:
         ConfigError: no such device, or too little memory on it.
         ScheduleError: the schedule does not fit the model or the device.
     """
 
-    def __init__(self, settled: Settled, rank: int = 0) -> None:
+    def __init__(self, settled: Settled, rank: int = 0, emulated: NetworkTable | None = None) -> None:
         config, model_config = settled.config, settled.model_config
         self.device = find_device(config.device)
         self._torch_device = torch.device(config.device)
-        builder = ProgramBuilder(settled, self.device, rank)  # first: it says what does not fit
+        builder = ProgramBuilder(settled, self.device, rank, emulated)  # first: it says what does not fit
         # The last sampled id of each slot: the next step reads its decode inputs here, the host sees them later.
         self._last_sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self._torch_device)
         kernels, vocab_size = builder.kernels or reference_sampling, model_config.vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,13 +13,16 @@ import torch
 from nanoflow_kernels import reference
 
 from nanoflow_backend.config.model_config import ModelConfig
+from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.random_values import fill_normal
 from nanoflow_backend.runtime.binding import Binding, Kernels
+from nanoflow_backend.runtime.collectives.emulated import Emulated
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.cost.workload import Mix
@@ -38,6 +42,7 @@ class PlanTimer:
 
     Args:
         make_program: called with a Binding and `max_rows`, as CudaProgram is.
+        network: of a rank that is timed alone (see Emulated); None: the model has one rank.
         binding_options: such as ON_GPU; by default on the CPU.
     """
 
@@ -49,6 +54,7 @@ class PlanTimer:
         make_program: Callable[..., Any],
         burst: Callable[[Callable[[], None]], Burst],
         *,
+        network: NetworkTable | None = None,
         num_layers: int | None = None,
         precision: Precision = BFLOAT16,
         page_tokens: int = 64,
@@ -62,7 +68,9 @@ class PlanTimer:
         layers = num_layers or config.num_layers
         distinct = min(layers, DISTINCT_LAYERS)
         batch = SteadyBatch.of(requests_of(mix), page_tokens)
-        self._model = build(config).with_layers(layers)
+        ranks = network.header.ranks if network else 1
+        self._network = network
+        self._model = build(config, ranks).with_layers(layers)
         made = weights.dummy(self._model.with_layers(distinct), precision=precision, device=device)
         self._weights = made | {
             f"layers.{i}.{parameter.name}": made[f"layers.{i % distinct}.{parameter.name}"]
@@ -71,7 +79,7 @@ class PlanTimer:
         }
         shape = msgspec.structs.replace(config, num_layers=distinct)
         kv_dtype: torch.dtype = getattr(torch, precision.kv)
-        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, kv_dtype, device=device)
+        self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, kv_dtype, ranks, device=device)
         fill_normal(self._kv.tensor, 1.0, torch.Generator(device).manual_seed(0))
         ids = torch.randint(config.vocab_size, batch.positions.shape, generator=torch.Generator().manual_seed(0)).int()
         self._decodes = round(mix.decode_tokens)
@@ -95,6 +103,20 @@ class PlanTimer:
 
         return cls(config, mix, GpuMeter(), CudaProgram, burst, kernels=kernels, **ON_GPU, **options)
 
+    def on(self, network: NetworkTable) -> PlanTimer:
+        """Return a timer of the same batch, weights and pages on another network of as many ranks.
+
+        Raises:
+            ValueError: the network has another number of ranks.
+        """
+        ranks = self._network.header.ranks if self._network else 1
+        if network.header.ranks != ranks:
+            raise ValueError(f"network: expected one of {ranks} ranks, got {network.header.ranks}")
+        other = copy.copy(self)
+        other._network = network
+        other._forward = lru_cache(KEPT_PROGRAMS)(other._make_forward)
+        return other
+
     def __call__(self, schedule: Schedule) -> Timing:
         """Return the measured timing of a layer.
 
@@ -115,7 +137,7 @@ class PlanTimer:
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
             self._weights,
             self._kv,
-            OneRank(),
+            self._collectives(),
             self._kernels,
             max_tokens=tokens,
             **self._binding_options,
@@ -132,6 +154,9 @@ class PlanTimer:
 
         forward()  # compiles, and captures
         return forward
+
+    def _collectives(self) -> Collectives:
+        return Emulated(self._network, self._kernels) if self._network else OneRank()
 
 
 class _Forwards:

@@ -43,6 +43,16 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
     checks.add_rms_norm(tokens, 1031)
 
 
+@pytest.mark.parametrize(
+    ("taken", "given"),
+    [((13, 1031), (13, 1031)), ((13, 40), (2, 40)), ((2, 40), (13, 40)), ((5, 36), (5, 9)), ((5, 9), (5, 36)),
+     ((8, 3), (1, 3)), ((5, 8201), (5, 8201)), ((0, 8), (0, 8))],
+)  # fmt: skip
+@pytest.mark.parametrize("num_sms", [None, 2])
+def test_exchange(checks: Checks, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None) -> None:
+    checks.exchange(taken, given, num_sms)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(checks: Checks, tokens: int, bias: bool) -> None:
