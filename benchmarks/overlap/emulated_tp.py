@@ -1,8 +1,8 @@
 """Tensor parallelism is predicted on one GPU: rank 0's shard alone, with a clock in place of the other ranks.
 
-A steady batch runs sequential, with the collectives of a table such as NCCL's; in halves one after the other ("nano-batch
-only"), with the same; and overlapped, with collectives on 8 SMs at each of some assumed rates. No result is of several
-GPUs: all are labelled `emulated`, and say what the emulation lacks.
+A steady batch runs sequential, with the collectives of a table such as NCCL's; in halves one after the other
+("nano-batch only"), with the same; and overlapped, with collectives on 8 SMs at each of some assumed rates. No result
+is of several GPUs: all are labelled `emulated`, and say what the emulation lacks.
 """
 
 from __future__ import annotations
@@ -204,9 +204,8 @@ class EmulatedRank:
 
 def summarise_arms(cell: Cell) -> str:
     """A line for the terminal: the gain of each arm, with the range that links leave."""
-    gains = (
-        f"{name} {arm['over_sequential'][0]:.3f}x ({' to '.join(f'{g:.3f}' for g in arm['over_sequential_with_links'])} "
-        "with links)"
-        for name, arm in cell["arms"].items()
-    )
-    return "EMULATED " + ", ".join(gains)
+    gains = []
+    for name, arm in cell["arms"].items():
+        low, high = sorted(arm["over_sequential_with_links"])
+        gains.append(f"{name} {arm['over_sequential'][0]:.3f}x ({low:.3f} to {high:.3f} with links)")
+    return f"EMULATED {', '.join(gains)}"

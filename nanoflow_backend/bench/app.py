@@ -49,7 +49,7 @@ def offline(
         Path | None, typer.Option(help="Emulated: a JSON table of what collectives take, such as NCCL's.")
     ] = None,
     network_gb_per_s: Annotated[
-        float | None, typer.Option(min=1, help="Emulated: collectives on 8 SMs at this bus rate instead.")
+        float | None, typer.Option(help="Emulated: collectives on 8 SMs at this bus rate instead.")
     ] = None,
     settings: Settings = None,
 ) -> None:

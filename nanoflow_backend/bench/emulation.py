@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,8 @@ class Emulation:
             return None
         if network is None:
             raise ConfigError("--emulate-tp: expected --network, a table of what collectives take")
+        if gb_per_s is not None and not 0 < gb_per_s < math.inf:
+            raise ConfigError(f"--network-gb-per-s: expected a finite number above 0, got {gb_per_s:g}")
         table = NetworkTable.load(network)
         if table.header.ranks != ranks:
             raise ConfigError(f"--emulate-tp: expected {table.header.ranks}, the ranks of {network}, got {ranks}")
@@ -80,8 +83,8 @@ class Emulation:
                 "rank": 0,
                 "network": header.name,
                 "source": header.source,
-                "link_pj_per_byte": header.link_pj_per_byte,
-                "rank_skew": header.rank_skew,
+                "link_pj_per_byte": list(header.link_pj_per_byte or ()),
+                "rank_skew": list(header.rank_skew or ()),
                 "energy_is": ENERGY_IS,
                 "tokens_are": TOKENS_ARE,
             }

@@ -35,12 +35,12 @@ class Emulated(Collectives):
     capturable = True
 
     def __init__(self, table: NetworkTable, kernels: ModuleType | SimpleNamespace) -> None:
-        self._table, self._kernels = table, kernels
+        self.table, self._kernels = table, kernels
 
     @property
     def ranks(self) -> int:
         """See Collectives."""
-        return self._table.header.ranks
+        return self.table.header.ranks
 
     def all_reduce(self, x: Tensor, *, out: Tensor, num_sms: int | None = None) -> None:
         """See Collectives."""
@@ -87,5 +87,5 @@ class Emulated(Collectives):
     def _exchange(
         self, collective: Collective, x: Tensor, out: Tensor, whole: Tensor, scale: float, num_sms: int | None
     ) -> None:
-        taken = self._table.time(collective, whole.numel() * whole.element_size(), num_sms)
+        taken = self.table.time(collective, whole.numel() * whole.element_size(), num_sms)
         self._kernels.exchange(x, out=out, scale=scale, us=taken.us, num_sms=taken.sms)

@@ -1,4 +1,4 @@
-"""A rank that runs alone: what it passes to the kernel, how long that takes, and that numbers stay the whole model's."""
+"""A rank that runs alone: what it asks of the kernel, how long that takes, and that numbers stay the whole model's."""
 
 from __future__ import annotations
 
