@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,12 +22,15 @@ from nanoflow_search.emit.timed_schedules import compare
 from nanoflow_search.hardware.plan_timer import PlanTimer
 from nanoflow_search.predict.predict import Timing
 
+from benchmarks.overlap.exposure import Exposure
 from benchmarks.overlap.halves import nano_batch_only, overlap_network
 from benchmarks.resumable import Cell, Record, fill
 from nanoflow_backend.bench.emulation import ASSUMED_SMS, Emulation, at_rate
+from nanoflow_backend.bench.step_trace.launch_times import LaunchTimes, RecordedLaunches
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.network_table import NetworkTable, sent_bytes
 from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -40,6 +44,7 @@ TOKENS = (2048, 4096)
 RATES = (150.0, 250.0, 350.0)  # GB/s that a rank sends
 HOUSE = Path(__file__).parents[1]
 SUSTAINED_POWER = DEVICES["H200-sustained"].power
+WATCHED_RUNS = 8  # of a step; the last one is read, when the clock has followed
 WARM_S = 0.35  # before a run is measured: the GPU is hot from the one before, and only its clock must follow
 
 
@@ -73,7 +78,8 @@ def main(
     def timer_of(mix: Mix, network: NetworkTable) -> PlanTimer:
         return PlanTimer.here(config, mix, network=network, num_layers=num_layers, seconds=duration_s, warm_s=WARM_S)
 
-    bench = EmulatedRank(config, table, tuple(rate or RATES), device.name, device.sms, num_layers, timer_of)
+    rates, watcher_of = tuple(rate or RATES), partial(RecordedLaunches, cuda_graphs=True)
+    bench = EmulatedRank(config, table, rates, device.name, device.sms, num_layers, timer_of, watcher_of)
     facts = {
         "benchmark": "emulated tensor parallelism",
         **emulation.facts(),
@@ -103,7 +109,10 @@ class Arm(NamedTuple):
 
 @dataclass(frozen=True)
 class EmulatedRank:
-    """Rank 0 of as many as `sequential_network` has, on one device; `timer_of` makes a timer for batches of a mix."""
+    """Rank 0 of as many as `sequential_network` has, on one device.
+
+    `timer_of` makes a timer for batches of a mix, `watcher_of` what times the launches of its programs.
+    """
 
     config: ModelConfig
     sequential_network: NetworkTable
@@ -112,6 +121,7 @@ class EmulatedRank:
     device_sms: int | None
     layers: int
     timer_of: Callable[[Mix, NetworkTable], PlanTimer]
+    watcher_of: Callable[[], LaunchTimes]
     precision: Precision = BFLOAT16
     power: PowerSpec = SUSTAINED_POWER
 
@@ -133,29 +143,32 @@ class EmulatedRank:
         """Every arm of a batch, timed in turns."""
         natural = natural_tokens(ModelSize.of(self.config, self.precision), self.device, self.ranks, workload)
         mix = batch_mix(workload, tokens, natural)
-        name, plan = self.overlapped_plan(tokens, files)
-        base = sequential(self.graph, tokens)
+        plan_name, plan = self.overlapped_plan(tokens, files)
         networks = {"measured": self.sequential_network} | {
             f"{rate:g} GB/s": at_rate(self.sequential_network.header, rate) for rate in self.rates
         }
-        arms = {"nano-batch only": Arm("measured", nano_batch_only(self.graph, plan))} | {
+        graph = split_all_reduce(self.graph, plan.split_all_reduces, self.ranks)
+        arms = {"nano-batch only": Arm("measured", nano_batch_only(graph, plan))} | {
             f"overlapped, {network}": Arm(network, plan) for network in networks if network != "measured"
         }
         for arm in arms.values():
-            validate(arm.schedule, self.graph, self.layers, self.device_sms)
+            validate(arm.schedule, graph, self.layers, self.device_sms)
         first = self.timer_of(mix, self.sequential_network)
         timers = {network: first if network == "measured" else first.on(table) for network, table in networks.items()}
 
         def timed(arm: Arm) -> Timing:
             return timers[arm.network](arm.schedule)
 
-        found = compare(timed, Arm("measured", base), arms, rounds)
+        one_by_one = Arm("measured", sequential(self.graph, tokens))
+        found = compare(timed, one_by_one, arms, rounds)
+        exposures = {name: self._exposure(timers[arm.network], arm.schedule) for name, arm in arms.items()}
         return {
             "decode_tokens": round(mix.decode_tokens),
             "decode_context": mix.decode_context,
-            "schedule": name,
+            "schedule": plan_name,
             "network_us": {network: round(self._network_us(table, tokens), 2) for network, table in networks.items()},
-            "arms": {arm: entry | self.with_links(entry, tokens) for arm, entry in found.items()},
+            "sequential": self._exposure(first, one_by_one.schedule),
+            "arms": {name: found[name] | exposures[name] | self.with_links(found[name], tokens) for name in arms},
         }
 
     def overlapped_plan(self, tokens: int, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
@@ -167,6 +180,14 @@ class EmulatedRank:
                 if plan.tokens == tokens and len(plan.lanes) > 1:
                     return f"{name}:{number}", plan
         raise ValueError(f"{', '.join(files)}: no plan of several lanes for batches of {tokens} tokens")
+
+    def _exposure(self, timer: PlanTimer, schedule: Schedule) -> Cell:
+        """What a layer's collectives take and what of it is exposed, by the launches of one step."""
+        watcher = self.watcher_of()
+        plan = timer.watch(schedule, watcher, WATCHED_RUNS)
+        watcher.wait()
+        found = Exposure.of(watcher.read(plan, watcher.lap), plan.bound)
+        return {name: round(us, 1) for name, us in found._asdict().items()}
 
     def with_links(self, entry: Mapping[str, Any], tokens: int) -> Cell:
         """The gain with the energy of the links, low and high, which the device here does not draw.

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -19,10 +19,12 @@ from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.random_values import fill_normal
-from nanoflow_backend.runtime.binding import Binding, Kernels
+from nanoflow_backend.runtime.binding import Binding, FittedPlan, Kernels
 from nanoflow_backend.runtime.collectives.emulated import Emulated
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.collectives.protocol import Collectives
+from nanoflow_backend.runtime.launch_watcher import LaunchWatcher
+from nanoflow_backend.runtime.program import Program
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.cost.workload import Mix
@@ -126,11 +128,21 @@ class PlanTimer:
         tokens = len(self._inputs[0])
         if schedule.tokens != tokens:
             raise ValueError(f"schedule: expected one for batches of {tokens} tokens, got {schedule.tokens}")
-        forwards = _Forwards(self._forward(msgspec.json.encode(schedule)), self._burst, self._model.num_layers)
+        made = self._forward(msgspec.json.encode(schedule))
+        forwards = _Forwards(made.forward, self._burst, self._model.num_layers)
         used = sustain([forwards], self._meter, self._seconds, warm_s=self._warm_s, sleep=self._sleep)
         return Timing(used.call_s[0] * 1e6, used.sm_clock_mhz, used.power_w, used.power_w * used.call_s[0])
 
-    def _make_forward(self, schedule: bytes) -> Callable[[], None]:
+    def watch(self, schedule: Schedule, watcher: LaunchWatcher, runs: int) -> FittedPlan:
+        """Run the batch under a schedule so many times while `watcher` looks on, and return the plan that ran."""
+        made = self._forward(msgspec.json.encode(schedule))
+        made.program.watch(watcher)
+        for _ in range(runs):
+            made.forward()
+        made.program.watch(None)
+        return made.plan
+
+    def _make_forward(self, schedule: bytes) -> _Compiled:
         tokens, plan = len(self._inputs[0]), msgspec.json.decode(schedule, type=Schedule)
         binding = Binding(
             self._model,
@@ -153,10 +165,18 @@ class PlanTimer:
             program.forward(fitted, *inputs, page_table)
 
         forward()  # compiles, and captures
-        return forward
+        return _Compiled(program, fitted, forward)
 
     def _collectives(self) -> Collectives:
         return Emulated(self._network, self._kernels) if self._network else OneRank()
+
+
+class _Compiled(NamedTuple):
+    """A program of one schedule, and a call that runs the batch under it."""
+
+    program: Program
+    plan: FittedPlan
+    forward: Callable[[], None]
 
 
 class _Forwards:

@@ -1,6 +1,7 @@
 """The arms of `python -m benchmarks emulated-tp`: their plans, networks and labels, on a device that is made up."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from support.simulated.overlap_machine import H200
 from support.simulated.programs import Programs
 
 from benchmarks.overlap import emulated_tp
+from benchmarks.overlap.exposure import Exposure
 from benchmarks.overlap.halves import nano_batch_only, overlap_network
+from nanoflow_backend.bench.step_trace.launch_times import ClockedLaunches, LaunchTime
 from nanoflow_backend.config.network_table import NetworkHeader, NetworkTable
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.binding import BoundPlan, FittedPlan
+from nanoflow_backend.runtime.buffers import BufferPlan
 from nanoflow_backend.runtime.collectives.emulated import Emulated
 from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.layout import deal
@@ -31,7 +36,14 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 
+
+def bound(schedule: Schedule, graph: Graph) -> BoundPlan:
+    """Of a model of three layers."""
+    return BoundPlan(schedule, (graph,) * 3, schedule.unroll(3), BufferPlan((), {}))
+
+
 SHARD = build(read_model_config(emulated_tp.HOUSE / "models/llama-3-70b"), 8)
+SHARD_PLAN = FittedPlan(bound(sequential(SHARD.layer, 2048), SHARD.layer), 2048)
 POWER = DEVICES["H200-sustained"].power
 TP2 = NetworkHeader(name="two", device="cpu", ranks=2, source="a test", link_pj_per_byte=(210, 430), rank_skew=(0, 0.1))
 
@@ -72,7 +84,8 @@ def rank(rates: tuple[float, ...] = (1.0, 2.0), **fields: Any) -> tuple[emulated
         )  # fmt: skip
 
     measured = NetworkTable.at_rate(TP2, 24, 3.0)
-    options = {"device": "cpu", "device_sms": 12, "layers": 2, "precision": FLOAT32, "power": POWER} | fields
+    options = {"device": "cpu", "device_sms": 12, "layers": 2, "precision": FLOAT32} | fields
+    options |= {"watcher_of": ClockedLaunches}
     return emulated_tp.EmulatedRank(shape, measured, rates, timer_of=timer_of, **options), made
 
 
@@ -136,6 +149,35 @@ def test_plans_of_the_search_are_taken_for_their_sizes() -> None:
         bench.check({"plan.json": replace(file, header=replace(header, tensor_parallel=4))})
 
 
+def test_what_nothing_else_ran_beside_is_exposed() -> None:
+    graph = build(config("llama"), 2).layer
+    plan = bound(overlap_network(graph, 256, 4, 12), graph)
+    names = [plan.schedule.launches[number].operation for _, number in plan.steps]
+    places = {kind: [k for k, name in enumerate(names) if ("reduce" in name) == kind] for kind in (True, False)}
+    network, others = places[True], places[False]
+    times = [
+        LaunchTime(network[0], 1.0, 2.0),  # beside one until 1.5, and beside another from 1.75
+        LaunchTime(others[0], 0.5, 1.5),
+        LaunchTime(others[1], 1.25, 1.5),  # in the first one's time
+        LaunchTime(others[2], 1.75, 3.0),
+        LaunchTime(network[1], 3.0, 4.0),  # alone
+        LaunchTime(network[2], 5.0, 6.0),  # beside one all the time
+        LaunchTime(others[3], 4.5, 6.5),
+    ]
+    random.Random(0).shuffle(times)
+    found = Exposure.of(times, plan)
+    assert found == pytest.approx((3e6 / 3, 1.25e6 / 3))
+
+
+def test_sequential_exposes_all_of_its_network() -> None:
+    bench, made = rank()
+    found = bench.compare(MeanWorkload.parse("60/20"), 256, {}, 2)
+    assert made
+    for arm in (found["sequential"], *found["arms"].values()):
+        assert arm["network_us"] >= 2 * 256 * 16 * 4 / 3e3, "at least what 3 GB/s take"
+        assert arm["exposed_us"] == arm["network_us"], "the host runs one launch after the other"
+
+
 class Machine:
     """Times a plan by its launches, and half of what its network takes; says on which network what was timed."""
 
@@ -150,6 +192,7 @@ class Machine:
                 return Timing(us, 1500.0, 600.0, 600e-6 * us)
 
             timer.on = on  # type: ignore[attr-defined]
+            timer.watch = lambda plan, watcher, runs: SHARD_PLAN  # type: ignore[attr-defined]
             return timer
 
         return on(network)
@@ -158,6 +201,7 @@ class Machine:
 def test_the_command_labels_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     machine = Machine()
     monkeypatch.setattr(PlanTimer, "here", machine.here)
+    monkeypatch.setattr(emulated_tp, "RecordedLaunches", lambda cuda_graphs: ClockedLaunches())
     monkeypatch.setattr(emulated_tp, "find_device", lambda wanted: H200)
     app = typer.Typer()
     app.command()(emulated_tp.main)
