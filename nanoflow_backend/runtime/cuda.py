@@ -169,6 +169,8 @@ class CudaProgram:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
+        for closing in self.binding.close(fitted):
+            closing.run()
 
     def _attention_plans(
         self, plan: BoundPlan, calls: Sequence[KernelCall | None]

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 
 import msgspec
 
+from nanoflow_backend.graph.collectives import describe_forms
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
@@ -88,12 +89,13 @@ def _shared(case: BatchCase, workload: str, effort: Effort, run: Run) -> Iterato
     """Find plans whose lanes share SMs, in every form of collectives; none, if no such lanes were measured."""
     if (model := case.shared_timing_model(workload)) is None:
         return
-    for form in case.forms:
-        graph, problem = case.graph(form), case.problem(model, form)
-        part = run.within("split" if form else "whole")
+    for forms in case.forms:
+        graph, problem = case.graph(forms), case.problem(model, forms)
+        part = run.within(describe_forms(forms))
         for plan in find_plans(problem, model, case.chunk_tokens, effort, part):
             schedule = schedule_of(
-                graph, problem, plan.shares.timeline, case.chunk_tokens, plan.shares.sms, split_all_reduces=form
+                graph, problem, plan.shares.timeline, case.chunk_tokens, plan.shares.sms, all_reduces=forms
             )
-            validate(schedule, graph, case.request.model.num_layers, case.profile.header.device_sms)
+            layers, sms, ranks = case.request.model.num_layers, case.profile.header.device_sms, case.request.ranks
+            validate(schedule, graph, layers, sms, ranks=ranks)
             yield Candidate(schedule, plan.gap)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from nanoflow_backend.graph.collectives import Forms
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.schedule.plan import Group, Launch, Schedule
 from nanoflow_backend.schedule.presets import synchronise
@@ -106,12 +107,12 @@ def schedule_of(
     timeline: CyclicTimeline,
     chunk_tokens: int,
     sms: Mapping[NanoTask, int | None] | None = None,
-    split_all_reduces: tuple[str, ...] = (),
+    all_reduces: Forms = {},  # noqa: B006  nobody changes it
     groups: tuple[Group, ...] = (),
 ) -> Schedule:
     """Return the schedule of a plan: its launches in the order of their starts, and the waits that they need.
 
-    `graph` has its all-reduces in the form that `split_all_reduces` names. `sms` limits the SMs of nano-tasks.
+    `graph` has its all-reduces in the forms of `all_reduces`. `sms` limits the SMs of nano-tasks.
     """
     first = {task.name: index for index, task in enumerate(problem.tasks)}
     placed = sorted(timeline.placed, key=lambda p: (round(p.start_us, 3), first[p.nano.task], p.nano.start))
@@ -132,7 +133,7 @@ def schedule_of(
         tokens=tokens,
         launches=launches,
         granularity=chunk_tokens,
-        split_all_reduces=tuple(split_all_reduces),
+        all_reduces=dict(all_reduces),
         groups=groups,
     )
     return synchronise(plan, graph)
