@@ -30,7 +30,7 @@ from nanoflow_backend.bench.step_trace.launch_times import LaunchTimes, Recorded
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.network_table import NetworkTable, sent_bytes
 from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import in_forms
 from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -147,12 +147,12 @@ class EmulatedRank:
         networks = {"measured": self.sequential_network} | {
             f"{rate:g} GB/s": at_rate(self.sequential_network.header, rate) for rate in self.rates
         }
-        graph = split_all_reduce(self.graph, plan.split_all_reduces, self.ranks)
+        graph = in_forms(self.graph, plan.all_reduces, self.ranks)
         arms = {"nano-batch only": Arm("measured", nano_batch_only(graph, plan))} | {
             f"overlapped, {network}": Arm(network, plan) for network in networks if network != "measured"
         }
         for arm in arms.values():
-            validate(arm.schedule, graph, self.layers, self.device_sms)
+            validate(arm.schedule, graph, self.layers, self.device_sms, ranks=self.ranks)
         first = self.timer_of(mix, self.sequential_network)
         timers = {network: first if network == "measured" else first.on(table) for network, table in networks.items()}
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from nanoflow_kernels import reference
+from torch import Tensor
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.graph.collectives import with_parameters
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
@@ -73,12 +75,8 @@ class PlanTimer:
         ranks = network.header.ranks if network else 1
         self._network = network
         self._model = build(config, ranks).with_layers(layers)
-        made = weights.dummy(self._model.with_layers(distinct), precision=precision, device=device)
-        self._weights = made | {
-            f"layers.{i}.{parameter.name}": made[f"layers.{i % distinct}.{parameter.name}"]
-            for i, graph in enumerate(self._model.in_order)
-            for parameter in graph.parameters
-        }
+        self._weights: dict[str, Tensor] = {}
+        self._draw_weights = partial(weights.dummy, precision=precision, device=device)
         shape = msgspec.structs.replace(config, num_layers=distinct)
         kv_dtype: torch.dtype = getattr(torch, precision.kv)
         self._kv = KvPages.allocate(shape, batch.num_pages, page_tokens, kv_dtype, ranks, device=device)
@@ -144,6 +142,7 @@ class PlanTimer:
 
     def _make_forward(self, schedule: bytes) -> _Compiled:
         tokens, plan = len(self._inputs[0]), msgspec.json.decode(schedule, type=Schedule)
+        self._add_weights(plan)
         binding = Binding(
             self._model,
             [msgspec.structs.replace(plan, least_decode_kv_tokens=0)],  # whatever the batch has
@@ -166,6 +165,22 @@ class PlanTimer:
 
         forward()  # compiles, and captures
         return _Compiled(program, fitted, forward)
+
+    def _add_weights(self, plan: Schedule) -> None:
+        """Draw what the plan's form of the model needs and no plan before it did, in the first few layers."""
+        ranks = self._network.header.ranks if self._network else 1
+        model = with_parameters(self._model, [plan.all_reduces], ranks)
+        names = {f"layers.{i}.{p.name}" for i, graph in enumerate(model.in_order) for p in graph.parameters}
+        if names <= self._weights.keys():
+            return
+        distinct = min(model.num_layers, DISTINCT_LAYERS)
+        drawn = self._draw_weights(model.with_layers(distinct)) | self._weights
+        self._weights |= drawn | {
+            name: drawn[f"layers.{i % distinct}.{p.name}"]
+            for i, graph in enumerate(model.in_order)
+            for p in graph.parameters
+            for name in [f"layers.{i}.{p.name}"]
+        }
 
     def _collectives(self) -> Collectives:
         return Emulated(self._network, self._kernels) if self._network else OneRank()

@@ -51,7 +51,7 @@ TP2 = NetworkHeader(name="two", device="cpu", ranks=2, source="a test", link_pj_
 @pytest.mark.parametrize("graph", [SHARD.layer, *(build(config(name), 2).layer for name in CONFIGS)])
 def test_no_part_comes_right_behind_the_collective_that_it_reads(graph: Graph) -> None:
     plan = overlap_network(graph, 4096, 8, 132)
-    validate(plan, graph, 80, 132)
+    validate(plan, graph, 80, 132, ranks=8)
     assert plan.partition == {"network": 8, "compute": 124}
     network = [op.name for op in graph.operations if op.resource is Resource.NETWORK]
     assert {launch.operation for launch in plan.launches if launch.lane == "network"} == set(network)
