@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
+from nanoflow_kernels import reference
 
 from nanoflow_backend.commands.settings import engine_config, parse
 from nanoflow_backend.config.engine_config import EngineConfig
@@ -18,7 +18,10 @@ from nanoflow_backend.config.network_table import NetworkHeader, NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine import Engine
 from nanoflow_backend.engine.local_executor import LocalExecutor
+from nanoflow_backend.engine.program_builder import find_kernels
 from nanoflow_backend.engine.settle import settle
+from nanoflow_backend.runtime.collectives.emulated import Emulated
+from nanoflow_backend.runtime.device import find_device
 
 ASSUMED_SMS = 8  # of collectives that take an assumed rate
 TOKENS_ARE = (
@@ -72,7 +75,7 @@ class Emulation:
             raise ConfigError(f"load_format: expected dummy beside --emulate-tp, got {config.load_format}")
         if config.schedule == "auto":
             raise ConfigError("schedule: expected a preset or a schedule file beside --emulate-tp, got auto")
-        return Engine(config, make_executor=partial(LocalExecutor, emulated=self.network), settle=self._settle)
+        return Engine(config, make_executor=self._make_executor, settle=self._settle)
 
     def facts(self) -> dict[str, Any]:
         """What every result says of it."""
@@ -89,6 +92,10 @@ class Emulation:
                 "tokens_are": TOKENS_ARE,
             }
         }
+
+    def _make_executor(self, settled: Settled, on_rank_death: Callable[[str], None]) -> LocalExecutor:
+        kernels = find_kernels(find_device(settled.config.device)) or reference
+        return LocalExecutor(settled, on_rank_death, Emulated(self.network, kernels))
 
     def _settle(self, config: EngineConfig, eos_id: int | None) -> Settled:
         """As an engine of one rank, on the one device that is there; then with the shapes of a rank of the group."""

@@ -83,6 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     leader_address: str | None = None  # HOST:PORT of this host, where the others join; None: by the environment
     secret_file: str | None = None  # of what the hosts prove to each other to have
     join_timeout_s: float = 600.0  # the longest wait for the other hosts
+    # How ranks exchange rows; auto: gloo on the CPU, peer where every GPU can map every other's memory, else nccl.
+    collectives: Literal["auto", "gloo", "nccl", "peer"] = "auto"
     gpus: tuple[int, ...] | None = None  # one for each rank of a host, as the server's process counts; None: the first
     dense_batch_tokens: int | None = None  # B_dense: tokens of one step; None: by schedule file, or by device
     chunk_tokens: int | None = None  # most tokens of one request in one step; None: dense_batch_tokens
@@ -124,6 +126,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if gpus is not None and ((len(gpus), len(set(gpus))) != (ranks, ranks) or min(gpus) < 0):
             why = "tensor_parallel" if self.hosts == 1 else "tensor_parallel / hosts"
             faults.append(f"gpus: expected {ranks} different ids ({why}), got {list(gpus)}")
+        if self.hosts > 1 and self.collectives == "peer":
+            faults.append(f"collectives: expected auto, gloo or nccl on {self.hosts} hosts, got peer")
         if gpus is not None and self.device == "cpu":
             faults.append(f"gpus: expected none with device cpu, got {list(gpus)}")
         if (self.max_running or 0) > (self.dense_batch_tokens or math.inf):
@@ -155,13 +159,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Raises:
             ConfigError: what this device cannot do.
         """
-        if device == "cuda" and self.tensor_parallel > 1:
-            raise ConfigError(f"tensor_parallel: expected 1 on cuda, got {self.tensor_parallel}")
+        if (self.collectives == "gloo") == (device == "cuda") and self.collectives != "auto":
+            possible = "auto or gloo" if device == "cpu" else "auto, nccl or peer"
+            raise ConfigError(f"collectives: expected {possible} on {device}, got {self.collectives}")
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
         precision = self.precision_on(device)
         kv_cache_dtype = "fp8_e4m3" if precision.kv == FP8 else precision.kv
         fields |= {"device": device, "dtype": precision.weights, "kv_cache_dtype": kv_cache_dtype}
         defaults = DEFAULTS[device]._asdict()
+        if device == "cpu":
+            fields["collectives"] = "gloo"
         dense_batch_tokens = self.dense_batch_tokens or defaults["dense_batch_tokens"]
         defaults |= dict.fromkeys(("chunk_tokens", "prompt_tokens", "max_running"), dense_batch_tokens)
         unset = {name: value for name, value in defaults.items() if fields[name] is None}
@@ -216,7 +223,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SettledConfig(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An EngineConfig on its device. Only the size of the KV cache may be open: a GPU's is measured."""
+    """An EngineConfig on its device. Only the size of the KV cache may be open, for a GPU's is measured; and until
+    `settle` has looked at the GPUs, the collectives."""
 
     device: Literal["cpu", "cuda"]
     dtype: Dtype

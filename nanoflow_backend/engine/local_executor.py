@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
 from nanoflow_backend.kvcache.tier import PageStore, TransferReport
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.device import Device
+from nanoflow_backend.runtime.rank_gpu import stay_near_gpu
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch, Sampled
 
@@ -22,7 +23,7 @@ class LocalExecutor:
 
     Args:
         on_rank_death: called from another thread when a rank has ended, with what is known of its end.
-        emulated: the network of rank 0 that runs alone, see Emulated: the others are not started.
+        collectives: of rank 0 that runs alone (see Emulated): no other rank is started. None: the ranks make theirs.
 
     Raises:
         ConfigError: the model, its KV cache or its workspace does not fit.
@@ -30,13 +31,16 @@ class LocalExecutor:
     """
 
     def __init__(
-        self, settled: Settled, on_rank_death: Callable[[str], None], emulated: NetworkTable | None = None
+        self, settled: Settled, on_rank_death: Callable[[str], None], collectives: Collectives | None = None
     ) -> None:
-        has_others = settled.config.tensor_parallel > 1 and emulated is None
+        has_others = settled.config.tensor_parallel > 1 and collectives is None
+        if has_others and settled.config.device == "cuda":
+            stay_near_gpu(rank=0)  # first: memory lies where the thread runs that touches it first
         self._ranks = Ranks(settled, on_rank_death) if has_others else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
-            self.worker = Worker(settled, emulated=emulated)
+            with self._errors_explained():
+                self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else collectives)
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:
@@ -72,8 +76,12 @@ class LocalExecutor:
             self.worker.launch_tail(step, masks)
 
     def collect(self, step: InFlightStep) -> Sampled:
-        sampled = self.worker.collect(step)
-        return replace(sampled, transfers=self._joined(sampled.transfers)) if self._ranks else sampled
+        with self._errors_explained():
+            sampled = self.worker.collect(step)
+        if self._ranks is None:
+            return sampled
+        self._ranks.check()
+        return replace(sampled, transfers=self._joined(sampled.transfers))
 
     def _joined(self, report: TransferReport | None) -> TransferReport | None:
         """Of all ranks, where that of rank 0 is this."""

@@ -13,7 +13,6 @@ from nanoflow_kernels import reference
 from torch import Tensor
 
 from nanoflow_backend.config.error import ConfigError
-from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.memory import GIB, check_host_room, check_room
 from nanoflow_backend.graph.collectives import with_parameters
@@ -23,8 +22,7 @@ from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.binding import Binding
-from nanoflow_backend.runtime.collectives.emulated import Emulated
-from nanoflow_backend.runtime.collectives.gloo import Gloo
+from nanoflow_backend.runtime.collectives.group import least
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
@@ -41,9 +39,6 @@ log = logging.getLogger(__name__)
 class ProgramBuilder:
     """What a program is made of before there is memory for it: the model's graphs, schedules and kernels.
 
-    Args:
-        emulated: the network of a rank that runs alone, see Emulated; None: the other ranks are there.
-
     Attributes:
         kv: the pages of the last program.
         host_slots: pages that this rank may keep in host memory.
@@ -53,9 +48,9 @@ class ProgramBuilder:
         ScheduleError: the schedule does not fit the model or the device.
     """
 
-    def __init__(self, settled: Settled, device: Device, rank: int = 0, emulated: NetworkTable | None = None) -> None:
+    def __init__(self, settled: Settled, device: Device, rank: int = 0, collectives: Collectives | None = None) -> None:
+        self.collectives = collectives or OneRank()
         self.config, self.model_config, self.device, self.rank = settled.config, settled.model_config, device, rank
-        self._emulated = emulated
         self.max_model_tokens = settled.max_model_tokens
         self.tp, self.precision = self.config.tensor_parallel, self.config.precision
         self.kv_dtype = getattr(torch, self.precision.kv)
@@ -71,8 +66,9 @@ class ProgramBuilder:
         if len(self.schedules) > 1:
             log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
         self._sharing = self.tp // self.config.hosts if device.kind == "cpu" else 1  # ranks that have the same memory
-        self.free_bytes = device.free_bytes() // self._sharing  # before anything is loaded
-        check_room(self.config, self.model_config, self.weights_bytes, self.free_bytes, device.name)
+        free_bytes = device.free_bytes() // self._sharing  # before anything is loaded
+        check_room(self.config, self.model_config, self.weights_bytes, free_bytes, device.name)
+        self.free_bytes = least(free_bytes)  # all ranks have as many pages
         self.host_slots = check_host_room(self.config, slot_bytes(self.bytes_a_page), self._host_free_bytes())
 
     def build(self) -> tuple[Program, Tensor, int]:
@@ -137,7 +133,9 @@ class ProgramBuilder:
         trial = self.make_program(loaded, num_pages=1)
         trial.fill(page_table)
         measured = self.device.free_bytes(config.gpu_memory_utilization) // self.bytes_a_page
-        num_pages = min(measured, self.most_pages)  # others may have freed memory: the page table has no place for it
+        num_pages = least(
+            min(measured, self.most_pages)
+        )  # others may have freed memory: the page table has no place for it
         del trial
         torch.cuda.empty_cache()
         if num_pages < 1:
@@ -159,7 +157,7 @@ class ProgramBuilder:
             self.schedules,
             loaded,
             kv,
-            self._collectives(),
+            self.collectives,
             self.kernels or reference,
             max_tokens=config.dense_batch_tokens,
             precision=self.precision,
@@ -168,11 +166,6 @@ class ProgramBuilder:
         if self.kernels is None:
             return CpuProgram(binding)
         return CudaProgram(binding, max_rows=config.max_running, cuda_graphs=config.cuda_graphs)
-
-    def _collectives(self) -> Collectives:
-        if self._emulated:
-            return Emulated(self._emulated, self.kernels or reference)
-        return Gloo() if self.tp > 1 else OneRank()
 
 
 def find_kernels(device: Device) -> ModuleType | None:

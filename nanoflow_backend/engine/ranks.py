@@ -12,13 +12,12 @@ import contextlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
 
 import msgspec
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.tiers.rank_reports import RankReports
@@ -30,23 +29,35 @@ from nanoflow_backend.hosts.messages import Begin, Progress, RankReport, StartRa
 from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.child import Parent
+from nanoflow_backend.runtime.collectives.choice import open_collectives
+from nanoflow_backend.runtime.collectives.group import (
+    COLLECTIVE_TIMEOUT,
+    INTERFACE,
+    LOOPBACK,
+    arrive,
+    join_group,
+    missing,
+    open_store,
+)
+from nanoflow_backend.runtime.collectives.protocol import Collectives
+from nanoflow_backend.runtime.rank_gpu import stay_near_gpu, take_gpu
 from nanoflow_backend.sampling.constraints import Masks
 from nanoflow_backend.scheduler.batch import Batch
 
-LOOPBACK = "lo"
-INTERFACE = "GLOO_SOCKET_IFNAME"
 # Once all ranks are at the door. Those wait for rank 0 without a limit of their own: it ends them if it gives up.
 MEETING_S = 10.0
+CHECK_S = 0.02
 EXPLAINED_S = 2.0
-# A rank that dies closes its connections, which the others notice at once; of a lost link the rank channel hears.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class Ranks:
     """Ranks 1 .. tp - 1, on this host and on others.
 
     When one dies, or the link to its host is lost, `on_death` is called from another thread, so that an idle engine
-    knows too; a collective that waits for a rank that died fails.
+    knows too; a collective that waits for a rank that died fails, and the other ranks are ended.
+
+    Attributes:
+        collectives: of rank 0, to exchange rows with the others.
 
     Raises:
         ConfigError: where there are other hosts, see gather.
@@ -55,6 +66,8 @@ class Ranks:
 
     def __init__(self, settled: Settled, on_death: Callable[[str], None]) -> None:
         config = settled.config
+        self._on_death = on_death
+        self.collectives: Collectives | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._folder = tempfile.TemporaryDirectory(prefix="nanoflow-ranks-")  # 0700
         rendezvous, interface = os.path.join(self._folder.name, "rendezvous"), LOOPBACK
@@ -68,12 +81,14 @@ class Ranks:
             here = range(1, config.tensor_parallel // config.hosts)
             ranks = start_ranks(StartRank(settled, rank, rendezvous, interface) for rank in here)
             self._reports = RankReports(config.tensor_parallel)
-            self._members = Members({**ranks, **links}, on_death, self._reports.add)
+            self._members = Members({**ranks, **links}, self._rank_died, self._reports.add)
             try:
                 for link in links.values():
                     link.send(Begin(rendezvous))
                 self._members.wait_until_started()
                 self._meet(rendezvous, interface, config.tensor_parallel, listening)
+                with self.errors_explained():
+                    self.collectives = open_collectives(settled, interface)
             except Exception:
                 self.close()
                 raise
@@ -103,66 +118,46 @@ class Ranks:
         """What all ranks have moved since the last call, `report` being that of rank 0."""
         return self._reports.join(report)
 
+    def check(self) -> None:
+        """Raises: RuntimeError, a rank has ended, and what was exchanged since then means nothing."""
+        if how := self._members.wait_for_death(0):
+            raise RuntimeError(how)
+
     def close(self) -> None:
+        """End them all, and the group. Harmless when repeated."""
         self._members.close()
+        if self.collectives:
+            self.collectives.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._folder.cleanup()
 
+    def _rank_died(self, how: str) -> None:
+        """On a thread that watches it. What waits for it on a device, ours and that of the others, must not for ever."""
+        if self.collectives:
+            self.collectives.abort()
+        self._on_death(how)
+
     def _meet(self, rendezvous: str, interface: str, size: int, listening: socket.socket | None) -> None:
+        limit = timedelta(seconds=MEETING_S)
         try:
-            join_group(rendezvous, 0, size, interface, timedelta(seconds=MEETING_S), listening)
-        except RuntimeError as error:  # of torch
+            store = open_store(rendezvous, size, limit, listening)
+            arrive(store, 0)
+            began_s = time.monotonic()
+            while late := missing(store, size):
+                self.check()
+                if time.monotonic() - began_s >= MEETING_S:
+                    names = ", ".join(f"rank {rank}" for rank in late)
+                    raise RuntimeError(f"{names}: started, but did not come to the meeting of all {size} ranks")
+                time.sleep(CHECK_S)
+            join_group(store, 0, size, interface, limit)
+        except RuntimeError as error:  # ours, or of torch
             if how := self._members.wait_for_death(EXPLAINED_S):
                 raise RuntimeError(how) from error
             raise RuntimeError(
                 f"the {size} ranks did not meet within {MEETING_S:g} s over the interface {interface} "
                 f"({INTERFACE} chooses another); each must reach the others on any port: {error}"
             ) from error
-
-
-def join_group(
-    rendezvous: str,
-    rank: int,
-    size: int,
-    interface: str,
-    timeout: timedelta = COLLECTIVE_TIMEOUT,
-    listening: socket.socket | None = None,
-) -> None:
-    """Make the default process group, of gloo.
-
-    Args:
-        rendezvous: a file, or HOST:PORT, where rank 0 listens.
-        interface: what gloo talks over, unless GLOO_SOCKET_IFNAME names another.
-        timeout: until all have met.
-        listening: rank 0's socket at HOST:PORT.
-    """
-    store: Any
-    if rendezvous.startswith("/"):
-        store = dist.FileStore(rendezvous, size)  # type: ignore[attr-defined]
-    else:
-        host, _, port = rendezvous.rpartition(":")
-        fd = None if listening is None else os.dup(listening.fileno())  # the store closes it
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, int(port), size, fd is not None, timeout, wait_for_workers=False, master_listen_fd=fd
-        )
-    _world.group_count = 0  # a group has it in its name, which all ranks must know; torch counts failures, too
-    with talking_over(interface):
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-    _set_pg_timeout(COLLECTIVE_TIMEOUT)
-
-
-@contextlib.contextmanager
-def talking_over(interface: str) -> Iterator[None]:
-    """Gloo knows it from the environment alone. It is put back: the next group may be another."""
-    if os.environ.get(INTERFACE):
-        yield
-        return
-    os.environ[INTERFACE] = interface
-    try:
-        yield
-    finally:
-        del os.environ[INTERFACE]
 
 
 def main() -> None:
@@ -172,8 +167,7 @@ def main() -> None:
     start: StartRank = parent.receive(msgspec.msgpack.Decoder(StartRank))
     parent.send(Progress())  # at the door: torch is there
     try:
-        join_group(start.rendezvous, start.rank, start.settled.config.tensor_parallel, start.interface)
-        worker = Worker(start.settled, start.rank)
+        worker = _join(start, parent)
     except Exception as error:
         parent.send(Progress(f"{type(error).__name__}: {error}"))
         raise
@@ -186,6 +180,20 @@ def main() -> None:
         worker.launch_tail(step, parent.receive(masks))
         if (report := worker.report_transfers(wait=not step.batch.tokens)) is not None:
             parent.send(RankReport(start.rank, report))
+
+
+def _join(start: StartRank, parent: Parent) -> Worker:
+    """Meet the others, on a GPU of our own where there are GPUs, and load the weights."""
+    config, rank = start.settled.config, start.rank
+    if config.device == "cuda":
+        take_gpu(config, rank)
+        stay_near_gpu(rank)
+    store = open_store(start.rendezvous, config.tensor_parallel, COLLECTIVE_TIMEOUT)
+    arrive(store, rank)
+    join_group(store, rank, config.tensor_parallel, start.interface)
+    collectives = open_collectives(start.settled, start.interface)
+    parent.on_end = collectives.abort
+    return Worker(start.settled, rank, collectives)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from nanoflow_backend.engine.settled_on import settled_on
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device, find_kind, show_only
+from nanoflow_backend.runtime.rank_gpu import check_gpus
 from nanoflow_backend.schedule.source import find_schedules, named_dense_batch_tokens
 
 
 def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
-    """Choose GPUs, device, schedule, batch size and context length, in this order.
+    """Choose GPUs, device, schedule, batch size, collectives and context length, in this order.
 
     `config.gpus` decides which GPUs this process and its children see from now on, so nothing may have touched a GPU
     before. With the schedule "auto" it may search for one, which takes minutes.
@@ -35,6 +36,8 @@ def settle(config: EngineConfig, eos_id: int | None = None) -> Settled:
     config = find_auto_schedule(config, device)
     config = replace(config, dense_batch_tokens=named_dense_batch_tokens(config))
     settled = config.settle(device.kind)
+    if settled.tensor_parallel > 1 and device.kind == "cuda":
+        settled = replace(settled, collectives=check_gpus(settled))
     if eos_id is not None and eos_id < model_config.vocab_size and eos_id not in model_config.eos_token_ids:
         model_config = replace(model_config, eos_token_ids=(*model_config.eos_token_ids, eos_id))
     model = build(model_config, settled.tensor_parallel)  # says what the ranks cannot share, before any of them starts

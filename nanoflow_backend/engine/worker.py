@@ -13,12 +13,12 @@ import torch
 from nanoflow_kernels import reference_sampling
 from torch import Tensor
 
-from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.program_builder import ProgramBuilder
 from nanoflow_backend.engine.step_inputs import StepInputs
 from nanoflow_backend.engine.tiers.builder import make_transfers
 from nanoflow_backend.kvcache.tier import PageStore, TransferReport
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.transfer import to_device, to_host
 from nanoflow_backend.sampling.constraints import Masks
@@ -50,18 +50,21 @@ class InFlightStep:
 class Worker:
     """One rank out of `config.tensor_parallel`. Every rank launches the same batches in the same order.
 
-    On a GPU nothing but `collect` waits for it. `emulated` is the network of a rank that runs alone.
+    On a GPU nothing but `collect` waits for it.
+
+    Args:
+        collectives: of this rank; None: it is the only one.
 
     Raises:
         ConfigError: no such device, or too little memory on it.
         ScheduleError: the schedule does not fit the model or the device.
     """
 
-    def __init__(self, settled: Settled, rank: int = 0, emulated: NetworkTable | None = None) -> None:
+    def __init__(self, settled: Settled, rank: int = 0, collectives: Collectives | None = None) -> None:
         config, model_config = settled.config, settled.model_config
         self.device = find_device(config.device)
         self._torch_device = torch.device(config.device)
-        builder = ProgramBuilder(settled, self.device, rank, emulated)  # first: it says what does not fit
+        builder = ProgramBuilder(settled, self.device, rank, collectives)  # first: it says what does not fit
         # The last sampled id of each slot: the next step reads its decode inputs here, the host sees them later.
         self._last_sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self._torch_device)
         kernels, vocab_size = builder.kernels or reference_sampling, model_config.vocab_size
@@ -155,9 +158,10 @@ class Worker:
         return self._transfers.store if self._transfers else None
 
     def close(self) -> None:
-        """End transfers, and give host memory back."""
+        """End transfers, and give host memory back, and what CUDA graphs hold."""
         if self._transfers:
             self._transfers.close()
+        self.program.close()
 
     def _begin_transfers(self, batch: Batch) -> None:
         """Beside this step, and after those that had come back to the scheduler: on other ranks they may still run."""

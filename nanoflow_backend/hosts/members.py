@@ -22,7 +22,7 @@ RANK = "nanoflow_backend.engine.ranks"  # what a rank's process runs
 
 
 class Members:
-    """The channels by name: "rank 1", "host 2 (10.0.0.2, ranks 4 to 7)".
+    """The channels by name: "rank 1", "host 2 (10.0.0.2, ranks 4 to 7)". When one has ended, the others are ended, too.
 
     Args:
         on_death: called from another thread when a member that was not closed has ended, with its name and what is
@@ -99,6 +99,7 @@ class Members:
             with contextlib.suppress(InvalidStateError):  # another one was first
                 self._died.set_result(how)
             self._on_death(how)
+            self.close()  # they may wait for it, on a device that nobody could take from them
 
 
 def _wait(stages: Mapping[str, Future[None]], log_missing: bool = False) -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -144,9 +145,13 @@ class Parent:
     """The other end: what a child's main function talks to. The process ends when its parent does.
 
     Sending is thread-safe; receiving is for one thread.
+
+    Attributes:
+        on_end: called just before that, from another thread.
     """
 
     def __init__(self) -> None:
+        self.on_end: Callable[[], None] = lambda: None
         self._connection = Connection(int(sys.argv[1]))
         self._sending = threading.Lock()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then tells us
@@ -161,6 +166,7 @@ class Parent:
         if self._connection.fileno() not in dict(poll.poll()):
             # Only the host is gone. Our parent may be frozen: a call that waits for the host can hold its interpreter.
             os.kill(parent_pid, signal.SIGKILL)
+        self.on_end()
         os._exit(1)  # also from inside a collective or a long load
 
     def send(self, message: msgspec.Struct) -> None:

@@ -127,6 +127,24 @@ class Binding:
                 return FittedPlan(plan, tokens)
         raise ValueError(f"no plan for {tokens} tokens whose decodes read {decode_kv_tokens} tokens of the KV cache")
 
+    def waits(self, plan: BoundPlan) -> list[list[int]]:
+        """For each step the steps of other lanes that it waits for, as places in the order of issue.
+
+        To those of the schedule come those of collectives, which take turns: two at once, which a device may begin in
+        another order on every rank, could each wait for ranks that wait in the other.
+        """
+        waits = plan.schedule.awaited(self.model.num_layers)
+        last: int | None = None
+        for step, (layer, number) in enumerate(plan.steps):
+            launch, graph = plan.schedule.launches[number], plan.layers[layer]
+            if launch.operation not in graph or graph[launch.operation].resource is not Resource.NETWORK:
+                continue
+            if last is not None and self.collectives.ranks > 1:
+                if plan.schedule.launches[plan.steps[last][1]].lane != launch.lane and last not in waits[step]:
+                    waits[step] = [*waits[step], last]
+            last = step
+        return waits
+
     def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[KernelCall]:
         """Token ids [T] to the inputs of the first layer."""
         plan, tokens = fitted

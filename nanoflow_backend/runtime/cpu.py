@@ -114,6 +114,9 @@ class CpuProgram:
         self._watcher = watcher
         self._launches.cache_clear()
 
+    def close(self) -> None:
+        """See Program. Nothing is captured."""
+
     def _bind(self, plan: FittedPlan) -> list[Callable[[], None]]:
         launches = [self._ready(call) if call else None for call in self.binding.layers(plan)]
         if watcher := self._watcher:

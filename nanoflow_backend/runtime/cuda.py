@@ -64,7 +64,7 @@ class CudaProgram:
         self._plan_attention = binding.kernels.plan_attention
         shared = [torch.cuda.Stream() for _ in range(max(len(plan.schedule.lanes) for plan in binding.plans) - 1)]
         self._lanes = {plan: _streams(plan.schedule, shared) for plan in binding.plans}
-        self._waits = {plan: plan.schedule.awaited(binding.model.num_layers) for plan in binding.plans}
+        self._waits = {plan: binding.waits(plan) for plan in binding.plans}
         self._cuda_graphs = cuda_graphs
         self._watcher: LaunchWatcher | None = None
         self._graphs: dict[tuple[FittedPlan, int | None], torch.cuda.CUDAGraph] = {}  # watched: one for each lap
@@ -134,6 +134,10 @@ class CudaProgram:
     def watch(self, watcher: LaunchWatcher | None) -> None:
         """See Program. Graphs that were captured unwatched stay, for when nobody looks on any more."""
         self._watcher = watcher
+
+    def close(self) -> None:
+        """See Program."""
+        self._graphs.clear()
 
     def _pad(self, tokens: int, page_table: Tensor) -> None:
         """Run a batch of padding under each plan that batches of `tokens` may have."""

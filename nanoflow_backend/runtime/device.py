@@ -38,12 +38,25 @@ def show_only(gpus: Sequence[int]) -> None:
         ConfigError: there are no such GPUs.
     """
     visible = os.environ.get(VISIBLE)
-    names = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
+    names = _names(max(gpus) + 1)
     if max(gpus) >= len(names):
         raise ConfigError(f"gpus: expected ids below {len(names)}, for {VISIBLE} is {visible}, got {list(gpus)}")
     os.environ[VISIBLE] = ",".join(names[gpu] for gpu in gpus)
     if torch.cuda.device_count() != len(gpus):
         raise ConfigError(f"gpus: torch does not see {list(gpus)}; it sees {torch.cuda.device_count()} of them")
+
+
+def show_first(gpu: int) -> None:
+    """Make one of the GPUs that this process has its first, device 0 of whatever thread, and keep the others visible,
+    whose memory it may map. It must not have used one yet."""
+    names = _names(torch.cuda.device_count())
+    os.environ[VISIBLE] = ",".join([names[gpu], *names[:gpu], *names[gpu + 1 :]])
+
+
+def _names(count: int) -> list[str]:
+    """Of the GPUs that this process has, `count` of them where the environment does not say which."""
+    visible = os.environ.get(VISIBLE)
+    return visible.split(",") if visible else [str(gpu) for gpu in range(count)]
 
 
 def find_kind(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

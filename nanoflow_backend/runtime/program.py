@@ -46,3 +46,7 @@ class Program(Protocol):
     def watch(self, watcher: LaunchWatcher | None) -> None:
         """From the next batch on, `watcher` makes the launches of the layers; None: nobody looks on."""
         ...
+
+    def close(self) -> None:
+        """Forget what was captured, when nothing runs any more: graphs hold the collectives. Harmless when repeated."""
+        ...

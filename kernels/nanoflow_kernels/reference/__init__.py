@@ -12,7 +12,6 @@ FP8 is e4m3 (torch.float8_e4m3fn), always beside the fp32 scales that it is to b
 """
 
 from nanoflow_kernels.reference.attention import attention
-from nanoflow_kernels.reference.exchange import exchange
 from nanoflow_kernels.reference.experts import grouped_combine, grouped_linear_swiglu, route
 from nanoflow_kernels.reference.products import linear, linear_swiglu
 from nanoflow_kernels.reference.quantised import add_rms_norm_quantise, dequantise, quantise, swiglu_quantise
@@ -23,6 +22,7 @@ from nanoflow_kernels.reference.scaled import (
     scaled_linear,
     scaled_linear_swiglu,
 )
+from nanoflow_kernels.reference.timed_exchange import timed_exchange
 
 __all__ = [
     "add_rms_norm",
@@ -30,7 +30,6 @@ __all__ = [
     "attention",
     "dequantise",
     "embed",
-    "exchange",
     "grouped_combine",
     "grouped_linear_swiglu",
     "linear",
@@ -44,4 +43,5 @@ __all__ = [
     "scaled_linear",
     "scaled_linear_swiglu",
     "swiglu_quantise",
+    "timed_exchange",
 ]

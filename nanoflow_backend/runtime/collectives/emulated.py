@@ -28,7 +28,7 @@ class Emulated(Collectives):
     RMS already where there are n; an all-gather repeats this rank's part.
 
     Args:
-        kernels: `exchange` and `add_rms_norm` of the device, or of the reference.
+        kernels: `timed_exchange` and `add_rms_norm` of the device, or of the reference.
     """
 
     rank = 0
@@ -88,4 +88,4 @@ class Emulated(Collectives):
         self, collective: Collective, x: Tensor, out: Tensor, whole: Tensor, scale: float, num_sms: int | None
     ) -> None:
         taken = self.table.time(collective, whole.numel() * whole.element_size(), num_sms)
-        self._kernels.exchange(x, out=out, scale=scale, us=taken.us, num_sms=taken.sms)
+        self._kernels.timed_exchange(x, out=out, scale=scale, us=taken.us, num_sms=taken.sms)

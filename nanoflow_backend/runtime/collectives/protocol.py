@@ -86,6 +86,14 @@ class Collectives(Protocol):
         reference.add_rms_norm(residual, summed, weight, eps=eps, out=(kept, mine))
         self.all_gather_rows(mine, out=normed, num_sms=num_sms)
 
+    def abort(self) -> None:
+        """A rank has ended: let calls that wait for it end, with whatever outputs. Thread-safe; returns at once."""
+        return
+
+    def close(self) -> None:
+        """Give back what the calls took, when all have ended and no graph holds any. Harmless when repeated."""
+        return
+
 
 def rank_rows(tokens: int, rank: int, ranks: int) -> range:
     """The rows that a rank has of `tokens`: ceil(tokens / ranks) each, the last ranks fewer or none."""

@@ -49,8 +49,8 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
      ((8, 3), (1, 3)), ((5, 8201), (5, 8201)), ((0, 8), (0, 8))],
 )  # fmt: skip
 @pytest.mark.parametrize("num_sms", [None, 2])
-def test_exchange(checks: Checks, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None) -> None:
-    checks.exchange(taken, given, num_sms)
+def test_timed_exchange(checks: Checks, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None) -> None:
+    checks.timed_exchange(taken, given, num_sms)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

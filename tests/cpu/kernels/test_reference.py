@@ -59,7 +59,7 @@ def test_embed_is_a_zero_residual_and_the_rows_of_the_table(tokens: int, dtype: 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [1, 10, 13])
-def test_exchange_adds_blocks_up_or_repeats_them(tokens: int, ranks: int, dtype: torch.dtype) -> None:
+def test_timed_exchange_adds_blocks_up_or_repeats_them(tokens: int, ranks: int, dtype: torch.dtype) -> None:
     mine = -(-tokens // ranks)
     whole, part = random(tokens, 6 * ranks, dtype=dtype), random(mine, 6 * ranks, dtype=dtype)
     below = torch.zeros(mine * ranks, 6 * ranks, dtype=torch.float64)
@@ -72,13 +72,13 @@ def test_exchange_adds_blocks_up_or_repeats_them(tokens: int, ranks: int, dtype:
         (whole[:, :6], whole[:, :6].double().repeat(1, ranks)),
     ):
         out = empty(*expected.shape, dtype)
-        reference.exchange(x, out=out, scale=1.5, us=0.0)
+        reference.timed_exchange(x, out=out, scale=1.5, us=0.0)
         assert_close("exchanged", out, 1.5 * expected, TOLERANCE[dtype])
 
 
-def test_exchange_takes_its_time() -> None:
+def test_timed_exchange_takes_its_time() -> None:
     x, out, begin_s = random(3, 4), empty(3, 4, torch.float32), time.perf_counter()
-    reference.exchange(x, out=out, scale=1.0, us=2e4)
+    reference.timed_exchange(x, out=out, scale=1.0, us=2e4)
     assert time.perf_counter() - begin_s >= 0.02
 
 

@@ -53,10 +53,12 @@ class Checks:
         assert torch.equal(residual.cpu(), torch.zeros(tokens, width, dtype=self.dtype))
         assert torch.equal(update.cpu(), table[ids.long()])
 
-    def exchange(self, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None, us: float = 0.0) -> None:
+    def timed_exchange(
+        self, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None, us: float = 0.0
+    ) -> None:
         x, out, expected = self.normal(*taken), self.empty(*given), torch.empty(given)
-        kernels.exchange(self.there(x), out=out, scale=1.25, us=us, num_sms=num_sms)
-        reference.exchange(x.float(), out=expected, scale=1.25, us=0.0)
+        kernels.timed_exchange(self.there(x), out=out, scale=1.25, us=us, num_sms=num_sms)
+        reference.timed_exchange(x.float(), out=expected, scale=1.25, us=0.0)
         self.close("exchanged", out, expected)
 
     def add_rms_norm(self, tokens: int, width: int) -> None:

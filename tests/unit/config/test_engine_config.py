@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
@@ -140,6 +141,14 @@ def test_one_dtype_fills_all_roles_that_are_not_named() -> None:
     assert [apart.precision.element_bytes(name) for name in ("weights", "kv", "int32", "float32")] == [4, 2, 4, 4]
 
 
+def test_ranks_of_the_cpu_exchange_rows_over_gloo_and_those_of_gpus_by_what_these_can() -> None:
+    config = EngineConfig(model="m", tensor_parallel=2)
+    assert (config.settle("cpu").collectives, config.settle("cuda").collectives) == ("gloo", "auto")
+    assert replace(config, collectives="nccl").settle("cuda").collectives == "nccl"
+    with pytest.raises(ConfigError, match="collectives: expected auto, gloo or nccl on 2 hosts, got peer"):
+        replace(config, collectives="peer", hosts=2, secret_file="s")
+
+
 def test_what_a_device_cannot_do_is_refused() -> None:
     with pytest.raises(
         ConfigError, match="kv_cache_dtype: expected bfloat16, as dtype is, or fp8_e4m3 on cuda, got float16"
@@ -147,8 +156,10 @@ def test_what_a_device_cannot_do_is_refused() -> None:
         EngineConfig(model="m", kv_cache_dtype="float16").settle("cuda")
     with pytest.raises(ConfigError, match=r"max_running: expected at most dense_batch_tokens \(512\).*got 600"):
         EngineConfig(model="m", max_running=600).settle("cpu")
-    with pytest.raises(ConfigError, match="tensor_parallel: expected 1 on cuda, got 2"):
-        EngineConfig(model="m", tensor_parallel=2).settle("cuda")
+    with pytest.raises(ConfigError, match="collectives: expected auto or gloo on cpu, got nccl"):
+        EngineConfig(model="m", collectives="nccl").settle("cpu")
+    with pytest.raises(ConfigError, match="collectives: expected auto, nccl or peer on cuda, got gloo"):
+        EngineConfig(model="m", collectives="gloo").settle("cuda")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "{}"])

@@ -35,11 +35,11 @@ def exchanges(ranks: int, gb_per_s: float = 1e3) -> tuple[Emulated, list[dict[st
     """Collectives, and what each of their calls passes to the kernel."""
     seen: list[dict[str, Any]] = []
 
-    def exchange(x: Tensor, *, out: Tensor, **options: Any) -> None:
+    def timed_exchange(x: Tensor, *, out: Tensor, **options: Any) -> None:
         seen.append(options)
-        reference.exchange(x, out=out, **options)
+        reference.timed_exchange(x, out=out, **options)
 
-    kernels = SimpleNamespace(exchange=exchange, add_rms_norm=reference.add_rms_norm)
+    kernels = SimpleNamespace(timed_exchange=timed_exchange, add_rms_norm=reference.add_rms_norm)
     return Emulated(network(ranks, gb_per_s), kernels), seen
 
 

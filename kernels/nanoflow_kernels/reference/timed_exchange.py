@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def exchange(x: Tensor, *, out: Tensor, scale: float, us: float, num_sms: int | None = None) -> None:
+def timed_exchange(x: Tensor, *, out: Tensor, scale: float, us: float, num_sms: int | None = None) -> None:
     """Compute out[r, c] = scale * sum over i, j of x[r % T + i * T', c % D + j * D'], and return `us` microseconds
     after the call, or later.
 

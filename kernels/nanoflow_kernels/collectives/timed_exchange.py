@@ -31,7 +31,7 @@ def _wait_until(begin, nanoseconds):
 
 
 @triton.jit(do_not_specialize=["T_in", "T_out", "nanoseconds"])
-def _exchange(
+def _timed_exchange(
     x_ptr, out_ptr, scale, nanoseconds, T_in, D_in, T_out, D_out, x_stride, out_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _exchange(
     _wait_until(begin, time)
 
 
-def exchange(x: Tensor, *, out: Tensor, scale: float, us: float, num_sms: int | None = None) -> None:
+def timed_exchange(x: Tensor, *, out: Tensor, scale: float, us: float, num_sms: int | None = None) -> None:
     """Read all of x, write all of out, and end no sooner than `us` microseconds after the start.
 
     Where x has more rows or columns than out, their blocks are added up, as in a reduce-scatter; where it has fewer,
@@ -71,20 +71,20 @@ def exchange(x: Tensor, *, out: Tensor, scale: float, us: float, num_sms: int | 
         ValueError: names the operand whose shape, strides, dtype or device is not so; num_sms is not positive; us is
             negative, or a second or more.
     """
-    check_rows("exchange", x=x, out=out)
-    check_dtype("exchange", x.dtype, out=out)
+    check_rows("timed_exchange", x=x, out=out)
+    check_dtype("timed_exchange", x.dtype, out=out)
     if not 0 <= us < 1e6:
-        raise ValueError(f"exchange: us: expected 0 or more, below 1,000,000, got {us}")
+        raise ValueError(f"timed_exchange: us: expected 0 or more, below 1,000,000, got {us}")
     tokens, width = out.shape
     sms = granted_sms(num_sms, x.device)
     if not out.numel():
         return
     if not x.numel():
-        raise ValueError(f"exchange: x: expected some values, got shape {tuple(x.shape)}")
+        raise ValueError(f"timed_exchange: x: expected some values, got shape {tuple(x.shape)}")
     columns = min(triton.next_power_of_2(width), MOST_COLUMNS)
     rows = max(1, min(BLOCK // columns, triton.next_power_of_2(triton.cdiv(tokens, sms)) // 2))
     blocks = triton.cdiv(tokens, rows) * triton.cdiv(width, columns)
-    _exchange[(programs(blocks, num_sms, x.device, per_sm=1),)](
+    _timed_exchange[(programs(blocks, num_sms, x.device, per_sm=1),)](
         x, out, scale, round(1e3 * us), *x.shape, *out.shape, x.stride(0), out.stride(0),
         ROWS=rows, COLUMNS=columns, num_warps=WARPS,
     )  # fmt: skip

@@ -1,0 +1,304 @@
+"""Reduce-scatter, all-gather, and both at once: the two-shot all-reduce, and the form with residual and RMS norm.
+
+*Scattering writes, gathering reads.* A program writes its tiles of each part into the buffer of the rank that owns the
+part; that rank sums what has come to it, in fp32 and in the order of ranks, so that the sum is one and the same
+wherever and on however many SMs it is made. What is gathered, a rank puts into its own buffer, once, and the others
+read it from there straight into their outputs.
+
+Bytes, of a message of N on n ranks with f = (n - 1) / n: scattering reads fN and writes fN to peers; summing reads fN
+from the own buffer and N/n of the input, and writes N/n; gathering writes N/n, reads fN from peers and writes fN. Over
+the links go 2 fN, the least without multicast, and through the SMs 5 fN + 3 N/n. Had the input to be copied to the own
+buffer for peers to read, the bytes were as many (the copy takes the place of the write to peers), but loads over a link
+take microseconds, and few SMs cannot keep as many under way as fill it; nobody waits for a store. Gathering by writes
+costs fN more, since outputs are not mapped for peers: what came would have to be copied to them. So it reads; the
+loads of all peers are under way together. Reading the inputs of others in place would save fN, and would need every
+activation in mapped memory and one more meeting, after which inputs may be overwritten.
+
+Shape legend: T tokens, D columns of the whole row, C columns of a part, n ranks, t rows of one rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
+from nanoflow_kernels.collectives.meeting import begin_call, end_call, meet
+from nanoflow_kernels.collectives.peers import MAX_PROGRAMS, Peers
+from nanoflow_kernels.collectives.tiles import (
+    Tile,
+    check_room,
+    offsets,
+    region_ptr,
+    region_stride,
+    tile_indices,
+    tile_of,
+)
+from nanoflow_kernels.grid import programs
+
+
+class Resources(NamedTuple):
+    """What a program has, and how many of them an SM holds by their registers.
+
+    The loads that are under way are what keeps memory and links busy: a tile of each other rank, in registers. So there
+    are as many programs as have room for these without spilling.
+    """
+
+    tile_bytes: int
+    warps: int
+    registers: int  # of a thread, at most
+    per_sm: int
+
+
+def resources(ranks: int, whole_rows: bool) -> Resources:
+    """For tiles of this many bytes, or of a row."""
+    if whole_rows:
+        return Resources(0, 16, 64, 2) if ranks <= 4 else Resources(0, 16, 128, 1)
+    if ranks <= 6:
+        return Resources(16384 if ranks <= 2 else 8192, 8, 80, 3)
+    return Resources(8192, 8, 128, 2)
+
+
+
+@triton.jit
+def rows_of(part, T, rows, COLUMNS: tl.constexpr):
+    """The rows of a part: with COLUMNS all, else `rows`, of the last parts fewer or none."""
+    if COLUMNS:
+        return T
+    else:
+        return tl.maximum(tl.minimum(T - part * rows, rows), 0)
+
+
+@triton.jit
+def part_ptr(matrix_ptr, part, rows, C, stride, COLUMNS: tl.constexpr):
+    """Where a part of a matrix begins."""
+    if COLUMNS:
+        return matrix_ptr + part * C
+    else:
+        return matrix_ptr + part * rows.to(tl.int64) * stride
+
+
+@triton.jit(do_not_specialize=["rank", "T", "rows"])
+def _exchange(
+    x_ptr, out_ptr, residual_ptr, weight_ptr, kept_ptr, buffers_ptr, pads_ptr, counters_ptr, abort_ptr,
+    rank, T, rows, C, half_bytes, x_stride, out_stride, residual_stride, kept_stride, region_row, eps,
+    RANKS: tl.constexpr, COLUMNS: tl.constexpr, SCATTER: tl.constexpr, GATHER: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """With SCATTER, y = the ranks' sum of this rank's part of x, else y = x, which is this rank's part.
+    With residual_ptr, kept = residual + y, and then y = kept / sqrt(mean(kept^2) + eps) * weight; tiles are rows.
+    With GATHER, out = all ranks' y, else out = y.
+
+    Of each part, programs have the same tiles in all three phases.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    epoch = begin_call(counters_ptr)
+    half = epoch % 2 * half_bytes
+    first, step, tiles = tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, ROWS) * tl.cdiv(C, COLS)
+    own_rows = rows_of(rank, T, rows, COLUMNS)
+    gathered: tl.constexpr = RANKS if SCATTER else 0  # the region of a buffer that others read
+
+    if SCATTER:
+        for tile in range(first, tiles, step):
+            row, column = tile_indices(tile, C, ROWS, COLS)
+            values = ()
+            for turn in tl.static_range(1, RANKS):  # all loads before the first store
+                peer = (rank + turn) % RANKS
+                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                part = part_ptr(x_ptr, peer, rows, C, x_stride, COLUMNS)
+                values += (tl.load(part + offsets(row, column, x_stride), mask=inside, other=0),)
+            for turn in tl.static_range(1, RANKS):
+                peer = (rank + turn) % RANKS
+                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                there = region_ptr(buffers_ptr, peer, half, rank, rows, region_row, x_ptr)
+                tl.store(there + offsets(row, column, region_row), values[turn - 1], mask=inside)
+        meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
+
+    own_x_ptr, own_out_ptr = x_ptr, out_ptr
+    if SCATTER:
+        own_x_ptr = part_ptr(x_ptr, rank, rows, C, x_stride, COLUMNS)
+    if GATHER:
+        own_out_ptr = part_ptr(out_ptr, rank, rows, C, out_stride, COLUMNS)
+    for tile in range(first, tiles, step):
+        row, column = tile_indices(tile, C, ROWS, COLS)
+        inside = (row < own_rows)[:, None] & (column < C)[None, :]
+        y = tl.load(own_x_ptr + offsets(row, column, x_stride), mask=inside, other=0)
+        if SCATTER:
+            total = tl.zeros([ROWS, COLS], tl.float32)
+            for peer in tl.static_range(RANKS):
+                here = region_ptr(buffers_ptr, rank, half, peer, rows, region_row, x_ptr)
+                came = tl.load(
+                    here + offsets(row, column, region_row), mask=inside & (peer != rank), other=0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
+                total += tl.where(peer == rank, y, came).to(tl.float32)
+            y = total.to(dtype)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offsets(row, column, residual_stride), mask=inside, other=0)
+            kept = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)  # the norm is of what is kept
+            tl.store(kept_ptr + offsets(row, column, kept_stride), kept, mask=inside)
+            s = kept.to(tl.float32)
+            weight = tl.load(weight_ptr + column, mask=column < C, other=0).to(tl.float32)
+            y = (s * (1 / tl.sqrt(tl.sum(s * s, 1) / C + eps))[:, None] * weight[None, :]).to(dtype)
+        tl.store(own_out_ptr + offsets(row, column, out_stride), y, mask=inside)
+        if GATHER:
+            here = region_ptr(buffers_ptr, rank, half, gathered, rows, region_row, x_ptr)
+            tl.store(here + offsets(row, column, region_row), y, mask=inside)
+
+    if GATHER:
+        meet(pads_ptr, abort_ptr, rank, epoch, 1, RANKS)
+        for tile in range(first, tiles, step):
+            row, column = tile_indices(tile, C, ROWS, COLS)
+            values = ()
+            for turn in tl.static_range(1, RANKS):
+                peer = (rank + turn) % RANKS
+                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                there = region_ptr(buffers_ptr, peer, half, gathered, rows, region_row, x_ptr)
+                values += (
+                    tl.load(
+                        there + offsets(row, column, region_row), mask=inside, other=0, cache_modifier=".cg"
+                    ),
+                )  # fmt: skip
+            for turn in tl.static_range(1, RANKS):
+                peer = (rank + turn) % RANKS
+                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                part = part_ptr(out_ptr, peer, rows, C, out_stride, COLUMNS)
+                tl.store(part + offsets(row, column, out_stride), values[turn - 1], mask=inside)
+    end_call(counters_ptr, epoch)
+
+
+def all_reduce_two_shot(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
+    """The ranks' sum, each rank summing some of the rows: x [T, D] -> [T, D], of one floating dtype.
+
+    Raises:
+        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive; or
+            says how large the peers' buffers have to be.
+    """
+    kernel = "all_reduce_two_shot"
+    check_shape(kernel, "out", out, *x.shape)
+    _launch(kernel, x, peers, out, len(x), num_sms, scatter=True, gather=True)
+
+
+def reduce_scatter_rows(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
+    """This rank's rows of the ranks' sum: x [T, D] -> [t, D], of one floating dtype.
+
+    t = ceil(T / n), on the last ranks less.
+
+    Raises:
+        ValueError: as of `all_reduce_two_shot`.
+    """
+    kernel = "reduce_scatter_rows"
+    check_shape(kernel, "out", out, _own_rows(len(x), peers), x.shape[1])
+    _launch(kernel, x, peers, out, len(x), num_sms, scatter=True)
+
+
+def reduce_scatter_columns(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
+    """This rank's columns of the ranks' sum: x [T, D] -> [T, D / n], of one floating dtype.
+
+    Raises:
+        ValueError: as of `all_reduce_two_shot`.
+    """
+    kernel = "reduce_scatter_columns"
+    check_shape(kernel, "x", x, len(out), peers.ranks * out.shape[1])
+    _launch(kernel, x, peers, out, len(x), num_sms, columns=True, scatter=True)
+
+
+def all_gather_rows(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
+    """The ranks' rows one below the other: x [t, D] -> [T, D], of one dtype; t as of `reduce_scatter_rows`.
+
+    Raises:
+        ValueError: as of `all_reduce_two_shot`.
+    """
+    kernel = "all_gather_rows"
+    check_shape(kernel, "x", x, _own_rows(len(out), peers), out.shape[1])
+    _launch(kernel, x, peers, out, len(out), num_sms, gather=True)
+
+
+def all_gather_columns(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
+    """The ranks' columns side by side: x [T, D / n] -> [T, D], of one dtype.
+
+    Raises:
+        ValueError: as of `all_reduce_two_shot`.
+    """
+    kernel = "all_gather_columns"
+    check_shape(kernel, "out", out, len(x), peers.ranks * x.shape[1])
+    _launch(kernel, x, peers, out, len(out), num_sms, columns=True, gather=True)
+
+
+def reduce_scatter_add_rms_norm_all_gather(
+    residual: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    peers: Peers,
+    *,
+    eps: float,
+    out: tuple[Tensor, Tensor],
+    num_sms: int | None = None,
+) -> None:
+    """Sum the ranks' updates on this rank's rows, add them to the residual, norm, and gather the ranks' normed rows.
+
+    residual [t, D], update [T, D], weight [D] -> kept [t, D], normed [T, D], of one floating dtype; t as of
+    `reduce_scatter_rows`. The sum is rounded as `reduce_scatter_rows` rounds it, so the two forms keep the same bits.
+
+    Raises:
+        ValueError: as of `all_reduce_two_shot`.
+    """
+    kernel = "reduce_scatter_add_rms_norm_all_gather"
+    kept, normed = out
+    own = _own_rows(len(update), peers), update.shape[1]
+    check_rows(kernel, update=update, residual=residual, kept=kept)
+    check_dtype(kernel, update.dtype, residual=residual, weight=weight, kept=kept)
+    check_shape(kernel, "residual", residual, *own)
+    check_shape(kernel, "kept", kept, *own)
+    check_shape(kernel, "normed", normed, *update.shape)
+    check_shape(kernel, "weight", weight, update.shape[1])
+    _launch(
+        kernel, update, peers, normed, len(update), num_sms,
+        scatter=True, gather=True, norm=(residual, weight, kept, eps),
+    )  # fmt: skip
+
+
+def _own_rows(tokens: int, peers: Peers) -> int:
+    rows = -(-tokens // peers.ranks)
+    return max(0, min(rows, tokens - peers.rank * rows))
+
+
+def _launch(
+    kernel: str,
+    x: Tensor,
+    peers: Peers,
+    out: Tensor,
+    tokens: int,
+    num_sms: int | None,
+    *,
+    columns: bool = False,
+    scatter: bool = False,
+    gather: bool = False,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+) -> None:
+    check_rows(kernel, x=x, out=out)
+    check_dtype(kernel, x.dtype, out=out)
+    width = min(x.shape[1], out.shape[1])  # of a part
+    rows = tokens if columns else -(-tokens // peers.ranks)
+    check_room(kernel, peers, x, (peers.ranks if scatter else 0) + gather, rows, width)
+    if tokens == 0 or width == 0:
+        return
+    residual, weight, kept, eps = norm or (None, None, None, 0.0)
+    tile_bytes, warps, registers, per_sm = resources(peers.ranks, norm is not None)
+    if norm:
+        tile = Tile(1, triton.next_power_of_2(width))
+    else:
+        tile = tile_of(rows, width, tile_bytes // x.element_size())
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
+    grid = min(programs(tiles, num_sms, x.device, per_sm=per_sm), MAX_PROGRAMS)
+    _exchange[(grid,)](
+        x, out, residual, weight, kept, peers.buffers, peers.pads, peers.counters, peers.abort,
+        peers.rank, tokens, rows, width, peers.half_bytes, x.stride(0), out.stride(0),
+        0 if residual is None else residual.stride(0), 0 if kept is None else kept.stride(0),
+        region_stride(width), eps,
+        peers.ranks, columns, scatter, gather, tile.rows, tile.columns,
+        num_warps=warps, maxnreg=registers,
+    )  # fmt: skip
