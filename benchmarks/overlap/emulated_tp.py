@@ -7,44 +7,27 @@ is of several GPUs: all are labelled `emulated`, and say what the emulation lack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
-from nanoflow_search.cost.batch_sizes import batch_mix, checked_sizes, natural_tokens
-from nanoflow_search.cost.devices import DEVICES, PowerSpec
-from nanoflow_search.cost.model import ModelSize
+from nanoflow_search.cost.batch_sizes import checked_sizes
 from nanoflow_search.cost.workload import MeanWorkload, Mix
-from nanoflow_search.emit.timed_schedules import compare
 from nanoflow_search.hardware.plan_timer import PlanTimer
-from nanoflow_search.predict.predict import Timing
 
-from benchmarks.overlap.exposure import Exposure
-from benchmarks.overlap.halves import nano_batch_only, overlap_network
+from benchmarks.overlap.emulated_rank import EmulatedRank
 from benchmarks.resumable import Cell, Record, fill
-from nanoflow_backend.bench.emulation import ASSUMED_SMS, Emulation, at_rate
-from nanoflow_backend.bench.step_trace.launch_times import LaunchTimes, RecordedLaunches
-from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.config.network_table import NetworkTable, sent_bytes
-from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.collectives import in_forms
-from nanoflow_backend.graph.operation import Graph, Resource
+from nanoflow_backend.bench.emulation import Emulation
+from nanoflow_backend.bench.step_trace.launch_times import RecordedLaunches
+from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.models.hugging_face import read_model_config
-from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.schedule.file import ScheduleFile
-from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import sequential
-from nanoflow_backend.schedule.validate import validate
 
 TOKENS = (2048, 4096)
 RATES = (150.0, 250.0, 350.0)  # GB/s that a rank sends
 HOUSE = Path(__file__).parents[1]
-SUSTAINED_POWER = DEVICES["H200-sustained"].power
-WATCHED_RUNS = 8  # of a step; the last one is read, when the clock has followed
 WARM_S = 0.35  # before a run is measured: the GPU is hot from the one before, and only its clock must follow
 
 
@@ -62,7 +45,8 @@ def main(
     workload: Annotated[str, typer.Option(help="PROMPT/OUTPUT.")] = "1024/512",
     tokens: Annotated[list[int] | None, typer.Option(help=f"Of a batch; repeatable, default: {TOKENS}.")] = None,
     rate: Annotated[
-        list[float] | None, typer.Option(help=f"GB/s that overlapped collectives take; repeatable, default: {RATES}.")
+        list[float] | None,
+        typer.Option(min=1, help=f"GB/s that overlapped collectives take; repeatable, default: {RATES}."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, max=21, help="Of A B C D E E D C B A.")] = 5,
     layers: Annotated[int | None, typer.Option(help="Default: the model's; with fewer, ramps weigh more.")] = None,
@@ -72,13 +56,13 @@ def main(
     table = NetworkTable.load(network)
     emulation = Emulation.asked_for(table.header.ranks, network, None)
     assert emulation is not None
-    config, device = read_model_config(model), find_device("cuda")
+    config, device, rates = read_model_config(model), find_device("cuda"), tuple(rate or RATES)
     num_layers = layers or config.num_layers
 
     def timer_of(mix: Mix, network: NetworkTable) -> PlanTimer:
         return PlanTimer.here(config, mix, network=network, num_layers=num_layers, seconds=duration_s, warm_s=WARM_S)
 
-    rates, watcher_of = tuple(rate or RATES), partial(RecordedLaunches, cuda_graphs=True)
+    watcher_of = partial(RecordedLaunches, cuda_graphs=True)
     bench = EmulatedRank(config, table, rates, device.name, device.sms, num_layers, timer_of, watcher_of)
     facts = {
         "benchmark": "emulated tensor parallelism",
@@ -86,6 +70,8 @@ def main(
         "model": model.name,
         "device": device.name,
         "workload": workload,
+        "schedules": [path.name for path in schedule or ()],
+        "rates_gb_per_s": [*rates],
         "layers": num_layers,
         "seconds": duration_s,
         "rounds": rounds,
@@ -98,129 +84,6 @@ def main(
         lambda key, known: known or bench.compare(MeanWorkload.parse(workload), key["tokens"], files, rounds),
         summarise_arms,
     )
-
-
-class Arm(NamedTuple):
-    """A schedule on a network."""
-
-    network: str
-    schedule: Schedule
-
-
-@dataclass(frozen=True)
-class EmulatedRank:
-    """Rank 0 of as many as `sequential_network` has, on one device.
-
-    `timer_of` makes a timer for batches of a mix, `watcher_of` what times the launches of its programs.
-    """
-
-    config: ModelConfig
-    sequential_network: NetworkTable
-    rates: tuple[float, ...]
-    device: str
-    device_sms: int | None
-    layers: int
-    timer_of: Callable[[Mix, NetworkTable], PlanTimer]
-    watcher_of: Callable[[], LaunchTimes]
-    precision: Precision = BFLOAT16
-    power: PowerSpec = SUSTAINED_POWER
-
-    @property
-    def ranks(self) -> int:
-        return self.sequential_network.header.ranks
-
-    @property
-    def graph(self) -> Graph:
-        return build(self.config, self.ranks).layer
-
-    def check(self, files: Mapping[str, ScheduleFile]) -> None:
-        """Raises: ScheduleError, a file for another model, device or number of ranks."""
-        model = build(self.config, self.ranks)
-        for file in files.values():
-            file.check_header(model, self.precision, self.device, self.ranks, self.device_sms)
-
-    def compare(self, workload: MeanWorkload, tokens: int, files: Mapping[str, ScheduleFile], rounds: int) -> Cell:
-        """Every arm of a batch, timed in turns."""
-        natural = natural_tokens(ModelSize.of(self.config, self.precision), self.device, self.ranks, workload)
-        mix = batch_mix(workload, tokens, natural)
-        plan_name, plan = self.overlapped_plan(tokens, files)
-        networks = {"measured": self.sequential_network} | {
-            f"{rate:g} GB/s": at_rate(self.sequential_network.header, rate) for rate in self.rates
-        }
-        graph = in_forms(self.graph, plan.all_reduces, self.ranks)
-        arms = {"nano-batch only": Arm("measured", nano_batch_only(graph, plan))} | {
-            f"overlapped, {network}": Arm(network, plan) for network in networks if network != "measured"
-        }
-        for arm in arms.values():
-            validate(arm.schedule, graph, self.layers, self.device_sms, ranks=self.ranks)
-        first = self.timer_of(mix, self.sequential_network)
-        timers = {network: first if network == "measured" else first.on(table) for network, table in networks.items()}
-
-        def timed(arm: Arm) -> Timing:
-            return timers[arm.network](arm.schedule)
-
-        one_by_one = Arm("measured", sequential(self.graph, tokens))
-        found = compare(timed, one_by_one, arms, rounds)
-        exposures = {name: self._exposure(timers[arm.network], arm.schedule) for name, arm in arms.items()}
-        return {
-            "decode_tokens": round(mix.decode_tokens),
-            "decode_context": mix.decode_context,
-            "schedule": plan_name,
-            "network_us": {network: round(self._network_us(table, tokens), 2) for network, table in networks.items()},
-            "sequential": self._exposure(first, one_by_one.schedule),
-            "arms": {name: found[name] | exposures[name] | self.with_links(found[name], tokens) for name in arms},
-        }
-
-    def overlapped_plan(self, tokens: int, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
-        """The plan of the overlapped arm, and its name. Raises: ValueError, files have none for such batches."""
-        if not files:
-            return "halves", overlap_network(self.graph, tokens, ASSUMED_SMS, self.device_sms or 0)
-        for name, file in files.items():
-            for number, plan in enumerate(file.plans):
-                if plan.tokens == tokens and len(plan.lanes) > 1:
-                    return f"{name}:{number}", plan
-        raise ValueError(f"{', '.join(files)}: no plan of several lanes for batches of {tokens} tokens")
-
-    def _exposure(self, timer: PlanTimer, schedule: Schedule) -> Cell:
-        """What a layer's collectives take and what of it is exposed, by the launches of one step."""
-        watcher = self.watcher_of()
-        plan = timer.watch(schedule, watcher, WATCHED_RUNS)
-        watcher.wait()
-        found = Exposure.of(watcher.read(plan, watcher.lap), plan.bound)
-        return {name: round(us, 1) for name, us in found._asdict().items()}
-
-    def with_links(self, entry: Mapping[str, Any], tokens: int) -> Cell:
-        """The gain with the energy of the links, low and high, which the device here does not draw.
-
-        Where a device is at its power cap, time follows energy: a layer takes at least its dynamic energy, that of the
-        links included, over what the cap leaves beyond static power. It is an upper bound of both times: energies that
-        fall with the clock are not reckoned.
-        """
-        limits = self.sequential_network.header.link_pj_per_byte
-        assert limits is not None
-        gains = []
-        for pj_per_byte in limits:
-            link_j = 1e-12 * pj_per_byte * self._sent_bytes(tokens)
-            before, after = (self._layer_s(entry[name], link_j) for name in ("sequential", "measured"))
-            gains.append(round(before / after, 4))
-        return {"over_sequential_with_links": gains}
-
-    def _layer_s(self, timing: Mapping[str, float], link_j: float) -> float:
-        layer_s, static_w = 1e-6 * timing["layer_us"], self.power.static_w
-        dynamic_j = 1e-3 * timing["layer_mj"] - static_w * layer_s + link_j
-        return max(layer_s, dynamic_j / (self.power.cap_w - static_w))
-
-    def _sent_bytes(self, tokens: int) -> float:
-        return sum(sent_bytes("all_reduce", size, self.ranks) for size in self._reduced_bytes(tokens))
-
-    def _network_us(self, network: NetworkTable, tokens: int) -> float:
-        return sum(network.time("all_reduce", size).us for size in self._reduced_bytes(tokens))
-
-    def _reduced_bytes(self, tokens: int) -> list[int]:
-        """Of each all-reduce of a layer."""
-        graph, element = self.graph, self.precision.element_bytes("activations")
-        reduces = [op for op in graph.operations if op.resource is Resource.NETWORK]
-        return [tokens * graph.values[op.inputs[0]].width * element for op in reduces]
 
 
 def summarise_arms(cell: Cell) -> str:

@@ -118,7 +118,7 @@ def _show(measured: Mapping[str, Any]) -> None:
     steady = measured["steady"]
     parts = {"whole run": measured, **({"steady": steady} if isinstance(steady, dict) else {})}
     about = f"{measured['requests']} requests of {measured['workload']}, {measured['model']}"
-    table = Table("", *parts, title=about + result.emulated_label(measured))
+    table = Table("", *parts, title=result.labelled(about, measured))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, (label, form) in SHOWN.items():

@@ -66,10 +66,12 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-def emulated_label(measured: Mapping[str, Any]) -> str:
-    """What people read behind the name of a result: nothing, unless it is of a rank that ran alone."""
+def labelled(title: str, measured: Mapping[str, Any]) -> str:
+    """The title of a result as people read it: with a second line, if it is of a rank that ran alone."""
     emulated = measured.get("emulated")
-    return f"; EMULATED, rank 0 of {emulated['ranks']} alone, network {emulated['network']}" if emulated else ""
+    if not emulated:
+        return title
+    return f"{title}\nEMULATED: rank 0 of {emulated['ranks']} alone, network {emulated['network']}"
 
 
 def _program() -> str:

@@ -47,7 +47,7 @@ def test_a_shard_runs_and_its_result_says_what_it_is(model, network, tmp_path, r
     words = ("--emulate-tp", "2", "--network", network, "--output", tmp_path / "r", "--set", "schedule=nano-batched-2")
     done = run(model, *words, *(("--network-gb-per-s", rate) if rate else ()))
     assert done.returncode == 0, done.stderr
-    assert "EMULATED, rank 0 of 2 alone" in " ".join(done.stdout.split())
+    assert "EMULATED: rank 0 of 2 alone" in " ".join(done.stdout.split())
     measured = json.loads((tmp_path / "r").read_text())
     about = measured["emulated"]
     assert (about["ranks"], about["rank"]) == (2, 0)

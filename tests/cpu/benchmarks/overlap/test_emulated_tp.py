@@ -231,6 +231,8 @@ def test_the_command_labels_its_result(tmp_path: Path, monkeypatch: pytest.Monke
     timed = len(machine.timed)
     app(words, standalone_mode=False)
     assert len(machine.timed) == timed, "what is known is not timed again"
+    with pytest.raises(ValueError, match=r"another run: rates_gb_per_s is \[150.0, 250.0, 350.0\] there and \[90.0\]"):
+        app([*words, "--rate", "90"], standalone_mode=False)
 
 
 def test_a_size_that_is_no_multiple_of_tiles_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
