@@ -74,6 +74,24 @@ def is_partial(forms: Forms) -> bool:
     return AllReduceForm.NORMED in forms.values()
 
 
+def catalogue(layer: Graph, all_forms: Iterable[Forms], tp: int) -> Graph:
+    """Return all operations that a layer has in any of `all_forms`, each once, with their values and parameters.
+
+    This is no layer: it lists what there is to measure. Operations of one name are the same in every form.
+    """
+    graphs = [in_forms(layer, forms, tp) for forms in all_forms]
+    operations = {op.name: op for graph in reversed(graphs) for op in graph.operations}
+    values = {name: value for graph in reversed(graphs) for name, value in graph.values.items()}
+    parameters = {p.name: p for graph in reversed(graphs) for p in graph.parameters}
+    ordered = dict.fromkeys(op.name for graph in graphs for op in graph.operations)
+    return replace(
+        layer,
+        operations=tuple(operations[name] for name in ordered),
+        values=values,
+        parameters=tuple(parameters.values()),
+    )
+
+
 def with_parameters(model: Model, all_forms: Iterable[Forms], tp: int) -> Model:
     """Return the model with the parameters that its layers need in any of `all_forms`: those are to be loaded."""
     models = [model_in_forms(model, forms, tp) for forms in all_forms]
@@ -106,35 +124,34 @@ def _gather(graph: Graph, reduce: Operation, tp: int) -> Graph:
         raise ValueError(
             f"{reduce.name}: expected a product of one matrix without a bias before it, got {product.name}"
         )
-    quantise = _writer(graph, product.inputs[0])
-    if quantise.kernel == "quantise":
-        reader, x = quantise, graph.values[quantise.inputs[0]]
-    else:
-        reader, x = product, graph.values[product.inputs[0]]
-    weight = parameters[product.parameters[0]]
+    quantises = (op for op in graph.operations if op.kernel == "quantise")
+    quantise = next((op for op in quantises if product.inputs[0] in op.outputs), None)
+    x, weight = graph.values[(quantise or product).inputs[0]], parameters[product.parameters[0]]
     whole, columns = replace(x, name=f"{x.name}.gathered", width=tp * x.width), weight.sources[0].shape[1]
     if whole.width != columns:
         raise ValueError(f"{reduce.name}: ranks pad the {columns} columns of {weight.name}: they cannot be gathered")
     part = _columns_of(graph.values[reduce.inputs[0]], f"{product.name}.columns", reduce.name, tp)
     made = {name: _cut_by_rows(parameters[name], tp) for name in product.parameters}
 
-    def reading(op: Operation, **changes: object) -> Operation:
-        inputs = tuple(whole.name if name == x.name and op is reader else name for name in op.inputs)
-        return replace(op, inputs=inputs, **changes)
-
     gather = Operation(f"{reduce.name}.gather_input", "all_gather_columns", Resource.NETWORK, (x.name,), (whole.name,))
-    columns_product = reading(
-        product, name=part.name, outputs=(part.name,), parameters=tuple(p.name for p in made.values())
+    front, inputs, values = [gather], (whole.name, *product.inputs[1:]), [whole, part]
+    if quantise:  # what was gathered, so that a row has one scale, as on one rank
+        quantised, scale = (replace(graph.values[name], name=f"{name}.gathered") for name in quantise.outputs)
+        values += [
+            replace(quantised, width=tp * quantised.width),
+            replace(scale, width=tp * scale.width if quantise.attributes["group"] else scale.width),
+        ]
+        inputs = (quantised.name, scale.name, *product.inputs[2:])
+        name = f"{quantise.name}.gathered"
+        front.append(replace(quantise, name=name, inputs=(whole.name,), outputs=(quantised.name, scale.name)))
+    by_columns = replace(
+        product, name=part.name, inputs=inputs, outputs=(part.name,), parameters=tuple(p.name for p in made.values())
     )
-    rewritten: dict[str, tuple[Operation, ...]] = {product.name: (columns_product,)}
-    values = [whole, part]
-    if reader is quantise:
-        rewritten[quantise.name] = (reading(quantise),)
-        quantised, scale = (graph.values[name] for name in quantise.outputs)
-        scales = scale.width if not quantise.attributes["group"] else tp * scale.width  # of a row
-        values += [replace(quantised, width=tp * quantised.width), replace(scale, width=scales)]
-    rewritten[reader.name] = (gather, *rewritten[reader.name])
-    rewritten[reduce.name] = (_all_gather(f"{reduce.name}.all_gather", part.name, reduce),)
+    rewritten: dict[str, tuple[Operation, ...]] = {
+        **({quantise.name: ()} if quantise else {}),
+        product.name: (*front, by_columns),
+        reduce.name: (_all_gather(f"{reduce.name}.all_gather", part.name, reduce),),
+    }
     kept = tuple(made.get(p.name, p) for p in graph.parameters)
     return replace(_replaced(graph, rewritten, *values), parameters=kept)
 

@@ -13,8 +13,9 @@ import msgspec
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.collectives import AllReduceForm, Forms, in_forms
+from nanoflow_backend.graph.collectives import AllReduceForm, Forms, catalogue, in_forms
 from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
@@ -116,6 +117,11 @@ class SearchRequest:
                 continue
             found.append(forms)
         return tuple(found)
+
+    @cached_property
+    def operations(self) -> Graph:
+        """All operations that a layer has in any of the forms: what a profile is to hold."""
+        return catalogue(self.model.layer, self.forms, self.ranks)
 
     @cached_property
     def size(self) -> ModelSize:

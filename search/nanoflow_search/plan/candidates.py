@@ -15,6 +15,7 @@ from nanoflow_backend.schedule.validate import validate
 from nanoflow_search.checkpoint import Run, SearchError
 from nanoflow_search.plan.batch_case import BatchCase
 from nanoflow_search.plan.op_graph import schedule_of
+from nanoflow_search.plan.parallel import find_parallel
 from nanoflow_search.plan.partitions import find_partitioned
 from nanoflow_search.plan.two_stages import find_plans
 from nanoflow_search.request import Effort
@@ -47,7 +48,8 @@ def find_candidates(case: BatchCase, effort: Effort, run: Run) -> list[Candidate
     found: dict[bytes, Candidate] = {}
     for workload in case.request.workloads:
         part = run.within(workload.replace("/", "-"), label=f"{case.tokens} tokens, {workload}")
-        for candidate in (*_partitioned(case, workload, effort, part), *_shared(case, workload, effort, part)):
+        own_sms = _partitioned if case.request.ranks == 1 else _parallel
+        for candidate in (*own_sms(case, workload, effort, part), *_shared(case, workload, effort, part)):
             found.setdefault(msgspec.json.encode(candidate.schedule), candidate)
     if not found:
         raise SearchError(f"{case.tokens} tokens: no plan in {effort.time_limit_s:g} s a program; raise --time-limit-s")
@@ -82,6 +84,12 @@ def _partitioned(case: BatchCase, workload: str, effort: Effort, run: Run) -> It
         keep=2 * effort.plans,  # each has a twin that is the same plan rotated in time
     )
     for plan in plans:
+        yield Candidate(plan.schedule, plan.gap)
+
+
+def _parallel(case: BatchCase, workload: str, effort: Effort, run: Run) -> Iterator[Candidate]:
+    """Find plans of several ranks whose collectives have SMs of their own."""
+    for plan in find_parallel(case, workload, effort, run.within("partitioned"), keep=2 * effort.plans):
         yield Candidate(plan.schedule, plan.gap)
 
 

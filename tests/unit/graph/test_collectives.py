@@ -5,7 +5,14 @@ from support.models.shapes import WITH_NORMS, config
 
 from nanoflow_backend.config.quantization import Quantization
 from nanoflow_backend.graph.builder import GraphBuilder
-from nanoflow_backend.graph.collectives import AllReduceForm, in_forms, is_partial, model_in_forms, with_parameters
+from nanoflow_backend.graph.collectives import (
+    AllReduceForm,
+    catalogue,
+    in_forms,
+    is_partial,
+    model_in_forms,
+    with_parameters,
+)
 from nanoflow_backend.graph.operation import Graph, Resource, Source
 from nanoflow_backend.models.model import build
 
@@ -69,9 +76,10 @@ def test_a_quantised_product_gathers_before_it_quantises() -> None:
     shape = config("llama", hidden_size=256, head_dim=64, quantization=Quantization(method="fp8"))
     layer = build(shape, 2).layer
     gathered = in_forms(layer, {"attention_reduce": GATHERED}, 2)
-    assert gathered["attention_quantise"].inputs == ("attention.gathered",)
-    assert gathered.values["attention.fp8"].width == 512
-    assert gathered.values["attention.scale"].width == 1
+    quantise = gathered["attention_quantise.gathered"]
+    assert quantise.inputs == ("attention.gathered",)
+    assert [gathered.values[name].width for name in quantise.outputs] == [512, 1]
+    assert gathered["o.columns"].inputs == quantise.outputs
     assert {p.name: p.shape for p in gathered.parameters if p.name.startswith("o.")} == {
         "o.columns.weight": (128, 512),
         "o.columns.weight.scale": (128,),
@@ -79,7 +87,7 @@ def test_a_quantised_product_gathers_before_it_quantises() -> None:
     in_blocks = Quantization(method="fp8", weights="block", activations="group")
     shape = config("llama", hidden_size=256, head_dim=128, intermediate_size=512, quantization=in_blocks)
     blocks = in_forms(build(shape, 2).layer, {"attention_reduce": GATHERED}, 2)
-    assert blocks.values["attention.scale"].width == 1024 // 128
+    assert blocks.values["attention.scale.gathered"].width == 1024 // 128
     assert {p.name: p.shape for p in blocks.parameters if p.name.startswith("o.")} == {
         "o.columns.weight": (128, 1024),
         "o.columns.weight.scale": (1, 8),
@@ -133,6 +141,19 @@ def test_what_plans_need_is_loaded() -> None:
         parameters = {p.name for p in with_parameters(model, all_forms, 2).layer.parameters}
         assert {name for name in parameters if name.startswith("o.")} == names
         assert len(parameters - names) == len(model.layer.parameters) - 1
+
+
+def test_the_catalogue_has_every_operation_of_every_form_once() -> None:
+    layer, forms = build(config("llama"), 2).layer, [{}, {"attention_reduce": GATHERED}, dict.fromkeys(BOTH, NORMED)]
+    found = catalogue(layer, forms, 2)
+    names = [op.name for op in found.operations]
+    assert sorted(names) == sorted({op.name for f in forms for op in in_forms(layer, f, 2).operations})
+    for f in forms:
+        graph = in_forms(layer, f, 2)
+        for op in graph.operations:
+            same = found[op.name]
+            assert (same.kernel, same.parameters) == (op.kernel, op.parameters)
+            assert [found.values[v].width for v in same.inputs] == [graph.values[v].width for v in op.inputs]
 
 
 def test_forms_that_a_graph_cannot_have_are_refused() -> None:

@@ -13,7 +13,7 @@ from nanoflow_backend.graph.operation import Graph, Operation, Resource, Value
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError, Wait
-from nanoflow_backend.schedule.presets import nano_batched, sequential, synchronise
+from nanoflow_backend.schedule.presets import alternating, nano_batched, sequential, synchronise
 from nanoflow_backend.schedule.validate import validate
 
 BOTH = ("attention_reduce", "mlp_reduce")
@@ -82,6 +82,36 @@ def test_presets_run_collectives_in_a_lane_of_their_own(forms: Forms) -> None:
         validate(plan, graph, 3, ranks=2)
     network = {x.operation for x in nano_batched(graph, 8, 2).launches if x.lane == "network"}
     assert network == {op.name for op in graph.operations if op.resource is Resource.NETWORK}
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=["whole", "split", "gathered", "normed"])
+@pytest.mark.parametrize("partition", [{"network": 8, "compute": 124}, {"memory": 16, "network": 8, "compute": 108}])
+def test_collectives_of_one_half_run_beside_products_of_the_other(forms: Forms, partition: dict[str, int]) -> None:
+    graph, num_layers = in_forms(LAYER, forms, 2), 4
+    plan = replace(alternating(graph, 512, 256, 0.5, partition), all_reduces=dict(forms))
+    validate(plan, graph, num_layers, device_sms=132, ranks=2)
+    assert set(plan.lanes) == partition.keys()
+    order = PartialOrder(plan, num_layers)
+    beside_nothing = set()
+    for k, (layer, number) in enumerate(order.steps):
+        launch = plan.launches[number]
+        if launch.lane == "network" and 1 <= layer <= 2:
+            free = [j for j in range(len(order.steps)) if not order.precedes(j, k) and not order.precedes(k, j)]
+            others = {plan.launches[order.steps[j][1]] for j in free}
+            if not any(x.start != launch.start and graph[x.operation].resource is Resource.COMPUTE for x in others):
+                beside_nothing.add(launch.operation)
+    within_a_half = {"attention_reduce.gather_input"} if AllReduceForm.GATHERED in forms.values() else set()
+    assert beside_nothing == within_a_half
+
+
+def test_alternating_needs_a_collective_to_take_turns_at() -> None:
+    graph = two_reductions()
+    with pytest.raises(ScheduleError, match="expected a graph with a collective between two products"):
+        alternating(replace_operations(graph, graph.operations[:2]), 8, 4, 0.5, {"network": 8, "compute": 124})
+
+
+def replace_operations(graph: Graph, operations: tuple[Operation, ...]) -> Graph:
+    return Graph(operations, graph.values, graph.inputs, ("sum a",), ())
 
 
 def test_own_rows_are_read_in_the_ranges_that_they_were_written_in() -> None:
