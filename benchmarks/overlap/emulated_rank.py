@@ -28,7 +28,7 @@ from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
-from nanoflow_backend.schedule.validate import validate
+from nanoflow_backend.schedule.validate import describe, validate
 
 SUSTAINED_POWER = DEVICES["H200-sustained"].power
 WATCHED_RUNS = 8  # of a step; the last one is read, when the clock has followed
@@ -106,14 +106,29 @@ class EmulatedRank:
         }
 
     def overlapped_plan(self, tokens: int, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
-        """The plan of the overlapped arm, and its name. Raises: ValueError, files have none for such batches."""
+        """The plan of the overlapped arm, and its name.
+
+        Raises:
+            ValueError: files have none for such batches, or collectives with fewer SMs than they are assumed to take.
+        """
         if not files:
             return "halves", overlap_network(self.graph, tokens, ASSUMED_SMS, self.device_sms or 0)
         for name, file in files.items():
             for number, plan in enumerate(file.plans):
                 if plan.tokens == tokens and len(plan.lanes) > 1:
+                    self._check_network_sms(f"{name}:{number}", plan)
                     return f"{name}:{number}", plan
         raise ValueError(f"{', '.join(files)}: no plan of several lanes for batches of {tokens} tokens")
+
+    def _check_network_sms(self, name: str, plan: Schedule) -> None:
+        graph = in_forms(self.graph, plan.all_reduces, self.ranks)
+        for number, launch in enumerate(plan.launches):
+            sms = plan.sms(launch)
+            if graph[launch.operation].resource is Resource.NETWORK and sms is not None and sms < ASSUMED_SMS:
+                raise ValueError(
+                    f"{name}: {describe(number, launch)} has {sms} SMs, expected {ASSUMED_SMS} or more, which "
+                    "collectives at an assumed rate take"
+                )
 
     def _exposure(self, timer: PlanTimer, schedule: Schedule) -> Cell:
         """What a layer's collectives take and what of it is exposed, by the launches of one step."""

@@ -7,9 +7,9 @@ from nanoflow_search.plan.partitions import partitions_of
 from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 
-from nanoflow_backend.graph.operation import Graph, Resource
-from nanoflow_backend.schedule.plan import Group, Launch, Schedule
-from nanoflow_backend.schedule.presets import overlapped, synchronise
+from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.schedule.plan import Schedule
+from nanoflow_backend.schedule.presets import alternating, overlapped, synchronise
 
 GRANULARITY = 64  # tokens
 
@@ -32,37 +32,6 @@ def nano_batch_only(graph: Graph, plan: Schedule) -> Schedule:
 
 
 def overlap_network(graph: Graph, tokens: int, network_sms: int, device_sms: int) -> Schedule:
-    """Collectives of one half on SMs of their own beside the products and attention of the other.
-
-    A layer has two parts, each of which ends with an all-reduce: attention and MLP. Between the two parts of one half,
-    a part of the other half runs, so that no part comes right behind the all-reduce that it reads:
-
-        attention of the 1st half, MLP of the 2nd (of the layer before), MLP of the 1st, attention of the 2nd
-    """
-    operations, stop = graph.operations, tokens // 2 // GRANULARITY * GRANULARITY
-    cut = next(i for i, op in enumerate(operations) if op.resource is Resource.NETWORK) + 1
-    attention, mlp = operations[:cut], operations[cut:]
-    launches = tuple(
-        Launch(
-            operation=op.name,
-            start=start,
-            stop=end,
-            lane="network" if op.resource is Resource.NETWORK else "compute",
-            layers_ahead=ahead,
-        )
-        for part, start, end, ahead in (
-            (attention, 0, stop, 1),
-            (mlp, stop, tokens, 0),
-            (mlp, 0, stop, 1),
-            (attention, stop, tokens, 1),
-        )
-        for op in part
-    )
-    schedule = Schedule(
-        tokens=tokens,
-        launches=launches,
-        granularity=GRANULARITY,
-        partition={"network": network_sms, "compute": device_sms - network_sms},
-        groups=(Group(stop, 0.5), Group(tokens, 0.5)),
-    )
-    return synchronise(schedule, graph)
+    """Collectives of one half on SMs of their own beside the products and attention of the other."""
+    partition = {"network": network_sms, "compute": device_sms - network_sms}
+    return alternating(graph, tokens, tokens // 2, 0.5, partition, GRANULARITY)

@@ -139,12 +139,14 @@ def test_plans_of_the_search_are_taken_for_their_sizes() -> None:
         model_fingerprint=fingerprint(graph), precision=FLOAT32, device="cpu", device_sms=12, tensor_parallel=2,
         dense_batch_tokens=512,
     )  # fmt: skip
-    plans = sequential(graph, 256), overlap_network(graph, 512, 4, 12)
+    plans = sequential(graph, 256), overlap_network(graph, 512, 8, 12), overlap_network(graph, 1024, 4, 12)
     file = ScheduleFile(header=header, plans=plans)
     bench.check({"plan.json": file})
     assert bench.overlapped_plan(512, {"plan.json": file}) == ("plan.json:1", plans[1])
     with pytest.raises(ValueError, match=r"plan.json: no plan of several lanes for batches of 256 tokens"):
         bench.overlapped_plan(256, {"plan.json": file})
+    with pytest.raises(ValueError, match=r"plan.json:2: launch \d+ \(.*_reduce.*\) has 4 SMs, expected 8 or more"):
+        bench.overlapped_plan(1024, {"plan.json": file})
     with pytest.raises(ValueError, match="tensor_parallel is 4 in the file and 2 here"):
         bench.check({"plan.json": replace(file, header=replace(header, tensor_parallel=4))})
 
