@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nanoflow_search.cost.batch_sizes import batch_mix, natural_tokens
 from nanoflow_search.cost.devices import DEVICES, PowerSpec
 from nanoflow_search.cost.model import ModelSize
+from nanoflow_search.cost.work import COLLECTIVES
 from nanoflow_search.cost.workload import MeanWorkload, Mix
 from nanoflow_search.emit.timed_schedules import compare
 from nanoflow_search.hardware.plan_timer import PlanTimer
@@ -20,7 +21,7 @@ from benchmarks.resumable import Cell
 from nanoflow_backend.bench.emulation import ASSUMED_SMS, at_rate
 from nanoflow_backend.bench.step_trace.launch_times import LaunchTimes
 from nanoflow_backend.config.model_config import ModelConfig
-from nanoflow_backend.config.network_table import NetworkTable, sent_bytes
+from nanoflow_backend.config.network_table import Collective, NetworkTable, sent_bytes
 from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.graph.collectives import in_forms
 from nanoflow_backend.graph.operation import Graph, Resource
@@ -95,15 +96,18 @@ class EmulatedRank:
 
         one_by_one = Arm("measured", sequential(self.graph, tokens))
         found = compare(timed, one_by_one, arms, rounds)
-        exposures = {name: self._exposure(timers[arm.network], arm.schedule) for name, arm in arms.items()}
-        return {
+        cell: Cell = {
             "decode_tokens": round(mix.decode_tokens),
             "decode_context": mix.decode_context,
             "schedule": plan_name,
-            "network_us": {network: round(self._network_us(table, tokens), 2) for network, table in networks.items()},
-            "sequential": self._exposure(first, one_by_one.schedule),
-            "arms": {name: found[name] | exposures[name] | self.with_links(found[name], tokens) for name in arms},
+            "sequential": self._network_of(timers["measured"], networks["measured"], one_by_one.schedule),
+            "arms": {},
         }
+        for name, (network, schedule) in arms.items():
+            taken = self._network_of(timers[network], networks[network], schedule)
+            linked = {"over_sequential_with_links": self.gains_with_links(found[name], one_by_one.schedule, schedule)}
+            cell["arms"][name] = found[name] | taken | linked
+        return cell
 
     def overlapped_plan(self, tokens: int, files: Mapping[str, ScheduleFile]) -> tuple[str, Schedule]:
         """The plan of the overlapped arm, and its name.
@@ -130,15 +134,16 @@ class EmulatedRank:
                     "collectives at an assumed rate take"
                 )
 
-    def _exposure(self, timer: PlanTimer, schedule: Schedule) -> Cell:
-        """What a layer's collectives take and what of it is exposed, by the launches of one step."""
+    def _network_of(self, timer: PlanTimer, network: NetworkTable, schedule: Schedule) -> Cell:
+        """Of a layer, in microseconds: what its collectives are to take, what they took, and what of it was exposed."""
         watcher = self.watcher_of()
         plan = timer.watch(schedule, watcher, WATCHED_RUNS)
         watcher.wait()
-        found = Exposure.of(watcher.read(plan, watcher.lap), plan.bound)
-        return {name: round(us, 1) for name, us in found._asdict().items()}
+        asked_us = sum(network.time(*one).us for one in self._collectives(schedule))
+        found = {"asked_us": asked_us, **Exposure.of(watcher.read(plan, watcher.lap), plan.bound)._asdict()}
+        return {name: round(us, 1) for name, us in found.items()}
 
-    def with_links(self, entry: Mapping[str, Any], tokens: int) -> Cell:
+    def gains_with_links(self, entry: Mapping[str, Any], base: Schedule, plan: Schedule) -> list[float]:
         """The gain with the energy of the links, low and high, which the device here does not draw.
 
         Where a device is at its power cap, time follows energy: a layer takes at least its dynamic energy, that of the
@@ -147,26 +152,28 @@ class EmulatedRank:
         """
         limits = self.sequential_network.header.link_pj_per_byte
         assert limits is not None
-        gains = []
-        for pj_per_byte in limits:
-            link_j = 1e-12 * pj_per_byte * self._sent_bytes(tokens)
-            before, after = (self._layer_s(entry[name], link_j) for name in ("sequential", "measured"))
-            gains.append(round(before / after, 4))
-        return {"over_sequential_with_links": gains}
+        return [
+            round(
+                self._layer_s(entry["sequential"], base, pj_per_byte)
+                / self._layer_s(entry["measured"], plan, pj_per_byte),
+                4,
+            )
+            for pj_per_byte in limits
+        ]
 
-    def _layer_s(self, timing: Mapping[str, float], link_j: float) -> float:
+    def _layer_s(self, timing: Mapping[str, float], schedule: Schedule, pj_per_byte: float) -> float:
+        sent = sum(sent_bytes(collective, size, self.ranks) for collective, size, _ in self._collectives(schedule))
         layer_s, static_w = 1e-6 * timing["layer_us"], self.power.static_w
-        dynamic_j = 1e-3 * timing["layer_mj"] - static_w * layer_s + link_j
+        dynamic_j = 1e-3 * timing["layer_mj"] - static_w * layer_s + 1e-12 * pj_per_byte * sent
         return max(layer_s, dynamic_j / (self.power.cap_w - static_w))
 
-    def _sent_bytes(self, tokens: int) -> float:
-        return sum(sent_bytes("all_reduce", size, self.ranks) for size in self._reduced_bytes(tokens))
-
-    def _network_us(self, network: NetworkTable, tokens: int) -> float:
-        return sum(network.time("all_reduce", size).us for size in self._reduced_bytes(tokens))
-
-    def _reduced_bytes(self, tokens: int) -> list[int]:
-        """Of each all-reduce of a layer."""
-        graph, element = self.graph, self.precision.element_bytes("activations")
-        reduces = [op for op in graph.operations if op.resource is Resource.NETWORK]
-        return [tokens * graph.values[op.inputs[0]].width * element for op in reduces]
+    def _collectives(self, schedule: Schedule) -> Iterator[tuple[Collective, int, int | None]]:
+        """Of a layer: each collective, the bytes of its whole operand, and the SMs that it may use."""
+        graph, element = in_forms(self.graph, schedule.all_reduces, self.ranks), self.precision.element_bytes
+        for launch in schedule.launches:
+            op = graph[launch.operation]
+            if op.resource is Resource.NETWORK:
+                values = (graph.values[name] for name in (*op.inputs, *op.outputs))
+                row_bytes = max(value.width * element(value.dtype) for value in values)
+                for collective in COLLECTIVES[op.kernel]:
+                    yield collective, (launch.stop - launch.start) * row_bytes, schedule.sms(launch)

@@ -91,5 +91,6 @@ def summarise_arms(cell: Cell) -> str:
     gains = []
     for name, arm in cell["arms"].items():
         low, high = sorted(arm["over_sequential_with_links"])
-        gains.append(f"{name} {arm['over_sequential'][0]:.3f}x ({low:.3f} to {high:.3f} with links)")
+        exposed = f"{arm['exposed_us']:.0f} of {arm['network_us']:.0f} us exposed, {arm['asked_us']:.0f} asked for"
+        gains.append(f"{name} {arm['over_sequential'][0]:.3f}x ({low:.3f} to {high:.3f} with links; {exposed})")
     return f"EMULATED {', '.join(gains)}"
