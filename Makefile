@@ -17,6 +17,7 @@ TESTS ?= tests
 # Processes that share the tests, or the models of `make parity`; each takes some 2 GiB.
 JOBS ?= 2
 SOAK_MINUTES ?= 30
+SOAK_RANKS ?= 1
 HISTORIES ?= 20000
 
 BIN = .venv/bin
@@ -58,7 +59,7 @@ test-gpu: setup
 
 # The long modes of tests. Each writes its result file and fails if it found anything.
 soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --duration-min $(SOAK_MINUTES) --output benchmarks/results/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks soak --duration-min $(SOAK_MINUTES) --tensor-parallel $(SOAK_RANKS) --output benchmarks/results/soak$(if $(filter-out 1,$(SOAK_RANKS)),_tp$(SOAK_RANKS)).json
 
 bursts: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks bursts --output benchmarks/results/bursts.json

@@ -19,6 +19,7 @@ ROOMS = {
     "kernels": (
         Command("kernels", "kernels.kernels", "Time, power and energy of each kernel alone (GPU)."),
         Command("energy", "kernels.energy", "Joules of products and attention, and against the clock (GPU)."),
+        Command("collectives", "kernels.collectives", "Our collectives beside a plain copy, ranks on one GPU (GPU)."),
         Command("sm-placement", "kernels.sm_placement", "Which SMs a lane should have (GPU)."),
     ),
     "engine": (

@@ -13,7 +13,12 @@ from pathlib import Path
 from nanoflow_backend.embedded.server import EmbeddedServer
 
 # By a word of the command line. What else there is (guard, helpers of the allocator) is small and lives as long.
-ROLES = {"tritonserver": "/bin/tritonserver", "stub": "triton_python_backend_stub", "engine": "engine.loop"}
+ROLES = {
+    "tritonserver": "/bin/tritonserver",
+    "stub": "triton_python_backend_stub",
+    "engine": "engine.loop",
+    "rank": "engine.ranks",
+}
 
 # The sockets that the kernel lists, in /proc/PID/net.
 INODE_COLUMNS = {"tcp": 9, "tcp6": 9, "udp": 9, "udp6": 9, "unix": 6, "netlink": 9, "packet": 8}

@@ -35,11 +35,11 @@ class Faults:
 
     def kill_engine(self) -> None:
         """SIGKILL, then until the model answers again."""
-        self._ledger.killed_s = killed_s = time.monotonic()
-        for pid in self._engines():
-            os.kill(pid, signal.SIGKILL)
-        wait_for("an engine after the kill", self._answers)
-        self.recoveries_s.append(round(time.monotonic() - killed_s, 2))
+        self._kill("engine")
+
+    def kill_rank(self) -> None:
+        """The same to other ranks than the engine's own: it is to end with them."""
+        self._kill("rank")
 
     def pause_engine(self) -> None:
         """It is stopped for less than it may be, and goes on. Raises: RuntimeError, another one has come instead."""
@@ -68,6 +68,13 @@ class Faults:
         """The server loads the model anew beside the old one, which ends when its requests have."""
         (self._server.model_repository / self._model / "1" / "engine.json").touch()
         self._admin.load_model(self._model)
+
+    def _kill(self, role: str) -> None:
+        self._ledger.killed_s = killed_s = time.monotonic()
+        for pid in server_state.by_role(self._server)[role]:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(f"an engine after the kill of its {role}", self._answers)
+        self.recoveries_s.append(round(time.monotonic() - killed_s, 2))
 
     def _engines(self) -> list[int]:
         return server_state.by_role(self._server)["engine"]

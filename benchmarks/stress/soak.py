@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -49,27 +49,33 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where the JSON result goes; default: standard output.")] = None,
     round_s: Annotated[float, typer.Option(help="Of load, between two silences.")] = 20.0,
     seed: int = 0,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks of the engine.")] = 1,
 ) -> None:
     """The demo model at twice its capacity, with kills, reloads and cancels; exits with 1 if anything failed."""
-    report = soak(60 * duration_min, round_s, seed, functools.partial(print, flush=True))
-    result.write({"minutes": duration_min, "seed": seed, **report}, output)
+    report = soak(60 * duration_min, round_s, seed, functools.partial(print, flush=True), tensor_parallel)
+    setting = {"minutes": duration_min, "seed": seed, "tensor_parallel": tensor_parallel}
+    result.write({**setting, **report}, output)
     sys.exit(bool(report["failures"]))
 
 
-def soak(duration_s: float, round_s: float, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def soak(
+    duration_s: float, round_s: float, seed: int, say: Callable[[str], None], tensor_parallel: int = 1
+) -> dict[str, Any]:
     """Soak the demo model; returns what happened, with `failures`: what must not have."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the engine's: client and server need a core too
+    settings = {**SETTINGS, "tensor_parallel": tensor_parallel}
     arguments = ["--model-control-mode=explicit", f"--load-model={MODEL}"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "server.log")
-        with serve_model(DEMO_MODEL, arguments=arguments, log=log, **SETTINGS) as server:
+        with serve_model(DEMO_MODEL, arguments=arguments, log=log, **settings) as server:
             client = SoakClient(server, seed)
             capacity, broken = 0.0, None
             rounds: list[dict[str, Any]] = []
+            kills = [client.faults.kill_engine, *([client.faults.kill_rank] if tensor_parallel > 1 else [])]
             try:
                 capacity = client.capacity(SETTINGS["max_running"], min(10.0, round_s))
                 say(f"capacity: {capacity:.1f} requests/s")
-                rounds += _rounds(client, server, capacity, duration_s, round_s, say)
+                rounds += _rounds(client, server, capacity, duration_s, round_s, say, kills)
             except Exception as error:  # the server is gone, most likely: what happened before is still worth having
                 broken = f"{type(error).__name__}: {error}; the log ends: {log.read_text()[-2000:]}"
             finally:
@@ -84,10 +90,11 @@ def _rounds(
     duration_s: float,
     round_s: float,
     say: Callable[[str], None],
+    kills: Sequence[Callable[[], None]],
 ) -> Iterable[dict[str, Any]]:
     rate = OVERLOAD * capacity * sum(MIX.values()) / MIX["plain"]  # plain requests alone are twice the capacity
     start_s = time.monotonic()
-    for number, (event, cancels) in enumerate(_plan(client, start_s, duration_s)):
+    for number, (event, cancels) in enumerate(_plan(client, start_s, duration_s, kills)):
         client.round(round_s, rate, event, cancels)
         ends = {how: client.ledger.count(how) for how in sorted({how for _, how in client.ledger.ends})}
         yield {
@@ -104,16 +111,18 @@ def _rounds(
         say(f"round {number} ({event.__name__ if event else 'load'}): {ends}; faults: {client.ledger.faults[-3:]}")
 
 
-def _plan(client: SoakClient, start_s: float, duration_s: float) -> Iterator[tuple[Callable[[], None] | None, bool]]:
+def _plan(
+    client: SoakClient, start_s: float, duration_s: float, kills: Sequence[Callable[[], None]]
+) -> Iterator[tuple[Callable[[], None] | None, bool]]:
     """(event, whether calls are cancelled) of each round: half of the time each, and all kinds at least once.
 
     Where only kills are left, they come seldom enough for an engine to count as stable between them.
     """
     faults = client.faults
-    all_kinds = (None, faults.kill_engine, faults.reload, faults.pause_engine, faults.stall_engine)
+    all_kinds = (None, *kills, faults.reload, faults.pause_engine, faults.stall_engine)
     halves = [
         (start_s + duration_s / 2, all_kinds, False),
-        (start_s + duration_s, (None, faults.kill_engine, None, None), True),
+        (start_s + duration_s, [kind for kill in kills for kind in (None, kill, None, None)], True),
     ]
     for until_s, events, cancels in halves:
         yield from ((event, cancels) for event in dict.fromkeys(events))

@@ -120,9 +120,10 @@ class Engine:
         shape, config = self.model_config, self.config
         precision = f"{config.precision}{', products in FP8' if shape.quantization else ''}"
         paced = f", {config.prompt_tokens} of prompts" if config.prompt_tokens < config.dense_batch_tokens else ""
+        way = f" over {config.collectives}" if config.tensor_parallel > 1 else ""
         return (
             f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, {precision}, "
-            f"TP {config.tensor_parallel} on {self.executor.device.name}; schedule {config.schedule}, "
+            f"TP {config.tensor_parallel}{way} on {self.executor.device.name}; schedule {config.schedule}, "
             f"B_dense {config.dense_batch_tokens}{paced}; "
             f"{self.executor.num_pages} pages of {config.page_tokens} tokens"
         )

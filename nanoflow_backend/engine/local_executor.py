@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 
 from msgspec.structs import replace
@@ -34,11 +35,14 @@ class LocalExecutor:
         self, settled: Settled, on_rank_death: Callable[[str], None], collectives: Collectives | None = None
     ) -> None:
         has_others = settled.config.tensor_parallel > 1 and collectives is None
-        if has_others and settled.config.device == "cuda":
-            stay_near_gpu(rank=0)  # first: memory lies where the thread runs that touches it first
+        self._cores = os.sched_getaffinity(0)
         self._ranks = Ranks(settled, on_rank_death) if has_others else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
+            if self._ranks and settled.config.device == "cuda":
+                stay_near_gpu(
+                    rank=0
+                )  # before any memory is touched; after the other ranks, which would stay there, too
             with self._errors_explained():
                 self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else collectives)
             if self._ranks:
@@ -91,3 +95,4 @@ class LocalExecutor:
         self.worker.close()
         if self._ranks:
             self._ranks.close()
+            os.sched_setaffinity(0, self._cores)

@@ -127,13 +127,14 @@ class Ranks:
         """End them all, and the group. Harmless when repeated."""
         self._members.close()
         if self.collectives:
+            self.collectives.abort()  # a step may be in flight, and wait for the others
             self.collectives.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._folder.cleanup()
 
     def _rank_died(self, how: str) -> None:
-        """On a thread that watches it. What waits for it on a device, ours and that of the others, must not for ever."""
+        """On a thread that watches it. Kernels of rank 0 may wait for it; nobody else can end them."""
         if self.collectives:
             self.collectives.abort()
         self._on_death(how)

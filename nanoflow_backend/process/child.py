@@ -19,7 +19,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -147,7 +147,7 @@ class Parent:
     Sending is thread-safe; receiving is for one thread.
 
     Attributes:
-        on_end: called just before that, from another thread.
+        on_end: called just before that, from any thread, or from two.
     """
 
     def __init__(self) -> None:
@@ -166,8 +166,7 @@ class Parent:
         if self._connection.fileno() not in dict(poll.poll()):
             # Only the host is gone. Our parent may be frozen: a call that waits for the host can hold its interpreter.
             os.kill(parent_pid, signal.SIGKILL)
-        self.on_end()
-        os._exit(1)  # also from inside a collective or a long load
+        self._end()  # also from inside a collective or a long load
 
     def send(self, message: msgspec.Struct) -> None:
         encoded = encode(message)
@@ -179,8 +178,12 @@ class Parent:
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError):
-            os._exit(1)
+            self._end()
         return decoder.decode(message)
+
+    def _end(self) -> NoReturn:
+        self.on_end()
+        os._exit(1)
 
     def has_message(self) -> bool:
         return self._connection.poll(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -133,16 +134,15 @@ class Binding:
         To those of the schedule come those of collectives, which take turns: two at once, which a device may begin in
         another order on every rank, could each wait for ranks that wait in the other.
         """
-        waits = plan.schedule.awaited(self.model.num_layers)
-        last: int | None = None
-        for step, (layer, number) in enumerate(plan.steps):
-            launch, graph = plan.schedule.launches[number], plan.layers[layer]
-            if launch.operation not in graph or graph[launch.operation].resource is not Resource.NETWORK:
-                continue
-            if last is not None and self.collectives.ranks > 1:
-                if plan.schedule.launches[plan.steps[last][1]].lane != launch.lane and last not in waits[step]:
-                    waits[step] = [*waits[step], last]
-            last = step
+        waits, launches = plan.schedule.awaited(self.model.num_layers), plan.schedule.launches
+        exchanges = [
+            (step, launches[number].lane)
+            for step, (layer, number) in enumerate(plan.steps)
+            if self.collectives.ranks > 1 and _is_exchange(plan.layers[layer], launches[number].operation)
+        ]
+        for (before, lane_before), (step, lane) in pairwise(exchanges):
+            if lane != lane_before and before not in waits[step]:
+                waits[step].append(before)
         return waits
 
     def embed(self, fitted: FittedPlan, token_ids: Tensor) -> list[KernelCall]:
@@ -289,3 +289,7 @@ class Binding:
 
 def _zero(rows: Tensor) -> None:
     rows.zero_()
+
+
+def _is_exchange(graph: Graph, operation: str) -> bool:
+    return operation in graph and graph[operation].resource is Resource.NETWORK

@@ -1,1 +1,1 @@
-"""This package holds the network kernels: ranks that reach each other's memory by address exchange and sum their rows."""
+"""This package holds the network kernels: ranks exchange and sum their rows through each other's memory."""

@@ -1,4 +1,4 @@
-"""Reduce-scatter, all-gather, and both at once: the two-shot all-reduce, and the form with residual and RMS norm.
+"""The exchange of parts: reduce-scatter, all-gather, and both at once, also with residual and RMS norm between them.
 
 *Scattering writes, gathering reads.* A program writes its tiles of each part into the buffer of the rank that owns the
 part; that rank sums what has come to it, in fp32 and in the order of ranks, so that the sum is one and the same
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
+from nanoflow_kernels.checks import check_dtype, check_rows
 from nanoflow_kernels.collectives.meeting import begin_call, end_call, meet
 from nanoflow_kernels.collectives.peers import MAX_PROGRAMS, Peers
 from nanoflow_kernels.collectives.tiles import (
@@ -35,6 +35,7 @@ from nanoflow_kernels.collectives.tiles import (
     region_ptr,
     region_stride,
     tile_indices,
+    tile_mask,
     tile_of,
 )
 from nanoflow_kernels.grid import programs
@@ -60,7 +61,6 @@ def resources(ranks: int, whole_rows: bool) -> Resources:
     if ranks <= 6:
         return Resources(16384 if ranks <= 2 else 8192, 8, 80, 3)
     return Resources(8192, 8, 128, 2)
-
 
 
 @triton.jit
@@ -107,12 +107,12 @@ def _exchange(
             values = ()
             for turn in tl.static_range(1, RANKS):  # all loads before the first store
                 peer = (rank + turn) % RANKS
-                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
                 part = part_ptr(x_ptr, peer, rows, C, x_stride, COLUMNS)
-                values += (tl.load(part + offsets(row, column, x_stride), mask=inside, other=0),)
+                values += (tl.load(part + offsets(row, column, x_stride), mask=inside, other=0),)  # type: ignore
             for turn in tl.static_range(1, RANKS):
                 peer = (rank + turn) % RANKS
-                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
                 there = region_ptr(buffers_ptr, peer, half, rank, rows, region_row, x_ptr)
                 tl.store(there + offsets(row, column, region_row), values[turn - 1], mask=inside)
         meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
@@ -124,7 +124,7 @@ def _exchange(
         own_out_ptr = part_ptr(out_ptr, rank, rows, C, out_stride, COLUMNS)
     for tile in range(first, tiles, step):
         row, column = tile_indices(tile, C, ROWS, COLS)
-        inside = (row < own_rows)[:, None] & (column < C)[None, :]
+        inside = tile_mask(row, column, own_rows, C)
         y = tl.load(own_x_ptr + offsets(row, column, x_stride), mask=inside, other=0)
         if SCATTER:
             total = tl.zeros([ROWS, COLS], tl.float32)
@@ -155,118 +155,19 @@ def _exchange(
             values = ()
             for turn in tl.static_range(1, RANKS):
                 peer = (rank + turn) % RANKS
-                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
                 there = region_ptr(buffers_ptr, peer, half, gathered, rows, region_row, x_ptr)
-                values += (
-                    tl.load(
-                        there + offsets(row, column, region_row), mask=inside, other=0, cache_modifier=".cg"
-                    ),
-                )  # fmt: skip
+                came = tl.load(there + offsets(row, column, region_row), mask=inside, other=0, cache_modifier=".cg")
+                values += (came,)  # type: ignore
             for turn in tl.static_range(1, RANKS):
                 peer = (rank + turn) % RANKS
-                inside = (row < rows_of(peer, T, rows, COLUMNS))[:, None] & (column < C)[None, :]
+                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
                 part = part_ptr(out_ptr, peer, rows, C, out_stride, COLUMNS)
                 tl.store(part + offsets(row, column, out_stride), values[turn - 1], mask=inside)
     end_call(counters_ptr, epoch)
 
 
-def all_reduce_two_shot(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
-    """The ranks' sum, each rank summing some of the rows: x [T, D] -> [T, D], of one floating dtype.
-
-    Raises:
-        ValueError: names the operand whose shape, strides, dtype or device is not so, or num_sms if not positive; or
-            says how large the peers' buffers have to be.
-    """
-    kernel = "all_reduce_two_shot"
-    check_shape(kernel, "out", out, *x.shape)
-    _launch(kernel, x, peers, out, len(x), num_sms, scatter=True, gather=True)
-
-
-def reduce_scatter_rows(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
-    """This rank's rows of the ranks' sum: x [T, D] -> [t, D], of one floating dtype.
-
-    t = ceil(T / n), on the last ranks less.
-
-    Raises:
-        ValueError: as of `all_reduce_two_shot`.
-    """
-    kernel = "reduce_scatter_rows"
-    check_shape(kernel, "out", out, _own_rows(len(x), peers), x.shape[1])
-    _launch(kernel, x, peers, out, len(x), num_sms, scatter=True)
-
-
-def reduce_scatter_columns(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
-    """This rank's columns of the ranks' sum: x [T, D] -> [T, D / n], of one floating dtype.
-
-    Raises:
-        ValueError: as of `all_reduce_two_shot`.
-    """
-    kernel = "reduce_scatter_columns"
-    check_shape(kernel, "x", x, len(out), peers.ranks * out.shape[1])
-    _launch(kernel, x, peers, out, len(x), num_sms, columns=True, scatter=True)
-
-
-def all_gather_rows(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
-    """The ranks' rows one below the other: x [t, D] -> [T, D], of one dtype; t as of `reduce_scatter_rows`.
-
-    Raises:
-        ValueError: as of `all_reduce_two_shot`.
-    """
-    kernel = "all_gather_rows"
-    check_shape(kernel, "x", x, _own_rows(len(out), peers), out.shape[1])
-    _launch(kernel, x, peers, out, len(out), num_sms, gather=True)
-
-
-def all_gather_columns(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | None = None) -> None:
-    """The ranks' columns side by side: x [T, D / n] -> [T, D], of one dtype.
-
-    Raises:
-        ValueError: as of `all_reduce_two_shot`.
-    """
-    kernel = "all_gather_columns"
-    check_shape(kernel, "out", out, len(x), peers.ranks * x.shape[1])
-    _launch(kernel, x, peers, out, len(out), num_sms, columns=True, gather=True)
-
-
-def reduce_scatter_add_rms_norm_all_gather(
-    residual: Tensor,
-    update: Tensor,
-    weight: Tensor,
-    peers: Peers,
-    *,
-    eps: float,
-    out: tuple[Tensor, Tensor],
-    num_sms: int | None = None,
-) -> None:
-    """Sum the ranks' updates on this rank's rows, add them to the residual, norm, and gather the ranks' normed rows.
-
-    residual [t, D], update [T, D], weight [D] -> kept [t, D], normed [T, D], of one floating dtype; t as of
-    `reduce_scatter_rows`. The sum is rounded as `reduce_scatter_rows` rounds it, so the two forms keep the same bits.
-
-    Raises:
-        ValueError: as of `all_reduce_two_shot`.
-    """
-    kernel = "reduce_scatter_add_rms_norm_all_gather"
-    kept, normed = out
-    own = _own_rows(len(update), peers), update.shape[1]
-    check_rows(kernel, update=update, residual=residual, kept=kept)
-    check_dtype(kernel, update.dtype, residual=residual, weight=weight, kept=kept)
-    check_shape(kernel, "residual", residual, *own)
-    check_shape(kernel, "kept", kept, *own)
-    check_shape(kernel, "normed", normed, *update.shape)
-    check_shape(kernel, "weight", weight, update.shape[1])
-    _launch(
-        kernel, update, peers, normed, len(update), num_sms,
-        scatter=True, gather=True, norm=(residual, weight, kept, eps),
-    )  # fmt: skip
-
-
-def _own_rows(tokens: int, peers: Peers) -> int:
-    rows = -(-tokens // peers.ranks)
-    return max(0, min(rows, tokens - peers.rank * rows))
-
-
-def _launch(
+def launch_exchange(
     kernel: str,
     x: Tensor,
     peers: Peers,
@@ -279,6 +180,14 @@ def _launch(
     gather: bool = False,
     norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
 ) -> None:
+    """Launch the exchange for `kernel`, which has checked all shapes, on `tokens` rows of all ranks together.
+
+    columns: parts are columns. norm: (residual, weight, kept, eps) of the kernel, with scatter.
+
+    Raises:
+        ValueError: names the operand whose strides, dtype or device is not so, or num_sms if not positive; or says how
+            large the peers' buffers have to be.
+    """
     check_rows(kernel, x=x, out=out)
     check_dtype(kernel, x.dtype, out=out)
     width = min(x.shape[1], out.shape[1])  # of a part
@@ -288,10 +197,7 @@ def _launch(
         return
     residual, weight, kept, eps = norm or (None, None, None, 0.0)
     tile_bytes, warps, registers, per_sm = resources(peers.ranks, norm is not None)
-    if norm:
-        tile = Tile(1, triton.next_power_of_2(width))
-    else:
-        tile = tile_of(rows, width, tile_bytes // x.element_size())
+    tile = Tile(1, triton.next_power_of_2(width)) if norm else tile_of(rows, width, tile_bytes // x.element_size())
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
     grid = min(programs(tiles, num_sms, x.device, per_sm=per_sm), MAX_PROGRAMS)
     _exchange[(grid,)](

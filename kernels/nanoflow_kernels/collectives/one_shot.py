@@ -24,12 +24,13 @@ from nanoflow_kernels.collectives.tiles import (
     region_ptr,
     region_stride,
     tile_indices,
+    tile_mask,
     tile_of,
 )
 from nanoflow_kernels.grid import programs
 
 TILE_BYTES = 4096  # a vector of 16 bytes a thread: small messages shall spread over many SMs
-PER_SM, WARPS = 4, 8
+PER_SM, WARPS, REGISTERS = 4, 8, 64  # programs, warps of each, registers of a thread: what an SM has
 
 
 @triton.jit(do_not_specialize=["rank", "T"])
@@ -44,7 +45,7 @@ def _all_reduce(
     first, step, tiles = tl.program_id(0), tl.num_programs(0), tl.cdiv(T, ROWS) * tl.cdiv(D, COLS)
     for tile in range(first, tiles, step):
         row, column = tile_indices(tile, D, ROWS, COLS)
-        inside = (row < T)[:, None] & (column < D)[None, :]
+        inside = tile_mask(row, column, T, D)
         x = tl.load(x_ptr + offsets(row, column, x_stride), mask=inside)
         for turn in tl.static_range(1, RANKS):
             there = region_ptr(buffers_ptr, (rank + turn) % RANKS, half, rank, T, region_row, x_ptr)
@@ -52,7 +53,7 @@ def _all_reduce(
     meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
     for tile in range(first, tiles, step):
         row, column = tile_indices(tile, D, ROWS, COLS)
-        inside = (row < T)[:, None] & (column < D)[None, :]
+        inside = tile_mask(row, column, T, D)
         x = tl.load(x_ptr + offsets(row, column, x_stride), mask=inside, other=0)
         total = tl.zeros([ROWS, COLS], tl.float32)
         for peer in tl.static_range(RANKS):
@@ -86,5 +87,6 @@ def all_reduce_one_shot(x: Tensor, peers: Peers, *, out: Tensor, num_sms: int | 
     _all_reduce[(grid,)](
         x, out, peers.buffers, peers.pads, peers.counters, peers.abort,
         peers.rank, tokens, width, peers.half_bytes, x.stride(0), out.stride(0), region_stride(width),
-        peers.ranks, tile.rows, tile.columns, num_warps=WARPS,
+        peers.ranks, tile.rows, tile.columns,
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip

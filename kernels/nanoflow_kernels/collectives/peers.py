@@ -89,11 +89,11 @@ def peers_at(
         raise ValueError(f"peers: abort: expected [1] int32 on the host, got {tuple(abort.shape)} {abort.dtype}")
     if device.type == "cuda" and not abort.is_pinned():
         raise ValueError("peers: abort: expected pinned memory, which kernels can read")
-    table = [torch.tensor(addresses, dtype=torch.int64, device=device) for addresses in (buffers, pads)]
+    buffer_table, pad_table = (torch.tensor(a, dtype=torch.int64, device=device) for a in (buffers, pads))
     counters = torch.zeros(2, dtype=torch.int64, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # once: any stream may use them
-    return Peers(rank, *table, counters, abort, buffer_bytes, memory)
+    return Peers(rank, buffer_table, pad_table, counters, abort, buffer_bytes, memory)
 
 
 def virtual_peers(ranks: int, buffer_bytes: int, device: torch.device | str) -> list[Peers]:

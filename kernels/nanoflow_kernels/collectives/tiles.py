@@ -55,11 +55,23 @@ def room(regions: int, rows: int, columns: int, element_size: int) -> int:
     return -(-regions * rows * region_stride(columns) * element_size // ALIGNMENT) * ALIGNMENT
 
 
+def own_rows(tokens: int, peers: Peers) -> int:
+    """The rows that this rank has of `tokens`: ceil(tokens / n), the last ranks fewer or none."""
+    rows = -(-tokens // peers.ranks)
+    return max(0, min(rows, tokens - peers.rank * rows))
+
+
 @triton.jit
 def tile_indices(tile, C, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(rows, columns) of a part's tile, the tiles of a row of them one after the other."""
     blocks = tl.cdiv(C, COLS)
     return tile // blocks * ROWS + tl.arange(0, ROWS), tile % blocks * COLS + tl.arange(0, COLS)
+
+
+@triton.jit
+def tile_mask(row, column, rows, columns):
+    """Which elements of a tile the part has."""
+    return (row < rows)[:, None] & (column < columns)[None, :]
 
 
 @triton.jit

@@ -2,87 +2,20 @@
 
 import os
 import signal
-import threading
 import time
-from pathlib import Path
 
 import pytest
+from support.engine.engine_client import Client, config
 from support.process_tree import alive, children
 from support.waiting import until
 
-from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.engine import LLM, SamplingParams
-from nanoflow_backend.process.callbacks import Callbacks
-from nanoflow_backend.process.engine_process import EngineError, EngineProcess
-from nanoflow_backend.process.messages import Heartbeat, Load, Stats
+from nanoflow_backend.process.engine_process import EngineError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.scheduler.batch import FinishReason
 from nanoflow_backend.scheduler.waiting_queue import QueueFull
 
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
-
-
-class Client:
-    """Collects what an EngineProcess says."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.changed = threading.Condition()
-        self.tokens: dict[int, list[int]] = {}
-        self.finished: dict[int, FinishReason] = {}
-        self.refused: dict[int, str] = {}
-        self.deaths: list[str] = []
-        self.heartbeats: list[Heartbeat] = []
-        self.loads: list[tuple[Load, int]] = []  # with the deltas that came with them
-        self.begun: list[tuple[int, list[int]]] = []  # requests, and what had come of them then
-        told = Callbacks(
-            self.on_news,
-            self.on_stats,
-            self.on_heartbeat,
-            self.on_refusal,
-            self.on_death,
-            on_restart=lambda ready: None,
-        )
-        self.process = EngineProcess(config, told)
-        self.stats: Stats | None = None
-
-    def on_news(self, news):
-        with self.changed:
-            self.loads.append((news.load, len(news.deltas)))
-            self.begun += [(request_id, self.tokens.get(request_id, [])) for request_id in news.begun]
-            for delta in news.deltas:
-                self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
-                if delta.finish_reason:
-                    assert delta.request_id not in self.finished, "a request ends once"
-                    self.finished[delta.request_id] = delta.finish_reason
-            self.changed.notify_all()
-
-    def on_stats(self, stats):
-        with self.changed:
-            self.stats = stats
-            self.changed.notify_all()
-
-    def on_heartbeat(self, heartbeat):
-        with self.changed:
-            self.heartbeats.append(heartbeat)
-            self.changed.notify_all()
-
-    def on_refusal(self, refusal):
-        with self.changed:
-            self.refused[refusal.request_id] = refusal.message
-            self.changed.notify_all()
-
-    def on_death(self, how):
-        with self.changed:
-            self.deaths.append(how)
-            self.changed.notify_all()
-
-    def wait_for(self, condition):
-        with self.changed:
-            assert self.changed.wait_for(condition, timeout=60)
-
-
-def config(model: Path, **fields) -> EngineConfig:
-    return EngineConfig.resolve({"model": str(model), **fields}, relative_to=Path.cwd())
 
 
 def test_the_engine_process_answers_as_the_engine_does(model, prompts):

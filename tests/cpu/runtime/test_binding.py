@@ -1,6 +1,7 @@
 """Binding: collectives of one rank that are not run, and batches that are padded to a bucket."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from nanoflow_kernels import reference
 from support.collectives.in_process import Group, InProcess
 from support.comparison import assert_close
 from support.models.cases import BATCHES, LENGTHS, TOKENS, Case
-from support.schedule.schedules import plans, random_interleaving, random_schedule
+from support.schedule.schedules import in_lanes, plans, random_interleaving, random_schedule
 
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.collectives import AllReduceForm, in_forms
@@ -65,6 +66,36 @@ def check(case: Case, binding: Binding, order) -> None:
             call.run()
         logits = values[case.model.head.outputs[0]]
         assert_close(f"logits of {batch}", logits, case.requests.rows(case.logits, batch))
+
+
+def test_collectives_of_several_lanes_take_turns(case: Case) -> None:
+    """Each after the one before it in the order of issue, which is the same on every rank; one rank has none."""
+    graph = case.model.layer
+    schedule = in_lanes(nano_batched(graph, TOKENS, 2), graph, {"mlp_reduce": "second network"})
+    shared = Binding(
+        case.model,
+        [schedule],
+        case.weights,
+        case.requests.empty_pages(),
+        InProcess(Group(2), 0),
+        reference,
+        max_tokens=TOKENS,
+        precision=FLOAT32,
+    )
+    (plan,) = shared.plans
+    asked, waits, alone = schedule.awaited(3), shared.waits(plan), bound(case, schedule)
+    assert alone.waits(alone.plans[0]) == asked
+    launches = [schedule.launches[number] for _, number in plan.steps]
+    exchanges = [step for step, launch in enumerate(launches) if launch.operation.endswith("_reduce")]
+    added = {step: set(waits[step]) - set(asked[step]) for step in range(len(launches))}
+    assert all(step in exchanges for step, more in added.items() if more)
+    crossings = 0
+    for before, step in pairwise(exchanges):
+        assert launches[before].lane == launches[step].lane or before in waits[step]
+        crossings += launches[before].lane != launches[step].lane
+        assert added[step] <= {before}
+    assert crossings == 5, "from attention's to the MLP's in each layer, and on to the next"
+    assert any(added.values())
 
 
 def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> None:

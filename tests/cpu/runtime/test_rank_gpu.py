@@ -27,9 +27,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
 
 
-@pytest.mark.parametrize(
-    ("rank", "expected"), [(0, "4,5,6,7"), (1, "5,4,6,7"), (2, "6,4,5,7"), (3, "7,4,5,6")]
-)
+@pytest.mark.parametrize(("rank", "expected"), [(0, "4,5,6,7"), (1, "5,4,6,7"), (2, "6,4,5,7"), (3, "7,4,5,6")])
 def test_a_ranks_own_gpu_comes_first_and_the_others_stay_visible(rank: int, expected: str) -> None:
     take_gpu(CONFIG, rank)
     assert os.environ[VISIBLE] == expected
@@ -44,14 +42,14 @@ def test_where_the_environment_names_no_gpus_they_have_numbers(monkeypatch: pyte
 
 @pytest.mark.parametrize(("rank", "gpus", "expected"), [(1, None, "5,4,6,7"), (3, None, "5,4,6,7"), (3, (2, 0), "4,6")])
 def test_ranks_of_another_host_take_its_gpus(rank: int, gpus: tuple[int, ...] | None, expected: str) -> None:
-    """Of GPUs that are named, the leader has shown its own to all of its ranks; another host's rank shows them itself."""
+    """Of GPUs that are named, the leader has shown its own to its ranks; a rank of another host shows them itself."""
     take_gpu(replace(TWO_HOSTS, gpus=gpus), rank)
     assert os.environ[VISIBLE] == expected
 
 
 def test_fewer_gpus_than_ranks_are_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "4,5,6")
-    with pytest.raises(ConfigError, match=r"this host has 3 for 4 \(tensor_parallel 4; CUDA_VISIBLE_DEVICES is 4,5,6\)"):
+    with pytest.raises(ConfigError, match=r"host has 3 for 4 \(tensor_parallel 4; CUDA_VISIBLE_DEVICES is 4,5,6\)"):
         check_gpus(CONFIG)
     assert check_gpus(TWO_HOSTS) == "nccl"
     monkeypatch.setenv(VISIBLE, "4")

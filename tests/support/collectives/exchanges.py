@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from nanoflow_kernels.collectives import exchange
+from nanoflow_kernels.collectives import all_gather, reduce_scatter
 from nanoflow_kernels.collectives.one_shot import all_reduce_one_shot
 from nanoflow_kernels.collectives.peers import Peers
+from nanoflow_kernels.collectives.two_shot import all_reduce_two_shot
 from support.comparison import assert_close
 from torch import Tensor
 
@@ -20,12 +21,12 @@ NEIGHBOURS = 16  # poisoned columns beside an operand; rows begin where vector l
 EPS = 1e-5
 KERNELS: dict[str, Callable[..., None]] = {
     "all_reduce_one_shot": all_reduce_one_shot,
-    "all_reduce_two_shot": exchange.all_reduce_two_shot,
-    "reduce_scatter_rows": exchange.reduce_scatter_rows,
-    "reduce_scatter_columns": exchange.reduce_scatter_columns,
-    "all_gather_rows": exchange.all_gather_rows,
-    "all_gather_columns": exchange.all_gather_columns,
-    "reduce_scatter_add_rms_norm_all_gather": exchange.reduce_scatter_add_rms_norm_all_gather,
+    "all_reduce_two_shot": all_reduce_two_shot,
+    "reduce_scatter_rows": reduce_scatter.reduce_scatter_rows,
+    "reduce_scatter_columns": reduce_scatter.reduce_scatter_columns,
+    "all_gather_rows": all_gather.all_gather_rows,
+    "all_gather_columns": all_gather.all_gather_columns,
+    "reduce_scatter_add_rms_norm_all_gather": reduce_scatter.reduce_scatter_add_rms_norm_all_gather,
 }
 
 
@@ -41,7 +42,7 @@ class Exchange:
     ) -> None:
         self.kernel, self.ranks, self.dtype, self.device = kernel, ranks, dtype, device
         cuts = device == "cpu" and dtype == torch.bfloat16 and not kernel.startswith("all_gather")
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator(device).manual_seed(seed)
         each = [self._normal(tokens, width) for _ in range(ranks)]
         total = each[0].float()
         for one in each[1:]:
@@ -73,11 +74,11 @@ class Exchange:
             }
             inputs, exacts, expected = of_kernel[kernel]
             self.inputs.append(tuple(self._beside_poison(one) for one in inputs))
-            self.exact.append(tuple(one.to(device) for one in exacts))
-            self.expected.append(tuple(None if one is None or cuts else one.to(device) for one in expected))
+            self.exact.append(tuple(exacts))
+            self.expected.append(tuple(None if cuts else one for one in expected))
         self.parameters: dict[str, Any] = {}
         if kernel == "reduce_scatter_add_rms_norm_all_gather":
-            self.inputs = [(*inputs, weight.to(device)) for inputs in self.inputs]
+            self.inputs = [(*inputs, weight) for inputs in self.inputs]
             self.parameters["eps"] = EPS
         self.outs = [tuple(self._beside_poison(one.to(dtype)) for one in outs) for outs in self.exact]
         self.poison()
@@ -109,7 +110,7 @@ class Exchange:
             assert out._base[:, out.shape[1] :].isnan().all(), f"{where}: columns beside the output were written"
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._random).to(self.dtype)
+        return torch.randn(shape, generator=self._random, device=self.device).to(self.dtype)
 
     def _beside_poison(self, values: Tensor) -> Tensor:
         rows, columns = values.shape

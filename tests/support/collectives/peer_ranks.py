@@ -6,6 +6,7 @@ other cannot share a process.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 
@@ -22,7 +23,8 @@ def run_peers(ranks: int, work: Callable[[Peers], None], buffer_bytes: int) -> N
     """Call `work`, a function of a module, on each of the ranks, all at once. An error of one is raised here."""
     size = -(-buffer_bytes // ALIGNMENT) * ALIGNMENT
     memory = torch.zeros(ranks, PAD_BYTES + size, dtype=torch.uint8).share_memory_()
-    torch.multiprocessing.spawn(_rank, (memory, work), nprocs=ranks)
+    multiprocessing.set_forkserver_preload(["torch", "triton"])
+    torch.multiprocessing.start_processes(_rank, (memory, work), nprocs=ranks, start_method="forkserver")
 
 
 def _rank(rank: int, memory: Tensor, work: Callable[[Peers], None]) -> None:

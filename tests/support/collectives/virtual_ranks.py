@@ -43,6 +43,9 @@ class VirtualRanks:
         try:
             yield
             torch.cuda.synchronize()
+        except BaseException:
+            self.abort.fill_(1)  # what has been launched waits for what has not
+            raise
         finally:
             late.cancel()
         assert self.abort.item() == 0, f"ranks still waited for each other after {seconds} s"

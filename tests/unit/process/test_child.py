@@ -19,6 +19,16 @@ from nanoflow_backend.process.child import Parent
 Parent()
 time.sleep(1000)
 """
+TIDY_CHILD = """
+import msgspec, time
+from pathlib import Path
+from nanoflow_backend.process.child import Parent
+parent = Parent()
+note = Path(parent.receive(msgspec.msgpack.Decoder()))
+parent.on_end = lambda: note.write_text("done")
+parent.send("ready")
+{waits}
+"""
 STUB = """
 import ctypes, sys
 from nanoflow_backend.process.child import Child
@@ -47,6 +57,20 @@ def test_a_killed_host_takes_a_frozen_stub_and_its_child_along(tmp_path):
     assert stub.wait(30) == -9
     os.close(child)
     stub.stdout.close()
+
+
+def test_a_child_does_what_it_has_to_before_it_ends_with_its_parent(tmp_path, monkeypatch):
+    """Whether its main thread waits for a message or does something else."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    for waits in ("time.sleep(1000)", "parent.receive(msgspec.msgpack.Decoder())"):
+        (tmp_path / "tidy_child.py").write_text(TIDY_CHILD.format(waits=waits))
+        child, note = Child("tidy_child"), tmp_path / "note"
+        child.send_bytes(msgspec.msgpack.encode(str(note)))
+        assert child.receive(msgspec.msgpack.Decoder()) == "ready"
+        child.close()
+        child.stop()
+        assert note.read_text() == "done"
+        note.unlink()
 
 
 def test_a_child_that_hangs_in_the_kernel_is_given_up(tmp_path, monkeypatch, caplog):
