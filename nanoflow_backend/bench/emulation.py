@@ -11,6 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 from nanoflow_kernels import reference
 
+from nanoflow_backend.bench import result
 from nanoflow_backend.commands.settings import engine_config, parse
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.error import ConfigError
@@ -76,6 +77,13 @@ class Emulation:
         if config.schedule == "auto":
             raise ConfigError("schedule: expected a preset or a schedule file beside --emulate-tp, got auto")
         return Engine(config, make_executor=self._make_executor, settle=self._settle)
+
+    def engine_facts(self, engine: Engine) -> dict[str, Any]:
+        """What a result says of the emulation and of its engine."""
+        found, config = result.engine_facts(engine), engine.config
+        way = f"TP {config.tensor_parallel} over {config.collectives} on "
+        alone = f"rank 0 of TP {config.tensor_parallel} alone, emulated, on "
+        return self.facts() | found | {"engine_is": found["engine_is"].replace(way, alone)}
 
     def facts(self) -> dict[str, Any]:
         """What every result says of it."""

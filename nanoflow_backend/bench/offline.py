@@ -73,7 +73,7 @@ def bench_offline(
     if breakdown_only and meter is None:
         raise ConfigError(f"{option}: expected nvidia-ml-py, which measures the GPU")
     works = [spec.read(engine.max_model_tokens) for spec in workloads]
-    facts = (emulation.facts() if emulation else {}) | result.engine_facts(engine)
+    facts = emulation.engine_facts(engine) if emulation else result.engine_facts(engine)
     if breakdown_only and meter is not None:
         queue_all(engine, works[0])
         measured = {"workload": works[0].name, **works[0].facts, **facts, **measure_warm_steps(engine, meter)}

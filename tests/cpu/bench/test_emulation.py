@@ -57,7 +57,7 @@ def test_a_shard_runs_and_its_result_says_what_it_is(model, network, tmp_path, r
     assert "without its links" in about["energy_is"]
     assert measured["settings"]["tensor_parallel"] == 2
     assert measured["settings"]["load_format"] == "dummy"
-    assert "TP 2 on cpu" in measured["engine_is"]
+    assert "rank 0 of TP 2 alone, emulated, on cpu" in measured["engine_is"]
     assert measured["tokens_per_s_per_device"] == pytest.approx(measured["total_tokens_per_s"] / 2, abs=0.1)
     layers_us = measured["steps"] * build_layers(model) * 2 * 1000.0
     assert measured["wall_s"] >= 1e-6 * layers_us, "every all-reduce takes its time"
