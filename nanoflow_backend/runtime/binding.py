@@ -179,7 +179,7 @@ class Binding:
             calls.append(self._bind(graph, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
-    def close(self, fitted: FittedPlan) -> list[KernelCall]:
+    def complete(self, fitted: FittedPlan) -> list[KernelCall]:
         """What sums and gathers the last layer's outputs, where a rank has parts of them."""
         plan, _ = fitted
         if not is_partial(plan.schedule.all_reduces):
@@ -200,7 +200,7 @@ class Binding:
         return calls
 
     def results(self, fitted: FittedPlan) -> tuple[Tensor, ...]:
-        """The last layer's outputs [T, D], whole once `close` has run."""
+        """The last layer's outputs [T, D], whole once `complete` has run."""
         (plan, tokens), last = fitted, self.model.num_layers - 1
         if is_partial(plan.schedule.all_reduces):
             return tuple(rows[:tokens] for rows in self._whole)
@@ -249,7 +249,7 @@ class Binding:
         return rows[mine.start : mine.stop]
 
     def _whole_results(self) -> tuple[Tensor, ...]:
-        """Where `close` puts the last layer's outputs, for the plans that have parts of them."""
+        """Where `complete` puts the last layer's outputs, for the plans that have parts of them."""
         if not any(is_partial(plan.schedule.all_reduces) for plan in self.plans):
             return ()
         last = self.plans[0].layers[-1]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -149,7 +149,7 @@ def run_search(
         return
     file, best = found.file, found.best
     file.save(out)
-    about = {"model": request.name, "schedule": out.name}
+    about: dict[str, Any] = {"model": request.name, "schedule": out.name}
     facts = search_facts(file, found.profile, display.phases_s)
     if best is None:
         about |= {"tensor_parallel": request.ranks, "network": [msgspec.to_builtins(table.header) for table in tables]}

@@ -17,7 +17,7 @@ COLUMNS = ("tokens", "workload", "plan", "all-reduces", "SMs", "predicted", "ove
 
 def predicted_facts(planned: Sequence[Planned]) -> dict[str, Any]:
     """Return the predictions of all plans, as results are kept, and what they assume."""
-    return {"kind": "predicted, nothing timed", "assumed": ASSUMED, "predictions": [*map(dict, _rows(planned))]}
+    return {"kind": "predicted, nothing timed", "assumed": ASSUMED, "predictions": predicted_rows(planned)}
 
 
 def show_predictions(planned: Sequence[Planned]) -> None:
@@ -25,7 +25,7 @@ def show_predictions(planned: Sequence[Planned]) -> None:
     table = Table(title="one layer as it is predicted, not timed")
     for column in COLUMNS:
         table.add_column(column, no_wrap=True, justify="left" if column in COLUMNS[1:5] else "right")
-    for row in _rows(planned):
+    for row in predicted_rows(planned):
         sms = ", ".join(f"{lane} {count}" for lane, count in row["partition"].items())
         table.add_row(
             *(str(row["tokens"]), row["workload"], row["plan"], row["all_reduces"], sms),
@@ -34,7 +34,8 @@ def show_predictions(planned: Sequence[Planned]) -> None:
     Console(width=max(Console().width, 130)).print(table)
 
 
-def _rows(planned: Sequence[Planned]) -> list[dict[str, Any]]:
+def predicted_rows(planned: Sequence[Planned]) -> list[dict[str, Any]]:
+    """Return a row for each plan of each size on each workload."""
     rows = []
     for of_size in planned:
         us = {(p.plan, p.workload): p.layer_us for p in of_size.predictions}

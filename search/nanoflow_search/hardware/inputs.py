@@ -143,9 +143,8 @@ class OperationInputs:
         if value.kind is Kind.PAGES:
             one_layer = replace(self._config, num_layers=1)
             dtype = self._dtype(value.dtype)
-            options = {"tp": self._ranks, "device": self._device}
-            pages = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, **options).layer(0)
-            return fill_normal(pages, 1.0, self._generator)
+            made = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, self._ranks, device=self._device)
+            return fill_normal(made.layer(0), 1.0, self._generator)
         aligned = 16 // self._precision.element_bytes(value.dtype)
         width = 1 if value.width == 1 else -(-value.width // aligned) * aligned  # as the engine's buffers have it
         tensor = torch.empty(rows, width, dtype=self._dtype(value.dtype), device=self._device)[:, : value.width]

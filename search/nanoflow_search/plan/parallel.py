@@ -1,7 +1,8 @@
 """Plans of tensor-parallel groups: in which form all-reduces run, on how many SMs, beside what.
 
-A grid of the preset `alternating` is predicted in every form and partition that was measured. The two stages are solved
-where the grid is best: a solver takes a minute or more for what the grid predicts in a second.
+A grid of the preset `alternating` is predicted in every form and partition that was measured, and beside it sequential
+in each form: where there is little to overlap, a fused form may be all that is to win. The two stages are solved where
+the grid is best: a solver takes a minute or more for what the grid predicts in a second.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 
 from nanoflow_backend.graph.collectives import Forms, describe_forms
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import alternating
+from nanoflow_backend.schedule.presets import alternating, sequential
 from nanoflow_backend.schedule.validate import validate
 from nanoflow_search.checkpoint import Run
 from nanoflow_search.plan.batch_case import BatchCase
@@ -42,7 +43,8 @@ def find_parallel(case: BatchCase, workload: str, effort: Effort, run: Run, keep
     settings = {
         (describe_forms(forms), _describe(partition)): (forms, partition)
         for forms in case.forms
-        for partition in partitions_of(case.profile, case.graph(forms), ranks)
+        for partition in ({}, *partitions_of(case.profile, case.graph(forms), ranks))
+        if forms or partition  # sequential with whole all-reduces is what plans are compared with
     }
     few = min(layers, FEW_LAYERS)
     if (gridded := run.checkpoint.load("grid.msgpack", dict[str, PartitionedPlan])) is None:
@@ -56,7 +58,7 @@ def find_parallel(case: BatchCase, workload: str, effort: Effort, run: Run, keep
     for key in settings:
         found[key] = gridded[" ".join(key)]
     ordered = sorted(found, key=lambda key: layer_us(found[key]))
-    for key in ordered[:SOLVED] if effort.turns else ():
+    for key in [key for key in ordered if settings[key][1]][:SOLVED] if effort.turns else ():
         forms, partition = settings[key]
         name = f"{key[0]}-{key[1]}.msgpack"
         if (plans_there := run.checkpoint.load(name, list[PartitionedPlan])) is None:
@@ -76,8 +78,12 @@ def find_parallel(case: BatchCase, workload: str, effort: Effort, run: Run, keep
 
 
 def _grid(case: BatchCase, forms: Forms, partition: dict[str, int]) -> Iterator[Schedule]:
-    """Yield the plans of two nano-batches whose first one holds a quarter to three quarters of the tokens."""
+    """Yield the plans of two nano-batches whose first one holds a quarter to three quarters of the tokens; without a
+    partition the sequential plan alone."""
     graph, tokens, step = case.graph(forms), case.tokens, case.chunk_tokens
+    if not partition:
+        yield replace(sequential(graph, tokens), all_reduces=dict(forms))
+        return
     for stop in range(step, tokens, step):
         if tokens / 4 <= stop <= 3 * tokens / 4:
             plan = alternating(graph, tokens, stop, stop / tokens, partition, granularity=step)
@@ -85,4 +91,4 @@ def _grid(case: BatchCase, forms: Forms, partition: dict[str, int]) -> Iterator[
 
 
 def _describe(partition: dict[str, int]) -> str:
-    return "-".join(f"{lane}-{sms}" for lane, sms in partition.items())
+    return "-".join(f"{lane}-{sms}" for lane, sms in partition.items()) or "sequential"
