@@ -44,11 +44,10 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("taken", "given"),
-    [((13, 1031), (13, 1031)), ((13, 40), (2, 40)), ((2, 40), (13, 40)), ((5, 36), (5, 9)), ((5, 9), (5, 36)),
-     ((8, 3), (1, 3)), ((5, 8201), (5, 8201)), ((0, 8), (0, 8))],
+    ("taken", "given", "num_sms"),
+    [((13, 1031), (13, 1031), None), ((13, 40), (2, 40), 2), ((2, 40), (13, 40), 1), ((5, 36), (5, 9), None),
+     ((5, 9), (5, 36), 2), ((8, 3), (1, 3), 99), ((5, 8201), (5, 8201), 2), ((0, 8), (0, 8), None)],
 )  # fmt: skip
-@pytest.mark.parametrize("num_sms", [None, 2])
 def test_timed_exchange(checks: Checks, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None) -> None:
     checks.timed_exchange(taken, given, num_sms)
 
