@@ -25,7 +25,8 @@ class Emulated(Collectives):
     Numbers stay in the range of the whole model's, since values change the power that a GPU draws. The ranks' updates
     are products of independent weights: the RMS of their sum is sqrt(n) times that of one. So an all-reduce multiplies
     this rank's update by sqrt(n). A reduce-scatter adds up n parts of it as if each were another rank's, which has that
-    RMS already where there are n; an all-gather repeats this rank's part.
+    RMS already where there are n; an all-gather repeats this rank's part. What one rank alone adds, the embedding where
+    ranks share the residual's rows, is so taken for a part of all.
 
     Args:
         kernels: `timed_exchange` and `add_rms_norm` of the device, or of the reference.
