@@ -28,6 +28,7 @@ from nanoflow_backend.process.channel import ChannelClosed
 log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 PACKAGES = ("nanoflow_backend", "nanoflow_kernels")
+END_S = 1.5  # from the end of a process's socket to its own: who waits for it is to know in two seconds
 # torch's CPU threads spin while they wait. On 2 cores beside other work the demo model then took 18 to 20 times as
 # long as with threads that sleep.
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -99,7 +100,7 @@ class Child:
         if self._killed_for:
             return f"process {self.pid} was killed: {self._killed_for}"
         try:
-            code = self._process.wait(timeout=2)
+            code = self._process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:
             self._kill()
             return f"process {self.pid} closed its socket and was killed"

@@ -1,8 +1,8 @@
-"""CopyEngine gathers rows or columns without SMs: copy engines bring them, and a kernel of one warp meets the ranks.
+"""CopyEngine gathers rows or columns without SMs: copy engines bring them, and a barrier takes one warp.
 
-A rank puts its part into its own buffer, meets the others, copies their parts into its output, and meets them again,
+A rank puts its part into its own buffer, waits for the others, copies their parts into its output, and waits again,
 after which the parts may be overwritten. Copies are told their addresses when they are issued or captured, so calls
-cannot take turns with two places as those of kernels do; hence the second meeting, which is cheap beside messages that
+cannot take turns with two places as those of kernels do; hence the second barrier, which is cheap beside messages that
 are worth the copies.
 
 Bytes, of a message of N on n ranks with f = (n - 1) / n: 2 N/n and 2 N/n to put the own part into the buffer and into
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
-from nanoflow_kernels.collectives.meeting import begin_call, end_call, meet
+from nanoflow_kernels.collectives.barrier import begin_call, end_call, peer_barrier
 from nanoflow_kernels.collectives.peers import Peers
 from nanoflow_kernels.collectives.tiles import own_rows
 
@@ -31,10 +31,10 @@ CopyRows = Callable[[int, int, int, int, int, int], None]
 
 
 @triton.jit(do_not_specialize=["rank"])
-def _meet(pads_ptr, counters_ptr, abort_ptr, rank, RANKS: tl.constexpr):
-    """A call that only meets."""
+def _barrier(pads_ptr, counters_ptr, abort_ptr, rank, RANKS: tl.constexpr):
+    """A call that only waits for all ranks."""
     epoch = begin_call(counters_ptr)
-    meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
+    peer_barrier(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
     end_call(counters_ptr, epoch)
 
 
@@ -96,7 +96,7 @@ class CopyEngine:
         mine, x_stride = self._buffers[peers.rank], x.stride(0) * element
         if len(x):
             self._copy(mine, row_bytes, x.data_ptr(), x_stride, row_bytes, len(x))
-        self._meet()
+        self._wait_for_all()
         for turn in range(peers.ranks):  # from itself on, so that not all read from one
             rank = (peers.rank + turn) % peers.ranks
             part, source, stride = parts[rank], self._buffers[rank], row_bytes
@@ -104,8 +104,8 @@ class CopyEngine:
                 source, stride = x.data_ptr(), x_stride
             if len(part):
                 self._copy(part.data_ptr(), part.stride(0) * element, source, stride, row_bytes, len(part))
-        self._meet()
+        self._wait_for_all()
 
-    def _meet(self) -> None:
+    def _wait_for_all(self) -> None:
         peers = self._peers
-        _meet[(1,)](peers.pads, peers.counters, peers.abort, peers.rank, peers.ranks, num_warps=1)
+        _barrier[(1,)](peers.pads, peers.counters, peers.abort, peers.rank, peers.ranks, num_warps=1)

@@ -12,21 +12,19 @@ buffer for peers to read, the bytes were as many (the copy takes the place of th
 take microseconds, and few SMs cannot keep as many under way as fill it; nobody waits for a store. Gathering by writes
 costs fN more, since outputs are not mapped for peers: what came would have to be copied to them. So it reads; the
 loads of all peers are under way together. Reading the inputs of others in place would save fN, and would need every
-activation in mapped memory and one more meeting, after which inputs may be overwritten.
+activation in mapped memory and one more barrier, after which inputs may be overwritten.
 
 Shape legend: T tokens, D columns of the whole row, C columns of a part, n ranks, t rows of one rank.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.checks import check_dtype, check_rows
-from nanoflow_kernels.collectives.meeting import begin_call, end_call, meet
+from nanoflow_kernels.collectives.barrier import begin_call, end_call, peer_barrier
 from nanoflow_kernels.collectives.peers import MAX_PROGRAMS, Peers
 from nanoflow_kernels.collectives.tiles import (
     Tile,
@@ -40,27 +38,19 @@ from nanoflow_kernels.collectives.tiles import (
 )
 from nanoflow_kernels.grid import programs
 
-
-class Resources(NamedTuple):
-    """What a program has, and how many of them an SM holds by their registers.
-
-    The loads that are under way are what keeps memory and links busy: a tile of each other rank, in registers. So there
-    are as many programs as have room for these without spilling.
-    """
-
-    tile_bytes: int
-    warps: int
-    registers: int  # of a thread, at most
-    per_sm: int
+# The loads that are under way are what keeps memory and links busy. An SM holds 1024 threads of 64 registers, each of
+# which has up to four times 32 bytes under way before it stores any of them.
+REGISTERS = 64  # of a thread, at most
+TILE_BYTES, WARPS, PER_SM = 8192, 8, 4
+ROW_WARPS, ROW_PER_SM = 16, 2  # where a tile is a row
+AT_ONCE = 4  # tiles that are read before the first is stored
 
 
-def resources(ranks: int, whole_rows: bool) -> Resources:
-    """For tiles of this many bytes, or of a row."""
-    if whole_rows:
-        return Resources(0, 16, 64, 2) if ranks <= 4 else Resources(0, 16, 128, 1)
-    if ranks <= 6:
-        return Resources(16384 if ranks <= 2 else 8192, 8, 80, 3)
-    return Resources(8192, 8, 128, 2)
+def tiles_at_once(ranks: int) -> tuple[int, int]:
+    """(peers, tiles of each of them) whose reads are under way together; the peers in turns of almost as many."""
+    others = max(1, ranks - 1)
+    peers = -(-others // -(-others // AT_ONCE))
+    return peers, max(1, AT_ONCE // others)
 
 
 @triton.jit
@@ -86,7 +76,7 @@ def _exchange(
     x_ptr, out_ptr, residual_ptr, weight_ptr, kept_ptr, buffers_ptr, pads_ptr, counters_ptr, abort_ptr,
     rank, T, rows, C, half_bytes, x_stride, out_stride, residual_stride, kept_stride, region_row, eps,
     RANKS: tl.constexpr, COLUMNS: tl.constexpr, SCATTER: tl.constexpr, GATHER: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PEERS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """With SCATTER, y = the ranks' sum of this rank's part of x, else y = x, which is this rank's part.
     With residual_ptr, kept = residual + y, and then y = kept / sqrt(mean(kept^2) + eps) * weight; tiles are rows.
@@ -102,20 +92,24 @@ def _exchange(
     gathered: tl.constexpr = RANKS if SCATTER else 0  # the region of a buffer that others read
 
     if SCATTER:
-        for tile in range(first, tiles, step):
-            row, column = tile_indices(tile, C, ROWS, COLS)
-            values = ()
-            for turn in tl.static_range(1, RANKS):  # all loads before the first store
-                peer = (rank + turn) % RANKS
-                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
-                part = part_ptr(x_ptr, peer, rows, C, x_stride, COLUMNS)
-                values += (tl.load(part + offsets(row, column, x_stride), mask=inside, other=0),)  # type: ignore
-            for turn in tl.static_range(1, RANKS):
-                peer = (rank + turn) % RANKS
-                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
-                there = region_ptr(buffers_ptr, peer, half, rank, rows, region_row, x_ptr)
-                tl.store(there + offsets(row, column, region_row), values[turn - 1], mask=inside)
-        meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
+        for tile in range(first, tiles, step * TILES):
+            for turn in tl.static_range(1, RANKS, PEERS):
+                values = ()
+                for one in tl.static_range(TILES * PEERS):
+                    if turn + one % PEERS < RANKS:
+                        peer = (rank + turn + one % PEERS) % RANKS
+                        row, column = tile_indices(tile + one // PEERS * step, C, ROWS, COLS)
+                        inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
+                        part = part_ptr(x_ptr, peer, rows, C, x_stride, COLUMNS)
+                        values += (tl.load(part + offsets(row, column, x_stride), mask=inside, other=0),)  # type: ignore
+                for one in tl.static_range(TILES * PEERS):
+                    if turn + one % PEERS < RANKS:
+                        peer = (rank + turn + one % PEERS) % RANKS
+                        row, column = tile_indices(tile + one // PEERS * step, C, ROWS, COLS)
+                        inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
+                        there = region_ptr(buffers_ptr, peer, half, rank, rows, region_row, x_ptr)
+                        tl.store(there + offsets(row, column, region_row), values[one], mask=inside)
+        peer_barrier(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
 
     own_x_ptr, own_out_ptr = x_ptr, out_ptr
     if SCATTER:
@@ -128,13 +122,11 @@ def _exchange(
         y = tl.load(own_x_ptr + offsets(row, column, x_stride), mask=inside, other=0)
         if SCATTER:
             total = tl.zeros([ROWS, COLS], tl.float32)
+            here = region_ptr(buffers_ptr, rank, half, 0, rows, region_row, x_ptr) + offsets(row, column, region_row)
             for peer in tl.static_range(RANKS):
-                here = region_ptr(buffers_ptr, rank, half, peer, rows, region_row, x_ptr)
-                came = tl.load(
-                    here + offsets(row, column, region_row), mask=inside & (peer != rank), other=0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
+                came = tl.load(here, mask=inside & (peer != rank), other=0, cache_modifier=".cg")
                 total += tl.where(peer == rank, y, came).to(tl.float32)
+                here += rows.to(tl.int64) * region_row
             y = total.to(dtype)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offsets(row, column, residual_stride), mask=inside, other=0)
@@ -149,21 +141,25 @@ def _exchange(
             tl.store(here + offsets(row, column, region_row), y, mask=inside)
 
     if GATHER:
-        meet(pads_ptr, abort_ptr, rank, epoch, 1, RANKS)
-        for tile in range(first, tiles, step):
-            row, column = tile_indices(tile, C, ROWS, COLS)
-            values = ()
-            for turn in tl.static_range(1, RANKS):
-                peer = (rank + turn) % RANKS
-                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
-                there = region_ptr(buffers_ptr, peer, half, gathered, rows, region_row, x_ptr)
-                came = tl.load(there + offsets(row, column, region_row), mask=inside, other=0, cache_modifier=".cg")
-                values += (came,)  # type: ignore
-            for turn in tl.static_range(1, RANKS):
-                peer = (rank + turn) % RANKS
-                inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
-                part = part_ptr(out_ptr, peer, rows, C, out_stride, COLUMNS)
-                tl.store(part + offsets(row, column, out_stride), values[turn - 1], mask=inside)
+        peer_barrier(pads_ptr, abort_ptr, rank, epoch, 1, RANKS)
+        for tile in range(first, tiles, step * TILES):
+            for turn in tl.static_range(1, RANKS, PEERS):
+                values = ()
+                for one in tl.static_range(TILES * PEERS):
+                    if turn + one % PEERS < RANKS:
+                        peer = (rank + turn + one % PEERS) % RANKS
+                        row, column = tile_indices(tile + one // PEERS * step, C, ROWS, COLS)
+                        inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
+                        there = region_ptr(buffers_ptr, peer, half, gathered, rows, region_row, x_ptr)
+                        there += offsets(row, column, region_row)
+                        values += (tl.load(there, mask=inside, other=0, cache_modifier=".cg"),)  # type: ignore
+                for one in tl.static_range(TILES * PEERS):
+                    if turn + one % PEERS < RANKS:
+                        peer = (rank + turn + one % PEERS) % RANKS
+                        row, column = tile_indices(tile + one // PEERS * step, C, ROWS, COLS)
+                        inside = tile_mask(row, column, rows_of(peer, T, rows, COLUMNS), C)
+                        part = part_ptr(out_ptr, peer, rows, C, out_stride, COLUMNS)
+                        tl.store(part + offsets(row, column, out_stride), values[one], mask=inside)
     end_call(counters_ptr, epoch)
 
 
@@ -196,15 +192,14 @@ def launch_exchange(
     if tokens == 0 or width == 0:
         return
     residual, weight, kept, eps = norm or (None, None, None, 0.0)
-    tile_bytes, warps, registers, per_sm = resources(peers.ranks, norm is not None)
-    tile = Tile(1, triton.next_power_of_2(width)) if norm else tile_of(rows, width, tile_bytes // x.element_size())
+    tile = Tile(1, triton.next_power_of_2(width)) if norm else tile_of(rows, width, TILE_BYTES // x.element_size())
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
-    grid = min(programs(tiles, num_sms, x.device, per_sm=per_sm), MAX_PROGRAMS)
+    grid = min(programs(tiles, num_sms, x.device, per_sm=ROW_PER_SM if norm else PER_SM), MAX_PROGRAMS)
     _exchange[(grid,)](
         x, out, residual, weight, kept, peers.buffers, peers.pads, peers.counters, peers.abort,
         peers.rank, tokens, rows, width, peers.half_bytes, x.stride(0), out.stride(0),
         0 if residual is None else residual.stride(0), 0 if kept is None else kept.stride(0),
         region_stride(width), eps,
-        peers.ranks, columns, scatter, gather, tile.rows, tile.columns,
-        num_warps=warps, maxnreg=registers,
+        peers.ranks, columns, scatter, gather, tile.rows, tile.columns, *tiles_at_once(peers.ranks),
+        num_warps=ROW_WARPS if norm else WARPS, maxnreg=REGISTERS,
     )  # fmt: skip

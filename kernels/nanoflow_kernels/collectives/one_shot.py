@@ -1,10 +1,10 @@
 """The one-shot all-reduce, for small messages: every rank gets all inputs, and sums them itself.
 
-A program writes its tiles of the input into the buffers of all others, meets them, and sums what has come. A write
-takes one way over the link, where a read would take two after its signal's one; what is small is bound by that.
+A program writes its tiles of the input into the buffers of all others, waits for theirs, and sums what has come. A
+write takes one way over the link, where a read would take two after its signal's one; what is small is bound by that.
 
 Bytes, of a message of N on n ranks: n N are read, (n - 1) N written to peers, n N read and N written. The two-shot form
-(exchange.py) moves a fraction of that over the links, but its ranks meet twice.
+(exchange.py) moves a fraction of that over the links, but its ranks wait for each other twice.
 
 Shape legend: T tokens, D columns, n ranks.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoflow_kernels.checks import check_dtype, check_rows, check_shape
-from nanoflow_kernels.collectives.meeting import begin_call, end_call, meet
+from nanoflow_kernels.collectives.barrier import begin_call, end_call, peer_barrier
 from nanoflow_kernels.collectives.peers import MAX_PROGRAMS, Peers
 from nanoflow_kernels.collectives.tiles import (
     check_room,
@@ -50,7 +50,7 @@ def _all_reduce(
         for turn in tl.static_range(1, RANKS):
             there = region_ptr(buffers_ptr, (rank + turn) % RANKS, half, rank, T, region_row, x_ptr)
             tl.store(there + offsets(row, column, region_row), x, mask=inside)
-    meet(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
+    peer_barrier(pads_ptr, abort_ptr, rank, epoch, 0, RANKS)
     for tile in range(first, tiles, step):
         row, column = tile_indices(tile, D, ROWS, COLS)
         inside = tile_mask(row, column, T, D)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 MAX_RANKS = 8
 MAX_PROGRAMS = 640  # of a launch; each has signals of its own
-PHASES = 2  # meetings of all ranks in a call, at most
+PHASES = 2  # barriers of a call, at most
 PAD_BYTES = PHASES * MAX_PROGRAMS * MAX_RANKS * 8
 ALIGNMENT = 256  # bytes
 
@@ -49,8 +49,8 @@ class Peers:
 
     @property
     def half_bytes(self) -> int:
-        """Calls take turns with the halves of a buffer: who starts a call has met all who have ended the one before
-        the last, so nobody reads any more what it overwrites."""
+        """Calls take turns with the halves of a buffer. Who starts a call knows that all ranks have ended the one
+        before the last, so nobody reads any more what it overwrites."""
         return self.buffer_bytes // 2 // ALIGNMENT * ALIGNMENT
 
 

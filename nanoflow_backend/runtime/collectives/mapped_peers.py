@@ -21,7 +21,7 @@ def open_peers(settled: Settled) -> PeerToPeer:
 
     Raises: RuntimeError, see PeerMemory.
     """
-    torch.cuda.current_stream()  # a context for the driver's calls
+    torch.zeros(1, device="cuda")  # makes this thread's context, which the driver's calls want
     rank, num_bytes = dist.get_rank(), _aligned(step_bytes(settled))
     memory = PeerMemory(rank, num_bytes + PAD_BYTES, gather_bytes)
     buffers = memory.addresses

@@ -35,7 +35,7 @@ def main() -> None:
     while True:
         message: Any = parent.receive(msgspec.msgpack.Decoder())
         if message == "end":
-            os._exit(3)  # at once: a parent waits two seconds between the end of its socket and that of the process
+            os._exit(3)  # at once: a parent waits END_S between the end of its socket and that of the process
         with (folder / f"got-{start.rank}").open("a") as file:
             file.write(f"{message}\n")
         if config.host_kv_cache_bytes:

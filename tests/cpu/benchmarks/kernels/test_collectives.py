@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.kernels.collectives import NAMES, moved_bytes, points
+from benchmarks.kernels import collectives
+from benchmarks.kernels.collectives import NAMES, Measured, moved_bytes, points
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.runtime.collectives.protocol import rank_rows
+from nanoflow_backend.runtime.device import Device
 
 
 def rows_touched(kernel: str, ranks: int, tokens: int) -> int:
@@ -43,3 +50,26 @@ def test_ranks_fit_on_the_device_and_large_messages_come_first() -> None:
     assert all(point.ranks * point.sms <= 132 for point in all_points)
     assert {point.kernel for point in all_points} == set(NAMES)
     assert [point.tokens for point in all_points] == sorted((point.tokens for point in all_points), reverse=True)
+
+
+def test_what_does_not_begin_in_time_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(collectives, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(collectives, "find_device", lambda _: Device("cuda", "a GPU", 132))
+    monkeypatch.setattr(collectives, "device_sms", lambda _: 132)
+    monkeypatch.setattr(collectives, "group_of", lambda ranks: range(ranks))
+    monkeypatch.setattr(
+        collectives, "measure", lambda point, group: Measured(point.kernel, len(group), point.sms, 1, 1, 1, 1, 1, 1)
+    )
+    collectives.main(output=tmp_path / "result.json", limit_s=5)
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert {"command", "date", "versions"} < set(written)
+    assert written["device"] == "a GPU"
+    assert len(written["results"]) == 5
+    assert len(written["results"]) + len(written["left_out"]) == len(list(points(132)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="torch sees no CUDA device"):
+        collectives.main(output=tmp_path / "result.json")

@@ -1,6 +1,6 @@
-"""A meeting: each program of a launch waits for the program of its number on every other rank.
+"""The peer barrier: each program of a launch waits for the program of its number on every other rank.
 
-Who has met the others sees all that they wrote before. Programs meet one by one, not launch by launch, so that none
+Who is through sees all that the others wrote before. Programs wait one by one, not launch by launch, so that none
 waits for a program that has not started; a launch has to divide its work so that a program needs no other's.
 
 A signal is the number of the call in which it is given, its *epoch*, which only grows: nothing is ever set back, a late
@@ -40,7 +40,7 @@ def end_call(counters_ptr, epoch):
 
 
 @triton.jit
-def meet(pads_ptr, abort_ptr, rank, epoch, PHASE: tl.constexpr, RANKS: tl.constexpr):
+def peer_barrier(pads_ptr, abort_ptr, rank, epoch, PHASE: tl.constexpr, RANKS: tl.constexpr):
     """Tell the programs of this number that this rank has come so far, and wait for all of them, or for the abort."""
     lane = tl.arange(0, LANES)
     exists = lane < RANKS
