@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nanoflow_search.options import InDtype, KvDtype, On, Quantised
 from nanoflow_search.request import Effort, Phase, SearchRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
-
-
-class InDtype(StrEnum):
-    """What the engine keeps weights, activations and KV pages in."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Quantised(StrEnum):
-    """What the engine quantises a model to that is not quantised."""
-
-    FP8 = "fp8"
-
-
-class KvDtype(StrEnum):
-    """What the engine keeps KV pages in; auto: as the dtype, or FP8 where the checkpoint has scales for it."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-    FP8_E4M3 = "fp8_e4m3"
-
-
-class On(StrEnum):
-    """Where a search measures."""
-
-    AUTO = "auto"
-    SYNTHETIC = "synthetic"
 
 
 ModelFolder = Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -69,7 +70,5 @@ class BatchCase:
         """Return the lower bounds on the time of a layer by name, on the first workload: those of the form of
         all-reduces whose highest bound is lowest."""
         model = self.timing_model(self.request.workloads[0])
-        by_form = [
-            bounds_us(lambda at, forms=forms: self.problem(at, forms), model, self.chunk_tokens) for forms in self.forms
-        ]
+        by_form = [bounds_us(partial(self.problem, forms=forms), model, self.chunk_tokens) for forms in self.forms]
         return min(by_form, key=lambda bounds: max(bounds.values()))

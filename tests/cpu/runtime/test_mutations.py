@@ -1,85 +1,37 @@
 """A schedule without one of its waits, and a buffer plan with one value in the wrong place: each must be caught."""
 
 import random
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from msgspec.structs import replace
 from nanoflow_kernels import reference
 from support.comparison import assert_close
 from support.models.batches import Requests, forward
 from support.models.cases import LENGTHS, TOKENS, Case
 from support.models.shapes import CONFIGS, config
+from support.runtime.dry_program import dry_program, mutants, overtaken, refuses, run
 from support.runtime.row_conflicts import conflicts
-from support.runtime.tensor_parallel_rank import FORMS
 from support.schedule.schedules import delayed, in_lanes, interleavings, plans, random_schedule, without_wait
 from torch import Tensor
 
 from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.builder import GraphBuilder
-from nanoflow_backend.graph.collectives import model_in_forms, with_parameters
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph
-from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.blocks import decoder, rotary
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, plan_buffers
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
-from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.runtime.tags import StaleRead
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError, Wait
-from nanoflow_backend.schedule.presets import alternating, nano_batched
+from nanoflow_backend.schedule.presets import nano_batched
 from nanoflow_backend.schedule.validate import validate
-
-
-def nothing(*_: object, **__: object) -> None:
-    """A kernel that is never wrong: what is looked at here are the tags."""
-
-
-NO_KERNELS = SimpleNamespace(**{name: nothing for name in vars(reference) if not name.startswith("_")})
-
-
-class NoNetwork(OneRank):
-    """One of two ranks, which exchanges nothing."""
-
-    ranks = 2
-    all_reduce = all_gather_rows = all_gather_columns = reduce_scatter_columns = staticmethod(nothing)
-    reduce_scatter_add_rms_norm_all_gather = staticmethod(nothing)
-
-
-def dry_program(model: Model, schedule: Schedule, collectives: Collectives | None = None) -> CpuProgram:
-    """The program without its arithmetic."""
-    graphs = {"": model.embed} | {f"layers.{i}.": graph for i, graph in enumerate(model.in_order)}
-    named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
-    weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
-    kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
-    options: dict[str, Any] = {"max_tokens": schedule.tokens, "precision": FLOAT32}
-    return CpuProgram(Binding(model, [schedule], weights, kv, collectives or OneRank(), NO_KERNELS, **options))
-
-
-def run(program: CpuProgram, order: list[int]) -> None:
-    """Through all the tags, those that the head looks at too."""
-    ints = torch.zeros(program.binding.max_tokens, dtype=torch.int32)
-    forward(program, (ints, ints, ints, ints[:, None]), order=order)
-    program.tags.read_results()
-
-
-def mutants(schedule: Schedule) -> Iterator[tuple[int, Wait]]:
-    return ((number, wait) for number, launch in enumerate(schedule.launches) for wait in launch.waits)
-
-
-def overtaken(order: PartialOrder, wait: Wait, number: int) -> Iterator[list[int]]:
-    """The interleavings in which the launch that was waited for is late, layer by layer."""
-    for layer, launch in order.steps:
-        if launch == number and layer >= wait.layers_back:
-            yield delayed(order, order.index[layer - wait.layers_back, wait.launch])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,35 +47,6 @@ def test_without_a_wait_validation_fails_and_some_interleaving_reads_too_early(n
             assert any(refuses(program, late) for late in overtaken(order, wait, number)), (number, wait)
             killed += 1
     assert killed > 220, killed
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_without_a_wait_plans_of_several_ranks_fail_too(form: str) -> None:
-    """In every form of the all-reduces, with collectives in a lane of their own."""
-    model, forms = build(config("llama"), 2), FORMS[form]
-    held, graph = with_parameters(model, [{}, forms], 2), model_in_forms(model, forms, 2).layer
-    plans = (nano_batched(graph, 8, 2), alternating(graph, 8, 4, 0.5, {"network": 8, "compute": 124}))
-    killed = 0
-    for plan in (replace(plan, all_reduces=dict(forms)) for plan in plans):
-        validate(plan, graph, 3, ranks=2)
-        program = dry_program(held, plan, NoNetwork())
-        run(program, list(range(len(PartialOrder(plan, 3).steps))))
-        for number, wait in mutants(plan):
-            mutant = without_wait(plan, number, wait)
-            with pytest.raises(ScheduleError, match=r"may start before|in either order"):
-                validate(mutant, graph, 3, ranks=2)
-            order, program = PartialOrder(mutant, 3), dry_program(held, mutant, NoNetwork())
-            assert any(refuses(program, late) for late in overtaken(order, wait, number)), (number, wait)
-            killed += 1
-    assert killed > 10, killed
-
-
-def refuses(program: CpuProgram, order: list[int]) -> bool:
-    try:
-        run(program, order)
-    except StaleRead:
-        return True
-    return False
 
 
 def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPathFactory) -> None:
