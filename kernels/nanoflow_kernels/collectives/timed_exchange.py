@@ -18,7 +18,10 @@ from nanoflow_kernels.interpreted import INTERPRETED
 
 # A program has an SM to itself: it fills the register file, as the threads of a collective do that wait for others.
 WARPS = 32
-BLOCK = 32768  # values that a program moves at once: the bytes in flight that 100 GB/s of an SM take
+# Values of the output that a program writes at once, and parts of a sum that it reads at once: the bytes in flight that
+# tens of GB/s of an SM take, without spilling.
+COPIED, UNROLL_COPIED = 32768, 1
+SUMMED, UNROLL_SUMMED = 16384, 4
 MOST_COLUMNS = 8192
 
 
@@ -33,14 +36,14 @@ def _wait_until(begin, nanoseconds):
 @triton.jit(do_not_specialize=["T_in", "T_out", "nanoseconds"])
 def _timed_exchange(
     x_ptr, out_ptr, scale, nanoseconds, T_in, D_in, T_out, D_out, x_stride, out_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[r, c] = scale * sum over i, j of x[r % T_in + i * T_out, c % D_in + j * D_out], evenly over the time.
 
     A program's k-th block of n is written when k / n of the time has passed, not before.
     """
     begin = tl.cast(0, tl.int64) if INTERPRETED else globaltimer()
-    across = tl.cdiv(D_out, COLUMNS)
+    across, beside = tl.cdiv(D_out, COLUMNS), tl.cdiv(D_in, D_out)
     blocks = tl.cdiv(T_out, ROWS) * across
     first, step = tl.program_id(0), tl.num_programs(0)
     mine, time = tl.cdiv(blocks - first, step), tl.cast(nanoseconds, tl.int64)
@@ -48,12 +51,11 @@ def _timed_exchange(
         row = block // across * ROWS + tl.arange(0, ROWS)[:, None]
         column = block % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for i in range(tl.cdiv(T_in, T_out)):
-            for j in range(tl.cdiv(D_in, D_out)):
-                from_row, from_column = row % T_in + i * T_out, column % D_in + j * D_out
-                inside = (from_row < T_in) & (from_column < D_in)
-                from_ptr = x_ptr + from_row.to(tl.int64) * x_stride + from_column
-                total += tl.load(from_ptr, mask=inside, other=0).to(tl.float32)
+        for part in tl.range(0, tl.cdiv(T_in, T_out) * beside, loop_unroll_factor=UNROLL):
+            from_row, from_column = row % T_in + part // beside * T_out, column % D_in + part % beside * D_out
+            inside = (from_row < T_in) & (from_column < D_in)
+            from_ptr = x_ptr + from_row.to(tl.int64) * x_stride + from_column
+            total += tl.load(from_ptr, mask=inside, other=0).to(tl.float32)
         _wait_until(begin, time * (block // step) // mine)
         to_ptr = out_ptr + row.to(tl.int64) * out_stride + column
         tl.store(to_ptr, (scale * total).to(out_ptr.dtype.element_ty), mask=(row < T_out) & (column < D_out))
@@ -81,10 +83,12 @@ def timed_exchange(x: Tensor, *, out: Tensor, scale: float, us: float, num_sms: 
         return
     if not x.numel():
         raise ValueError(f"timed_exchange: x: expected some values, got shape {tuple(x.shape)}")
+    is_sum = x.shape[0] > tokens or x.shape[1] > width
+    block, unroll = (SUMMED, UNROLL_SUMMED) if is_sum else (COPIED, UNROLL_COPIED)
     columns = min(triton.next_power_of_2(width), MOST_COLUMNS)
-    rows = max(1, min(BLOCK // columns, triton.next_power_of_2(triton.cdiv(tokens, sms)) // 2))
+    rows = max(1, min(block // columns, triton.next_power_of_2(triton.cdiv(tokens, sms)) // 2))
     blocks = triton.cdiv(tokens, rows) * triton.cdiv(width, columns)
     _timed_exchange[(programs(blocks, num_sms, x.device, per_sm=1),)](
         x, out, scale, round(1e3 * us), *x.shape, *out.shape, x.stride(0), out.stride(0),
-        ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+        ROWS=rows, COLUMNS=columns, UNROLL=unroll, num_warps=WARPS,
     )  # fmt: skip
