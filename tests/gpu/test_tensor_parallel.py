@@ -6,12 +6,15 @@ Nor do they say anything of orders over NVLink. NCCL refuses two ranks on one GP
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from nanoflow_backend.runtime.rank_gpu import SHARED
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(300, func_only=True),
 ]
 OPTIONS: dict[str, Any] = {"device": "cuda", "dense_batch_tokens": 32, "kv_cache_tokens": 4096}
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=2)
@@ -68,8 +71,12 @@ os._exit(0)
 
 
 @pytest.fixture(autouse=True)
-def one_gpu_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_gpu_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of one test at a time, whichever process runs it: kernels that wait take each other's time."""
     monkeypatch.setenv(SHARED, "1")
+    with Path(tempfile.gettempdir(), "nanoflow_tensor_parallel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def completions(model: Path, prompts: list[Any], **options: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -65,11 +65,16 @@ def join_group(store: Any, rank: int, size: int, interface: str, timeout: timede
     _set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
+def talking_over(interface: str) -> contextlib.AbstractContextManager[None]:
+    """Gloo and NCCL know it from the environment alone; an interface that is named there wins."""
+    return environment(dict.fromkeys(INTERFACES, interface))
+
+
 @contextlib.contextmanager
-def talking_over(interface: str) -> Iterator[None]:
-    """Gloo and NCCL know it from the environment alone. It is put back: the next group may be another."""
-    ours = [name for name in INTERFACES if not os.environ.get(name)]
-    os.environ.update(dict.fromkeys(ours, interface))
+def environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Variables for what reads nothing else; those that are set win. They are put back: the next group may have others."""
+    ours = [name for name in defaults if not os.environ.get(name)]
+    os.environ.update({name: defaults[name] for name in ours})
     try:
         yield
     finally:

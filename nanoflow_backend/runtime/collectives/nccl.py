@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group
 
+from nanoflow_backend.runtime.collectives.group import environment
 from nanoflow_backend.runtime.collectives.process_group import ProcessGroupCollectives
 
-# Of what a call takes longer, torch's watchdog ends the process. A rank that has ended is known long before.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)  # until all ranks are connected
+# Torch's watchdog would end this process, and say nothing to clients, when it misses a rank. We know of that before.
+NO_HANDLING = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 class Nccl(ProcessGroupCollectives):
@@ -41,9 +43,10 @@ class Nccl(ProcessGroupCollectives):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"collectives: expected a call with num_sms {num_sms} before one is captured")
             device = torch.device("cuda", torch.cuda.current_device())  # given: ranks connect now, not in a later call
-            self._groups[num_sms] = dist.new_group(
-                backend="nccl", timeout=TIMEOUT, pg_options=_options(num_sms), device_id=device
-            )
+            with environment(NO_HANDLING):
+                self._groups[num_sms] = dist.new_group(
+                    backend="nccl", timeout=TIMEOUT, pg_options=_options(num_sms), device_id=device
+                )
         return self._groups[num_sms]
 
     def abort(self) -> None:

@@ -25,6 +25,14 @@ from nanoflow_backend.process.child import Child
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.text.tokenizer import Tokenizer
 
+DYING_LATER = """
+import os
+from nanoflow_backend.engine import ranks
+def load(*of_a_worker):
+    os._exit(9)
+ranks.Worker = load
+ranks.main()
+"""
 ABSENT = """
 import msgspec, threading
 from nanoflow_backend.hosts.messages import Progress
@@ -87,6 +95,19 @@ def test_a_rank_that_dies_on_its_way_to_the_others_is_named_and_leaves_nothing(m
     assert "ended with exit code 7" in deaths[0]  # at once: an engine process ends by it, and waits for nobody
     assert not dist.is_initialized()
     Engine.from_pretrained(model, tensor_parallel=2, kv_cache_tokens=1024).close()
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_dies_as_it_loads_its_weights_is_named_and_leaves_nothing(model, tmp_path, monkeypatch):
+    """Rank 0 waits for it, to know how much memory all of them have."""
+    (tmp_path / "dying_later.py").write_text(DYING_LATER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(members, "RANK", "dying_later")
+    before = set(children(os.getpid()))
+    with pytest.raises(RuntimeError, match=r"^rank 1: process \d+ ended with exit code 9$"):
+        Engine.from_pretrained(model, tensor_parallel=2)
+    until(lambda: set(children(os.getpid())) == before)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.timeout(60)

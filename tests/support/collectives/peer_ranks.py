@@ -29,13 +29,7 @@ def run_peers(ranks: int, work: Callable[[Peers], None], buffer_bytes: int) -> N
 
 def _rank(rank: int, memory: Tensor, work: Callable[[Peers], None]) -> None:
     torch.set_num_threads(1)
-    poll = interpreter_builder.create_atomic_rmw
-
-    def rest_and_poll(*operands: object) -> object:
-        time.sleep(REST_S)
-        return poll(*operands)
-
-    interpreter_builder.create_atomic_rmw = rest_and_poll
+    rest_while_polling()
     pads = [one.data_ptr() for one in memory]
     peers = peers_at(
         [pad + PAD_BYTES for pad in pads],
@@ -47,3 +41,14 @@ def _rank(rank: int, memory: Tensor, work: Callable[[Peers], None]) -> None:
         memory=memory,
     )
     work(peers)
+
+
+def rest_while_polling() -> None:
+    """From now on programs of this process leave the core to others whenever they look at a signal."""
+    poll = interpreter_builder.create_atomic_rmw
+
+    def rest_and_poll(*operands: object) -> object:
+        time.sleep(REST_S)
+        return poll(*operands)
+
+    interpreter_builder.create_atomic_rmw = rest_and_poll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ def made(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Any:
     new_group = dist.new_group
 
     def over_gloo(**options: Any) -> dist.ProcessGroup:
+        assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
         assert (options.pop("backend"), options.pop("device_id").type) == ("nccl", "cuda")
         asked.append(options.pop("pg_options").config.max_ctas)
         return new_group(backend="gloo", **options)
