@@ -33,6 +33,8 @@ ROOMS = {
     "overlap": (
         Command("overlap-ablation", "overlap.ablation", "What cutting costs, overlap wins, the search adds (GPU)."),
         Command("overlap-sensitivity", "overlap.sensitivity", "Over which batches overlap pays (GPU)."),
+        Command("emulated-tp", "overlap.emulated_tp", "Tensor parallelism predicted by one rank alone (GPU)."),
+        Command("tensor-parallel", "overlap.tensor_parallel", "Plans for 70B on 2, 4 and 8 GPUs, predicted."),
         Command("overlap-picture", "overlap.picture", "A picture of either result."),
     ),
     "serving": (

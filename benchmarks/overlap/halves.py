@@ -9,7 +9,7 @@ from nanoflow_search.predict.timing_model import TimingModel
 
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule
-from nanoflow_backend.schedule.presets import overlapped, synchronise
+from nanoflow_backend.schedule.presets import alternating, overlapped, synchronise
 
 GRANULARITY = 64  # tokens
 
@@ -27,5 +27,11 @@ def overlap_memory(graph: Graph, measured: TimingModel, num_layers: int) -> Sche
 
 def nano_batch_only(graph: Graph, plan: Schedule) -> Schedule:
     """The launches of `plan` in the same order, one after the other, each on all SMs."""
-    launches = tuple(replace(launch, lane="compute", waits=()) for launch in plan.launches)
+    launches = tuple(replace(launch, lane="compute", waits=(), sms=None) for launch in plan.launches)
     return synchronise(replace(plan, launches=launches, partition={}), graph)
+
+
+def overlap_network(graph: Graph, tokens: int, network_sms: int, device_sms: int) -> Schedule:
+    """Collectives of one half on SMs of their own beside the products and attention of the other."""
+    partition = {"network": network_sms, "compute": device_sms - network_sms}
+    return alternating(graph, tokens, tokens // 2, 0.5, partition, GRANULARITY)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.tables.beyond_one_machine import beyond_one_machine
+from benchmarks.tables.emulated import emulated
 from benchmarks.tables.result_files import load, load_all, runs_beside_vllm, whole_runs_of_the_search
 from benchmarks.tables.result_row import ResultRow, at_each, medians, precision, rates, requests, span, told
 
@@ -23,6 +24,7 @@ def groups() -> dict[str, list[ResultRow]]:
         "The engine without a device": list(_without_device()),
         "Faults and overload": list(_faults()),
         "Beyond one machine": list(beyond_one_machine()),
+        "Predictions by one rank alone (emulated, not measured on several GPUs)": list(emulated()),
     }
 
 

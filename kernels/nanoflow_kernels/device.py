@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 from nanoflow_kernels.attention.paged import attention
 from nanoflow_kernels.attention.plan import AttentionPlan, plan_attention
+from nanoflow_kernels.collectives.timed_exchange import timed_exchange
 from nanoflow_kernels.embed import embed
 from nanoflow_kernels.gemm.dense import linear, linear_swiglu
 from nanoflow_kernels.gemm.scaled import scaled_linear, scaled_linear_swiglu
@@ -111,4 +112,5 @@ __all__ = [
     "scaled_linear",
     "scaled_linear_swiglu",
     "swiglu_quantise",
+    "timed_exchange",
 ]

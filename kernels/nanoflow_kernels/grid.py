@@ -17,10 +17,19 @@ def programs(work: int, num_sms: int | None, device: torch.device, *, per_sm: in
     Raises:
         ValueError: num_sms is not positive.
     """
+    return min(work, per_sm * granted_sms(num_sms, device))
+
+
+def granted_sms(num_sms: int | None, device: torch.device) -> int:
+    """Count the SMs that a launch gets which may fill `num_sms`, as of `programs`.
+
+    Raises:
+        ValueError: num_sms is not positive.
+    """
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"num_sms: expected a positive number, got {num_sms}")
     sms = device_sms(device)
-    return min(work, per_sm * (sms if num_sms is None else min(num_sms, sms)))
+    return sms if num_sms is None else min(num_sms, sms)
 
 
 @cache

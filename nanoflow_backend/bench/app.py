@@ -42,9 +42,20 @@ def offline(
     breakdown_only: Annotated[
         bool, typer.Option(help="The same from a minute of the workload, without the whole run.")
     ] = False,
+    emulate_tp: Annotated[
+        int | None,
+        typer.Option(help="One rank of so many alone, its collectives a clock's: a prediction; tokens mean nothing."),
+    ] = None,
+    network: Annotated[
+        Path | None, typer.Option(help="Emulated: a JSON table of what collectives take, such as NCCL's.")
+    ] = None,
+    network_gb_per_s: Annotated[
+        float | None, typer.Option(help="Emulated: collectives on 8 SMs at this bus rate instead.")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Throughput with all requests queued at once: constant lengths, those of a trace, or drawn ones."""
+    from nanoflow_backend.bench.emulation import Emulation
     from nanoflow_backend.bench.offline import bench_offline
     from nanoflow_backend.bench.workload import asked_for
 
@@ -55,6 +66,7 @@ def offline(
         breakdown=breakdown,
         breakdown_only=breakdown_only,
         settings=settings or [],
+        emulation=Emulation.asked_for(emulate_tp, network, network_gb_per_s),
     )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.bench.emulation import Emulation
 from nanoflow_backend.bench.model_work import ModelWork
 from nanoflow_backend.bench.offline_run import OfflineRun, queue_all
 from nanoflow_backend.bench.roofs import gemm_flop_per_s, memory_bytes_per_s
@@ -45,11 +46,13 @@ def bench_offline(
     breakdown: bool,
     breakdown_only: bool,
     settings: Sequence[str],
+    emulation: Emulation | None = None,
 ) -> None:
     """Total and output tokens per second of the whole run, ramp-up and tail included, and of its stationary part.
 
     Several workloads run one after the other on one engine; the result has them as `runs`. With `breakdown_only` there
     is no whole run: the engine takes up the workload until it is warm, and then a few steps are measured and profiled.
+    With an `emulation` the engine is one rank alone, and the result says so.
 
     Raises:
         ConfigError: a breakdown without a GPU, or of several workloads without a run, a workload that ends before it,
@@ -61,7 +64,8 @@ def bench_offline(
         raise ConfigError("--breakdown: expected none beside --breakdown-only")
     if breakdown_only and len(workloads) > 1:
         raise ConfigError(f"--breakdown-only: expected one --workload, got {len(workloads)}")
-    engine = make_engine(model, settings, max_queue_size=str(max(spec.requests for spec in workloads)))
+    make = emulation.make_engine if emulation else make_engine
+    engine = make(model, settings, max_queue_size=str(max(spec.requests for spec in workloads)))
     option = "--breakdown-only" if breakdown_only else "--breakdown"
     if (breakdown or breakdown_only) and engine.config.device != "cuda":
         raise ConfigError(f"{option}: expected a GPU, the engine runs on {engine.executor.device.name}")
@@ -69,7 +73,7 @@ def bench_offline(
     if breakdown_only and meter is None:
         raise ConfigError(f"{option}: expected nvidia-ml-py, which measures the GPU")
     works = [spec.read(engine.max_model_tokens) for spec in workloads]
-    facts = result.engine_facts(engine)
+    facts = emulation.engine_facts(engine) if emulation else result.engine_facts(engine)
     if breakdown_only and meter is not None:
         queue_all(engine, works[0])
         measured = {"workload": works[0].name, **works[0].facts, **facts, **measure_warm_steps(engine, meter)}
@@ -113,7 +117,8 @@ def _show(measured: Mapping[str, Any]) -> None:
     """The figures that people ask for, of the whole run and of its stationary part. The result has all of them."""
     steady = measured["steady"]
     parts = {"whole run": measured, **({"steady": steady} if isinstance(steady, dict) else {})}
-    table = Table("", *parts, title=f"{measured['requests']} requests of {measured['workload']}, {measured['model']}")
+    about = f"{measured['requests']} requests of {measured['workload']}, {measured['model']}"
+    table = Table("", *parts, title=result.labelled(about, measured))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, (label, form) in SHOWN.items():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from nanoflow_backend.bench.online.rates_plot import draw_rates
+from nanoflow_backend.bench.result import labelled
 from nanoflow_backend.config.error import ConfigError
 
 COLOURS = {"compute": "#2a78d6", "memory bandwidth": "#d1602b", "power": "#6b8f2a"}
@@ -114,8 +115,11 @@ def draw(result: dict[str, Any], intervals: list[Utilisation], output: Path) -> 
         ylabel="% of what the device reaches",
         xlim=(edges[0], edges[-1]),
         ylim=(0, None),
-        title=f"{result['model']}, {result['workload']}, {result['schedule']}: "
-        f"{result['total_tokens_per_s']:,.0f} tokens/s on {result.get('gpu', result['device'])}",
+        title=labelled(
+            f"{result['model']}, {result['workload']}, {result['schedule']}: "
+            f"{result['total_tokens_per_s']:,.0f} tokens/s on {result.get('gpu', result['device'])}",
+            result,
+        ),
     )
     axes.title.set_fontsize(10)
     axes.spines[["top", "right"]].set_visible(False)

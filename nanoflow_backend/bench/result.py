@@ -66,6 +66,14 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     }
 
 
+def labelled(title: str, measured: Mapping[str, Any]) -> str:
+    """The title of a result as people read it: with a second line, if it is of a rank that ran alone."""
+    emulated = measured.get("emulated")
+    if not emulated:
+        return title
+    return f"{title}\nEMULATED: rank 0 of {emulated['ranks']} alone, network {emulated['network']}"
+
+
 def _program() -> str:
     path = Path(sys.argv[0])
     package = path.parent.name

@@ -33,6 +33,7 @@ from nanoflow_backend.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 DRAIN_S = 3.0  # for pages on their way to a lower tier; a process that was told to stop is killed after 5
 MakeExecutor = Callable[[Settled, Callable[[str], None]], Executor[Any]]  # the arguments of LocalExecutor
+Settle = Callable[[EngineConfig, int | None], Settled]  # those of settle
 
 
 class Engine:
@@ -42,6 +43,7 @@ class Engine:
         config: see EngineConfig.
         on_rank_death: called from another thread when a tensor-parallel rank has ended, with what is known of its end.
         make_executor: makes what computes the batches.
+        settle: decides what the configuration leaves open.
 
     Attributes:
         on_scheduled: called in a step, before it is launched, with the requests that begin in it and that a queue
@@ -57,13 +59,14 @@ class Engine:
         config: EngineConfig,
         on_rank_death: Callable[[str], None] = log.error,
         make_executor: MakeExecutor = LocalExecutor,
+        settle: Settle = settle,
     ) -> None:
         self.tokenizer = Tokenizer.find(config.model)  # None: such a model continues token ids
         with ExitStack() as undo:
             self._publisher = open_publisher(config.kv_events)  # an endpoint that is taken is known before the work
             if self._publisher:
                 undo.callback(self._publisher.close)
-            settled = settle(config, eos_id=self.tokenizer.eos_id if self.tokenizer else None)
+            settled = settle(config, self.tokenizer.eos_id if self.tokenizer else None)
             self.executor = make_executor(settled, on_rank_death)
             undo.pop_all()
         self.config, self.model_config = settled.config, settled.model_config

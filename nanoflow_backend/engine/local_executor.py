@@ -12,6 +12,7 @@ from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.ranks import Ranks
 from nanoflow_backend.engine.worker import InFlightStep, Worker
 from nanoflow_backend.kvcache.tier import PageIndex, TransferReport
+from nanoflow_backend.runtime.collectives.protocol import Collectives
 from nanoflow_backend.runtime.device import Device
 from nanoflow_backend.runtime.rank_gpu import stay_near_gpu
 from nanoflow_backend.sampling.constraints import Masks
@@ -23,15 +24,19 @@ class LocalExecutor:
 
     Args:
         on_rank_death: called from another thread when a rank has ended, with what is known of its end.
+        collectives: of rank 0 that runs alone (see Emulated): no other rank is started. None: the ranks make theirs.
 
     Raises:
         ConfigError: the model, its KV cache or its workspace does not fit.
         RuntimeError: another rank could not start, with its number and what it said.
     """
 
-    def __init__(self, settled: Settled, on_rank_death: Callable[[str], None]) -> None:
+    def __init__(
+        self, settled: Settled, on_rank_death: Callable[[str], None], collectives: Collectives | None = None
+    ) -> None:
+        has_others = settled.config.tensor_parallel > 1 and collectives is None
         self._cores = os.sched_getaffinity(0)
-        self._ranks = Ranks(settled, on_rank_death) if settled.config.tensor_parallel > 1 else None
+        self._ranks = Ranks(settled, on_rank_death) if has_others else None
         self._errors_explained = self._ranks.errors_explained if self._ranks else contextlib.nullcontext[None]
         try:
             if self._ranks and settled.config.device == "cuda":
@@ -39,7 +44,7 @@ class LocalExecutor:
                     rank=0
                 )  # before any memory is touched; after the other ranks, which would stay there, too
             with self._errors_explained():
-                self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else None)
+                self.worker = Worker(settled, collectives=self._ranks.collectives if self._ranks else collectives)
             if self._ranks:
                 self._ranks.wait_until_ready()
         except Exception:

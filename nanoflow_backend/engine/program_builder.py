@@ -15,6 +15,7 @@ from torch import Tensor
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.settled import Settled
 from nanoflow_backend.engine.memory import GIB, check_host_room, check_room
+from nanoflow_backend.graph.collectives import with_parameters
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.kvcache.host_pool import slot_bytes
 from nanoflow_backend.kvcache.kv_pages import KvPages, page_bytes
@@ -54,12 +55,14 @@ class ProgramBuilder:
         self.tp, self.precision = self.config.tensor_parallel, self.config.precision
         self.kv_dtype = getattr(torch, self.precision.kv)
         self.model = build(self.model_config, self.tp)
-        self.weights_bytes = weights.size_bytes(self.model, self.precision)
+        self.schedules = find_schedules(self.config, self.model, device.name, device.sms)
+        # Plans may want other parts of a weight: what an all-reduce follows, or gathers.
+        self._loaded = with_parameters(self.model, [plan.all_reduces for plan in self.schedules], self.tp)
+        self.weights_bytes = weights.size_bytes(self._loaded, self.precision)
         self.bytes_a_page = page_bytes(self.model_config, self.config.page_tokens, self.kv_dtype, self.tp)
         self.kernels = find_kernels(device)
         if self.kernels is not None:
             _log_implementations(self.model, self.kernels)
-        self.schedules = find_schedules(self.config, self.model, device.name, device.sms)
         if len(self.schedules) > 1:
             log.info("schedules for batches of up to %s", ", ".join(map(_batches, self.schedules)))
         self._sharing = self.tp // self.config.hosts if device.kind == "cpu" else 1  # ranks that have the same memory
@@ -90,7 +93,7 @@ class ProgramBuilder:
 
     def load_weights(self) -> Mapping[str, Tensor]:
         """This rank's part of every parameter of the model, by name (see Binding), on the device."""
-        model, precision, device = self.model, self.precision, self.device.kind
+        model, precision, device = self._loaded, self.precision, self.device.kind
         if self.config.load_format == "dummy":
             return weights.dummy(model, precision=precision, device=device)
         folder = Path(self.config.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nanoflow_backend.config.quantization import BLOCK
-from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.graph.operation import Graph, Operation, Value
 
 FUSED = {"add_rms_norm": "add_rms_norm_quantise"}  # kernel -> the one that quantises its last output too
 
@@ -43,3 +43,31 @@ def fuse_quantise(graph: Graph) -> Graph:
                 quantise, kernel="swiglu_quantise", attributes={**quantise.attributes, "run": BLOCK}
             )
     return replace(graph, operations=tuple(rewritten.values()), values=values)
+
+
+def separate_quantise(graph: Graph, name: str) -> Graph:
+    """The same graph, where the norm `name` no longer quantises: what `fuse_quantise` made one is two again."""
+    fused = graph[name]
+    residual, quantised, scale = fused.outputs
+    normed = quantised.removesuffix(".fp8")
+    weight, *static_scale = fused.parameters
+    attributes = dict(fused.attributes)
+    norm = replace(
+        fused,
+        kernel=next(kernel for kernel, with_quantise in FUSED.items() if with_quantise == fused.kernel),
+        outputs=(residual, normed),
+        parameters=(weight,),
+        attributes={"eps": attributes.pop("eps")},
+    )
+    quantise = Operation(
+        f"{normed}_quantise",
+        "quantise",
+        fused.resource,
+        (normed,),
+        (quantised, scale),
+        tuple(static_scale),
+        attributes,
+    )
+    operations = tuple(new for op in graph.operations for new in ((norm, quantise) if op is fused else (op,)))
+    values = {**graph.values, normed: Value(normed, graph.values[quantised].width)}
+    return replace(graph, operations=operations, values=values)

@@ -87,6 +87,7 @@ def union(kinds: Sequence[Graph]) -> Graph:
                 inputs=tuple(dict.fromkeys(known.inputs + op.inputs)),
                 outputs=tuple(dict.fromkeys(known.outputs + op.outputs)),
                 parameters=tuple(dict.fromkeys(known.parameters + op.parameters)),
+                own_rows=tuple(dict.fromkeys(known.own_rows + op.own_rows)),
             )
             before.setdefault(op.name, set()).update(earlier)
             earlier.add(op.name)

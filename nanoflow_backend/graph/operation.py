@@ -82,7 +82,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Operation:
-    """One kernel call: `kernel(*inputs, *parameters, **attributes)` writes `outputs`."""
+    """One kernel call: `kernel(*inputs, *parameters, **attributes)` writes `outputs`.
+
+    Of the values in `own_rows` a launch reads or writes only those of its rows that are this rank's share of them
+    (`rank_rows` of the collectives): the others' rows hold nothing here.
+    """
 
     name: str
     kernel: str
@@ -91,6 +95,7 @@ class Operation:
     outputs: tuple[str, ...]
     parameters: tuple[str, ...] = ()
     attributes: Mapping[str, int | float] = field(default_factory=dict)
+    own_rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from nanoflow_backend.config.precision import Precision
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import is_partial, model_in_forms
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.runtime.buffers import Buffer, BufferPlan, LayerValue, layer_value, merge_plans, plan_buffers
-from nanoflow_backend.runtime.collectives.protocol import Collectives
+from nanoflow_backend.runtime.collectives.protocol import Collectives, rank_rows
 from nanoflow_backend.schedule.plan import Group, Schedule
 from nanoflow_backend.schedule.validate import describe
 
@@ -91,7 +91,7 @@ class Binding:
         self._limit_sms = limit_sms
         self._in_place = in_place and collectives.ranks == 1
         self._precision = precision
-        layers = [_split(model, schedule, collectives.ranks) for schedule in schedules]
+        layers = [model_in_forms(model, plan.all_reduces, collectives.ranks).in_order for plan in schedules]
         buffers = merge_plans(
             [
                 plan_buffers(graphs, schedule, self._aliases(*graphs))
@@ -103,6 +103,7 @@ class Binding:
             for schedule, graphs, plan in zip(schedules, layers, buffers, strict=True)
         ]
         self.buffers = [self.empty(max_tokens, self._padded(b), dtype=b.dtype) for b in buffers[0].buffers]
+        self._whole = self._whole_results()
         self.positions = self.empty(max_tokens, dtype="int32")
         self.slots = self.empty(max_tokens, dtype="int32")
         self.page_table: Tensor | None = None
@@ -151,7 +152,11 @@ class Binding:
             name: self._buffer_rows(plan, LayerValue(-1, value), 0, tokens)
             for name, value in zip(self.model.embed.outputs, plan.layers[0].outputs, strict=True)
         }
-        return self._bind_graph(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
+        calls = self._bind_graph(self.model.embed, {self.model.embed.inputs[0]: token_ids, **embedded})
+        if is_partial(plan.schedule.all_reduces) and self.collectives.rank:
+            update = embedded[self.model.embed.outputs[1]]  # the first rank's is that of all
+            calls.append(KernelCall("the embedding", partial(_zero, update), (update,)))
+        return calls
 
     def layers(self, fitted: FittedPlan) -> list[KernelCall | None]:
         """The call of each step; None where there is nothing to do."""
@@ -168,15 +173,37 @@ class Binding:
             if self._in_place and operation.resource is Resource.NETWORK:
                 calls.append(None)
                 continue
-            value = partial(self._operand, plan, layer, start=start, stop=stop)
+            value = partial(self._operand, plan, layer, operation, start=start, stop=stop)
             where = f"{describe(number, launch)} in layer {layer}"
             sms = plan.schedule.sms(launch) if self._limit_sms else None
             calls.append(self._bind(graph, operation, value, where, f"layers.{layer}.", sms))
         return calls
 
+    def complete(self, fitted: FittedPlan) -> list[KernelCall]:
+        """What sums and gathers the last layer's outputs, where a rank has parts of them."""
+        plan, _ = fitted
+        if not is_partial(plan.schedule.all_reduces):
+            return []
+        last = self.model.num_layers - 1
+        residual, update = plan.layers[last].outputs
+        writer = next(op.name for op in plan.layers[last].operations if residual in op.outputs)
+        calls = []
+        for launch, (start, stop) in zip(plan.schedule.launches, plan.schedule.fit(fitted.tokens), strict=True):
+            if launch.operation != writer or start == stop:
+                continue
+            whole, total = (rows[start:stop] for rows in self._whole)
+            parts = self._own(self._buffer_rows(plan, LayerValue(last, residual), start, stop))
+            gather = partial(self.collectives.all_gather_rows, parts, out=whole)
+            calls.append(KernelCall("the residual", gather, (whole,)))
+            summed = self._buffer_rows(plan, LayerValue(last, update), start, stop)
+            calls.append(KernelCall("the update", partial(self.collectives.all_reduce, summed, out=total), (total,)))
+        return calls
+
     def results(self, fitted: FittedPlan) -> tuple[Tensor, ...]:
-        """The last layer's outputs [T, D]."""
+        """The last layer's outputs [T, D], whole once `complete` has run."""
         (plan, tokens), last = fitted, self.model.num_layers - 1
+        if is_partial(plan.schedule.all_reduces):
+            return tuple(rows[:tokens] for rows in self._whole)
         return tuple(self._buffer_rows(plan, LayerValue(last, value), 0, tokens) for value in plan.layers[last].outputs)
 
     def head(self, values: dict[str, Tensor]) -> list[KernelCall]:
@@ -204,8 +231,8 @@ class Binding:
         idle = (op for op in operations if self._in_place and op.resource is Resource.NETWORK)
         return {op.outputs[0]: op.inputs[0] for op in idle}
 
-    def _operand(self, plan: BoundPlan, layer: int, name: str, start: int, stop: int) -> Tensor:
-        """What a launch of `layer` on rows start .. stop - 1 means by a value's name."""
+    def _operand(self, plan: BoundPlan, layer: int, operation: Operation, name: str, start: int, stop: int) -> Tensor:
+        """What a launch of an operation of `layer` on rows start .. stop - 1 means by a value's name."""
         if name == "page_table":
             assert self.page_table is not None
             return self.page_table
@@ -213,7 +240,25 @@ class Binding:
             return self.kv.layer(layer)
         if name in ("positions", "slots"):
             return (self.positions if name == "positions" else self.slots)[start:stop]
-        return self._buffer_rows(plan, layer_value(plan.layers[layer], layer, name), start, stop)
+        rows = self._buffer_rows(plan, layer_value(plan.layers[layer], layer, name), start, stop)
+        return self._own(rows) if name in operation.own_rows else rows
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """This rank's share of the rows of a launch."""
+        mine = rank_rows(len(rows), self.collectives.rank, self.collectives.ranks)
+        return rows[mine.start : mine.stop]
+
+    def _whole_results(self) -> tuple[Tensor, ...]:
+        """Where `complete` puts the last layer's outputs, for the plans that have parts of them."""
+        if not any(is_partial(plan.schedule.all_reduces) for plan in self.plans):
+            return ()
+        last = self.plans[0].layers[-1]
+        return tuple(
+            self.empty(self.max_tokens, self._padded(Buffer(value.width, value.dtype)), dtype=value.dtype)[
+                :, : value.width
+            ]
+            for value in (last.values[name] for name in last.outputs)
+        )
 
     def _buffer_rows(self, plan: BoundPlan, value: LayerValue, start: int, stop: int) -> Tensor:
         width = plan.layers[max(value.layer, 0)].values[value.name].width
@@ -242,14 +287,9 @@ class Binding:
         return KernelCall(where, run, rows)
 
 
+def _zero(rows: Tensor) -> None:
+    rows.zero_()
+
+
 def _is_exchange(graph: Graph, operation: str) -> bool:
     return operation in graph and graph[operation].resource is Resource.NETWORK
-
-
-def _split(model: Model, schedule: Schedule, ranks: int) -> tuple[Graph, ...]:
-    """The graph of each layer, all-reduces in the schedule's form."""
-    kinds = [
-        split_all_reduce(graph, [name for name in schedule.split_all_reduces if name in graph], ranks)
-        for graph in model.layers
-    ]
-    return tuple(kinds[kind] for kind in model.kind_of)

@@ -84,6 +84,8 @@ class CpuProgram:
         for step in range(len(launches)) if order is None else order:
             check(step)
             launches[step]()
+        for call in binding.complete(plan):
+            self._ready(call)()
 
     def head(self, rows: Tensor) -> Tensor:
         """See Program.

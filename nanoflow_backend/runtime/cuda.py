@@ -173,6 +173,8 @@ class CudaProgram:
                 ended[step] = stream.record_event()
         for stream in streams.values():
             main.wait_event(stream.record_event())
+        for completing in self.binding.complete(fitted):
+            completing.run()
 
     def _attention_plans(
         self, plan: BoundPlan, calls: Sequence[KernelCall | None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec.structs import replace
 
+from nanoflow_backend.graph.collectives import AllReduceForm
 from nanoflow_backend.graph.nano_batch import NanoOperation
 
 
@@ -58,7 +59,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     tokens: int
     launches: tuple[Launch, ...]
     granularity: int = 1  # boundaries are multiples of it
-    split_all_reduces: tuple[str, ...] = ()  # run as reduce-scatter and all-gather
+    all_reduces: dict[str, AllReduceForm] = {}  # those that do not run as one operation, by name
     partition: dict[str, int] = {}  # lane -> SMs that are its own; empty: all lanes share the device
     groups: tuple[Group, ...] = ()  # in which order a batch's rows lie; empty: all decodes first
     least_decode_kv_tokens: int = 0  # a batch whose decodes read fewer runs under a later plan of the same `tokens`

@@ -1,13 +1,14 @@
-"""The built-in plans: sequential, n nano-batches in lanes that overlap, and two on SMs of their own."""
+"""The built-in plans: sequential, n nano-batches in lanes that overlap, and two in turns on SMs of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from msgspec.structs import replace
 
 from nanoflow_backend.graph.nano_batch import dependencies
-from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.graph.operation import Graph, Operation, Resource
 from nanoflow_backend.schedule.plan import Group, Launch, Schedule, ScheduleError, Wait
 from nanoflow_backend.schedule.validate import MOST_LAUNCHES, describe
 
@@ -71,6 +72,57 @@ def overlapped(
         launches=period,
         granularity=granularity,
         partition={"memory": attention_sms, "compute": device_sms - attention_sms},
+        groups=(Group(stop, decodes), Group(tokens, 1 - decodes)),
+    )
+    return synchronise(schedule, graph)
+
+
+def alternating(
+    graph: Graph, tokens: int, stop: int, decodes: float, partition: Mapping[str, int], granularity: int = 1
+) -> Schedule:
+    """Two nano-batches, cut at `stop`, that take turns half a layer apart: collectives of one beside products of the
+    other.
+
+    A layer's graph falls into two at the last collective between products: what leads to it, and the rest. `partition`
+    gives SMs to the lanes compute and network, and to memory where attention is to have its own ones. The first
+    nano-batch has this share of the `decodes`.
+
+    Raises: ScheduleError, a graph without a collective between products.
+    """
+    operations = graph.operations
+    computed = [i for i, op in enumerate(operations) if op.resource is Resource.COMPUTE]
+    collectives = [i for i, op in enumerate(operations) if op.resource is Resource.NETWORK and i > computed[0]]
+    between = [i for i in collectives if i < computed[-1]]
+    if not between:
+        raise ScheduleError("expected a graph with a collective between two products, to take turns at")
+    # Collectives that a layer begins with belong to the end of the one before: they follow its last product.
+    leading = next(i for i, op in enumerate(operations) if op.resource is not Resource.NETWORK)
+
+    def lane(op: Operation) -> str:
+        alone = op.resource is Resource.NETWORK or (op.kernel == "attention" and Resource.MEMORY in partition)
+        return (op.resource if alone else Resource.COMPUTE).value
+
+    def launches(first: int, after: int, start: int, stop: int, layers_ahead: int = 0) -> list[Launch]:
+        return [
+            Launch(operation=op.name, start=start, stop=stop, lane=lane(op), layers_ahead=layers_ahead)
+            for op in operations[first:after]
+        ]
+
+    def turn(start: int, stop: int) -> list[Launch]:
+        return [*launches(middle, len(operations), start, stop), *launches(0, leading, start, stop, layers_ahead=1)]
+
+    middle = between[-1] + 1
+    period = (
+        *turn(0, stop),
+        *launches(leading, middle, stop, tokens),
+        *launches(leading, middle, 0, stop, layers_ahead=1),
+        *turn(stop, tokens),
+    )
+    schedule = Schedule(
+        tokens=tokens,
+        launches=period,
+        granularity=granularity,
+        partition=dict(partition),
         groups=(Group(stop, decodes), Group(tokens, 1 - decodes)),
     )
     return synchronise(schedule, graph)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import model_in_forms
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError
@@ -40,7 +40,8 @@ def find_schedules(
         else:
             raise ScheduleError("expected sequential, nano-batched-N, auto, or the path of a .json schedule file")
         for plan in plans:
-            validate(plan, split_all_reduce(model.layer, plan.split_all_reduces, tp), model.num_layers, device_sms)
+            graph = model_in_forms(model, plan.all_reduces, tp).layer
+            validate(plan, graph, model.num_layers, device_sms, ranks=tp)
     except ValueError as error:  # ScheduleError is one
         raise ScheduleError(f"schedule {name}: {error}") from None
     return plans

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from nanoflow_backend.graph.nano_batch import dependencies
-from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Launch, Schedule, ScheduleError
 
@@ -15,13 +17,16 @@ MOST_STEPS = 2**15  # launches of all layers
 MOST_WAITS = 2**17  # of all layers
 
 
-def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int | None = None) -> None:
+def validate(
+    schedule: Schedule, graph: Graph, num_layers: int, device_sms: int | None = None, *, ranks: int = 1
+) -> None:
     """Check `schedule` against a layer's `graph` (its all-reduces already in the schedule's form).
 
     Raises:
         ScheduleError: naming the launch and the rule: an operation covers every token once, ranges keep to the
             granularity, every dependency (by token range, and through the KV pages) is ordered by lanes and waits,
-            SM shares keep inside a declared partition, and groups hold every row and decode.
+            SM shares keep inside a declared partition, groups hold every row and decode, what a rank has its own rows
+            of is read in the ranges that it was written in, and several ranks run their collectives in one order.
     """
     _check_size(schedule, num_layers)
     for number, launch in enumerate(schedule.launches):
@@ -29,7 +34,11 @@ def validate(schedule: Schedule, graph: Graph, num_layers: int, device_sms: int 
     _check_coverage(schedule, graph)
     _check_partition(schedule, device_sms)
     _check_groups(schedule)
-    _check_dependencies(schedule, graph, num_layers)
+    _check_own_rows(schedule, graph)
+    order = PartialOrder(schedule, num_layers)
+    _check_dependencies(schedule, graph, order)
+    if ranks > 1:
+        _check_collectives(schedule, graph, order)
 
 
 def describe(number: int, launch: Launch) -> str:
@@ -109,8 +118,46 @@ def _check_groups(schedule: Schedule) -> None:
         raise ScheduleError(f"groups: expected shares of the decodes, 0 or more and 1 together, got {shares}")
 
 
-def _check_dependencies(schedule: Schedule, graph: Graph, num_layers: int) -> None:
-    order = PartialOrder(schedule, num_layers)
+def _check_own_rows(schedule: Schedule, graph: Graph) -> None:
+    """Which rows are a rank's follows from a launch's range: another range would be read where other ranks wrote."""
+    ranges = {
+        op.name: {(x.start, x.stop) for x in schedule.launches if x.operation == op.name} for op in graph.operations
+    }
+    for reader in graph.operations:
+        for value in set(reader.inputs) & set(reader.own_rows):
+            source = graph.carried.get(value, value)
+            for writer in graph.operations:
+                if (
+                    source in writer.outputs
+                    and source in writer.own_rows
+                    and ranges[writer.name] != ranges[reader.name]
+                ):
+                    raise ScheduleError(
+                        f"{reader.name}: expected the token ranges of {writer.name}, {_said(ranges[writer.name])}, of "
+                        f"each of which a rank has its own rows of {source!r}; got {_said(ranges[reader.name])}"
+                    )
+
+
+def _said(ranges: set[tuple[int, int]]) -> str:
+    return ", ".join(f"{start}..{stop}" for start, stop in sorted(ranges))
+
+
+def _check_collectives(schedule: Schedule, graph: Graph, order: PartialOrder) -> None:
+    """Ranks meet in collectives. Where two of them may run in either order, one rank may begin with the one and another
+    rank with the other, and both wait for ever."""
+    network = {op.name for op in graph.operations if op.resource is Resource.NETWORK}
+    collectives = [k for k, (_, n) in enumerate(order.steps) if schedule.launches[n].operation in network]
+    for first, second in pairwise(collectives):
+        if not order.precedes(first, second):
+            (layer, number), (other_layer, other) = order.steps[first], order.steps[second]
+            raise ScheduleError(
+                f"{describe(number, schedule.launches[number])} in layer {layer} and "
+                f"{describe(other, schedule.launches[other])} in layer {other_layer} are collectives that may run in "
+                f"either order: ranks would wait for each other; expected them in one lane, or a wait"
+            )
+
+
+def _check_dependencies(schedule: Schedule, graph: Graph, order: PartialOrder) -> None:
     needed = dependencies(graph, [launch.nano for launch in schedule.launches])
     for k, (layer, number) in enumerate(order.steps):
         for writer, layers_back in needed[number]:

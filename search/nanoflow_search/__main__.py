@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nanoflow_search.options import InDtype, KvDtype, On, Quantised
 from nanoflow_search.request import Effort, Phase, SearchRequest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
-
-
-class InDtype(StrEnum):
-    """What the engine keeps weights, activations and KV pages in."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Quantised(StrEnum):
-    """What the engine quantises a model to that is not quantised."""
-
-    FP8 = "fp8"
-
-
-class KvDtype(StrEnum):
-    """What the engine keeps KV pages in; auto: as the dtype, or FP8 where the checkpoint has scales for it."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-    FP8_E4M3 = "fp8_e4m3"
-
-
-class On(StrEnum):
-    """Where a search measures."""
-
-    AUTO = "auto"
-    SYNTHETIC = "synthetic"
 
 
 ModelFolder = Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")]
@@ -65,6 +35,10 @@ def search(
         Path | None, typer.Option(help="The schedule file. What is done lies beside it, in NAME.search.")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    network: Annotated[
+        list[Path] | None,
+        typer.Option(help="A table of what collectives of --tp ranks take, in place of measuring them. Repeatable."),
+    ] = None,
     dtype: OfDtype = InDtype.BFLOAT16,
     quantization: Quantisation = None,
     kv_cache_dtype: KvCacheDtype = KvDtype.AUTO,
@@ -99,39 +73,61 @@ def search(
         raise typer.BadParameter("expected a value", param_hint=_option(missing))
     effort = Effort(plans=plans, rounds=rounds, turns=turns, time_limit_s=time_limit_s, shared=shared)
     request = SearchRequest.of(model, tp, workload, **_precision(dtype, quantization, kv_cache_dtype))
-    run_search(request, dense_batch_tokens or [], effort, device, profile, out, until)
+    run_search(request, dense_batch_tokens or [], effort, device, profile, out, until, network or [])
 
 
 def run_search(
-    request: SearchRequest, sizes: list[int], effort: Effort, device: On, profile: Path | None, out: Path, until: Phase
+    request: SearchRequest,
+    sizes: list[int],
+    effort: Effort,
+    device: On,
+    profile: Path | None,
+    out: Path,
+    until: Phase,
+    network: Sequence[Path] = (),
 ) -> None:
     """Write the schedule file `out`, and beside it a picture of the plan at B_dense and a result; print the table.
+
+    With tables of the `network` nothing is timed: the file holds what is predicted, and there is no picture.
 
     Raises:
         ValueError: something that was asked for is wrong or cannot be done here; the message names it.
     """
+    import msgspec
+
     from nanoflow_backend.bench import result
+    from nanoflow_backend.config.network_table import NetworkTable
     from nanoflow_search.checkpoint import Checkpoint
     from nanoflow_search.cost.batch_sizes import checked_sizes
     from nanoflow_search.emit.picture import draw_plan
+    from nanoflow_search.emit.predictions import predicted_facts, show_predictions
     from nanoflow_search.emit.progress import ProgressDisplay
     from nanoflow_search.emit.tables import search_facts, show_trials
     from nanoflow_search.hardware.machine import find_machine
-    from nanoflow_search.profile.data import Profile
+    from nanoflow_search.profile.network import check_tables
     from nanoflow_search.search import search
 
+    tables = [NetworkTable.load(table) for table in network]
+    check_tables(tables, request.ranks)
     checkpoint, path = Checkpoint(out.with_suffix(".search")), profile or out.with_suffix(".profile.json")
-    machine = find_machine(device.value, request.ranks)
+    machine = find_machine(device.value, request.ranks, bool(tables))
     with ProgressDisplay() as display:
-        found = search(request, checked_sizes(sizes), effort, machine, path, checkpoint, display, until)
+        found = search(request, checked_sizes(sizes), effort, machine, path, checkpoint, display, until, tables)
     if found is None:
         print(f"{until} done; the same command without --until {until} goes on from {checkpoint.folder}")
         return
-    file, best = found
+    file, best = found.file, found.best
     file.save(out)
+    about: dict[str, Any] = {"model": request.name, "schedule": out.name}
+    facts = search_facts(file, found.profile, display.phases_s)
+    if best is None:
+        about |= {"tensor_parallel": request.ranks, "network": [msgspec.to_builtins(table.header) for table in tables]}
+        result.write({**about, **facts, **predicted_facts(found.planned)}, out.with_suffix(".result.json"))
+        show_predictions(found.planned)
+        print(f"{out}: predicted, and not timed; B_dense {file.header.dense_batch_tokens}")
+        return
     out.with_suffix(".svg").write_text(draw_plan(best.case, best.winner.schedule))
-    facts = search_facts(file, Profile.load(path), display.phases_s)
-    result.write({"model": request.name, "schedule": out.name, **facts}, out.with_suffix(".result.json"))
+    result.write({**about, **facts}, out.with_suffix(".result.json"))
     show_trials(file)
     print(f"{out}: B_dense {file.header.dense_batch_tokens}; nanoflow-search explain {out} says why")
 

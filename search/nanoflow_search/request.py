@@ -13,7 +13,9 @@ import msgspec
 from nanoflow_backend.config.engine_config import EngineConfig
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
+from nanoflow_backend.graph.collectives import AllReduceForm, Forms, catalogue, in_forms
 from nanoflow_backend.graph.model import Model
+from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.computed import read_computed
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import fingerprint
@@ -94,6 +96,32 @@ class SearchRequest:
         if any(graph.operations != model.layers[0].operations for graph in model.layers):
             raise ValueError(f"{self.name}: expected layers of one kind, got {len(model.layers)} kinds")
         return model
+
+    @cached_property
+    def forms(self) -> tuple[Forms, ...]:
+        """The forms that a layer's all-reduces may have on these ranks: whole first; on one rank there is no other."""
+        if self.ranks == 1:
+            return ({},)
+        layer = self.model.layer
+        names = [op.name for op in layer.operations if op.kernel == "all_reduce"]
+        found: list[Forms] = [{}]
+        for form, of in (
+            (AllReduceForm.SPLIT, names),
+            (AllReduceForm.GATHERED, names[:1]),  # of the product after attention: others would gather wider rows
+            (AllReduceForm.NORMED, names),
+        ):
+            forms = dict.fromkeys(of, form)
+            try:
+                in_forms(layer, forms, self.ranks)
+            except ValueError:  # such as of columns that the ranks cannot share
+                continue
+            found.append(forms)
+        return tuple(found)
+
+    @cached_property
+    def operations(self) -> Graph:
+        """All operations that a layer has in any of the forms: what a profile is to hold."""
+        return catalogue(self.model.layer, self.forms, self.ranks)
 
     @cached_property
     def size(self) -> ModelSize:

@@ -7,13 +7,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+from nanoflow_backend.config.network_table import NetworkTable
 from nanoflow_backend.schedule.file import ScheduleFile
 from nanoflow_search.checkpoint import Checkpoint, Run, SearchError
 from nanoflow_search.emit.progress import ProgressDisplay
-from nanoflow_search.emit.schedule_file import Outcome, Planned, make_schedule_file
+from nanoflow_search.emit.schedule_file import Outcome, Planned, make_predicted_file, make_schedule_file
 from nanoflow_search.emit.trials import run_trials
 from nanoflow_search.hardware.interface import Machine
 from nanoflow_search.hardware.machine import measure_profile
@@ -21,7 +24,17 @@ from nanoflow_search.plan.batch_case import BatchCase
 from nanoflow_search.plan.candidates import Candidate, PlanPrediction, find_candidates, predictions_of
 from nanoflow_search.predict.predict import Timer
 from nanoflow_search.profile.data import Profile
+from nanoflow_search.profile.network import with_network
 from nanoflow_search.request import Effort, Phase, SearchRequest
+
+
+class Found(NamedTuple):
+    """What a search has found."""
+
+    file: ScheduleFile
+    best: Outcome | None  # at B_dense; None: nothing was timed
+    planned: list[Planned]  # of each size, ascending
+    profile: Profile
 
 
 def search(
@@ -33,8 +46,12 @@ def search(
     checkpoint: Checkpoint,
     display: ProgressDisplay,
     until: Phase = Phase.TIMING,
-) -> tuple[ScheduleFile, Outcome] | None:
-    """Return the schedule file and the outcome at B_dense; None if an earlier phase is the last one wanted.
+    network: Sequence[NetworkTable] = (),
+) -> Found | None:
+    """Return what was found; None if an earlier phase is the last one wanted.
+
+    Where tables of the `network` stand in for collectives, nothing can be timed: the file has the plans that are
+    predicted to win.
 
     `sizes` of batches are ascending tokens; none: those that suit the workloads and the device's memory. `machine` is
     None where nothing can be measured: what the profile and the checkpoint lack must be measured elsewhere.
@@ -44,18 +61,24 @@ def search(
         ProfileError: the profile is of something else.
     """
     run = Run(checkpoint, display.say, display.advance)
-    profile = _profile(request, sizes, effort, machine, profile_path, run, display)
+    profile = _profile(request, sizes, effort, machine, profile_path, run, display, network)
     if until is Phase.PROFILE:
         return None
     sizes = sizes or request.sizes(profile.header.device)
+    if network:
+        mix = request.mix(request.workloads[0], max(sizes), profile.header.device)
+        profile = with_network(profile, request.operations, network, mix, sizes)
     checkpoint.claim(request.key(profile, sizes, effort))
     display.begin("plans", len(sizes))
     planned = [_plan(BatchCase(request, profile, tokens), effort, run.within(str(tokens))) for tokens in sizes]
     if until is Phase.PLANS:
         return None
+    if network:
+        return Found(make_predicted_file(planned), None, planned, profile)
     trials = len(request.workloads) * sum(len(found.plans) - 1 for found in planned)
     display.begin("timing", effort.rounds * trials)
-    return make_schedule_file([_time(found, effort, machine, run.within(str(found.case.tokens))) for found in planned])
+    timed = [_time(found, effort, machine, run.within(str(found.case.tokens))) for found in planned]
+    return Found(*make_schedule_file(timed), planned, profile)
 
 
 def _profile(
@@ -66,6 +89,7 @@ def _profile(
     path: Path,
     run: Run,
     display: ProgressDisplay,
+    network: Sequence[NetworkTable],
 ) -> Profile:
     """Return the profile, measured as far as it lacks points. Once plans were made from it, it stays as it is.
 
@@ -75,7 +99,7 @@ def _profile(
     if machine is not None and not run.checkpoint.claimed:
         display.begin("profile", None)
         path.parent.mkdir(parents=True, exist_ok=True)
-        measure_profile(machine, request, sizes or request.sizes(machine.name), effort.shared, path, run.say)
+        measure_profile(machine, request, sizes or request.sizes(machine.name), effort.shared, path, run.say, network)
     if not path.exists():
         raise SearchError(f"{path}: there is no profile, and no GPU here: take it where one is (--until profile)")
     profile = Profile.load(path)

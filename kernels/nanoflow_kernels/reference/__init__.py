@@ -22,6 +22,7 @@ from nanoflow_kernels.reference.scaled import (
     scaled_linear,
     scaled_linear_swiglu,
 )
+from nanoflow_kernels.reference.timed_exchange import timed_exchange
 
 __all__ = [
     "add_rms_norm",
@@ -42,4 +43,5 @@ __all__ = [
     "scaled_linear",
     "scaled_linear_swiglu",
     "swiglu_quantise",
+    "timed_exchange",
 ]

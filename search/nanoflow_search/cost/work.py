@@ -8,10 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from nanoflow_backend.config.network_table import PASSES, Collective
 from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.config.quantization import FP8
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_search.cost.workload import Mix
+
+# What each kernel of the network is made of, as tables of networks name it.
+COLLECTIVES: dict[str, tuple[Collective, ...]] = {
+    "all_reduce": ("all_reduce",),
+    "reduce_scatter_columns": ("reduce_scatter",),
+    "reduce_scatter_rows": ("reduce_scatter",),
+    "all_gather_columns": ("all_gather",),
+    "all_gather_rows": ("all_gather",),
+    "reduce_scatter_add_rms_norm_all_gather": ("reduce_scatter", "all_gather"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,11 @@ def operation_work(
         read = prod(shape) * precision.element_bytes(weight.dtype) + moved
         flop = 2 * mix.tokens * chosen * shape[-1] * shape[-2]
         return Work(memory_bytes=read, fp8_flop=flop) if weight.dtype == FP8 else Work(flop, read)
-    if operation.kernel in ("all_reduce", "reduce_scatter_columns", "all_gather_columns"):
-        whole = max(value.width * precision.element_bytes(value.dtype) for value in values)
-        passes = 2 if operation.kernel == "all_reduce" else 1
-        sent = passes * (ranks - 1) / ranks * mix.tokens * whole
-        return Work(0.0, sent, sent)
+    if operation.resource is Resource.NETWORK:
+        whole = mix.tokens * max(value.width * precision.element_bytes(value.dtype) for value in values)
+        sent = sum(PASSES[part] for part in COLLECTIVES[operation.kernel]) * (ranks - 1) / ranks * whole
+        own = len(operation.own_rows) * whole / ranks  # of the residual: read and written
+        return Work(0.0, sent + own, sent)
     pages = sum(value.width for value in values if value.kind is Kind.PAGES)  # what rope_append writes
     return Work(0.0, moved + mix.tokens * pages * precision.element_bytes("kv"))
 

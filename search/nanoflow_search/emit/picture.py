@@ -23,7 +23,7 @@ def draw_plan(case: BatchCase, schedule: Schedule) -> str:
     """Return the SVG of any schedule for batches of a case, as it is predicted on the first workload."""
     request, workload = case.request, case.request.workloads[0]
     model = case.timing_model(workload)
-    graph = case.graph(schedule.split_all_reduces)
+    graph = case.graph(schedule.all_reduces)
     problem = layer_problem(graph, request.ranks, case.tokens, TILE, model.operations_us)
     shares = simulated_period(schedule, problem, model, TILE)
     header = case.profile.header

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -13,7 +13,7 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_search.cost.batch_sizes import TILE
 from nanoflow_search.emit.statistics import Gain, mean_timing
-from nanoflow_search.emit.threshold import least_decode_kv_tokens
+from nanoflow_search.emit.threshold import LEAST_GAIN, least_decode_kv_tokens
 from nanoflow_search.emit.trials import TrialResults
 from nanoflow_search.plan.batch_case import BatchCase
 from nanoflow_search.plan.candidates import Candidate, PlanPrediction
@@ -116,15 +116,89 @@ def make_schedule_file(outcomes: Sequence[Outcome]) -> tuple[ScheduleFile, Outco
     return ScheduleFile(header=header, plans=_ranges(outcomes), trials=tuple(trials), bounds_us=bounds_us), best
 
 
+def make_predicted_file(planned: Sequence[Planned]) -> ScheduleFile:
+    """Return the schedule file of plans that are predicted to win, where nothing could be timed.
+
+    `planned` ascends by size. A plan is taken if it is predicted to gain `LEAST_GAIN` over all workloads; B_dense is
+    the size that is predicted to run most tokens a second. The header has no measured time, and there are no trials.
+    """
+    chosen = [_predicted_winner(found) for found in planned]
+    best = max(chosen, key=lambda winner: winner.case.tokens / winner.layer_us)
+    request, profile = best.case.request, best.case.profile
+    header = Header(
+        model_fingerprint=fingerprint(*request.model.layers),
+        precision=request.precision,
+        device=profile.header.device,
+        device_sms=profile.header.device_sms,
+        tensor_parallel=request.ranks,
+        dense_batch_tokens=best.case.tokens,
+        workloads=request.workloads,
+        profile_hash=profile.hash(),
+        solver=SOLVER,
+        gap=best.plan.gap,
+        predicted_us=best.layer_us,
+    )
+    bounds_us = next(found.bounds_us for found in planned if found.case is best.case)
+    plans = _ranges_of(planned[0].case, [winner.ordered for winner in chosen], [winner.wins for winner in chosen])
+    return ScheduleFile(header=header, plans=plans, bounds_us=bounds_us)
+
+
+class _PredictedWinner(NamedTuple):
+    """What is predicted to be the best plan of a size; sequential, if none is better."""
+
+    case: BatchCase
+    plan: Candidate
+    layer_us: float  # mean over the workloads
+    gains: dict[str, float]  # over sequential, by workload
+
+    @property
+    def wins(self) -> bool:
+        """Whether it is another plan than sequential."""
+        return self.plan.name != "sequential"
+
+    @property
+    def ordered(self) -> tuple[Schedule, ...]:
+        """The plans of this size, as Outcome has them."""
+        whole = sequential(self.case.request.model.layer, self.case.tokens)
+        if not self.wins:
+            return (whole,)
+        least = least_decode_kv_tokens(self.case, self.plan.schedule, self.gains)
+        winner = replace(self.plan.schedule, least_decode_kv_tokens=least)
+        return (winner, whole) if least else (winner,)
+
+
+def _predicted_winner(planned: Planned) -> _PredictedWinner:
+    us = {(p.plan, p.workload): p.layer_us for p in planned.predictions}
+    workloads, (whole, *plans) = planned.case.request.workloads, planned.plans
+
+    def gains(plan: Candidate) -> dict[str, float]:
+        return {workload: us[whole.name, workload] / us[plan.name, workload] for workload in workloads}
+
+    best = max(plans, key=lambda plan: geometric_mean(gains(plan).values()), default=whole)
+    winner = best if geometric_mean(gains(best).values()) >= 1 + LEAST_GAIN else whole
+    layer_us = mean(us[winner.name, workload] for workload in workloads)
+    return _PredictedWinner(planned.case, winner, layer_us, gains(winner))
+
+
 def _ranges(outcomes: Sequence[Outcome]) -> tuple[Schedule, ...]:
     """Return the plans by ascending size.
 
     Batches far smaller than any that was timed run sequential. Of neighbouring sizes that all run sequential the
     largest is enough.
     """
-    smallest = outcomes[0].case
+    return _ranges_of(
+        outcomes[0].case,
+        [outcome.ordered for outcome in outcomes],
+        [outcome.results.chosen is not None for outcome in outcomes],
+    )
+
+
+def _ranges_of(
+    smallest: BatchCase, ordered: Sequence[tuple[Schedule, ...]], wins: Sequence[bool]
+) -> tuple[Schedule, ...]:
+    """See `_ranges`: the plans of each size in their order, and whether one of them is not sequential."""
     small = sequential(smallest.request.model.layer, int(SMALL * smallest.tokens) // TILE * TILE)
-    sizes = [(small,), *(outcome.ordered for outcome in outcomes)]
-    cut = [False, *(outcome.results.chosen is not None for outcome in outcomes), True]
+    sizes = [(small,), *ordered]
+    cut = [False, *wins, True]
     kept = (plans for plans, here, larger in zip(sizes, cut, cut[1:], strict=False) if here or larger)
     return tuple(plan for plans in kept for plan in plans)

@@ -70,7 +70,12 @@ def explain(file: ScheduleFile) -> None:
         soft_wrap=True,
     )
     if not file.trials:
-        console.print("Nothing is told in this file of how its plans were found.")
+        if header.predicted_us is None:
+            console.print("Nothing is told in this file of how its plans were found.")
+            return
+        console.print(f"Predicted, and not timed: {header.predicted_us:,.1f} us a layer at B_dense.", highlight=False)
+        for line in _ranges(file):
+            console.print(line, highlight=False, soft_wrap=True)
         return
     show_trials(file)
     for line in (*_ranges(file), *_choices(file), *_bounds(file)):

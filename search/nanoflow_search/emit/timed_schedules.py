@@ -13,7 +13,7 @@ from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
 from nanoflow_backend.schedule.validate import validate
 from nanoflow_search.emit.statistics import PlanTrial
-from nanoflow_search.emit.trials import time_round
+from nanoflow_search.emit.trials import Arm, time_round
 from nanoflow_search.predict.predict import Timer, Timing, predict
 from nanoflow_search.predict.timing_model import TimingModel
 
@@ -89,7 +89,9 @@ def time_schedules(
         say(f"{name}: {json.dumps(entry)}")
 
 
-def compare(timer: Timer, base: Schedule, plans: Mapping[str, Schedule], rounds: int) -> dict[str, dict[str, Any]]:
+def compare(
+    timer: Callable[[Arm], Timing], base: Arm, plans: Mapping[str, Arm], rounds: int
+) -> dict[str, dict[str, Any]]:
     """Time plans in turns with the sequential schedule `base`, and return what results show of each.
 
     `over_sequential` is how much faster a plan is: the geometric mean over rounds, and its 95 % interval.

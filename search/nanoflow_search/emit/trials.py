@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.checkpoint import Run
 from nanoflow_search.emit.statistics import STUDENT, PlanTrials, Round
-from nanoflow_search.predict.predict import Timer
+from nanoflow_search.predict.predict import Timer, Timing
+
+Arm = TypeVar("Arm")  # what a timer times: a schedule, or more than that
 
 
 class TrialResults(NamedTuple):
@@ -18,7 +20,7 @@ class TrialResults(NamedTuple):
     trials: tuple[PlanTrials, ...]
 
 
-def time_round(timer: Timer, sequential: Schedule, plans: Sequence[Schedule]) -> tuple[Round, ...]:
+def time_round(timer: Callable[[Arm], Timing], sequential: Arm, plans: Sequence[Arm]) -> tuple[Round, ...]:
     """Return one round for each of `plans`. They share the runs of sequential: A B C C B A."""
     before, first = timer(sequential), [timer(plan) for plan in plans]
     second, after = [timer(plan) for plan in reversed(plans)], timer(sequential)

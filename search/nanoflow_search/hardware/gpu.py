@@ -11,7 +11,7 @@ import torch
 
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
-from nanoflow_backend.graph.operation import Resource
+from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.gpu_meter import GpuMeter
 from nanoflow_backend.runtime.green_contexts import Shares
@@ -62,14 +62,20 @@ class GpuLoadRunner:
         page_tokens: int = 64,
         seconds: float = SECONDS,
         precision: Precision = BFLOAT16,
+        graph: Graph | None = None,
+        ranks: int = 1,
     ) -> GpuLoadRunner:
-        """Return the runner on the first visible GPU, for a model's operations in batches with contexts as in `mix`."""
+        """Return the runner on the first visible GPU, for a model's operations in batches with contexts as in `mix`.
+
+        `graph` has the operations of one of `ranks` ranks; by default those of a layer on a single one.
+        """
         from nanoflow_kernels import device as kernels
 
         from nanoflow_backend.runtime.green_contexts import lane_streams
         from nanoflow_search.hardware.cuda_graphs import CapturedCalls
         from nanoflow_search.hardware.spin import spin
 
+        inputs_of: dict[str, Any] = {"page_tokens": page_tokens, "graph": graph, "ranks": ranks}
         device = find_device("cuda")
         assert device.sms is not None
         counted = torch.empty(device.sms, dtype=torch.int32, device="cuda")
@@ -77,7 +83,7 @@ class GpuLoadRunner:
         return cls(
             device.name,
             device.sms,
-            OperationInputs(config, mix, kernels, page_tokens=page_tokens, precision=precision),
+            OperationInputs(config, mix, kernels, precision=precision, **inputs_of),
             GpuMeter(),
             lambda calls, stream: CapturedCalls(*calls, stream),
             lane_streams,

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanoflow_backend.config.model_config import ModelConfig
 from nanoflow_backend.config.precision import BFLOAT16, Precision
 from nanoflow_backend.config.quantization import FP8
-from nanoflow_backend.graph.operation import Kind, Operation, Parameter, Resource, ScaleOf, Value
+from nanoflow_backend.graph.operation import Graph, Kind, Operation, Parameter, Resource, ScaleOf, Value
 from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.model import build
 from nanoflow_backend.models.random_values import FP8_DEVIATION, fill_normal
@@ -52,8 +52,12 @@ class OperationInputs:
         page_tokens: int = 64,
         precision: Precision = BFLOAT16,
         device: str = "cuda",
+        graph: Graph | None = None,
+        ranks: int = 1,
     ) -> None:
-        self.graph = build(config).layer
+        """`graph` has the operations of one of `ranks` ranks; by default those of a layer on a single one."""
+        self.graph = graph or build(config, ranks).layer
+        self._ranks = ranks
         self._config, self._mix, self._kernels = config, mix, kernels
         self._page_tokens, self._device = page_tokens, device
         self._precision = precision
@@ -139,8 +143,8 @@ class OperationInputs:
         if value.kind is Kind.PAGES:
             one_layer = replace(self._config, num_layers=1)
             dtype = self._dtype(value.dtype)
-            pages = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, device=self._device).layer(0)
-            return fill_normal(pages, 1.0, self._generator)
+            made = KvPages.allocate(one_layer, num_pages, self._page_tokens, dtype, self._ranks, device=self._device)
+            return fill_normal(made.layer(0), 1.0, self._generator)
         aligned = 16 // self._precision.element_bytes(value.dtype)
         width = 1 if value.width == 1 else -(-value.width // aligned) * aligned  # as the engine's buffers have it
         tensor = torch.empty(rows, width, dtype=self._dtype(value.dtype), device=self._device)[:, : value.width]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from nanoflow_backend.config.network_table import NetworkTable
+from nanoflow_backend.graph.operation import Graph, Resource
 from nanoflow_search.checkpoint import SearchError
 from nanoflow_search.cost.devices import DEVICES
 from nanoflow_search.cost.workload import Mix
@@ -13,12 +15,14 @@ from nanoflow_search.hardware.interface import Machine
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.predict.predict import Timer
 from nanoflow_search.profile.data import Profile, held_out
-from nanoflow_search.profile.load import LoadRunner, ProfileError
+from nanoflow_search.profile.load import Load, LoadRunner, ProfileError
 from nanoflow_search.profile.measure import profile_header, take_profile
+from nanoflow_search.profile.network import network_sms
 from nanoflow_search.profile.points import attention_sms_for, partition_loads, shared_loads
 from nanoflow_search.request import SearchRequest
 
 SYNTHETIC = "H200-sustained"  # the only device whose energies are known
+NETWORK_SMS = (8, 16)  # of collectives beside other work: each SM is one that products do not have
 
 
 class GpuMachine:
@@ -31,12 +35,15 @@ class GpuMachine:
         """See Machine."""
         from nanoflow_search.hardware.gpu import GpuLoadRunner
 
-        return GpuLoadRunner.here(request.config, mix, precision=request.precision)
+        graph, ranks = request.operations, request.ranks
+        return GpuLoadRunner.here(request.config, mix, precision=request.precision, graph=graph, ranks=ranks)
 
     def timer(self, request: SearchRequest, mix: Mix, *, num_layers: int | None = None, seconds: float = 1.0) -> Timer:
-        """See Machine."""
+        """See Machine. Raises: SearchError, several ranks: one GPU runs no plan of theirs."""
         from nanoflow_search.hardware.plan_timer import PlanTimer
 
+        if request.ranks > 1:
+            raise SearchError(f"tp: plans of {request.ranks} ranks cannot be timed on one GPU")
         return PlanTimer.here(request.config, mix, num_layers=num_layers, seconds=seconds, precision=request.precision)
 
 
@@ -56,15 +63,17 @@ class SyntheticMachine:
 
     def _device(self, request: SearchRequest) -> SyntheticDevice:
         return SyntheticDevice(
-            request.model.layer, DEVICES[SYNTHETIC], ranks=request.ranks, noise=0.0, precision=request.precision
+            request.operations, DEVICES[SYNTHETIC], ranks=request.ranks, noise=0.0, precision=request.precision
         )
 
 
-def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | None:
+def find_machine(kind: Literal["auto", "synthetic"], ranks: int, has_table: bool = False) -> Machine | None:
     """Return the machine to measure on; None: here is no GPU, or no torch to use it with.
 
+    Where a network's table stands in for collectives (`has_table`), one GPU measures what a rank has beside them.
+
     Raises:
-        SearchError: the GPU cannot be measured with so many ranks.
+        SearchError: collectives of so many ranks cannot be measured.
     """
     if kind == "synthetic":
         return SyntheticMachine()
@@ -74,8 +83,10 @@ def find_machine(kind: Literal["auto", "synthetic"], ranks: int) -> Machine | No
         return None
     if (device := find_device("auto")).kind == "cpu":
         return None
-    if ranks > 1:
-        raise SearchError(f"tp: {ranks} ranks cannot be measured yet, expected 1")
+    if ranks > 1 and not has_table:
+        raise SearchError(
+            f"tp: collectives of {ranks} ranks cannot be measured here: expected --network with a table of their times"
+        )
     return GpuMachine(device.name)
 
 
@@ -86,27 +97,36 @@ def measure_profile(
     shared: bool,
     path: Path,
     say: Callable[[str], None],
+    network: Sequence[NetworkTable] = (),
 ) -> None:
     """Measure what the profile in the file `path` still lacks for batches of `sizes` tokens.
 
-    A profile holds what lanes with SMs of their own need; with `shared`, or several ranks, also what lanes need that
-    share them.
+    A profile holds what lanes with SMs of their own need; with `shared` also what lanes need that share them. Where
+    tables of the `network` stand in for collectives, none is measured.
 
     Raises:
         ProfileError: the file is a profile of something else.
     """
     mix = request.mix(request.workloads[0], max(sizes), machine.name)
     device = machine.load_runner(request, mix)
-    graph, ranks = request.model.layer, request.ranks
+    graph, ranks = request.operations, request.ranks
     mixes = [request.mix(workload, tokens, machine.name) for workload in request.workloads for tokens in sizes]
     shares = attention_sms_for(graph, device.sms, mixes, request.precision)
-    alone, together = partition_loads(graph, device.sms, mix, max(sizes), shares) if ranks == 1 else ((), ())
-    if shared or ranks > 1:
+    own = (network_sms(network) or NETWORK_SMS) if ranks > 1 else ()
+    alone, together = partition_loads(graph, device.sms, mix, max(sizes), shares, own)
+    if shared:
         others = shared_loads(graph, device.sms, mix, max(sizes))
         alone, together = (*alone, *others.alone), (*together, *others.together)
-    header = profile_header(device, graph, ranks, request.precision)
+    if network:
+        alone = tuple(one for one in alone if not _is_collective(graph, one.load))
+        together = tuple(pair for pair in together if not any(_is_collective(graph, load) for load in pair))
+    header = profile_header(device, request.model.layer, ranks, request.precision)
     profile = take_profile(device, header, alone, together, path, say)
     say(f"{len(profile.points)} points, {len(profile.pairs)} pairs; {_interpolation_error(profile)}")
+
+
+def _is_collective(graph: Graph, load: Load) -> bool:
+    return any(op.name == load.operation and op.resource is Resource.NETWORK for op in graph.operations)
 
 
 def _interpolation_error(profile: Profile) -> str:

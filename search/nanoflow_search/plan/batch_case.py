@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import Forms, in_forms
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_search.cost.batch_sizes import chunk_tokens
@@ -18,8 +19,6 @@ from nanoflow_search.predict.predict import predict
 from nanoflow_search.predict.timing_model import TimingModel
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.request import SearchRequest
-
-CollectiveForm = tuple[str, ...]  # the all-reduces that run as reduce-scatter and all-gather; the others stay whole
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,14 @@ class BatchCase:
         return chunk_tokens(self.tokens)
 
     @property
-    def forms(self) -> list[CollectiveForm]:
-        """The forms of collectives to plan for: all-reduces whole, and all of them split where that was measured."""
-        layer, known = self.request.model.layer, {curve.partition("/")[0] for curve in self.profile.operations}
-        reduces = tuple(op.name for op in layer.operations if op.kernel == "all_reduce")
-        measured = {op.name for op in self.graph(reduces).operations} <= known
-        return [(), reduces] if self.request.ranks > 1 and measured else [()]
+    def forms(self) -> list[Forms]:
+        """The forms of all-reduces to plan for: those whose operations were all measured."""
+        known = {curve.partition("/")[0] for curve in self.profile.operations}
+        return [forms for forms in self.request.forms if {op.name for op in self.graph(forms).operations} <= known]
 
-    def graph(self, form: CollectiveForm = ()) -> Graph:
-        """Return a layer's op graph with its all-reduces in a form."""
-        return split_all_reduce(self.request.model.layer, form, self.request.ranks)
+    def graph(self, forms: Forms = {}) -> Graph:  # noqa: B006  nobody changes it
+        """Return a layer's op graph with its all-reduces in `forms`."""
+        return in_forms(self.request.model.layer, forms, self.request.ranks)
 
     def mix(self, workload: str) -> Mix:
         """Return the steady mix of these batches."""
@@ -61,14 +58,17 @@ class BatchCase:
         profile = msgspec.structs.replace(self.profile, pairs=pairs)
         return TimingModel(profile, self.mix(workload)) if pairs else None
 
-    def problem(self, model: TimingModel, form: CollectiveForm = ()) -> Problem:
+    def problem(self, model: TimingModel, forms: Forms = {}) -> Problem:  # noqa: B006
         """Return the problem of stage one, with the times of a timing model."""
-        return layer_problem(self.graph(form), self.request.ranks, self.tokens, self.chunk_tokens, model.operations_us)
+        return layer_problem(self.graph(forms), self.request.ranks, self.tokens, self.chunk_tokens, model.operations_us)
 
     def predicted_us(self, schedule: Schedule, workload: str) -> float:
         """Return the predicted time of a layer."""
         return predict(schedule, self.timing_model(workload), self.request.model.num_layers).layer_us
 
     def bounds_us(self) -> dict[str, float]:
-        """Return the lower bounds on the time of a layer by name, on the first workload."""
-        return bounds_us(self.problem, self.timing_model(self.request.workloads[0]), self.chunk_tokens)
+        """Return the lower bounds on the time of a layer by name, on the first workload: those of the form of
+        all-reduces whose highest bound is lowest."""
+        model = self.timing_model(self.request.workloads[0])
+        by_form = [bounds_us(partial(self.problem, forms=forms), model, self.chunk_tokens) for forms in self.forms]
+        return min(by_form, key=lambda bounds: max(bounds.values()))

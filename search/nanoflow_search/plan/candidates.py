@@ -8,12 +8,14 @@ from statistics import geometric_mean
 
 import msgspec
 
+from nanoflow_backend.graph.collectives import describe_forms
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import sequential
 from nanoflow_backend.schedule.validate import validate
 from nanoflow_search.checkpoint import Run, SearchError
 from nanoflow_search.plan.batch_case import BatchCase
 from nanoflow_search.plan.op_graph import schedule_of
+from nanoflow_search.plan.parallel import find_parallel
 from nanoflow_search.plan.partitions import find_partitioned
 from nanoflow_search.plan.two_stages import find_plans
 from nanoflow_search.request import Effort
@@ -46,7 +48,8 @@ def find_candidates(case: BatchCase, effort: Effort, run: Run) -> list[Candidate
     found: dict[bytes, Candidate] = {}
     for workload in case.request.workloads:
         part = run.within(workload.replace("/", "-"), label=f"{case.tokens} tokens, {workload}")
-        for candidate in (*_partitioned(case, workload, effort, part), *_shared(case, workload, effort, part)):
+        own_sms = _partitioned if case.request.ranks == 1 else _parallel
+        for candidate in (*own_sms(case, workload, effort, part), *_shared(case, workload, effort, part)):
             found.setdefault(msgspec.json.encode(candidate.schedule), candidate)
     if not found:
         raise SearchError(f"{case.tokens} tokens: no plan in {effort.time_limit_s:g} s a program; raise --time-limit-s")
@@ -84,16 +87,23 @@ def _partitioned(case: BatchCase, workload: str, effort: Effort, run: Run) -> It
         yield Candidate(plan.schedule, plan.gap)
 
 
+def _parallel(case: BatchCase, workload: str, effort: Effort, run: Run) -> Iterator[Candidate]:
+    """Find plans of several ranks whose collectives have SMs of their own."""
+    for plan in find_parallel(case, workload, effort, run.within("partitioned"), keep=2 * effort.plans):
+        yield Candidate(plan.schedule, plan.gap)
+
+
 def _shared(case: BatchCase, workload: str, effort: Effort, run: Run) -> Iterator[Candidate]:
     """Find plans whose lanes share SMs, in every form of collectives; none, if no such lanes were measured."""
     if (model := case.shared_timing_model(workload)) is None:
         return
-    for form in case.forms:
-        graph, problem = case.graph(form), case.problem(model, form)
-        part = run.within("split" if form else "whole")
+    for forms in case.forms:
+        graph, problem = case.graph(forms), case.problem(model, forms)
+        part = run.within(describe_forms(forms))
         for plan in find_plans(problem, model, case.chunk_tokens, effort, part):
             schedule = schedule_of(
-                graph, problem, plan.shares.timeline, case.chunk_tokens, plan.shares.sms, split_all_reduces=form
+                graph, problem, plan.shares.timeline, case.chunk_tokens, plan.shares.sms, all_reduces=forms
             )
-            validate(schedule, graph, case.request.model.num_layers, case.profile.header.device_sms)
+            layers, sms, ranks = case.request.model.num_layers, case.profile.header.device_sms, case.request.ranks
+            validate(schedule, graph, layers, sms, ranks=ranks)
             yield Candidate(schedule, plan.gap)

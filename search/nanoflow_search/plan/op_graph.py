@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+from nanoflow_backend.graph.collectives import Forms
 from nanoflow_backend.graph.operation import Graph, Kind, Operation, Resource
 from nanoflow_backend.schedule.plan import Group, Launch, Schedule
 from nanoflow_backend.schedule.presets import synchronise
@@ -13,8 +14,17 @@ from nanoflow_search.plan.problem import CyclicTimeline, NanoTask, Problem, Task
 Times = Callable[[tuple[str, ...], int, int], float]
 
 
-def layer_problem(graph: Graph, ranks: int, tokens: int, chunk_tokens: int, times: Times) -> Problem:
+def layer_problem(
+    graph: Graph,
+    ranks: int,
+    tokens: int,
+    chunk_tokens: int,
+    times: Times,
+    lanes: Collection[str] = tuple(Resource),
+) -> Problem:
     """Return the problem of `graph` (a layer of one rank) on batches of `tokens`, cut at multiples of `chunk_tokens`.
+
+    `lanes` are those that there are: tasks of others are in the compute lane.
 
     Raises:
         ValueError: the chunks do not fill the batch.
@@ -26,7 +36,7 @@ def layer_problem(graph: Graph, ranks: int, tokens: int, chunk_tokens: int, time
     tasks = tuple(
         Task(
             task_name(graph, run),
-            task_lane(graph, run, ranks),
+            task_lane(graph, run, ranks, lanes),
             {(a, b): times(run, a * chunk_tokens, b * chunk_tokens) for a, b in ranges},
             run,
         )
@@ -57,10 +67,10 @@ def _apart(operation: Operation, ranks: int) -> bool:
     return operation.kernel == "attention" or (operation.resource is Resource.NETWORK and ranks > 1)
 
 
-def task_lane(graph: Graph, run: tuple[str, ...], ranks: int) -> str:
+def task_lane(graph: Graph, run: tuple[str, ...], ranks: int, lanes: Collection[str] = tuple(Resource)) -> str:
     """Return the lane of a run: memory for attention, network for a collective of several ranks, else compute."""
     first = graph[run[0]]
-    return first.resource.value if _apart(first, ranks) else Resource.COMPUTE.value
+    return first.resource.value if _apart(first, ranks) and first.resource in lanes else Resource.COMPUTE.value
 
 
 def task_name(graph: Graph, run: tuple[str, ...]) -> str:
@@ -106,12 +116,12 @@ def schedule_of(
     timeline: CyclicTimeline,
     chunk_tokens: int,
     sms: Mapping[NanoTask, int | None] | None = None,
-    split_all_reduces: tuple[str, ...] = (),
+    all_reduces: Forms = {},  # noqa: B006  nobody changes it
     groups: tuple[Group, ...] = (),
 ) -> Schedule:
     """Return the schedule of a plan: its launches in the order of their starts, and the waits that they need.
 
-    `graph` has its all-reduces in the form that `split_all_reduces` names. `sms` limits the SMs of nano-tasks.
+    `graph` has its all-reduces in the forms of `all_reduces`. `sms` limits the SMs of nano-tasks.
     """
     first = {task.name: index for index, task in enumerate(problem.tasks)}
     placed = sorted(timeline.placed, key=lambda p: (round(p.start_us, 3), first[p.nano.task], p.nano.start))
@@ -132,7 +142,7 @@ def schedule_of(
         tokens=tokens,
         launches=launches,
         granularity=chunk_tokens,
-        split_all_reduces=tuple(split_all_reduces),
+        all_reduces=dict(all_reduces),
         groups=groups,
     )
     return synchronise(plan, graph)

@@ -41,16 +41,29 @@ class PartitionedPlan(NamedTuple):
     gap: float  # of the solver; 0 for plans of the grid
 
 
-def partitions_of(profile: Profile, graph: Graph) -> list[dict[str, int]]:
-    """Return the partitions (lane -> SMs) in which attention and all products were measured, ascending."""
+def partitions_of(profile: Profile, graph: Graph, ranks: int = 1) -> list[dict[str, int]]:
+    """Return the partitions (lane -> SMs) in which all operations were measured, ascending by attention's share.
+
+    On several ranks collectives have SMs of their own, and attention its own ones or those of the compute lane.
+    """
     whole = profile.header.device_sms
     attention = next(op.name for op in graph.operations if op.kernel == "attention")
     products = {op.name for op in graph.operations if op.resource is Resource.COMPUTE}
+    collectives = {op.name for op in graph.operations if op.resource is Resource.NETWORK} if ranks > 1 else set()
     shares = {name: {p.sms for p in profile.points if p.operation == name} for name in profile.operations}
-    own = [sms for name, sms in shares.items() if name.partition("/")[0] == attention]
-    rest = [sms for name, sms in shares.items() if name in products]
-    sizes = set.intersection(*own) & {whole - sms for sms in set.intersection(*rest)}
-    return [{"memory": sms, "compute": whole - sms} for sms in sorted(sizes)]
+    of_attention = set.intersection(*(sms for name, sms in shares.items() if name.partition("/")[0] == attention))
+    rest = set.intersection(*(sms for name, sms in shares.items() if name in products))
+    if not collectives:
+        sizes = of_attention & {whole - sms for sms in rest}
+        return [{"memory": sms, "compute": whole - sms} for sms in sorted(sizes)]
+    own = set.intersection(*(shares.get(name, set()) for name in collectives))
+    found = [{"network": n, "compute": whole - n} for n in sorted(own) if min(rest) <= whole - n < whole]
+    return found + [
+        {"memory": sms, "network": n, "compute": whole - n - sms}
+        for sms in sorted(of_attention)
+        for n in sorted(own)
+        if min(rest) <= whole - n - sms and sms < whole / 2
+    ]
 
 
 def find_partitioned(
@@ -66,8 +79,8 @@ def find_partitioned(
 ) -> list[PartitionedPlan]:
     """Return the best `keep` plans, best first: one for each size of attention's partition and each way to cut it.
 
-    `graph` is a layer of one rank. The two stages cut a batch at multiples of `chunk_tokens`, the grid at multiples of
-    `step`. What the run's checkpoint holds is not searched again.
+    `graph` is a layer on a single rank. The two stages cut a batch at multiples of `chunk_tokens`, the grid at
+    multiples of `step`. What the run's checkpoint holds is not searched again.
     """
     found: list[PartitionedPlan] = []
     for partition in partitions_of(model.profile, graph):
@@ -77,14 +90,14 @@ def find_partitioned(
             schedules = [(schedule, 0.0) for schedule in _grid(graph, model, partition, step)]
             if effort.turns:
                 # One file holds all that is found in a partition: the stages keep none of their own.
-                schedules += _solved(graph, model, partition, chunk_tokens, effort, Run(say=run.say))
+                schedules += solved(graph, 1, model, partition, chunk_tokens, effort, Run(say=run.say))
             plans = [PartitionedPlan(plan, predict(plan, model, num_layers), gap) for plan, gap in schedules]
             run.checkpoint.save(name, plans)
         found += plans
-        best = min(found, key=_layer_us)
+        best = min(found, key=layer_us)
         run.say(f"{sms} SMs of attention: {len(plans)} plans; {best.predicted.layer_us:.0f} us so far")
     unlike: dict[object, PartitionedPlan] = {}
-    for one in sorted(found, key=_layer_us):
+    for one in sorted(found, key=layer_us):
         unlike.setdefault((one.schedule.partition["memory"], *(group.stop for group in one.schedule.groups)), one)
     best_plans = list(unlike.values())[:keep]
     for plan in best_plans:
@@ -107,7 +120,7 @@ def best_by_grid(graph: Graph, model: TimingModel, num_layers: int) -> Schedule:
     return min((plan.schedule for plan in found), key=lambda plan: predict(plan, model, num_layers).layer_us)
 
 
-def _layer_us(found: PartitionedPlan) -> float:
+def layer_us(found: PartitionedPlan) -> float:
     return found.predicted.layer_us
 
 
@@ -122,8 +135,14 @@ def _grid(graph: Graph, model: TimingModel, partition: dict[str, int], step: int
             yield overlapped(graph, tokens, stop, decodes, partition["memory"], whole, granularity=step)
 
 
-def _solved(
-    graph: Graph, model: TimingModel, partition: dict[str, int], chunk_tokens: int, effort: Effort, run: Run
+def solved(
+    graph: Graph,
+    ranks: int,
+    model: TimingModel,
+    partition: dict[str, int],
+    chunk_tokens: int,
+    effort: Effort,
+    run: Run,
 ) -> list[tuple[Schedule, float]]:
     """Return the plans of the two stages in a partition, with the solver's gaps."""
     tokens = round(model.mix.tokens)
@@ -131,9 +150,9 @@ def _solved(
     even = model.with_groups(even_groups(tokens, stops))
 
     def times(operations: tuple[str, ...], start: int, stop: int) -> float:
-        return even.operations_us(operations, start, stop, partition[task_lane(graph, operations, ranks=1)])
+        return even.operations_us(operations, start, stop, partition[task_lane(graph, operations, ranks, partition)])
 
-    problem = layer_problem(graph, 1, tokens, chunk_tokens, times)
+    problem = layer_problem(graph, ranks, tokens, chunk_tokens, times, partition)
     plans = find_plans(problem, even, chunk_tokens, effort, run, part_limits=PARTITION_PART_LIMITS, partition=partition)
     schedules = [(schedule_of(graph, problem, plan.shares.timeline, chunk_tokens), plan.gap) for plan in plans]
     return [(_with_even_groups(graph, schedule, partition), gap) for schedule, gap in schedules]

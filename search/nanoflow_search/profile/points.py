@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from nanoflow_backend.config.precision import BFLOAT16, Precision
@@ -97,17 +97,25 @@ def shared_loads(graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 
 
 
 def partition_loads(
-    graph: Graph, device_sms: int, mix: Mix, largest_tokens: int = 2048, sizes: Sequence[int] = ()
+    graph: Graph,
+    device_sms: int,
+    mix: Mix,
+    largest_tokens: int = 2048,
+    sizes: Sequence[int] = (),
+    network_sms: Sequence[int] = (),
 ) -> LoadsToMeasure:
     """Return the loads for plans that give attention SMs of its own, one of `sizes`, and all else the rest.
 
     Sequential plans need them too. Operations in a partition still share the memory: the two sizes in the middle are
-    measured in pairs, and show by how much that slows them down.
+    measured in pairs, and show by how much that slows them down. With `network_sms` collectives have SMs of their own,
+    too, the first of these numbers in what is measured beside them; attention then has its own ones or shares the rest.
     """
     sizes = sizes or attention_sms(graph, device_sms, mix)
     middle = (len(sizes) - 1) // 2
     likely = sorted(sizes)[middle : middle + 2]
-    half, least_rest = min(PAIR_TOKENS, largest_tokens), device_sms - max(sizes)
+    taken = network_sms[0] if network_sms else 0
+    rests = [device_sms - taken - sms for sms in ((0, *sizes) if network_sms else sizes)]
+    half, least_rest = min(PAIR_TOKENS, largest_tokens), min(rests)
 
     def up_to(*tokens: int) -> list[int]:
         return sorted({min(n, largest_tokens) for n in tokens})
@@ -122,22 +130,37 @@ def partition_loads(
                 Sweep(alone, two_clocks=lambda tokens, _: tokens in (alone[0], alone[-1])),
                 Sweep(
                     own,
-                    [device_sms - sms for sms in sizes],
-                    two_clocks=lambda tokens, sms: tokens == half and device_sms - (sms or 0) in likely,
+                    rests,
+                    two_clocks=lambda tokens, sms: tokens == half and device_sms - taken - (sms or 0) in likely,
                 ),
             ],
             [
-                *(Partner(half, device_sms - sms, "decode", 0.5, sms) for sms in likely),
-                Partner(half, device_sms - likely[0], "prefill", 0.5, likely[0]),
+                *(Partner(half, device_sms - taken - sms, "decode", 0.5, sms) for sms in likely),
+                Partner(half, device_sms - taken - likely[0], "prefill", 0.5, likely[0]),
             ],
         ),
         "memory": Row(
             [Sweep(up_to(512, largest_tokens), (None, least_rest))],
-            [Partner(half, device_sms - likely[0], "decode", 0.5, likely[0])],
+            [Partner(half, device_sms - taken - likely[0], "decode", 0.5, likely[0])],
         ),
-        "network": Row([Sweep((largest_tokens,), (None, least_rest))]),
+        "network": Row(
+            [Sweep(alone, (None, *network_sms))] if network_sms else [Sweep((largest_tokens,), (None, least_rest))]
+        ),
     }
-    return _listed(graph, mix, lambda _: table)
+    listed = _listed(graph, mix, lambda _: table)
+    beside = _beside_collectives(graph, mix, half, device_sms - taken, taken) if taken else ()
+    return listed._replace(together=(*listed.together, *beside))
+
+
+def _beside_collectives(graph: Graph, mix: Mix, tokens: int, rest: int, own: int) -> Iterator[tuple[Load, Load]]:
+    """Yield each product, and attention of half of the decodes, on `rest` SMs beside each collective on its `own`."""
+    attention = next(op.name for op in graph.operations if op.kernel == "attention")
+    reads = mix.decode_tokens * mix.decode_context / 2
+    products = [Load(op.name, tokens, rest) for op in graph.operations if op.resource is Resource.COMPUTE]
+    decodes = [Load(f"{attention}/decode", reads, rest)] if reads else []
+    for op in graph.operations:
+        if op.resource is Resource.NETWORK:
+            yield from ((load, Load(op.name, tokens, own)) for load in (*products, *decodes))
 
 
 def _listed(graph: Graph, mix: Mix, table: Callable[[Operation], Table]) -> LoadsToMeasure:

@@ -11,14 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
+from support.runtime.tensor_parallel_rank import FORMS
 from transformers import AutoModelForCausalLM
 
 from benchmarks.models import checkpoints, tiny_tokenizers
 from nanoflow_backend.bench.reservation import ReserveNothing
+from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.engine import LLM, Completion, Engine, SamplingParams
+from nanoflow_backend.graph.collectives import model_in_forms
+from nanoflow_backend.models.hugging_face import read_model_config
+from nanoflow_backend.models.model import build
 from nanoflow_backend.request.internal_error import RequestError
 from nanoflow_backend.request.request import Request
 from nanoflow_backend.request.sampling_params import InvalidRequest
+from nanoflow_backend.schedule.file import Header, ScheduleFile, fingerprint
+from nanoflow_backend.schedule.presets import nano_batched
 from nanoflow_backend.scheduler.batch import Delta, FinishReason
 from nanoflow_backend.text.tokenizer import Tokenizer
 
@@ -66,6 +74,23 @@ def expected(model: Path, prompts: list[list[int]], asked: list[SamplingParams])
     return LLM.from_pretrained(model).generate(prompts, asked)
 
 
+def schedule_in_forms(model: Path, path: Path) -> str:
+    """The file with plans for two ranks, whose all-reduces have another form for each size of batch."""
+    made, plans = build(read_model_config(model), 2), []
+    for tokens, form in ((16, "whole"), (32, "gathered and split"), (64, "normed")):
+        graph = model_in_forms(made, FORMS[form], 2).layer
+        plans.append(replace(nano_batched(graph, tokens, 2), all_reduces=dict(FORMS[form])))
+    header = Header(
+        model_fingerprint=fingerprint(*made.layers),
+        precision=FLOAT32,
+        device="cpu",
+        tensor_parallel=2,
+        dense_batch_tokens=64,
+    )
+    ScheduleFile(header=header, plans=tuple(plans)).save(path)
+    return str(path)
+
+
 def comparable(completions: list[Completion]) -> list[Any]:
     prompt_ranks = [[entry.sampled_rank for entry in c.prompt_logprobs or ()] for c in completions]
     return [(c.token_ids, c.text, c.finish_reason, ranks) for c, ranks in zip(completions, prompt_ranks, strict=True)]
@@ -78,7 +103,7 @@ def comparable(completions: list[Completion]) -> list[Any]:
         {"prefix_caching": False, "chunk_tokens": 5},
         {"schedule": "nano-batched-2", "dense_batch_tokens": 48, "page_tokens": 8},
         {"max_running": 3},
-        {"tensor_parallel": 2},
+        {"tensor_parallel": 2, "schedule": "forms.json"},
     ],
     ids=str,
 )
@@ -88,7 +113,10 @@ def test_scheduling_changes_no_token(
     asked: list[SamplingParams],
     expected: list[Completion],
     settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
+    if "tensor_parallel" in settings:
+        settings = settings | {"schedule": schedule_in_forms(model, tmp_path / settings["schedule"])}
     llm = LLM.from_pretrained(model, **settings)
     found = llm.generate(prompts, asked)
     llm.close()

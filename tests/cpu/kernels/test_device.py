@@ -43,6 +43,35 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
     checks.add_rms_norm(tokens, 1031)
 
 
+@pytest.mark.parametrize(
+    ("taken", "given", "num_sms"),
+    [((13, 1031), (13, 1031), None), ((13, 40), (2, 40), 2), ((2, 40), (13, 40), 1), ((5, 36), (5, 9), None),
+     ((5, 9), (5, 36), 2), ((8, 3), (1, 3), 99), ((5, 8201), (5, 8201), 2), ((0, 8), (0, 8), None)],
+)  # fmt: skip
+def test_timed_exchange(checks: Checks, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None) -> None:
+    checks.timed_exchange(taken, given, num_sms)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"us": -1.0}, "timed_exchange: us: expected 0 or more, below 1,000,000, got -1.0"),
+        ({"us": float("nan")}, "us: expected 0 or more"),
+        ({"x": torch.zeros(0, 8)}, r"timed_exchange: x: expected some values, got shape \(0, 8\)"),
+        (
+            {"x": torch.zeros(2, 8, dtype=torch.float16)},
+            "timed_exchange: out: expected torch.float16, got torch.float32",
+        ),
+        ({"x": torch.zeros(8, 2).T}, "timed_exchange: x: expected a matrix of contiguous rows"),
+        ({"num_sms": 0}, "num_sms: expected a positive number, got 0"),
+    ],
+)
+def test_a_timed_exchange_names_what_is_wrong(change: dict[str, object], message: str) -> None:
+    operands = {"x": torch.zeros(2, 8), "out": torch.zeros(2, 8), "scale": 1.0, "us": 1.0} | change
+    with pytest.raises(ValueError, match=message):
+        kernels.timed_exchange(operands.pop("x"), **operands)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(checks: Checks, tokens: int, bias: bool) -> None:

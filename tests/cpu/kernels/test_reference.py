@@ -7,6 +7,7 @@ filled buffers, as they are in a program.
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -54,6 +55,31 @@ def test_embed_is_a_zero_residual_and_the_rows_of_the_table(tokens: int, dtype: 
     reference.embed(ids, table, out=(residual, update))
     assert torch.equal(residual, torch.zeros(tokens, 7, dtype=dtype))
     assert torch.equal(update, torch.stack([table[i] for i in ids.tolist()]) if tokens else update)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 10, 13])
+def test_timed_exchange_adds_blocks_up_or_repeats_them(tokens: int, ranks: int, dtype: torch.dtype) -> None:
+    mine = -(-tokens // ranks)
+    whole, part = random(tokens, 6 * ranks, dtype=dtype), random(mine, 6 * ranks, dtype=dtype)
+    below = torch.zeros(mine * ranks, 6 * ranks, dtype=torch.float64)
+    below[:tokens] = whole.double()
+    for x, expected in (
+        (whole, whole.double()),
+        (whole, below.view(ranks, mine, -1).sum(0)),
+        (whole, whole.double().view(tokens, ranks, 6).sum(1)),
+        (part, part.double().repeat(ranks, 1)[:tokens]),
+        (whole[:, :6], whole[:, :6].double().repeat(1, ranks)),
+    ):
+        out = empty(*expected.shape, dtype)
+        reference.timed_exchange(x, out=out, scale=1.5, us=0.0)
+        assert_close("exchanged", out, 1.5 * expected, TOLERANCE[dtype])
+
+
+def test_timed_exchange_takes_its_time() -> None:
+    x, out, begin_s = random(3, 4), empty(3, 4, torch.float32), time.perf_counter()
+    reference.timed_exchange(x, out=out, scale=1.0, us=2e4)
+    assert time.perf_counter() - begin_s >= 0.02
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -14,7 +14,7 @@ from support.models.cases import BATCHES, LENGTHS, TOKENS, Case
 from support.schedule.schedules import in_lanes, plans, random_interleaving, random_schedule
 
 from nanoflow_backend.config.precision import FLOAT32
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import AllReduceForm, in_forms
 from nanoflow_backend.runtime.binding import Binding
 from nanoflow_backend.runtime.collectives.one_rank import OneRank
 from nanoflow_backend.runtime.cuda import CudaProgram, bucket
@@ -30,8 +30,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def test_without_the_copies_of_one_rank_every_interleaving_tried_gives_the_same_logits(case: Case) -> None:
     graph, rng = case.model.layer, random.Random(2)
-    reduces = ("attention_reduce", "mlp_reduce")
-    split = replace(nano_batched(split_all_reduce(graph, reduces, 1), TOKENS, 2), split_all_reduces=reduces)
+    reduces = dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.SPLIT)
+    split = replace(nano_batched(in_forms(graph, reduces, 1), TOKENS, 2), all_reduces=reduces)
     schedules = [split, *plans(graph, TOKENS).values(), *(random_schedule(graph, TOKENS, rng) for _ in range(12))]
     for schedule in schedules:
         binding = bound(case, schedule)
@@ -123,10 +123,11 @@ def test_an_sm_cap_reaches_the_kernel_of_its_launch_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize("form", ["sequential", "split"])
 def test_an_sm_cap_reaches_collectives_too(case: Case, form: str) -> None:
     """With limit_sms, as on a GPU, where a lane with SMs of its own has the network's launches, too."""
-    graph, reduces = case.model.layer, ("attention_reduce", "mlp_reduce")
+    graph = case.model.layer
+    reduces = dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.SPLIT)
     schedule = sequential(graph, TOKENS)
     if form == "split":
-        schedule = replace(sequential(split_all_reduce(graph, reduces, 1), TOKENS), split_all_reduces=reduces)
+        schedule = replace(sequential(in_forms(graph, reduces, 1), TOKENS), all_reduces=reduces)
     capped = tuple(replace(x, sms=5) if "reduce" in x.operation else x for x in schedule.launches)
     schedule = replace(schedule, launches=capped)
     options = {"max_tokens": TOKENS, "precision": FLOAT32, "limit_sms": True}

@@ -1,7 +1,6 @@
 """A schedule without one of its waits, and a buffer plan with one value in the wrong place: each must be caught."""
 
 import random
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ from support.comparison import assert_close
 from support.models.batches import Requests, forward
 from support.models.cases import LENGTHS, TOKENS, Case
 from support.models.shapes import CONFIGS, config
+from support.runtime.dry_program import dry_program, mutants, overtaken, refuses, run, run_forward
 from support.runtime.row_conflicts import conflicts
 from support.schedule.schedules import delayed, in_lanes, interleavings, plans, random_schedule, without_wait
 from torch import Tensor
@@ -20,7 +20,6 @@ from nanoflow_backend.config.precision import FLOAT32
 from nanoflow_backend.graph.builder import GraphBuilder
 from nanoflow_backend.graph.model import Model
 from nanoflow_backend.graph.operation import Graph
-from nanoflow_backend.kvcache.kv_pages import KvPages
 from nanoflow_backend.models.blocks import decoder, rotary
 from nanoflow_backend.models.model import build
 from nanoflow_backend.runtime import binding
@@ -33,50 +32,6 @@ from nanoflow_backend.schedule.order import PartialOrder
 from nanoflow_backend.schedule.plan import Schedule, ScheduleError, Wait
 from nanoflow_backend.schedule.presets import nano_batched
 from nanoflow_backend.schedule.validate import validate
-
-
-def nothing(*_: object, **__: object) -> None:
-    """A kernel that is never wrong: what is looked at here are the tags."""
-
-
-NO_KERNELS = SimpleNamespace(**{name: nothing for name in vars(reference) if not name.startswith("_")})
-
-
-def dry_program(model: Model, schedule: Schedule) -> CpuProgram:
-    """The program without its arithmetic."""
-    graphs = {"": model.embed} | {f"layers.{i}.": graph for i, graph in enumerate(model.in_order)}
-    named = [f"{prefix}{p.name}" for prefix, graph in graphs.items() for p in graph.parameters]
-    weights = dict.fromkeys(named + [p.name for p in model.head.parameters], torch.empty(0))
-    kv = KvPages(torch.empty(model.num_layers, 0, 2, 0, 0, 0))
-    options: dict[str, Any] = {"max_tokens": schedule.tokens, "precision": FLOAT32}
-    return CpuProgram(Binding(model, [schedule], weights, kv, OneRank(), NO_KERNELS, **options))
-
-
-def run(program: CpuProgram, order: list[int]) -> None:
-    """A full batch through all the tags, those that the head looks at too, as `forward` and `head` ask them."""
-    tags = program.tags_of[program.binding.plans[0]]
-    tags.embed()
-    for step in order:
-        tags.launch(step)
-    tags.read_results()
-
-
-def run_forward(program: CpuProgram, order: list[int]) -> None:
-    """The same by the program's own forward."""
-    ints = torch.zeros(program.binding.max_tokens, dtype=torch.int32)
-    forward(program, (ints, ints, ints, ints[:, None]), order=order)
-    program.tags.read_results()
-
-
-def mutants(schedule: Schedule) -> Iterator[tuple[int, Wait]]:
-    return ((number, wait) for number, launch in enumerate(schedule.launches) for wait in launch.waits)
-
-
-def overtaken(order: PartialOrder, wait: Wait, number: int) -> Iterator[list[int]]:
-    """The interleavings in which the launch that was waited for is late, layer by layer."""
-    for layer, launch in order.steps:
-        if launch == number and layer >= wait.layers_back:
-            yield delayed(order, order.index[layer - wait.layers_back, wait.launch])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -92,14 +47,6 @@ def test_without_a_wait_validation_fails_and_some_interleaving_reads_too_early(n
             assert any(refuses(program, late) for late in overtaken(order, wait, number)), (number, wait)
             killed += 1
     assert killed > 220, killed
-
-
-def refuses(program: CpuProgram, order: list[int]) -> bool:
-    try:
-        run(program, order)
-    except StaleRead:
-        return True
-    return False
 
 
 def test_without_a_wait_the_logits_are_wrong_too(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -149,7 +96,7 @@ def attention_model(num_layers: int) -> Model:
     qkv = g.linear("qkv", x, *decoder.qkv_parameters(g, shape))
     q, pages = g.rope_append("rope_append", qkv, batch, rotary.frequencies(g, shape), 2, head_dim=shape.head_dim)
     attended = g.attention("attention", q, pages, batch)
-    layer = g.build(residual, g.linear("o", attended, decoder.o_parameter(g, shape)))
+    layer = g.build(residual, g.linear("o", attended, *decoder.o_parameters(g, shape)))
     return Model(decoder.embedding(shape), (layer,), (0,) * num_layers, decoder.lm_head(shape))
 
 

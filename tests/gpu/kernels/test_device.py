@@ -39,6 +39,33 @@ def test_row_kernels(checks: Checks, tokens: int) -> None:
         checks.add_rms_norm(tokens, width)
 
 
+@pytest.mark.parametrize(
+    ("taken", "given"),
+    [((389, 8192), (389, 8192)), ((389, 4096), (49, 4096)), ((49, 4096), (389, 4096)), ((13, 40), (13, 10)),
+     ((13, 1031), (13, 2062)), ((0, 8), (0, 8))],
+)  # fmt: skip
+@pytest.mark.parametrize("num_sms", [None, 8, 999])
+def test_timed_exchange(checks: Checks, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None) -> None:
+    checks.timed_exchange(taken, given, num_sms, us=50.0)
+
+
+@pytest.mark.parametrize("us", [100, 1000])
+def test_timed_exchange_takes_its_time_also_in_a_cuda_graph(us: int) -> None:
+    x = torch.randn(2048, 8192, device="cuda", dtype=torch.bfloat16)
+    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
+    kernels.timed_exchange(x, out=out, scale=1.0, us=us, num_sms=32)
+    with torch.cuda.graph(graph):
+        kernels.timed_exchange(x, out=out, scale=1.0, us=us, num_sms=32)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(20):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    assert 1e3 * begin.elapsed_time(end) / 20 >= us
+    assert torch.equal(out, x)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("wide_output", [False, True])

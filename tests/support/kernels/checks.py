@@ -53,6 +53,14 @@ class Checks:
         assert torch.equal(residual.cpu(), torch.zeros(tokens, width, dtype=self.dtype))
         assert torch.equal(update.cpu(), table[ids.long()])
 
+    def timed_exchange(
+        self, taken: tuple[int, int], given: tuple[int, int], num_sms: int | None, us: float = 0.0
+    ) -> None:
+        x, out, expected = self.normal(*taken), self.empty(*given), torch.empty(given)
+        kernels.timed_exchange(self.there(x), out=out, scale=1.25, us=us, num_sms=num_sms)
+        reference.timed_exchange(x.float(), out=expected, scale=1.25, us=0.0)
+        self.close("exchanged", out, expected)
+
     def add_rms_norm(self, tokens: int, width: int) -> None:
         inputs = self.normal(tokens, width), self.normal(tokens, width), self.normal(width)
         kept, normed = self.empty(tokens, width), self.empty(tokens, width)

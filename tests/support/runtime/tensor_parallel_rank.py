@@ -14,8 +14,8 @@ from support.models.batches import Chunk, Requests, forward
 from torch import Tensor
 
 from nanoflow_backend.config.precision import FLOAT32
-from nanoflow_backend.graph.collectives import split_all_reduce
-from nanoflow_backend.graph.operation import Graph
+from nanoflow_backend.graph.collectives import AllReduceForm, Forms, model_in_forms, with_parameters
+from nanoflow_backend.graph.model import Model
 from nanoflow_backend.models import weights
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
@@ -24,12 +24,13 @@ from nanoflow_backend.runtime.collectives.gloo import Gloo
 from nanoflow_backend.runtime.cpu import CpuProgram
 from nanoflow_backend.schedule.plan import Schedule
 from nanoflow_backend.schedule.presets import nano_batched, sequential
+from nanoflow_backend.schedule.validate import validate
 
 
 class Work(NamedTuple):
-    """Checkpoints to run, the same batches on each; `rendezvous` and `results` are files."""
+    """Checkpoints to run in some forms, the same batches on each; `rendezvous` and `results` are files."""
 
-    checkpoints: list[Path]
+    checkpoints: dict[Path, list[str]]  # with the FORMS to run each in
     lengths: list[int]
     batches: list[list[Chunk]]
     tokens: int
@@ -38,14 +39,25 @@ class Work(NamedTuple):
     results: Path
 
 
-def schedules(graph: Graph, tokens: int, tp: int) -> dict[str, Schedule]:
-    reduces = ("attention_reduce", "mlp_reduce")
-    split = nano_batched(split_all_reduce(graph, reduces, tp), tokens, 2)
-    return {
-        "sequential": sequential(graph, tokens),
-        "nano-batched": nano_batched(graph, tokens, 3),
-        "split": replace(split, split_all_reduces=reduces),
-    }
+FORMS: dict[str, Forms] = {
+    "whole": {},
+    "split": dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.SPLIT),
+    "gathered": {"attention_reduce": AllReduceForm.GATHERED},
+    "gathered and split": {"attention_reduce": AllReduceForm.GATHERED, "mlp_reduce": AllReduceForm.SPLIT},
+    "normed": dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.NORMED),
+}
+
+
+def schedules(model: Model, names: list[str], tokens: int, tp: int) -> dict[str, Schedule]:
+    """Nano-batches in these FORMS of the all-reduces, collectives in a lane of their own; and sequential."""
+    found = {"sequential": sequential(model.layer, tokens)}
+    for name in names:
+        forms = FORMS[name]
+        graph = model_in_forms(model, forms, tp).layer
+        plan = replace(nano_batched(graph, tokens, 3 if name == "whole" else 2), all_reduces=dict(forms))
+        validate(plan, graph, model.num_layers, ranks=tp)
+        found[name] = plan
+    return found
 
 
 def run(rank: int, work: Work) -> None:
@@ -57,12 +69,14 @@ def run(rank: int, work: Work) -> None:
             for num_sms in (None, 5):
                 check_collectives(collectives, tokens, dtype, num_sms)
     results: dict[tuple[str, str], Tensor] = {}
-    for folder in work.checkpoints:
+    for folder, names in work.checkpoints.items():
         config = read_model_config(folder)
         model = build(config, work.ranks)
-        loaded = weights.load(folder, config, model, rank=rank, tp=work.ranks)
+        plans = schedules(model, names, work.tokens, work.ranks)
+        held = with_parameters(model, [plan.all_reduces for plan in plans.values()], work.ranks)
+        loaded = weights.load(folder, config, held, rank=rank, tp=work.ranks)
         requests = Requests(config, work.lengths)
-        for name, schedule in schedules(model.layer, work.tokens, work.ranks).items():
+        for name, schedule in plans.items():
             pages = requests.empty_pages(work.ranks)
             options = {"max_tokens": work.tokens, "precision": FLOAT32}
             binding = Binding(model, [schedule], loaded, pages, collectives, reference, **options)

@@ -73,6 +73,14 @@ def test_the_picture_names_its_curves(tmp_path):
         assert f"<!-- {name} -->" in picture.read_text()
 
 
+def test_the_picture_of_an_emulated_run_says_so(tmp_path):
+    run, picture = tmp_path / "run.json", tmp_path / "run.svg"
+    for emulated in ({}, {"emulated": {"ranks": 8, "network": "NCCL"}}):
+        run.write_text(json.dumps({**RESULT, **emulated}))
+        bench_plot([run], picture)
+        assert ("EMULATED: rank 0 of 8 alone, network NCCL" in picture.read_text()) == bool(emulated)
+
+
 @pytest.mark.parametrize("text", ["{", '{"timeline": []}', "[]"])
 def test_what_is_no_result_is_named(tmp_path, text):
     run = tmp_path / "run.json"

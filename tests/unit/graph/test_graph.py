@@ -8,7 +8,6 @@ from support.models.shapes import WITH_NORMS, config
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.graph.builder import GraphBuilder, local_shape
-from nanoflow_backend.graph.collectives import split_all_reduce
 from nanoflow_backend.graph.nano_batch import Dependency, NanoOperation, dependencies
 from nanoflow_backend.graph.operation import Kind, Source
 from nanoflow_backend.models.model import build
@@ -66,19 +65,6 @@ def test_a_value_has_one_writer() -> None:
     g.linear("y", x, weight)
     with pytest.raises(ValueError, match="value 'y' is written twice"):
         g.linear("y", x, weight)
-
-
-def test_a_split_all_reduce_keeps_its_output() -> None:
-    layer = build(config("llama"), 2).layer
-    split = split_all_reduce(layer, ["mlp_reduce"], 2)
-    assert [op.name for op in split.operations[-2:]] == ["mlp_reduce.reduce_scatter", "mlp_reduce.all_gather"]
-    assert split.outputs == layer.outputs
-    assert split.values["mlp_reduce.part"].width == 8
-    assert [op.kernel for op in split.operations if "mlp_reduce" in op.outputs] == ["all_gather_columns"]
-    with pytest.raises(ValueError, match=r"not an all-reduce: qkv; the graph has \['attention_reduce', 'mlp_reduce'\]"):
-        split_all_reduce(layer, ["qkv"], 2)
-    with pytest.raises(ValueError, match="mlp_reduce: width 16 is not a multiple of 3 ranks"):
-        split_all_reduce(layer, ["mlp_reduce"], 3)
 
 
 @pytest.mark.parametrize("name", WITH_NORMS)

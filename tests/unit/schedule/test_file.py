@@ -15,7 +15,7 @@ from support.schedule.schedules import random_schedule, rotated
 
 from nanoflow_backend.config.engine_config import EngineConfig, SettledConfig
 from nanoflow_backend.config.precision import BFLOAT16, FLOAT32
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import AllReduceForm, in_forms
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import MOST_PLANS, Header, ScheduleFile, fingerprint
 from nanoflow_backend.schedule.plan import ScheduleError
@@ -42,10 +42,10 @@ def unsettled(schedule: str | Path, tokens: int | None) -> EngineConfig:
 
 def saved(path: Path) -> Path:
     """Plans for 32, 64 and 128 tokens: whole, with shares and a layer ahead, and with an all-reduce in two."""
-    layer = split_all_reduce(MODEL.layer, ["mlp_reduce"], 2)
+    layer = in_forms(MODEL.layer, {"mlp_reduce": AllReduceForm.SPLIT}, 2)
     overlapped = rotated(MODEL.layer, nano_batched(MODEL.layer, 64, 2), ("attention_norm", "qkv"), 32)
     overlapped = replace(overlapped, launches=tuple(replace(x, sms=40) for x in overlapped.launches))
-    split = replace(nano_batched(layer, 128, 3, granularity=16), split_all_reduces=("mlp_reduce",))
+    split = replace(nano_batched(layer, 128, 3, granularity=16), all_reduces={"mlp_reduce": AllReduceForm.SPLIT})
     plans = (sequential(MODEL.layer, 32), overlapped, split)
     header = replace(HEADER, dense_batch_tokens=96, solver="HiGHS", gap=0.01, predicted_us=1234.5)
     ScheduleFile(header=header, plans=plans).save(path)
@@ -168,7 +168,7 @@ def edited(tmp_path: Path, *place: Any, value: Any) -> Path:
         (("plans", 1, "least_decode_kv_tokens"), 0.5, r"Expected `int`, got `float` - at `\$\.plans\[1\]\.least_de"),
         (("plans", 1, "launches", 3, "start"), 31, "rope_append: tokens 31..32 are covered twice"),
         (("plans", 1, "launches", 3, "operation"), "x", r"launch 3 \(x 32\.\.64\): the model has no such operation"),
-        (("plans", 1, "split_all_reduces"), ["qkv"], "not an all-reduce: qkv"),
+        (("plans", 1, "all_reduces"), {"qkv": "split"}, "not an all-reduce: qkv"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, place: tuple[Any, ...], value: Any, message: str) -> None:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from support.models.shapes import CONFIGS, config
 from support.schedule.schedules import in_lanes, random_schedule, rotated, without_wait
 
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import AllReduceForm, in_forms
 from nanoflow_backend.graph.nano_batch import dependencies
 from nanoflow_backend.graph.operation import Graph
 from nanoflow_backend.models.model import build
@@ -205,7 +205,7 @@ def test_a_plan_needs_tokens_and_grains() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 8])
 @pytest.mark.parametrize("split", [(), ("attention_reduce", "mlp_reduce")])
 def test_presets_are_valid_for_every_model(name: str, tp: int, split: tuple[str, ...]) -> None:
-    layer = split_all_reduce(build(config(name), tp).layer, split, tp)
+    layer = in_forms(build(config(name), tp).layer, dict.fromkeys(split, AllReduceForm.SPLIT), tp)
     for num_layers in (1, 2, 5):
         validate(sequential(layer, 512), layer, num_layers)
         for parts, granularity in [(1, 1), (2, 1), (3, 1), (4, 128), (3, 7), (2, 500)]:

@@ -11,6 +11,7 @@ from nanoflow_search.cost.workload import Mix
 from nanoflow_search.hardware.inputs import SETS, OperationInputs
 from nanoflow_search.hardware.steady_batch import SteadyBatch, decode_requests, prompt_requests, requests_of
 from nanoflow_search.profile.load import Load, ProfileError
+from nanoflow_search.request import SearchRequest
 from support.models.shapes import CONFIGS, WITH_NORMS, config
 
 from nanoflow_backend.config.precision import FLOAT32, Precision
@@ -75,6 +76,23 @@ def test_every_operation_runs_on_every_set(name: str) -> None:
                 assert all(out.float().isfinite().all() for out in outputs)
                 assert options["num_sms"] == 3
                 assert options["plan"] == ("plan of 5 on 3" if op.kernel == "attention" else None)
+
+
+def test_operations_of_a_ranks_shard_run_in_every_form() -> None:
+    """On one of two ranks: half of the heads, and O cut by its columns or by its rows; collectives do not run here."""
+    recorded, shape = Recorded(), SHAPES["llama"]
+    graph = SearchRequest("llama", shape, 2, ()).operations
+    options = {"page_tokens": 4, "precision": FLOAT32, "device": "cpu", "graph": graph, "ranks": 2}
+    made = OperationInputs(shape, MIX, recorded.kernels, **options)
+    for op in graph.operations:
+        if op.resource is not Resource.NETWORK:
+            made.calls(Load(f"{op.name}/decode" if op.kernel == "attention" else op.name, 12)).call(0)
+    shapes = {kernel: [argument.shape for argument in arguments[:2]] for kernel, arguments, _ in recorded.calls}
+    heads, width = shape.num_heads // 2, shape.head_dim
+    assert shapes["attention"][0][1] == heads * width
+    assert shape.num_kv_heads // 2 in shapes["attention"][1]
+    products = [tuple(arguments[1].shape) for kernel, arguments, _ in recorded.calls if kernel == "linear"]
+    assert {(shape.hidden_size, heads * width), (shape.hidden_size // 2, 2 * heads * width)} < set(products)
 
 
 def test_only_what_the_launch_before_wrote_is_the_same_in_every_set() -> None:

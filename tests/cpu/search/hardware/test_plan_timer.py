@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from nanoflow_search.cost.workload import Mix
 from nanoflow_search.emit.trials import run_trials
 from nanoflow_search.hardware.plan_timer import DISTINCT_LAYERS, PlanTimer
@@ -11,15 +12,19 @@ from support.models.shapes import CONFIGS, config
 from support.simulated.gpu import IDLE_W
 from support.simulated.programs import LAUNCH_S, Programs
 
+from nanoflow_backend.config.network_table import NetworkHeader, NetworkTable
 from nanoflow_backend.config.precision import FLOAT32, Precision
 from nanoflow_backend.config.quantization import AT_LOAD, FP8
+from nanoflow_backend.graph.collectives import AllReduceForm, in_forms
 from nanoflow_backend.models.model import build
+from nanoflow_backend.runtime.collectives.emulated import Emulated
 from nanoflow_backend.schedule.layout import deal
 from nanoflow_backend.schedule.presets import nano_batched, overlapped, sequential
 
 MIX = Mix(10.0, 14.0, 9.0, 4.0)
 FP8_KV = Precision(weights="float32", activations="float32", kv=FP8)
 LAYERS = 6
+REDUCES = ("attention_reduce", "mlp_reduce")
 
 
 def timer(name: str, in_fp8: bool = False, **options: Any) -> tuple[PlanTimer, Programs]:
@@ -100,3 +105,43 @@ def test_fewer_layers_and_other_batches() -> None:
     assert programs.made[0].binding.model.num_layers == 2
     with pytest.raises(ValueError, match="expected one for batches of 24 tokens, got 16"):
         made(sequential(layer, 16))
+
+
+def network(ranks: int) -> NetworkTable:
+    header = NetworkHeader(name="assumed", device="cpu", ranks=ranks, source="a test")
+    return NetworkTable.at_rate(header, sms=8, gb_per_s=10.0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rank_alone_runs_its_shard_in_every_form(name: str) -> None:
+    made, programs = timer(name, network=network(2))
+    graph = build(config(name, num_layers=LAYERS), 2).layer
+    forms = ({}, {"attention_reduce": AllReduceForm.GATHERED}, dict.fromkeys(REDUCES, AllReduceForm.SPLIT))
+    for form in forms:
+        base = nano_batched(in_forms(graph, form, 2), 24, 2)
+        made(replace(base, all_reduces=form))
+    bindings = [program.binding for program in programs.made]
+    assert len(bindings) == len(forms)
+    assert bindings[0].kv.tensor.shape[3] == 1, "half of the heads"
+    for weight, found in bindings[0].weights.items():
+        assert bindings[-1].weights[weight] is found, "drawn once"
+    for program in programs.made:
+        assert isinstance(program.binding.collectives, Emulated)
+        for result in program.binding.results(program.plan):
+            assert result.isfinite().all()
+
+
+def test_another_network_has_the_same_weights_and_as_many_ranks() -> None:
+    made, programs = timer("llama", network=network(2))
+    layer = build(config("llama"), 2).layer
+    other = made.on(network(2))
+    for one in (made, other, made):
+        one(sequential(layer, 24))
+    first, second = (program.binding for program in programs.made)
+    assert first.weights is second.weights
+    assert first.kv is second.kv
+    assert first.collectives is not second.collectives
+    with pytest.raises(ValueError, match="network: expected one of 2 ranks, got 4"):
+        made.on(network(4))
+    with pytest.raises(ValueError, match="expected one of 1 ranks, got 2"):
+        timer("llama")[0].on(network(2))

@@ -12,7 +12,7 @@ from support.models.shapes import CONFIGS, config
 from support.places import LLAMA_3_8B, MODELS
 
 from nanoflow_backend.config.quantization import AT_LOAD
-from nanoflow_backend.graph.collectives import split_all_reduce
+from nanoflow_backend.graph.collectives import AllReduceForm, Forms, in_forms
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.validate import validate
@@ -77,16 +77,24 @@ def test_chunks_fill_the_batch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tp", "forms"),
-    [*((name, 1, ()) for name in CONFIGS), ("llama", 2, ()), ("mixtral", 2, ("attention_reduce", "mlp_reduce"))],
+    [
+        *((name, 1, {}) for name in CONFIGS),
+        ("llama", 2, {}),
+        ("mixtral", 2, dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.SPLIT)),
+        ("llama", 2, {"attention_reduce": AllReduceForm.GATHERED}),
+        ("llama", 4, dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.NORMED)),
+    ],
 )
-def test_every_plan_is_a_valid_schedule(name: str, tp: int, forms: tuple[str, ...]) -> None:
+def test_every_plan_is_a_valid_schedule(name: str, tp: int, forms: Forms) -> None:
     model = build(config(name), tp)
-    graph = split_all_reduce(model.layer, forms, tp)
+    graph = in_forms(model.layer, forms, tp)
     problem = layer_problem(graph, tp, 24, 8, seeded_times(tp))
-    groups = {task.name: problem.tasks[0].name if task.name in ("qkv", "attention") else "o" for task in problem.tasks}
+    front = ("qkv", "attention")
+    after = next(task.name for task in problem.tasks if task.name not in front)
+    groups = {task.name: "qkv" if task.name in front else after for task in problem.tasks}
     plan = stage_one(problem, dict.fromkeys(groups, 2), alike=groups, time_limit_s=10)
     assert plan.period_us <= problem.sequential_us() + 1e-6
-    schedule = schedule_of(graph, problem, plan, 8, split_all_reduces=forms)
-    validate(schedule, graph, num_layers=5)
+    schedule = schedule_of(graph, problem, plan, 8, all_reduces=forms)
+    validate(schedule, graph, num_layers=5, ranks=tp)
     assert schedule.tokens == 24
     assert len(schedule.launches) >= len(graph.operations)
