@@ -18,7 +18,8 @@ from support.places import LLAMA_3_8B, ROOT
 from benchmarks.overlap.shard_profile import shard_profile
 from benchmarks.overlap.tensor_parallel import MODELS, case_at, copy_table, nccl_table
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.graph.collectives import AllReduceForm, describe_forms
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.graph.collectives import AllReduceForm, describe_forms, model_in_forms
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import ScheduleFile
@@ -124,6 +125,16 @@ def test_the_two_stages_plan_for_a_network_lane() -> None:
         validate(replace(plan, all_reduces=forms), graph, few.model.num_layers, 132, ranks=8)
         assert set(plan.lanes) == {"network", "compute"}
         assert {x.operation for x in plan.launches if x.lane == "network"} == {f"{name}.normed" for name in forms}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_files_of_70b_are_for_engines_of_so_many_ranks(ranks: int) -> None:
+    file = ScheduleFile.load(ROOT / "benchmarks" / "schedules" / f"llama3_70b_tp{ranks}_h200_predicted.json")
+    model = build(read_model_config(MODELS / "llama-3-70b"), ranks)
+    file.check_header(model, BFLOAT16, "NVIDIA H200", ranks, 132)
+    for plan in file.plans:
+        graph = model_in_forms(model, plan.all_reduces, ranks).layer
+        validate(plan, graph, model.num_layers, 132, ranks=ranks)
 
 
 def test_fewer_ranks_send_at_the_rate_of_eight() -> None:
