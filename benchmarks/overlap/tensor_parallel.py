@@ -58,6 +58,7 @@ def main(
     of_8b, taken = build(read_model_config(MODELS / "llama-3-8b")).layer, Profile.load(profile)
     effort = Effort(plans=3, turns=turns, time_limit_s=time_limit_s)
     rows: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
     facts: dict[str, Any] = {
         "kind": "predicted, nothing timed",
         "model": "llama-3-70b",
@@ -70,6 +71,7 @@ def main(
     for ranks in tp or (2, 4, 8):
         request = SearchRequest.of(MODELS / "llama-3-70b", ranks, [workload])
         shard = shard_profile(taken, of_8b, request)
+        checks += check(request, shard)
         for rate in RATES.get(ranks, (MIDDLE_RATE,)):
             planned = []
             for tokens in SIZES:
@@ -79,7 +81,7 @@ def main(
                 planned.append(Planned(case, plans, predictions_of(case, plans), case.bounds_us()))
                 about = {"tensor_parallel": ranks, "gb_per_s": rate, "seconds": round(time.perf_counter() - began, 1)}
                 rows += [about | row for row in (*predicted_rows(planned[-1:]), *in_forms_alone(case))]
-                result.write({**facts, "check": check(request, shard), "rows": rows}, output)
+                result.write({**facts, "checks": checks, "rows": rows}, output)
             if schedules and rate == MIDDLE_RATE:
                 make_predicted_file(planned).save(schedules / f"llama3_70b_tp{ranks}_h200_predicted.json")
 

@@ -7,8 +7,7 @@ the grid is best: a solver takes a minute or more for what the grid predicts in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 from msgspec.structs import replace
 
@@ -25,56 +24,48 @@ from nanoflow_search.request import Effort
 SOLVED = 2  # pairs of form and partition, the best by the grid, for which the two stages are solved
 
 
-class ParallelPlan(NamedTuple):
-    """A plan with its all-reduces in some form, and the solver's gap; 0 for plans of the grid."""
+def find_parallel(case: BatchCase, workload: str, effort: Effort, run: Run, keep: int) -> list[PartitionedPlan]:
+    """Return the best `keep` plans for a workload, best first.
 
-    schedule: Schedule
-    gap: float
-
-
-def find_parallel(case: BatchCase, workload: str, effort: Effort, run: Run, keep: int) -> Iterator[ParallelPlan]:
-    """Yield the best `keep` plans for a workload, best first, at most one for each form and partition.
-
-    What the run's checkpoint holds is not searched again.
+    For each form and partition there is at most one of the grid and one of the two stages. What the run's checkpoint
+    holds is not searched again.
     """
-    model, request = case.timing_model(workload), case.request
-    layers, ranks, sms = request.model.num_layers, request.ranks, case.profile.header.device_sms
-    found: dict[tuple[str, str], PartitionedPlan] = {}
+    model, layers, ranks = case.timing_model(workload), case.request.model.num_layers, case.request.ranks
+    few = min(layers, FEW_LAYERS)
     settings = {
-        (describe_forms(forms), _describe(partition)): (forms, partition)
+        f"{describe_forms(forms)}, {_describe(partition)}": (forms, partition)
         for forms in case.forms
         for partition in ({}, *partitions_of(case.profile, case.graph(forms), ranks))
         if forms or partition  # sequential with whole all-reduces is what plans are compared with
     }
-    few = min(layers, FEW_LAYERS)
+
+    def best_of(schedules: Iterable[tuple[Schedule, float]]) -> PartitionedPlan | None:
+        predicted = (PartitionedPlan(plan, predict(plan, model, few), gap) for plan, gap in schedules)
+        return min(predicted, key=layer_us, default=None)
+
     if (gridded := run.checkpoint.load("grid.msgpack", dict[str, PartitionedPlan])) is None:
-        plans = {
-            " ".join(key): min(
-                (PartitionedPlan(plan, predict(plan, model, few), 0.0) for plan in _grid(case, *setting)), key=layer_us
-            )
-            for key, setting in settings.items()
-        }
-        gridded = run.checkpoint.save("grid.msgpack", plans)
-    for key in settings:
-        found[key] = gridded[" ".join(key)]
-    ordered = sorted(found, key=lambda key: layer_us(found[key]))
-    for key in [key for key in ordered if settings[key][1]][:SOLVED] if effort.turns else ():
-        forms, partition = settings[key]
-        name = f"{key[0]}-{key[1]}.msgpack"
-        if (plans_there := run.checkpoint.load(name, list[PartitionedPlan])) is None:
+        plans = {name: best_of((plan, 0.0) for plan in _grid(case, *setting)) for name, setting in settings.items()}
+        gridded = run.checkpoint.save("grid.msgpack", {name: plan for name, plan in plans.items() if plan})
+    found = sorted(gridded.values(), key=layer_us)
+    promising = [name for name in sorted(gridded, key=lambda name: layer_us(gridded[name])) if settings[name][1]]
+    for name in promising[:SOLVED] if effort.turns else ():
+        forms, partition = settings[name]
+        file = f"{name.replace(', ', '-')}.msgpack"
+        if (of_stages := run.checkpoint.load(file, list[PartitionedPlan])) is None:
             schedules = solved(case.graph(forms), ranks, model, partition, case.chunk_tokens, effort, Run(say=run.say))
-            plans_there = [
-                PartitionedPlan(plan, predict(plan, model, few), gap)
-                for plan, gap in ((replace(plan, all_reduces=dict(forms)), gap) for plan, gap in schedules)
-            ]
-            run.checkpoint.save(name, plans_there)
-        found[key] = min((found[key], *plans_there), key=layer_us)
-        alone_us = layer_us(gridded[" ".join(key)])
-        run.say(f"{key[0]}, {key[1]}: {layer_us(found[key]):.0f} us, by the grid alone {alone_us:.0f}")
-    for key in sorted(found, key=lambda key: layer_us(found[key]))[:keep]:
-        schedule = found[key].schedule
-        validate(schedule, case.graph(settings[key][0]), layers, sms, ranks=ranks)
-        yield ParallelPlan(schedule, found[key].gap)
+            best = best_of((replace(plan, all_reduces=dict(forms)), gap) for plan, gap in schedules)
+            of_stages = run.checkpoint.save(file, [best] if best else [])
+        found += of_stages
+        told = [f"{layer_us(plan):.0f} us" for plan in of_stages] or ["no plan in time"]
+        run.say(f"{name}: {told[0]}, by the grid {layer_us(gridded[name]):.0f} us")
+    # Ramps at the first and the last layer count: what is kept is predicted on all layers.
+    likely = sorted(found, key=layer_us)[: 2 * keep]
+    whole = [plan._replace(predicted=predict(plan.schedule, model, layers)) for plan in likely]
+    best_plans = sorted(whole, key=layer_us)[:keep]
+    for plan in best_plans:
+        graph = case.graph(plan.schedule.all_reduces)
+        validate(plan.schedule, graph, layers, case.profile.header.device_sms, ranks=ranks)
+    return best_plans
 
 
 def _grid(case: BatchCase, forms: Forms, partition: dict[str, int]) -> Iterator[Schedule]:

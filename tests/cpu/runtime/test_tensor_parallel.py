@@ -43,14 +43,20 @@ MODELS = {
 
 # Their scales do not depend on what a rank holds of a row: they are static, or of blocks that no rank cuts.
 IN_FP8 = {
-    "ct_tensor_static_kv": list(FORMS),
-    "modelopt_experts": list(FORMS),
-    "fp8_block": ["whole", "split", "normed"],  # ranks would cut the blocks of O by its rows
+    "ct_tensor_static_kv": ["gathered and split", "normed"],
+    "modelopt_experts": ["split", "normed"],
+    "fp8_block": ["split", "normed"],  # ranks would cut the blocks of O by its rows
 }
-AT_FOUR = {"llama": list(FORMS), "one kv head": ["gathered", "normed"]}
+# By ranks and model, the forms to run: all where heads are few or an MLP is another one, else two that are unlike.
+AT = {
+    2: {name: list(FORMS) if name in ("llama", "mixtral") else ["gathered and split", "normed"] for name in MODELS},
+    4: {"llama": ["gathered and split", "normed"]},
+}
 RUNS = [
-    *((2, name, schedule) for name in MODELS for schedule in ("sequential", *FORMS)),
-    *((4, name, schedule) for name, forms in AT_FOUR.items() for schedule in forms),
+    (ranks, name, schedule)
+    for ranks, models in AT.items()
+    for name, forms in models.items()
+    for schedule in ("sequential", *forms)
 ]
 
 
@@ -71,8 +77,8 @@ def results(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) ->
     found: Results = {}
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload([tensor_parallel_rank.__name__])
     for ranks, checkpoints in (
-        (2, {cases[name].folder: list(FORMS) for name in MODELS} | {FOLDER / name: IN_FP8[name] for name in IN_FP8}),
-        (4, {cases[name].folder: forms for name, forms in AT_FOUR.items()}),
+        (2, {cases[name].folder: AT[2][name] for name in MODELS} | {FOLDER / name: IN_FP8[name] for name in IN_FP8}),
+        (4, {cases[name].folder: forms for name, forms in AT[4].items()}),
     ):
         folder = tmp_path_factory.mktemp("ranks")
         work = Work(checkpoints, LENGTHS, BATCHES, TOKENS, ranks, folder / "rendezvous", folder / "results")

@@ -61,10 +61,10 @@ def schedules(model: Model, names: list[str], tokens: int, tp: int) -> dict[str,
 
 
 def run(rank: int, work: Work) -> None:
-    """Join the others; check the collectives; let rank 0 save {(checkpoint, schedule): logits of all batches}."""
+    """Join the others; check collectives, of two; let rank 0 save {(checkpoint, schedule): logits of all batches}."""
     dist.init_process_group("gloo", init_method=f"file://{work.rendezvous}", rank=rank, world_size=work.ranks)
     collectives = Gloo()
-    for dtype in TOLERANCE:
+    for dtype in TOLERANCE if work.ranks == 2 else ():
         for tokens in (0, 1, 3, 8):
             for num_sms in (None, 5):
                 check_collectives(collectives, tokens, dtype, num_sms)

@@ -10,6 +10,7 @@ from nanoflow_search.__main__ import On, run_search
 from nanoflow_search.checkpoint import Run
 from nanoflow_search.emit.tables import explain
 from nanoflow_search.plan.candidates import find_candidates
+from nanoflow_search.plan.partitions import solved
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.request import Effort, SearchRequest
 from support.places import LLAMA_3_8B, ROOT
@@ -17,7 +18,8 @@ from support.places import LLAMA_3_8B, ROOT
 from benchmarks.overlap.shard_profile import shard_profile
 from benchmarks.overlap.tensor_parallel import MODELS, case_at, copy_table, nccl_table
 from nanoflow_backend.config.engine_config import EngineConfig
-from nanoflow_backend.graph.collectives import AllReduceForm, describe_forms
+from nanoflow_backend.config.precision import BFLOAT16
+from nanoflow_backend.graph.collectives import AllReduceForm, describe_forms, model_in_forms
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
 from nanoflow_backend.schedule.file import ScheduleFile
@@ -107,6 +109,32 @@ def test_plans_for_70b_by_the_profile_of_8b() -> None:
     kinds = [(describe_forms(p.schedule.all_reduces), str(p.schedule.partition)) for p in plans]
     assert len(set(kinds)) == len(kinds)
     assert case.predicted_us(plans[1].schedule, "1024/512") < case.predicted_us(plans[0].schedule, "1024/512")
+
+
+def test_the_two_stages_plan_for_a_network_lane() -> None:
+    """On two chunks, so that programs are small: what they find is valid, with collectives apart."""
+    of_8b = Profile.load(ROOT / "benchmarks" / "schedules" / "profile_llama3_8b_h200.json")
+    few = dataclasses.replace(SearchRequest.of(MODELS / "llama-3-70b", 8, ["1024/512"]), config=FEW_LAYERS)
+    case = case_at(few, shard_profile(of_8b, build(read_model_config(LLAMA_3_8B)).layer, few), 2048, 250.0)
+    forms = dict.fromkeys(("attention_reduce", "mlp_reduce"), AllReduceForm.NORMED)
+    graph, partition = case.graph(forms), {"network": 8, "compute": 124}
+    effort = Effort(turns=1, time_limit_s=10.0)
+    plans = solved(graph, 8, case.timing_model("1024/512"), partition, 1024, effort, Run())
+    assert plans
+    for plan, _ in plans:
+        validate(replace(plan, all_reduces=forms), graph, few.model.num_layers, 132, ranks=8)
+        assert set(plan.lanes) == {"network", "compute"}
+        assert {x.operation for x in plan.launches if x.lane == "network"} == {f"{name}.normed" for name in forms}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_files_of_70b_are_for_engines_of_so_many_ranks(ranks: int) -> None:
+    file = ScheduleFile.load(ROOT / "benchmarks" / "schedules" / f"llama3_70b_tp{ranks}_h200_predicted.json")
+    model = build(read_model_config(MODELS / "llama-3-70b"), ranks)
+    file.check_header(model, BFLOAT16, "NVIDIA H200", ranks, 132)
+    for plan in file.plans:
+        graph = model_in_forms(model, plan.all_reduces, ranks).layer
+        validate(plan, graph, model.num_layers, 132, ranks=ranks)
 
 
 def test_fewer_ranks_send_at_the_rate_of_eight() -> None:
