@@ -120,10 +120,8 @@ def _split(graph: Graph, reduce: Operation, tp: int) -> Graph:
 def _gather(graph: Graph, reduce: Operation, tp: int) -> Graph:
     product = _writer(graph, reduce.inputs[0])
     parameters = {parameter.name: parameter for parameter in graph.parameters}
-    if len(product.parameters) != {"linear": 1, "scaled_linear": 2}.get(product.kernel):
-        raise ValueError(
-            f"{reduce.name}: expected a product of one matrix without a bias before it, got {product.name}"
-        )
+    if product.kernel not in ("linear", "scaled_linear"):
+        raise ValueError(f"{reduce.name}: expected a product of one matrix before it, got {product.name}")
     quantises = (op for op in graph.operations if op.kernel == "quantise")
     quantise = next((op for op in quantises if product.inputs[0] in op.outputs), None)
     x, weight = graph.values[(quantise or product).inputs[0]], parameters[product.parameters[0]]
@@ -199,12 +197,15 @@ def _all_gather(name: str, part: str, reduce: Operation) -> Operation:
 
 
 def _cut_by_rows(parameter: Parameter, tp: int) -> Parameter:
-    """The same matrix, or its scales, of which ranks hold rows instead of columns; under a name of its own, for other
-    plans may need the columns. Raises: ValueError, blocks that ranks would cut."""
-    sources = tuple(replace(source, shard=0, units=0) for source in parameter.sources)
-    rows, columns = local_shape(sources[0], tp)
-    shape: tuple[int, ...] = (rows, columns)
+    """The same matrix, its scales or its bias, of which ranks hold rows instead of columns (of the bias, which one rank
+    held, their own part); under a name of its own, for other plans may need the columns.
+
+    Raises: ValueError, blocks that ranks would cut.
+    """
+    sources = tuple(replace(source, shard=0, units=0, once=False) for source in parameter.sources)
+    shape = local_shape(sources[0], tp)
     if parameter.scale is ScaleOf.WEIGHT:
+        rows, columns = shape
         in_blocks = len(parameter.shape) == 2
         if in_blocks and (rows % BLOCK or columns % BLOCK):
             raise ValueError(f"{parameter.name}: {tp} ranks would cut its blocks of {BLOCK}")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nanoflow_backend.kvcache.disk.disk_stats import DiskStats
-from nanoflow_backend.kvcache.disk.page_file import Refusal
+from nanoflow_backend.kvcache.disk.disk_stats import DiskStats, Refusal
 from nanoflow_backend.kvcache.tier import Move
 from nanoflow_backend.scheduler.tiers.stats import DROPS
 from nanoflow_backend.telemetry.family import Family, Values, View

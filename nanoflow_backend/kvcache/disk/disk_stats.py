@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from enum import StrEnum
 
 import msgspec
+
+
+class Refusal(StrEnum):
+    """Why a file is not read back."""
+
+    SIZE = "size"  # cut short, or longer than it should be
+    MAGIC = "magic"  # no page file
+    VERSION = "version"  # of this format
+    LAYOUT = "layout"  # of another model, precision, page size or rank
+    CONTENT = "content"  # another page than its name says
+    CHECKSUM = "checksum"  # some bit is not as it was written
 
 
 class DiskStats(msgspec.Struct, frozen=True):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from errno import EIO
 from hashlib import blake2b
 from mmap import mmap
@@ -29,6 +28,7 @@ import msgspec
 import xxhash
 
 from nanoflow_backend.kvcache.content_hash import HASH_BYTES
+from nanoflow_backend.kvcache.disk.disk_stats import Refusal
 from nanoflow_backend.kvcache.disk.file_system import FileSystem
 
 MAGIC = b"NanoFlKV"
@@ -59,17 +59,6 @@ class PageLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def file_bytes(self) -> int:
         """What each of its pages takes on the disk."""
         return HEADER_BYTES + self.payload_bytes
-
-
-class Refusal(StrEnum):
-    """Why a file is not read back."""
-
-    SIZE = "size"  # cut short, or longer than it should be
-    MAGIC = "magic"  # no page file
-    VERSION = "version"  # of this format
-    LAYOUT = "layout"  # of another model, precision, page size or rank
-    CONTENT = "content"  # another page than its name says
-    CHECKSUM = "checksum"  # some bit is not as it was written
 
 
 class RefusedError(Exception):

@@ -166,7 +166,7 @@ def test_forms_that_a_graph_cannot_have_are_refused() -> None:
             "mixtral",
             {"mlp_reduce": GATHERED},
             2,
-            "mlp_reduce: expected a product of one matrix without a bias before it",
+            "mlp_reduce: expected a product of one matrix before it",
         ),
         ("llama", {"mlp_reduce": NORMED}, 2, r"normed: expected all of \['attention_reduce', 'mlp_reduce'\] in it"),
         ("llama", dict.fromkeys(BOTH, NORMED), 1, "normed: expected several ranks, got 1"),

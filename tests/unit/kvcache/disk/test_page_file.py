@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kvcache.pages_of_tests import FILE_BYTES, LAYOUT, content, other, payload
 
+from nanoflow_backend.kvcache.disk.disk_stats import Refusal
 from nanoflow_backend.kvcache.disk.file_system import FileSystem
 from nanoflow_backend.kvcache.disk.page_file import (
     HEADER_BYTES,
     PageLayout,
-    Refusal,
     RefusedError,
     page_header,
     read_page,
