@@ -15,7 +15,6 @@ from nanoflow_search.request import Effort, Phase, SearchRequest
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
 
-
 ModelFolder = Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")]
 OfDtype = Annotated[InDtype, typer.Option(help="Of weights and activations, as in engine.json.")]
 Quantisation = Annotated[Quantised | None, typer.Option(help="Of products, as in engine.json.")]
