@@ -181,6 +181,7 @@ def main() -> None:
     from nanoflow_backend.cluster.error import ClusterError
     from nanoflow_backend.config.error import ConfigError
     from nanoflow_backend.embedded.server import ServerError
+    from nanoflow_backend.hosts.rank_error import RankError
     from nanoflow_backend.process import logs
     from nanoflow_backend.process.child import THREADS_SLEEP
     from nanoflow_backend.request.internal_error import InternalError
@@ -192,7 +193,7 @@ def main() -> None:
     try:
         logs.configure(level="warning")
         app()
-    except (ClusterError, ConfigError, InternalError, InvalidRequest, ScheduleError, ServerError) as error:
+    except (ClusterError, ConfigError, InternalError, InvalidRequest, RankError, ScheduleError, ServerError) as error:
         print(f"nanoflow: {error}", file=sys.stderr)
         sys.exit(COULD_NOT_RUN)
 

@@ -121,6 +121,9 @@ def main(
     start_s = time.monotonic()
     if output:
         check_output(output)
+    for option, value in (("--host-gib", host_gib), ("--disk-gib", disk_gib)):
+        if not 0 < value < math.inf:
+            raise typer.BadParameter(f"expected a finite number above 0, got {value:g}", param_hint=option)
     input_tokens, output_tokens = _lengths(workload)
     below = [f"host_kv_cache_bytes={int(host_gib * 2**30)}"]
     if disk:
@@ -141,7 +144,7 @@ def main(
     for arm in arms.values():
         arm.warm_up()
     left_s = (limit_s - (time.monotonic() - start_s)) / (2 * pairs) - SETTLE_S
-    if left_s < LEAST_WINDOW_S:
+    if not left_s >= LEAST_WINDOW_S:  # nor if it is no number
         raise typer.BadParameter(
             f"expected {LEAST_WINDOW_S:g} s for each of {2 * pairs} windows, {left_s:.1f} s are left after the start",
             param_hint="--limit-s",

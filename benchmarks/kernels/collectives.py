@@ -26,6 +26,7 @@ from nanoflow_kernels.collectives.two_shot import all_reduce_two_shot
 from nanoflow_kernels.grid import device_sms
 
 from nanoflow_backend.bench import result
+from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.runtime.collectives.protocol import rank_rows
 from nanoflow_backend.runtime.device import find_device
 from nanoflow_backend.runtime.green_contexts import lane_streams
@@ -201,6 +202,7 @@ def main(
 ) -> None:
     """GB/s of each peer-to-peer kernel beside a plain copy's, by ranks, SMs and bytes, on one GPU."""
     begun_s = time.monotonic()
+    check_output(output)
     torch.manual_seed(0)
     device = find_device("cuda")
     groups = {ranks: group_of(ranks) for ranks in RANKS}

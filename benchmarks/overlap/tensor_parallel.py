@@ -31,6 +31,7 @@ from nanoflow_backend.config.network_table import NetworkHeader, NetworkTable
 from nanoflow_backend.graph.collectives import describe_forms
 from nanoflow_backend.models.hugging_face import read_model_config
 from nanoflow_backend.models.model import build
+from nanoflow_backend.offline.output import check_output
 from nanoflow_backend.schedule.plan import Launch, Schedule
 from nanoflow_backend.schedule.presets import sequential
 
@@ -55,6 +56,9 @@ def main(
     schedules: Annotated[Path | None, typer.Option(help="A folder for the schedule files of the middle rate.")] = None,
 ) -> None:
     """Predict sequential and the best plans for each number of ranks, size of a batch and rate of the copies."""
+    ranks_asked = tp or [2, 4, 8]
+    for file in (output, *([_schedule_file(schedules, ranks) for ranks in ranks_asked] if schedules else ())):
+        check_output(file)
     of_8b, taken = build(read_model_config(MODELS / "llama-3-8b")).layer, Profile.load(profile)
     effort = Effort(plans=3, turns=turns, time_limit_s=time_limit_s)
     rows: list[dict[str, Any]] = []
@@ -64,11 +68,11 @@ def main(
         "model": "llama-3-70b",
         "gpu": taken.header.device,
         "profile": {"of": "llama-3-8b, put together for a shard by work", "hash": taken.hash()},
-        "network": [nccl_table(ranks).header.source for ranks in tp or (2, 4, 8)],
+        "network": [nccl_table(ranks).header.source for ranks in ranks_asked],
         "assumed": ASSUMED,
         "workload": workload,
     }
-    for ranks in tp or (2, 4, 8):
+    for ranks in ranks_asked:
         request = SearchRequest.of(MODELS / "llama-3-70b", ranks, [workload])
         shard = shard_profile(taken, of_8b, request)
         checks += check(request, shard)
@@ -83,7 +87,11 @@ def main(
                 rows += [about | row for row in (*predicted_rows(planned[-1:]), *in_forms_alone(case))]
                 result.write({**facts, "checks": checks, "rows": rows}, output)
             if schedules and rate == MIDDLE_RATE:
-                make_predicted_file(planned).save(schedules / f"llama3_70b_tp{ranks}_h200_predicted.json")
+                make_predicted_file(planned).save(_schedule_file(schedules, ranks))
+
+
+def _schedule_file(folder: Path, ranks: int) -> Path:
+    return folder / f"llama3_70b_tp{ranks}_h200_predicted.json"
 
 
 def in_forms_alone(case: BatchCase) -> list[dict[str, Any]]:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def parse(settings: Sequence[str]) -> dict[str, Any]:
-    """A value is text, or JSON if it begins as an object does.
+    """A value is text, or JSON if it begins as an object does, or begins and ends as a list does.
 
     Raises:
-        ConfigError: a setting without "=", one of the model, or an object that is no JSON.
+        ConfigError: a setting without "=", one of the model, or an object or list that is no JSON.
     """
     fields: dict[str, Any] = {}
     for setting in settings:
@@ -29,9 +29,10 @@ def parse(settings: Sequence[str]) -> dict[str, Any]:
         if field == "model":
             raise ConfigError(f"--set {setting}: expected the model as --model")
         try:
-            fields[field] = msgspec.json.decode(value) if value.startswith("{") else value
+            is_list = value.startswith("[") and value.endswith("]")  # [IPV6]:PORT is none
+            fields[field] = msgspec.json.decode(value) if value.startswith("{") or is_list else value
         except msgspec.DecodeError as error:
-            raise ConfigError(f"--set {setting}: expected a JSON object: {error}") from None
+            raise ConfigError(f"--set {setting}: expected JSON: {error}") from None
     return fields
 
 

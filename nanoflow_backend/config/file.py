@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -91,9 +91,18 @@ def _faults(fields: Mapping[str, Any], kind: Any, strict: bool, rules: Mapping[s
                 faults.append(f"Object missing required field `{name}`")
         except msgspec.ValidationError as error:
             inner = str(error).partition(" - at `$")
-            faults.append(f"{inner[0]} - at `$.{name}{inner[2] or '`'}")
+            choices = _choices(field.type) if inner[0].startswith("Invalid enum value") else []
+            expected = f": expected {', '.join(map(str, choices))}" if choices else ""
+            faults.append(f"{inner[0]} - at `$.{name}{inner[2] or '`'}{expected}")
     unknown = [f"`{name}`" for name in fields if name not in known]
     if unknown and kind.__struct_config__.forbid_unknown_fields:
         several = "s" if len(unknown) > 1 else ""
         faults.append(f"Object contains unknown field{several} {', '.join(unknown)}; known are {', '.join(known)}")
     return faults + broken(rules, values)
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The values that the Literals of a type have, be they optional or items."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [value for part in get_args(kind) for value in _choices(part)]

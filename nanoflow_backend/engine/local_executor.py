@@ -28,7 +28,7 @@ class LocalExecutor:
 
     Raises:
         ConfigError: the model, its KV cache or its workspace does not fit.
-        RuntimeError: another rank could not start, with its number and what it said.
+        RankError: another rank could not start, with its number and what it said.
     """
 
     def __init__(

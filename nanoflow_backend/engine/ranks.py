@@ -28,6 +28,7 @@ from nanoflow_backend.hosts.gathering import gather, listen_at
 from nanoflow_backend.hosts.link import Link
 from nanoflow_backend.hosts.members import Members, start_ranks
 from nanoflow_backend.hosts.messages import Begin, Progress, RankReport, StartRank
+from nanoflow_backend.hosts.rank_error import RankError
 from nanoflow_backend.kvcache.tier import PageIndex, TransferReport
 from nanoflow_backend.process import logs
 from nanoflow_backend.process.channel import ChannelClosed
@@ -65,7 +66,7 @@ class Ranks:
 
     Raises:
         ConfigError: where there are other hosts, see gather.
-        RuntimeError: a rank ended before all had met, with its number and what it said; or they did not meet.
+        RankError: a rank ended before all had met, with its number and what it said; or they did not meet.
     """
 
     def __init__(self, settled: Settled, on_death: Callable[[str], None]) -> None:
@@ -98,7 +99,7 @@ class Ranks:
                 raise
 
     def wait_until_ready(self) -> None:
-        """Raises: RuntimeError, naming the rank and what it said."""
+        """Raises: RankError, naming the rank and what it said."""
         self._members.wait_until_ready()
 
     def broadcast(self, message: Batch | Masks | None) -> None:
@@ -115,7 +116,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             if how := self._members.wait_for_death(EXPLAINED_S):
-                raise RuntimeError(how) from error
+                raise RankError(how) from error
             raise
 
     def join_reports(self, report: TransferReport) -> TransferReport:
@@ -127,9 +128,9 @@ class Ranks:
         return self._reports.index(own)
 
     def check(self) -> None:
-        """Raises: RuntimeError, a rank has ended, and what was exchanged since then means nothing."""
+        """Raises: RankError, a rank has ended, and what was exchanged since then means nothing."""
         if how := self._members.wait_for_death(0):
-            raise RuntimeError(how)
+            raise RankError(how)
 
     def close(self) -> None:
         """End them all, and the group. Harmless when repeated."""
@@ -157,13 +158,13 @@ class Ranks:
                 self.check()
                 if time.monotonic() - began_s >= MEETING_S:
                     names = ", ".join(f"rank {rank}" for rank in late)
-                    raise RuntimeError(f"{names}: started, but did not come to the meeting of all {size} ranks")
+                    raise RankError(f"{names}: started, but did not come to the meeting of all {size} ranks")
                 time.sleep(CHECK_S)
             join_group(store, 0, size, interface, limit)
         except RuntimeError as error:  # ours, or of torch
             if how := self._members.wait_for_death(EXPLAINED_S):
-                raise RuntimeError(how) from error
-            raise RuntimeError(
+                raise RankError(how) from error
+            raise RankError(
                 f"the {size} ranks did not meet within {MEETING_S:g} s over the interface {interface} "
                 f"({INTERFACE} chooses another); each must reach the others on any port: {error}"
             ) from error

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 import msgspec
 
 from nanoflow_backend.hosts.messages import Progress, RankReport, StartRank
+from nanoflow_backend.hosts.rank_error import RankError
 from nanoflow_backend.kvcache.tier import TransferReport
 from nanoflow_backend.process.channel import Channel, ChannelClosed
 from nanoflow_backend.process.child import Child
@@ -51,12 +52,12 @@ class Members:
     def wait_until_started(self) -> None:
         """Until each is about to meet the others; the log names every SAID_EVERY_S who is not.
 
-        Raises: RuntimeError, with the name of one that ended, and what it said, as soon as it has.
+        Raises: RankError, with the name of one that ended, and what it said, as soon as it has.
         """
         _wait(self._started, log_missing=True)
 
     def wait_until_ready(self) -> None:
-        """Until each has its weights. Raises: RuntimeError, as `wait_until_started`."""
+        """Until each has its weights. Raises: RankError, as `wait_until_started`."""
         _wait(self._ready)
 
     def wait_for_death(self, timeout_s: float) -> str | None:
@@ -98,7 +99,7 @@ class Members:
             why = str(closed)
         how = why if why.startswith(name) else f"{name}: {why}"  # a link says itself whose it is
         for stage in stages:
-            stage.set_exception(RuntimeError(how))
+            stage.set_exception(RankError(how))
         if not self._closing:
             with contextlib.suppress(InvalidStateError):  # another one was first
                 self._died.set_result(how)

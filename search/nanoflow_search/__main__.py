@@ -15,7 +15,6 @@ from nanoflow_search.request import Effort, Phase, SearchRequest
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 DEFAULT = Effort()
 
-
 ModelFolder = Annotated[Path, typer.Option(help="A folder with a Hugging Face config.json.")]
 OfDtype = Annotated[InDtype, typer.Option(help="Of weights and activations, as in engine.json.")]
 Quantisation = Annotated[Quantised | None, typer.Option(help="Of products, as in engine.json.")]
@@ -96,7 +95,11 @@ def run_search(
     import msgspec
 
     from nanoflow_backend.bench import result
+    from nanoflow_backend.config.engine_config import RULES
+    from nanoflow_backend.config.error import ConfigError
     from nanoflow_backend.config.network_table import NetworkTable
+    from nanoflow_backend.config.rules import broken
+    from nanoflow_backend.offline.output import check_output
     from nanoflow_search.checkpoint import Checkpoint
     from nanoflow_search.cost.batch_sizes import checked_sizes
     from nanoflow_search.emit.picture import draw_plan
@@ -107,8 +110,15 @@ def run_search(
     from nanoflow_search.profile.network import check_tables
     from nanoflow_search.search import search
 
+    if faults := broken({"--tp": RULES["tensor_parallel"]}, {"--tp": request.ranks}):
+        raise ConfigError(faults[0])  # no engine would load the plans
     tables = [NetworkTable.load(table) for table in network]
     check_tables(tables, request.ranks)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out.parent}: {error.strerror}") from None
+    check_output(out)
     checkpoint, path = Checkpoint(out.with_suffix(".search")), profile or out.with_suffix(".profile.json")
     machine = find_machine(device.value, request.ranks, bool(tables))
     with ProgressDisplay() as display:

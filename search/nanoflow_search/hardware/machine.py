@@ -17,7 +17,7 @@ from nanoflow_search.predict.predict import Timer
 from nanoflow_search.profile.data import Profile, held_out
 from nanoflow_search.profile.load import Load, LoadRunner, ProfileError
 from nanoflow_search.profile.measure import profile_header, take_profile
-from nanoflow_search.profile.network import network_sms
+from nanoflow_search.profile.network import check_sms, network_sms
 from nanoflow_search.profile.points import attention_sms_for, partition_loads, shared_loads
 from nanoflow_search.request import SearchRequest
 
@@ -106,9 +106,11 @@ def measure_profile(
 
     Raises:
         ProfileError: the file is a profile of something else.
+        ConfigError: a table with times on more SMs than half of the device's.
     """
     mix = request.mix(request.workloads[0], max(sizes), machine.name)
     device = machine.load_runner(request, mix)
+    check_sms(network, device.sms)
     graph, ranks = request.operations, request.ranks
     mixes = [request.mix(workload, tokens, machine.name) for workload in request.workloads for tokens in sizes]
     shares = attention_sms_for(graph, device.sms, mixes, request.precision)

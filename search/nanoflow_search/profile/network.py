@@ -41,6 +41,17 @@ def check_tables(tables: Sequence[NetworkTable], ranks: int) -> None:
                 )
 
 
+def check_sms(tables: Iterable[NetworkTable], device_sms: int) -> None:
+    """Raises: ConfigError, a table with times on more SMs than half of a device's: all else runs on the rest."""
+    most = device_sms // 2
+    for table in tables:
+        if (sms := max(time.sms for time in table.times)) > most:
+            raise ConfigError(
+                f"network: {table.header.name!r} has times on {sms} SMs: expected at most {most}, "
+                f"half of the {device_sms} of the device"
+            )
+
+
 def with_network(
     profile: Profile, graph: Graph, tables: Iterable[NetworkTable], mix: Mix, sizes: Sequence[int]
 ) -> Profile:
@@ -48,8 +59,12 @@ def with_network(
 
     They are points on as many SMs as each table's times are of, and pairs with all that may run beside them on other
     SMs. `sizes` of batches are tokens; attention has the contexts of `mix`.
+
+    Raises:
+        ConfigError: what `check_sms` raises.
     """
     tables = tuple(tables)
+    check_sms(tables, profile.header.device_sms)
     network = [op for op in graph.operations if op.resource is Resource.NETWORK]
     amounts = sorted({*(tokens for tokens in AMOUNTS if tokens < max(sizes)), max(sizes)})
     points = [

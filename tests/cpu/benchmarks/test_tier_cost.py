@@ -53,3 +53,11 @@ def test_what_leaves_no_time_for_windows_is_refused(monkeypatch: pytest.MonkeyPa
         )
     with pytest.raises(typer.BadParameter, match="expected PROMPT/OUTPUT such as 1024/512, got 24"):
         tier_cost.main(Path("demo/tiny-llama"), workload="24", setting=SETTINGS)
+
+
+@pytest.mark.parametrize(("gib", "named"), [(0.0, "0"), (-1.0, "-1"), (math.nan, "nan"), (math.inf, "inf")])
+def test_tiers_have_some_memory(gib: float, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_cost, "make_engine", None)
+    for sizes in ({"host_gib": gib}, {"disk": Path("pages"), "disk_gib": gib}):
+        with pytest.raises(typer.BadParameter, match=f"expected a finite number above 0, got {named}$"):
+            tier_cost.main(Path("demo/tiny-llama"), **sizes)

@@ -1,5 +1,6 @@
 """nanoflow batch, on a real engine."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 import pytest
 from support.commands.command_line import assert_one_line, run_here, start
 from support.commands.json_lines import read_lines, write_lines
+from support.process_tree import children
+from support.waiting import until
 
 from nanoflow_backend.engine import LLM, SamplingParams
 from nanoflow_backend.offline.result_file import ResultFile
@@ -103,6 +106,18 @@ def test_a_killed_and_an_interrupted_batch_go_on_where_they_were(model, tmp_path
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "nanoflow: 60 lines done, 0 failed")
     assert output.read_bytes().startswith(before), "finished lines are kept as they are"
     assert read_lines(output) == read_lines(whole), "what is drawn too"
+
+
+def test_a_batch_whose_rank_is_killed_says_so_in_one_line(model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "The dog", "max_tokens": 200, "ignore_eos": True}] * 200)
+    arguments = ("--model", model, "--input", source, "--output", tmp_path / "out.jsonl", "--set", "tensor_parallel=2")
+    child = start("batch", *arguments, "--set", "dense_batch_tokens=8", stderr=subprocess.PIPE)
+    until(lambda: children(child.pid))
+    (rank,) = children(child.pid)
+    os.kill(rank, signal.SIGKILL)
+    _, told = child.communicate(timeout=60)
+    assert (child.returncode, told.splitlines()[-1]) == (2, f"nanoflow: rank 1: process {rank} ended with SIGKILL")
+    assert "Traceback" not in told
 
 
 def test_logprobs_that_were_asked_for_are_in_the_line(model, tmp_path):

@@ -42,7 +42,7 @@ def test_the_version_is_that_of_the_package():
         (("--model", "nowhere"), "nowhere: there is no such folder: expected a local Hugging Face folder"),
         (("--model", "no-one/no-model"), "hf download no-one/no-model --local-dir no-model"),
         (("--set", "page_tokens"), "--set page_tokens: expected field=value"),
-        (("--set", "disk_kv_cache={path"), "--set disk_kv_cache={path: expected a JSON object: JSON is malformed"),
+        (("--set", "disk_kv_cache={path"), "--set disk_kv_cache={path: expected JSON: JSON is malformed"),
         (("--set", "page_tokens=0"), "page_tokens: expected an integer >= 1 or null, below 2147483648, got 0"),
         (("--set", "model=x"), "--set model=x: expected the model as --model"),
         (("--top-p", "3"), "top_p: expected a number in (0, 1], got 3.0"),

@@ -67,6 +67,8 @@ def test_parameters_win_and_may_be_strings(tmp_path: Path) -> None:
         ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization", "(0, 1]", "1.5"]),
         ({"otlp_traces_endpoint": "collector:4317"}, ["otlp_traces_endpoint", "http(s) URL", "collector:4317"]),
         ({"load_format": "pickle"}, ["load_format", "pickle"]),
+        ({"collectives": "mpi"}, ["'mpi' - at `$.collectives`: expected auto, gloo, nccl, peer"]),
+        ({"quantization": "int4"}, ["'int4' - at `$.quantization`: expected fp8"]),
         ({"dtype": "int8"}, ["int8", "dtype"]),
         ({"kv_cache_dtype": "int8"}, ["int8", "kv_cache_dtype"]),
         ({"device": "tpu"}, ["tpu", "device"]),

@@ -166,3 +166,17 @@ def test_a_refusal_from_the_shell_is_one_line_and_status_1() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("nanoflow-search: /nowhere: there is no such folder")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_could_not_be_written_or_loaded_is_not_searched_for(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    search = ("--model", "benchmarks/models/llama-3-70b", "--workload", "1024/512", "--device", "synthetic")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    out = tmp_path / "folder.json"
+    assert refusal(*search, "--out", str(out)) == f"nanoflow-search: {out}: expected a regular file, got something else"
+    out = tmp_path / "file" / "below" / "plan.json"
+    assert refusal(*search, "--out", str(out)) == f"nanoflow-search: {out.parent}: Not a directory"
+    out = tmp_path / "plan.json"
+    said = refusal(*search, "--out", str(out), "--tp", "16")
+    assert said == "nanoflow-search: --tp: expected 1, 2, 4 or 8, got 16"
+    assert not list(tmp_path.glob("plan*"))

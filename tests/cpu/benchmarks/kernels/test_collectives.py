@@ -73,3 +73,8 @@ def test_what_does_not_begin_in_time_is_listed(tmp_path: Path, monkeypatch: pyte
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         collectives.main(output=tmp_path / "result.json")
+
+
+def test_a_result_that_could_not_be_written_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none/r.json: No such file or directory"):
+        collectives.main(tmp_path / "none" / "r.json")

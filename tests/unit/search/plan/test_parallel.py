@@ -15,9 +15,11 @@ from nanoflow_search.profile.data import Profile
 from nanoflow_search.request import Effort, SearchRequest
 from support.places import LLAMA_3_8B, ROOT
 
+from benchmarks.overlap import tensor_parallel
 from benchmarks.overlap.shard_profile import shard_profile
 from benchmarks.overlap.tensor_parallel import MODELS, case_at, copy_table, nccl_table
 from nanoflow_backend.config.engine_config import EngineConfig
+from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.precision import BFLOAT16
 from nanoflow_backend.graph.collectives import AllReduceForm, describe_forms, model_in_forms
 from nanoflow_backend.models.hugging_face import read_model_config
@@ -142,3 +144,15 @@ def test_fewer_ranks_send_at_the_rate_of_eight() -> None:
     assert nccl_table(8).time("all_reduce", size).us == 210
     assert nccl_table(2).time("all_reduce", size).us == pytest.approx(210 * (1 / 2) / (7 / 8))
     assert copy_table(4, 250.0).time("all_gather", size, 8).us == pytest.approx(3 / 4 * size / 250e3)
+
+
+def test_predictions_that_could_not_be_written_do_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_parallel, "read_model_config", None)
+    output, file = tmp_path / "r.json", tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match=r"none/r.json: No such file or directory"):
+        tensor_parallel.main(tmp_path / "none" / "r.json")
+    with pytest.raises(ConfigError, match=r"file/llama3_70b_tp2_h200_predicted.json: Not a directory"):
+        tensor_parallel.main(output, schedules=file)
+    with pytest.raises(ConfigError, match=r"none/llama3_70b_tp4_h200_predicted.json: No such file or directory"):
+        tensor_parallel.main(output, [4], schedules=tmp_path / "none")

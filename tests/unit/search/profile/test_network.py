@@ -10,7 +10,7 @@ from nanoflow_search.hardware.machine import find_machine
 from nanoflow_search.hardware.synthetic import SyntheticDevice
 from nanoflow_search.profile.data import Profile
 from nanoflow_search.profile.load import Load, LoadsToMeasure, SoloLoad
-from nanoflow_search.profile.network import check_tables, network_sms, with_network
+from nanoflow_search.profile.network import check_sms, check_tables, network_sms, with_network
 from nanoflow_search.profile.points import partition_loads
 from nanoflow_search.request import SearchRequest
 from support.places import ROOT
@@ -89,6 +89,15 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     twice = NetworkTable.at_rate(NetworkHeader(name="others", device="any", ranks=8, source="a test"), 8, 150.0)
     with pytest.raises(ConfigError, match=r"both 'copies on 8 SMs.*' and 'others' have times of all_reduce on 8 SMs"):
         check_tables([COPIES, twice], 8)
+
+
+def test_a_table_leaves_half_of_the_sms_to_what_runs_beside_collectives(profile: Profile) -> None:
+    wide = replace(NCCL, times=tuple(replace(time, sms=132) for time in NCCL.times))
+    with pytest.raises(
+        ConfigError, match=r"network: 'NCCL' has times on 132 SMs: expected at most 66, half of the 132 of the device"
+    ):
+        with_network(profile, REQUEST.operations, [COPIES, wide], MIX, [2048])
+    check_sms([COPIES, replace(NCCL, times=tuple(replace(time, sms=66) for time in NCCL.times))], 132)
 
 
 def test_one_gpu_measures_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
