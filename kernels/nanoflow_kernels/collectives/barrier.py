@@ -22,7 +22,7 @@ LANES = tl.constexpr(MAX_RANKS)
 PAD_PROGRAMS = tl.constexpr(MAX_PROGRAMS)
 # Who waits reads the abort word, in host memory, once in so many turns: some 10 ms, later than any wait that ends well.
 # Read every 128 turns, its reads filled the bus and held up all else: 8 ranks' exchange of 64 MiB took 136 ms on an
-# H200, and takes .7 ms now.
+# H200, and takes .7 ms now (benchmarks/results/collectives_abort_word_h200.json).
 TURNS = tl.constexpr(64 if INTERPRETED.value else 1 << 14)
 WIDEST = tl.constexpr(1024)  # threads of a program
 

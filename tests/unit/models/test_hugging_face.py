@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models.published import LLAMA2, QWEN2
 
 from nanoflow_backend.config.error import ConfigError
 from nanoflow_backend.config.model_config import ModelConfig, RopeConfig
 from nanoflow_backend.models.blocks.rotary import scale_frequencies
 from nanoflow_backend.models.hugging_face import from_hf, read_model_config
 
-LLAMA2 = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 4096,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "vocab_size": 32000,
-    "eos_token_id": 2,
-}
 LLAMA3_SCALING = {
     "factor": 8.0,
     "high_freq_factor": 4.0,
@@ -62,25 +44,6 @@ DEEPSEEK_67B = LLAMA2 | {
     "torch_dtype": "bfloat16",
     "vocab_size": 102400,
     "eos_token_id": 100001,
-}
-QWEN2 = LLAMA2 | {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_window_layers": 24,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "use_sliding_window": False,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 151936,
-    "eos_token_id": 151643,
 }
 MIXTRAL = LLAMA2 | {
     "architectures": ["MixtralForCausalLM"],
@@ -206,51 +169,6 @@ def test_what_cannot_be_used_is_named(change: dict[str, Any], words: list[str]) 
     with pytest.raises(ConfigError) as error:
         read(LLAMA2 | change)
     assert all(word in str(error.value) for word in ["config.json", *words]), str(error.value)
-
-
-WITHOUT_WINDOW_KEYS = {name: value for name, value in QWEN2.items() if "window" not in name}
-WINDOWED = QWEN2 | {"use_sliding_window": True, "sliding_window": 64}
-ALTERNATING = ["full_attention", "sliding_attention"] * 12
-
-
-@pytest.mark.parametrize(
-    ("hf", "windowed"),
-    [
-        (QWEN2, []),
-        (WINDOWED | {"max_window_layers": 0}, range(24)),
-        (WINDOWED | {"sliding_window": None}, []),
-        ({name: value for name, value in WINDOWED.items() if name != "use_sliding_window"}, []),
-        (WINDOWED | {"max_window_layers": 23}, [23]),
-        (WINDOWED | {"max_window_layers": 0, "layer_types": ALTERNATING}, range(1, 24, 2)),
-        (WINDOWED | {"max_window_layers": 0, "layer_types": ["full_attention"] * 24}, []),
-        (WITHOUT_WINDOW_KEYS | {"use_sliding_window": True}, []),
-        (WITHOUT_WINDOW_KEYS | {"use_sliding_window": True, "num_hidden_layers": 29}, [28]),  # 28 is the class's
-        (LLAMA2 | {"sliding_window": None}, []),
-    ],
-)
-def test_layers_with_windows(hf: dict[str, Any], windowed: Sequence[int]) -> None:
-    config = read(hf)
-    assert config.sliding_window == (hf.get("sliding_window", 4096) if windowed else 0)
-    found = [i for i in range(config.num_layers) if config.sliding_window and i not in config.full_attention_layers]
-    assert found == list(windowed)
-
-
-@pytest.mark.parametrize(
-    ("hf", "words"),
-    [
-        (LLAMA2 | {"sliding_window": 4096}, "sliding_window 4096 is not supported"),  # its class has no such key
-        (LLAMA2 | {"layer_types": ["sliding_attention"] * 32}, "layer_types: expected full_attention for every layer"),
-        (WINDOWED | {"layer_types": ["full_attention"] * 23}, r"sliding_attention for every layer \(24\), got"),
-        (WINDOWED | {"layer_types": ["chunked_attention"] * 24}, "layer_types: expected full_attention or sliding"),
-        (WINDOWED | {"layer_types": "full_attention"}, "layer_types: expected .*, got 'full_attention'"),
-        (QWEN2 | {"layer_types": ALTERNATING}, "layer_types has sliding_attention, and sliding_window is null or not"),
-        (WINDOWED | {"sliding_window": 0}, "sliding_window: expected an integer in 1"),
-        (WINDOWED | {"max_window_layers": -1}, "max_window_layers: expected an integer in 0"),
-    ],
-)
-def test_windows_that_make_no_sense_are_named(hf: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        read(hf)
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 4.0}, LLAMA3_SCALING, {"type": "yarn", "factor": 4}])
